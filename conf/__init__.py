@@ -1,0 +1,1 @@
+"""Hydra config groups: model, stream, strategy, train, score, experiment."""

@@ -1,0 +1,1 @@
+"""continual: continual instruction learning of language models."""

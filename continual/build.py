@@ -1,0 +1,104 @@
+"""From a configuration to the things it names: stream, model, strategy, encoder, recipe.
+
+Configurations name their constructors by `_target_`; the engine itself knows no strategy and no stream.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields, replace
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from continual.data import Stream
+from continual.errors import ConfigError, gathered, mistyped, unknown
+from continual.model import Model
+from continual.stage import Recipe
+from continual.strategy import Strategy, compose
+from continual.template import Encoder
+
+
+def construct(section: DictConfig, name: str, **more: Any) -> Any:
+    """Call the section's `_target_` with its other keys; raises ConfigError for keys that it does not take."""
+    settings: dict[str, Any] = {**OmegaConf.to_container(section, resolve=True), **more}  # type: ignore[dict-item]
+    path = settings.pop("_target_")
+    try:
+        target = get_object(path)
+    except Exception as e:
+        raise ConfigError(f"{name}._target_={path} cannot be imported: {e}") from e
+    known = inspect.signature(target).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        for key in settings:
+            if key not in known:
+                raise ConfigError(unknown(f"key {name}", key, known))
+    wrong = [f"{name}.{k}={v}: expected {expected}" for k, v in settings.items()
+             if k in known and (expected := mistyped(known[k].annotation, v))]
+    if wrong:
+        raise ConfigError(gathered(wrong))
+    missing = [k for k, p in known.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY and k not in settings]
+    if missing:
+        raise ConfigError(f"{name} needs {', '.join(f'{name}.{k}' for k in missing)}; give it on the command line")
+    return target(**settings)
+
+
+WHOLE = {"seed": 0, "data.max_length": 1, "train.micro_batch": 1, "score.batch_size": 1, "score.limit": 1,
+         "score.max_new_tokens": 1, "adapt.steps": 1}
+
+
+def check(config: DictConfig) -> None:
+    """Refuse what no constructor will see: what is no whole number, or below the least one that can work."""
+    given = {key: OmegaConf.select(config, key) for key in WHOLE}
+    wrong = [f"{key}={value}: expected a whole number of at least {WHOLE[key]}" for key, value in given.items()
+             if value is not None and (mistyped("int", value) or value < WHOLE[key])]
+    for key, least in (("adapt.at", 0), ("adapt.shots", 1)):
+        value = OmegaConf.select(config, key, default=ListConfig([]))
+        if not isinstance(value, ListConfig) or any(
+                mistyped("int | None", v) or (v is not None and v < least) for v in value):
+            wrong.append(f"{key}={value}: expected a list of whole numbers of at least {least}, such as [16,64]")
+    if wrong:
+        raise ConfigError(gathered(wrong))
+
+
+def stream(config: DictConfig) -> Stream:
+    """The configured task stream."""
+    made: Stream = construct(config.stream, "stream")
+    return made
+
+
+def strategy(config: DictConfig) -> Strategy:
+    """The configured strategy, composed where several are listed."""
+    return compose(*(construct(part, f"strategy.{name}") for name, part in config.strategy.items()))
+
+
+def model(config: DictConfig, tasks: Stream) -> Model:
+    """The configured model on its device, with the configured batch layout and precision."""
+    weight, precision = config.loss.instruction_weight, config.train.precision
+    if mistyped("float", weight) or not 0 <= weight <= 1:
+        raise ConfigError(f"loss.instruction_weight={weight}: expected a number from 0 (masked) to 1 (as a response)")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(unknown("train.precision", precision, ["fp32", "bf16"]))
+    origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
+    made: Model = construct(config.model, "model", stream=origin, device=config.device, seed=config.seed)
+    if made.layout.seq2seq and weight:
+        raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has no loss; set it to 0")
+    made.layout = replace(made.layout, micro_batch=config.train.micro_batch, instruction_weight=weight)
+    made.bf16 = precision == "bf16"
+    return made
+
+
+def encoder(config: DictConfig, made: Model) -> Encoder:
+    """The configured template, for this model's tokenizer and context."""
+    limit = min(config.data.max_length, made.context or config.data.max_length)
+    return Encoder(made.tokenizer, config.data.template, limit, made.layout.seq2seq, config.data.on_unfit)
+
+
+def recipe(config: DictConfig) -> Recipe:
+    """The configured way to train a stage."""
+    train: Any = OmegaConf.to_container(config.train, resolve=True)
+    keys = {k: v for k, v in train.items() if k not in ("micro_batch", "precision")}
+    known = [f.name for f in fields(Recipe)]
+    if strange := [unknown("key train", k, known) for k in keys if k not in known]:
+        raise ConfigError(gathered(strange))
+    return Recipe(**keys, mask_instruction_tokens=config.loss.mask_instruction_tokens, mask_how=config.loss.mask_how)

@@ -1,0 +1,166 @@
+"""The commands. Heavy imports stay inside the verbs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from continual.errors import ConfigError, ContinualError, MissingError, unknown
+from continual.events import quiet
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HELP = """continual: continual instruction learning of language models.
+
+Tasks arrive one after another; each is learned in one masked-SFT stage under one strategy; after every stage all tasks
+are scored, and the scores are the retained-task matrix.
+
+  continual compare [key=value ...]   strategies x seeds x orders over one stream, side by side
+  continual run     [key=value ...]   one strategy over one stream
+  continual adapt   [key=value ...]   one new task, from a checkpoint or a base model: its curve over steps and shots
+  continual report  PATH...           tables, report.html and curves.png again, from folders on disk
+  continual list    [strategies|streams|models]   what there is
+
+Keys: stream=NAME  strategy=NAME or strategy=[A,B]  model=NAME  seed=N  device=auto|cpu|cuda|mps  out=DIR
+      train.*  loss.*  data.*  score.*  strategy.NAME.*  stream.*  model.*
+The same out= twice resumes. continual VERB --help shows examples; continual VERB --cfg the whole configuration."""
+
+EXAMPLES = {
+    "compare": """continual compare [key=value ...]: several strategies over one stream -> a comparison folder.
+
+  continual compare                                        five strategies and joint training on the embedded stream
+  continual compare strategy=naive,[replay,ewc] seed=0,1,2 commas sweep, brackets compose
+  continual compare strategy=ewc strategy.ewc.strength=1,100,10000
+  continual compare stream=folder stream.path=DIR stream.order=order1,order3 score.split=dev model=scratch
+  continual compare hydra/launcher=joblib                  spread by any Hydra launcher that is installed""",
+    "run": """continual run [key=value ...]: one strategy over one stream -> a run folder.
+
+  continual run strategy=replay out=runs/replay            and the same again to resume it
+  continual run strategy=[replay,ewc] strategy.replay.share=0.5
+  continual run model=hf model.name=Qwen/Qwen3-0.6B model.adapter=lora data.template=chat train.lr=1e-4
+  continual run stream=folder stream.path=DIR stream.tasks=[a,b] stream.limit=500 score.split=dev
+  continual run stream.arrangement=joint                   the ceiling: all tasks at once""",
+    "adapt": """continual adapt [key=value ...]: one new task from a checkpoint -> its curve, and the adapted model.
+
+  continual adapt adapt.start=runs/maml stream.tasks=[NEW]                 a run's last checkpoint
+  continual adapt adapt.start=runs/maml/checkpoints/stage-03 stream.tasks=[NEW]
+  continual adapt adapt.start=base stream.tasks=[NEW]                      the base model, to compare with
+  continual adapt adapt.start=runs/maml stream=folder stream.path=DIR stream.tasks=[NEW] adapt.shots=[16,64]""",
+    "report": """continual report PATH...: the tables, report.html and curves.png of runs, comparisons or adaptations.
+
+  continual report runs/compare
+  continual report runs/a runs/b runs/c out=runs/abc       a comparison of finished runs""",
+    "list": """continual list [strategies|streams|models]: what there is, one line each.
+
+  continual list strategies""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The entry point: exits with 2 and one clear message for what the user can mend."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    verb, rest = (args[0], args[1:]) if args else ("--help", [])
+    if verb in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    try:
+        if verb not in VERBS:
+            raise ConfigError(unknown("command", verb, VERBS))
+        if "-h" in rest or "--help" in rest:
+            print(EXAMPLES[verb])
+            return
+        if "--cfg" in rest and verb in CONFIGURED:
+            _show_config(verb, rest)
+            return
+        VERBS[verb](rest)
+    except ContinualError as error:
+        fail(error)
+    except BrokenPipeError:  # what we print to has closed, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        fail(ContinualError(f"{error.filename or 'the system'}: {error.strerror or error}; see that the folder can be "
+                            "written and that there is space, and give the same command again"))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. The same command with the same out= goes on after the last whole stage.")
+        sys.exit(130)
+
+
+def fail(error: ContinualError) -> None:
+    """Print the message and exit with 2, or show the traceback where HYDRA_FULL_ERROR=1 asks for it."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def configure(verb: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose the verb's configuration; raises ConfigError for what Hydra refuses, with the nearest valid names."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from continual import overrides as words
+
+    with initialize_config_module("conf", version_base=None):
+        try:
+            config: DictConfig = compose(verb, list(overrides))
+            words.resolved(config)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise words.explained(error, verb, overrides, compose) from None
+    return config
+
+
+def _show_config(verb: str, rest: Sequence[str]) -> None:
+    from omegaconf import OmegaConf
+
+    print(OmegaConf.to_yaml(configure(verb, [r for r in rest if r != "--cfg"])))
+
+
+def _work(verb: str, rest: Sequence[str]) -> None:
+    """Run or adapt, and show the tables."""
+    config = configure(verb, rest)
+    from continual import report
+    from continual.adapt import adapt
+    from continual.run import run
+
+    quiet()
+    {"run": run, "adapt": adapt}[verb](config, Console(stderr=True))
+    report.tables(Console(), Path(config.out))
+
+
+def _compare(rest: Sequence[str]) -> None:
+    from continual import compare
+
+    compare.compare(rest, configure)
+
+
+def _report(rest: Sequence[str]) -> None:
+    from continual import report
+
+    out = [Path(r.removeprefix("out=")) for r in rest if r.startswith("out=")]
+    paths = [Path(r) for r in rest if not r.startswith("out=")]
+    if not paths:
+        raise MissingError("continual report needs a folder made by run, compare or adapt")
+    written = report.write(*paths, out=out[0] if out else None)
+    report.tables(Console(), *paths)
+    print("\n".join(f"wrote {p}" for p in written))
+
+
+def _list(rest: Sequence[str]) -> None:
+    from continual.catalogue import show
+
+    show(rest, Console())
+
+
+VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "report": _report,
+    "list": _list,
+}
+CONFIGURED = ("compare", "run", "adapt")

@@ -1,0 +1,93 @@
+"""Examples, tasks and streams: plain frozen values, as text and as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from continual.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: what is asked, and the answers that count as right (the first one is trained on).
+
+    A row of `messages` has no instruction of its own; its `outputs` holds the last assistant turn.
+    `task` is the name of the task it belongs to, also inside a mixture; `where` is its file and line, for errors.
+    """
+
+    id: str
+    task: str
+    instruction: str
+    input: str = ""
+    outputs: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as token ids: `ids` (T,) and, of the same length, which of them are a response to be learned.
+
+    `task` is the index of its task among the stream's tasks; `text` is what was tokenised, for people who inspect it.
+    """
+
+    id: str
+    task: int
+    ids: tuple[int, ...]
+    response: tuple[bool, ...]
+    text: str = ""
+
+
+E = TypeVar("E", Example, Encoded)
+
+
+@dataclass(frozen=True)
+class Task(Generic[E]):
+    """An instruction dataset: `train` is learned, `dev` or `test` is scored by `metric`.
+
+    Once encoded, `columns` names the stream's tasks in the order of its examples' task indices.
+    """
+
+    name: str
+    train: Sequence[E]
+    dev: Sequence[E] = ()
+    test: Sequence[E] = ()
+    metric: str = "exact_match"
+    labels: tuple[str, ...] = ()
+    category: str = ""
+    columns: tuple[str, ...] = ()
+
+    def split(self, name: str) -> Sequence[E]:
+        """The examples of `train`, `dev` or `test`; raises DataError if there are none."""
+        rows: Sequence[E] = getattr(self, name)
+        if not rows:
+            there = [s for s in ("train", "dev", "test") if getattr(self, s)]
+            raise DataError(f"task {self.name!r} has no {name} rows (it has {', '.join(there) or 'none at all'}); "
+                            f"score another split (score.split={there[-1] if there else 'dev'}) or add the file")
+        return rows
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An ordered sequence of tasks to be learned.
+
+    `tasks` are scored, the matrix's columns; `stages` are learned in this order, one masked-SFT stage each. They are
+    the same tasks unless the arrangement says otherwise: `joint` has one stage of all training data, `cumulative`
+    stages that grow. `pretraining` is what a model built from scratch for this stream may see before row 0.
+    """
+
+    name: str
+    order: str
+    tasks: tuple[Task[Example], ...]
+    stages: tuple[Task[Example], ...]
+    pretraining: tuple[Example, ...] = ()

@@ -1,0 +1,58 @@
+"""What can be wrong with what a user gave. A message says what was found, what was expected, and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ContinualError(Exception):
+    """The root of every error that the user can mend; the command line prints its message and exits with 2."""
+
+
+class DataError(ContinualError, ValueError):
+    """A row, file or split does not hold what a stream needs; the message names file and line."""
+
+
+class ConfigError(ContinualError, ValueError):
+    """A key, name or combination of settings that does not exist or cannot work."""
+
+
+class MissingError(ContinualError, FileNotFoundError):
+    """A file or folder that was named is not there."""
+
+
+class TrainingError(ContinualError, ArithmeticError):
+    """A stage cannot go on, such as a loss that is not finite."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not among the `known` ones, nearest first."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}."
+
+
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"), "float": ((int, float), "a number"), "str": ((str,), "text"),
+    "bool": ((bool,), "true or false"), "Sequence": ((list, tuple), "a list, such as [a,b]"),
+    "tuple": ((list, tuple), "a list, such as [a,b]"), "Mapping": ((dict,), "a mapping, such as {a: b}"),
+}
+
+
+def mistyped(annotation: object, value: object) -> str:
+    """What the annotation wants in place of `value`; empty where it fits, or where KINDS does not know the type."""
+    wanted = str(getattr(annotation, "__name__", annotation)).split(" | ")
+    kinds = [KINDS.get(kind.partition("[")[0]) for kind in wanted if kind != "None"]
+    if (value is None and "None" in wanted) or not kinds or None in kinds:
+        return ""
+    known = [kind for kind in kinds if kind]
+    fits = any(isinstance(value, types) and (bool in types or not isinstance(value, bool)) for types, _ in known)
+    return "" if fits else " or ".join(words for _, words in known)
+
+
+def gathered(problems: Sequence[str], shown: int = 20) -> str:
+    """All offenders of one kind in one message, a line each, at most `shown` of them and a count of the rest."""
+    rest = len(problems) - shown
+    return "\n".join([*problems[:shown], *([f"... and {rest} more"] if rest > 0 else [])])

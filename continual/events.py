@@ -1,0 +1,76 @@
+"""What happens in a run: appended to events.jsonl for the report, and shown as it happens."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+def quiet() -> None:
+    """Libraries' progress bars and advice have no place between ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+class Events:
+    """An append-only log of JSON lines, and a progress bar fed by it.
+
+    `stage` counts from 0, the scoring before any training.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        """Append to `path`; show on `console`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.console, self.stage = console, 0
+        before = path.read_bytes() if path.exists() else b""
+        cut = before and not before.endswith(b"\n")  # a killed run may leave half a line
+        self._file = path.open("a", encoding="utf-8")
+        self._file.write("\n" if cut else "")
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                             TextColumn("{task.fields[note]}"), console=console, transient=True)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Events:
+        """Start to show."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+                 ) -> None:
+        """Stop to show; close the file."""
+        self._bar.stop()
+        self._file.close()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Write one event down, and move the bar if it is a step."""
+        line = {"time": time.time(), "stage": self.stage, **event}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if event["event"] == "step":
+            rate = event["tokens"] / max(event["seconds"], 1e-9)
+            self.bar(event["task"], event["steps"], event["step"], f"loss {event['loss']:.3f}, {rate:,.0f} tokens/s")
+
+    def bar(self, text: str, total: int, done: int, note: str = "") -> None:
+        """Show a bar at `done` of `total`, in place of the one before."""
+        if self._task is None or self._bar.tasks[0].description != text:
+            self.clear()
+            self._task = self._bar.add_task(text, total=total, note=note)
+        self._bar.update(self._task, completed=done, total=total, note=note)
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._task = None
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,76 @@
+"""The loss: a weighted sum over supervised tokens, divided once per optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from continual.model import Model
+from continual.packing import Batch
+from continual.weights import Weights
+
+
+def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
+    """Logits (S, V) at the supervised positions only, optionally at other weights than the model's own.
+
+    The hidden states of all other positions are dropped before the LM head, which costs more than a small model's body.
+    """
+    head = model.net.get_output_embeddings()
+
+    def gather(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].flatten(0, 1)[batch.at].unsqueeze(0),)
+
+    hook = head.register_forward_pre_hook(gather)
+    try:
+        with torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16):
+            inputs = {**batch.inputs, "use_cache": False}
+            out = model.net(**inputs) if at is None else functional_call(model.net, at, (), inputs)
+    finally:
+        hook.remove()
+    logits: Tensor = out.logits[0]
+    return logits.float() if model.bf16 else logits
+
+
+def token_nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
+    """(S,) negative log-likelihood of each supervised token, in nats."""
+    return F.cross_entropy(forward(model, batch, at), batch.targets, reduction="none")
+
+
+def nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
+    """The weighted mean negative log-likelihood of the batch's supervised tokens, in nats; a scalar."""
+    return (token_nll(model, batch, at) * batch.weight).sum() / batch.tokens
+
+
+def evaluated_at(model: Model, at: Weights, f: Callable[[], Tensor]) -> Tensor:
+    """What `f` gives where the model's weights are `at`, whatever it does with the model."""
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model.net
+
+        def forward(self) -> Tensor:
+            return f()
+
+    value: Tensor = functional_call(Call(), {f"net.{n}": w for n, w in at.items()}, ())
+    return value
+
+
+def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequence[Batch]) -> Tensor:
+    """Back-propagate `loss` through the parts of a step, each by its share of the step's supervised tokens.
+
+    The shares sum to 1, so the gradient is the whole step's, also of a term that does not depend on the data. A part
+    whose tokens all weigh nothing has no mean loss, and a share of 0: it is passed over.
+    """
+    tokens = sum(part.tokens for part in parts)
+    total = torch.zeros((), device=parts[0].layout.device)
+    for part in (p for p in parts if p.tokens):
+        value = loss(model, part) * (part.tokens / tokens)
+        value.backward()  # type: ignore[no-untyped-call]
+        total += value.detach()
+    return total

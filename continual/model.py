@@ -1,0 +1,136 @@
+"""A causal or encoder-decoder language model with its tokenizer and, if asked for, its adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual.data import Encoded
+from continual.errors import ConfigError, MissingError, unknown
+from continual.packing import Batch, Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Model:
+    """A `transformers` (or `peft`) network, its tokenizer, and how its batches are laid out.
+
+    `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16 by autocast.
+    """
+
+    net: Any
+    tokenizer: Any
+    layout: Layout
+    context: int | None = None
+    bf16: bool = False
+
+    def batch(self, examples: Sequence[Encoded]) -> Batch:
+        """The examples as one batch for this model."""
+        return Batch(tuple(examples), self.layout)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or for "auto" the best there is: cuda, then mps, then cpu; raises ConfigError without it."""
+    there = [*(["cuda"] if torch.cuda.is_available() else []),
+             *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name == "auto":
+        return torch.device(there[0])
+    if name.partition(":")[0] not in there:
+        raise ConfigError(unknown("device", name, ["auto", *there]))
+    return torch.device(name)
+
+
+def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none", dtype: str = "fp32",
+       trust_remote_code: bool = False, adapters: Mapping[str, Mapping[str, Any]] | None = None, **_: Any) -> Model:
+    """Load a hub id or local folder through the Auto classes, causal or encoder-decoder by its own config.
+
+    `adapter` names a kind of `adapters` (lora or any other peft kind with its settings) or is "none" for full
+    fine-tuning. Raises MissingError if there is no such model, ConfigError for an unknown adapter or dtype.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ConfigError(unknown("model.dtype", dtype, DTYPES))
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise MissingError(f"model.name={name}: no such folder; give a folder with config.json and safetensors "
+                           "weights, or a hub id")
+    path = str(Path(name).expanduser()) if name.startswith("~") else name
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(**source)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        net = kind.from_pretrained(**source, dtype=DTYPES[dtype], use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise MissingError(f"model.name={name} could not be loaded: {str(e).splitlines()[0]} Give a local folder with "
+                           "config.json, tokenizer and safetensors weights, or a hub id that can be reached") from e
+    return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
+
+
+def assemble(net: Any, tokenizer: Any, *, device: str = "auto", seed: int = 0, adapter: str = "none",
+             adapters: Mapping[str, Mapping[str, Any]] | None = None) -> Model:
+    """Make a network ready for stages: padding and end-of-sequence tokens, adapter, device.
+
+    What is drawn anew (an added token's embedding, the adapter) follows from `seed`.
+    """
+    torch.manual_seed(seed)
+    _complete(net, tokenizer)
+    config = net.config
+    if adapter != "none":
+        net = adapt_with(net, adapter, dict(adapters or {}), seq2seq=bool(config.is_encoder_decoder))
+    where = pick_device(device)
+    start = None
+    if config.is_encoder_decoder:
+        start = getattr(config, "decoder_start_token_id", None)
+        start = tokenizer.pad_token_id if start is None else start  # as T5 does
+    layout = Layout(pad=tokenizer.pad_token_id, device=where, decoder_start=start)
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return Model(net.to(where), tokenizer, layout, None if config.is_encoder_decoder else context)
+
+
+def _complete(net: Any, tokenizer: Any) -> None:
+    """A tokenizer without an end-of-sequence token gets one, and the model its embedding; padding defaults to it."""
+    from transformers import GenerationConfig
+
+    if tokenizer.eos_token_id is None:
+        tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    if len(tokenizer) > net.get_input_embeddings().num_embeddings:
+        net.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    net.config.eos_token_id = tokenizer.eos_token_id
+    net.config.pad_token_id = tokenizer.pad_token_id
+    # A model's own generation settings (sampling, a repetition penalty) would change the greedy answers.
+    net.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=getattr(net.config, "bos_token_id", None),
+        decoder_start_token_id=getattr(net.config, "decoder_start_token_id", None))
+
+
+def adapt_with(net: Any, kind: str, adapters: dict[str, Any], *, seq2seq: bool) -> Any:
+    """The network with a new peft adapter of this kind, the only part of it that trains from now on."""
+    import peft
+
+    if kind not in adapters:
+        raise ConfigError(unknown("model.adapter", kind, ["none", *adapters]))
+    settings = {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
+                for k, v in adapters[kind].items()}
+    task_type = peft.TaskType.SEQ_2_SEQ_LM if seq2seq else peft.TaskType.CAUSAL_LM
+    try:
+        config = peft.get_peft_config({"peft_type": kind.upper(), "task_type": task_type, **settings})
+        if config.is_prompt_learning:
+            raise ValueError("it adds virtual tokens, which shift the positions of the response")
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that it is about to lose, and tells what it has itself put right.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but .* Setting fan_in_fan_out to True")
+            return peft.get_peft_model(net, config)
+    except (ValueError, TypeError, KeyError) as e:
+        raise ConfigError(f"model.adapter={kind} cannot be used: {e}; see model.adapters.{kind}") from e

@@ -1,0 +1,37 @@
+"""Clear words for what Hydra refuses on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from continual.catalogue import choices
+from continual.errors import ConfigError, unknown
+
+
+def resolved(config: DictConfig) -> None:
+    """Raise ConfigError if a key without an honest default was not given."""
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError("\n".join(f"{key} is not set; give {key}=..." for key in missing))
+
+
+def explained(error: Exception, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> ConfigError:
+    """The error in our words: an unknown choice or key with the nearest valid names, else Hydra's first line."""
+    group, _, choice = str(getattr(error, "missing_cfg_file", "") or "").rpartition("/")
+    if group:
+        return ConfigError(unknown(group, choice, [name for name, _ in choices(group)]))
+    key = getattr(error.__cause__, "full_key", None)
+    if key:
+        return ConfigError(unknown("key", str(key), _siblings(str(key), verb, overrides, compose)))
+    lines = [line for line in str(error).splitlines() if line and "hydra.cc" not in line]
+    return ConfigError(" ".join(lines) + " Keys are given as key=value; lists as key=[a,b].")
+
+
+def _siblings(key: str, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> list[str]:
+    """The keys beside `key` in the configuration without the overrides that set single keys."""
+    choices = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0] != key]
+    config = compose(verb, [o for o in choices if not o.startswith(("out=", key))])
+    parent, _, _ = key.rpartition(".")
+    section = OmegaConf.select(config, parent) if parent else config
+    return [f"{parent}.{name!s}" if parent else str(name) for name in (section or {})]

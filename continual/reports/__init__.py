@@ -1,0 +1,1 @@
+"""What continual.report is made of: reading run folders, charts, pages, tables."""

@@ -1,0 +1,160 @@
+"""Answer the test prompts, deterministically, and mark the answers."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from continual.data import Encoded, Example, Task
+from continual.errors import ConfigError, DataError, unknown
+from continual.loss import token_nll
+from continual.model import Model
+from continual.packing import Batch
+from continual.template import Encoder
+
+
+def normalise(text: str) -> str:
+    """What both sides of a comparison go through: compatible Unicode forms, case, white space and a final full stop."""
+    told = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    return told.rstrip(".").strip() or told  # an answer of full stops is one
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 where the normalised texts are the same, else 0; an empty answer is wrong."""
+    return float(normalise(answer) == normalise(reference) != "")
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over the words, punctuation aside (Rajpurkar et al. 2016, section 6.1)."""
+    words = [Counter(normalise(t).translate(str.maketrans("", "", string.punctuation)).split())
+             for t in (answer, reference)]
+    common = (words[0] & words[1]).total()
+    return 2 * common / (words[0].total() + words[1].total()) if common else 0.0
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """The F-measure of the longest common subsequence of stemmed words (Lin 2004)."""
+    score: float = _rouge().score(reference, answer)["rougeL"].fmeasure
+    return score
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+METRICS: Mapping[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match, "token_f1": token_f1, "rougeL": rouge_l,
+}
+SPLITS = ("train", "dev", "test")
+PERPLEXITY = "perplexity"  # marks the reference, not an answer
+
+
+@dataclass(frozen=True)
+class Test:
+    """One task ready to be scored: its examples, their prompts as ids, and the most tokens that an answer may take.
+
+    `encoded` holds prompt and reference together where the metric is perplexity.
+    """
+
+    task: str
+    metric: str
+    examples: Sequence[Example]
+    encoded: Sequence[Encoded]
+    max_new_tokens: int
+
+
+def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, metric: str | None = None,
+            max_new_tokens: int | None = None, limit: int | None = None) -> Test:
+    """Encode a task's prompts once. By default an answer may be as long as the task's longest reference.
+
+    Raises ConfigError for an unknown metric, DataError for a split that is not there or an example that does not fit.
+    """
+    metric = metric or task.metric
+    if metric not in METRICS and metric != PERPLEXITY:
+        raise ConfigError(f"task {task.name!r}: " + unknown("metric", metric, [*METRICS, PERPLEXITY]) +
+                          " Set score.metric to score it by another.")
+    if split not in SPLITS:
+        raise ConfigError(unknown("score.split", split, SPLITS))
+    rows = list(task.split(split))[:limit]
+    room = max_new_tokens or max(encoder.room(e) for e in rows)
+    if metric == PERPLEXITY:
+        encode: Callable[[Example], Encoded] = lambda e: encoder.train(e, index)  # noqa: E731
+    else:
+        encode = lambda e: encoder.ask(e, index, room)  # noqa: E731
+    encoded = encoder.all(rows, encode)
+    if not encoded:
+        raise DataError(f"task {task.name!r} has no {split} rows left to score; add rows, or raise data.max_length")
+    kept = {e.id for e in encoded}
+    return Test(task.name, metric, [e for e in rows if e.id in kept], encoded, room)
+
+
+def score(model: Model, test: Test, batch_size: int) -> tuple[float, list[dict[str, Any]]]:
+    """The task's score in [0, 1], the mean of its marks, and every prediction with its mark."""
+    rows = _perplexity(model, test) if test.metric == PERPLEXITY else _answers(model, test, batch_size)
+    return sum(r["score"] for r in rows) / len(rows), rows
+
+
+def _answers(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
+    mark = METRICS[test.metric]
+    answers = answer(model, test.encoded, test.max_new_tokens, batch_size)
+    return [{"id": e.id, "prompt": asked.text, "answer": a, "references": list(e.outputs),
+             "score": max(mark(a, o) for o in e.outputs)}
+            for e, asked, a in zip(test.examples, test.encoded, answers, strict=True)]
+
+
+@torch.no_grad()
+def _perplexity(model: Model, test: Test) -> list[dict[str, Any]]:
+    """The mark is 1 / perplexity: the geometric mean of the reference tokens' probabilities, in [0, 1]."""
+    means: dict[str, float] = {}
+    responses = replace(model.layout, instruction_weight=0.0)
+    for micro in Batch(tuple(test.encoded), responses).micro_batches():
+        nll = token_nll(model, micro)
+        for i, e in enumerate(micro.examples):
+            means[e.id] = float(nll[micro.example == i].mean())
+    return [{"id": e.id, "prompt": asked.text, "references": list(e.outputs), "perplexity": _exp(means[e.id]),
+             "score": _exp(-means[e.id])} for e, asked in zip(test.examples, test.encoded, strict=True)]
+
+
+def _exp(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float64).exp())
+
+
+@torch.no_grad()
+def answer(model: Model, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int) -> list[str]:
+    """Greedy answers, each up to the end-of-sequence token; prompts of like length are answered together."""
+    from transformers import GenerationConfig
+
+    tokenizer = model.tokenizer
+    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
+                                eos_token_id=tokenizer.eos_token_id, pad_token_id=model.layout.pad,
+                                decoder_start_token_id=model.layout.decoder_start)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        inputs = _left_padded([prompts[i].ids for i in part], model)
+        with torch.autocast(model.layout.device.type, torch.bfloat16, enabled=model.bf16):
+            out = model.net.generate(**inputs, generation_config=settings)
+        new = out if model.layout.seq2seq else out[:, inputs["input_ids"].shape[1] :]
+        for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+    return answers
+
+
+def _left_padded(rows: Sequence[Sequence[int]], model: Model) -> dict[str, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = [[model.layout.pad] * (longest - len(r)) + list(r) for r in rows]
+    mask = [[0] * (longest - len(r)) + [1] * len(r) for r in rows]
+    return {"input_ids": torch.tensor(ids, device=model.layout.device),
+            "attention_mask": torch.tensor(mask, device=model.layout.device)}

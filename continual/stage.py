@@ -1,0 +1,206 @@
+"""One stage: masked SFT on one task under one strategy."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from continual.data import Encoded, Task
+from continual.errors import ConfigError, DataError, TrainingError, gathered, mistyped, unknown
+from continual.loss import nll
+from continual.model import Model
+from continual.strategy import Strategy
+from continual.weights import Weights, restore, snapshot
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a stage is trained; conf/train/default.yaml says what each key means."""
+
+    lr: float
+    epochs: float = 1
+    steps: int | None = None
+    batch_size: int = 32
+    warmup: float = 0.0
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    patience: int | None = None
+    log_every: int = 10
+    mask_instruction_tokens: float = 0.0
+    mask_how: str = "replace"
+
+    def __post_init__(self) -> None:
+        """Refuse names and numbers that cannot work."""
+        if problems := [*_mistyped(self)] or [*_out_of_range(self)]:
+            raise ConfigError(gathered(problems))
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(unknown("train.schedule", self.schedule, SCHEDULES))
+        if self.mask_how not in ("replace", "drop"):
+            raise ConfigError(unknown("loss.mask_how", self.mask_how, ["replace", "drop"]))
+
+    def total(self, examples: int) -> int:
+        """The optimizer steps of a stage of so many examples."""
+        return self.steps or max(1, round(self.epochs * math.ceil(examples / self.batch_size)))
+
+
+def _mistyped(recipe: Recipe) -> Iterator[str]:
+    """What is of another kind than the key needs."""
+    for f in fields(recipe):
+        if expected := mistyped(f.type, value := getattr(recipe, f.name)):
+            yield f"{_key(f.name)}={value}: expected {expected}"
+
+
+def _out_of_range(recipe: Recipe) -> Iterator[str]:
+    """What is a number that cannot work."""
+    for name in ("batch_size", "log_every", "steps", "patience"):
+        if (value := getattr(recipe, name)) is not None and value < 1:
+            yield f"{_key(name)}={value}: expected at least 1"
+    for name in ("warmup", "mask_instruction_tokens"):
+        if not 0 <= (value := getattr(recipe, name)) <= 1:
+            yield f"{_key(name)}={value}: expected a share or probability in [0, 1]"
+    if len(recipe.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in recipe.betas):
+        yield f"train.betas={list(recipe.betas)}: expected two numbers in [0, 1), such as [0.9,0.999]"
+    if not recipe.lr >= 0:
+        yield f"train.lr={recipe.lr}: expected at least 0"
+    if recipe.steps is None and not recipe.epochs > 0:
+        yield f"train.epochs={recipe.epochs}: expected more than 0"
+
+
+def _key(name: str) -> str:
+    """Where a field of the recipe is set."""
+    return f"loss.{name}" if name.startswith("mask") else f"train.{name}"
+
+
+def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe, *, seed: int, log: Log,
+          after: Callable[[int], None] | None = None) -> dict[str, float]:
+    """Train `model` on `task` under `strategy`; returns what it took: steps, supervised tokens, seconds.
+
+    `log` gets a "step" event now and then and one "stage" event; `after` is called with the number of steps done.
+    All randomness follows from `seed` and the strategy's own saved generators. Raises DataError for a task
+    without train rows, TrainingError where the loss is not finite.
+    """
+    if not task.train:
+        raise DataError(f"task {task.name!r} has no train rows, and a stage needs some; add rows or leave it out")
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model.net.train()
+    optimizer = _adamw(model, strategy.begin(model, task), recipe)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    total, began, tokens = recipe.total(len(task.train)), time.perf_counter(), 0.0
+    schedule = _schedule(optimizer, recipe, total)
+    patience = Patience(model, task, recipe) if recipe.patience else None
+    for step, examples in enumerate(islice(_draw(task.train, recipe, model, rng), total), 1):
+        batch = model.batch(examples)
+        optimizer.zero_grad()
+        loss = strategy.backward(model, batch)
+        _check(loss, task, step, examples)
+        torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
+        lr = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        tokens += batch.tokens
+        if step % recipe.log_every == 0 or step == total:
+            log({"event": "step", "task": task.name, "step": step, "steps": total, "loss": loss.item(),
+                 "lr": lr, "tokens": tokens, "seconds": time.perf_counter() - began,
+                 "notes": dict(strategy.notes)})
+        if after:
+            after(step)
+        if patience and patience.over(step):
+            break
+    if patience and patience.seen:
+        restore(model, patience.best)
+    model.net.eval()
+    strategy.end(model, task)
+    spent = {"steps": step, "tokens": tokens, "train_seconds": time.perf_counter() - began}
+    log({"event": "stage", "task": task.name, "seconds": spent["train_seconds"], **spent})
+    return spent
+
+
+def _adamw(model: Model, groups: list[Any], recipe: Recipe) -> torch.optim.AdamW:
+    fused = model.layout.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=fused)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+    from transformers import get_scheduler
+
+    warmup = round(recipe.warmup * total)
+    made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(SCHEDULES[recipe.schedule], optimizer, warmup, total)
+    return made
+
+
+def _draw(examples: Sequence[Encoded], recipe: Recipe, model: Model, rng: random.Random) -> Iterator[list[Encoded]]:
+    """Epoch after epoch, each a new order; the last step of an epoch may be smaller."""
+    while True:
+        order = rng.sample(range(len(examples)), len(examples))
+        for i in range(0, len(order), recipe.batch_size):
+            step = [examples[j] for j in order[i : i + recipe.batch_size]]
+            yield [mask_instruction(e, recipe, model, rng) for e in step] if recipe.mask_instruction_tokens else step
+
+
+def mask_instruction(example: Encoded, recipe: Recipe, model: Model, rng: random.Random) -> Encoded:
+    """Each prompt token but the special ones is, with the recipe's probability, replaced by a random one or dropped.
+
+    The first token of all is never dropped: without one before it, a response token could not be learned.
+    """
+    special = set(model.tokenizer.all_special_ids)
+    kept = []
+    for token, response in zip(example.ids, example.response, strict=True):
+        if response or token in special or rng.random() >= recipe.mask_instruction_tokens:
+            kept.append((token, response))
+        elif recipe.mask_how == "replace":
+            while (other := rng.randrange(len(model.tokenizer))) in special:
+                pass
+            kept.append((other, False))
+        elif not kept:
+            kept.append((token, False))
+    ids, response_mask = zip(*kept, strict=True)
+    return replace(example, ids=ids, response=response_mask)
+
+
+def _check(loss: torch.Tensor, task: Task[Encoded], step: int, examples: Sequence[Encoded]) -> None:
+    if not torch.isfinite(loss):
+        raise TrainingError(f"the loss is {loss.item()} at step {step} of task {task.name!r}, on the examples "
+                            f"{', '.join(e.id for e in examples)}; lower train.lr, set train.clip, or train in fp32")
+
+
+class Patience:
+    """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs without a gain."""
+
+    def __init__(self, model: Model, task: Task[Encoded], recipe: Recipe) -> None:
+        self.model, self.dev = model, list(task.split("dev"))
+        self.epoch, self.allowed = math.ceil(len(task.train) / recipe.batch_size), recipe.patience or 0
+        self.low, self.since, self.seen = math.inf, 0, 0
+        self.best: Weights = snapshot(model)
+
+    def over(self, step: int) -> bool:
+        """Whether training ends after this step."""
+        if step < (self.seen + 1) * self.epoch:
+            return False
+        self.seen += 1
+        now = self._loss()
+        if now < self.low:
+            self.low, self.since, self.best = now, 0, snapshot(self.model)
+        else:
+            self.since += 1
+        return self.since >= self.allowed
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        self.model.net.eval()
+        batch = self.model.batch(self.dev)
+        total = sum(float(nll(self.model, micro)) * micro.tokens for micro in batch.micro_batches()) / batch.tokens
+        self.model.net.train()
+        return total

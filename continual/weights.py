@@ -1,0 +1,56 @@
+"""Weights are values: a vector space over {parameter name: tensor}.
+
+Everything here returns new tensors; only `restore` and `set_gradient` touch the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from continual.model import Model
+
+Weights = dict[str, Tensor]
+
+
+def weights(model: Model) -> Weights:
+    """The live trainable parameters, by name: not a copy."""
+    return {n: p for n, p in model.net.named_parameters() if p.requires_grad}
+
+
+def snapshot(model: Model) -> Weights:
+    """A copy of the trainable parameters that later training leaves alone."""
+    return {n: p.detach().clone() for n, p in weights(model).items()}
+
+
+@torch.no_grad()
+def restore(model: Model, saved: Weights) -> None:
+    """Give the trainable parameters the `saved` values; raises KeyError where one is missing."""
+    for n, p in weights(model).items():
+        p.copy_(saved[n])
+
+
+def gradient(model: Model) -> Weights:
+    """A copy of every trainable parameter's gradient, zero where there is none."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in weights(model).items()}
+
+
+def set_gradient(model: Model, g: Weights) -> None:
+    """Make `g` the gradient that the optimizer will see."""
+    for n, p in weights(model).items():
+        p.grad = g[n]
+
+
+def zeros(model: Model) -> Weights:
+    """The origin."""
+    return {n: torch.zeros_like(p, requires_grad=False) for n, p in weights(model).items()}
+
+
+def combine(f: Callable[..., Tensor], *terms: Weights) -> Weights:
+    """`f` of the terms, parameter by parameter, without a graph."""
+    with torch.no_grad():
+        return {n: f(*(t[n] for t in terms)) for n in terms[0]}

@@ -1,0 +1,1 @@
+"""One idea against forgetting a file; each imports the engine only."""

@@ -1,0 +1,111 @@
+"""A quadratic pull towards earlier weights. L2, EWC and online EWC differ in the importance of each weight."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from continual.data import Encoded, Task
+from continual.importance import fisher
+from continual.model import Model
+from continual.packing import Batch
+from continual.strategy import Strategy, memory
+from continual.weights import Weights, combine, snapshot, weights
+
+
+@dataclass(kw_only=True)
+class L2(Strategy):
+    """The penalty strength/2 * sum_i importance_i (w_i - anchor_i)^2, with importance 1 and the last weights as anchor.
+
+    The baseline "L2" of Kirkpatrick et al. (2017, figure 2).
+    """
+
+    strength: float = 1.0
+    anchor: Weights = memory(dict)
+    importance: Weights = memory(dict)
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """The task's loss and the pull."""
+        loss = super().loss(model, batch)
+        return loss + self.penalty(model) if self.anchor and self.strength else loss
+
+    def penalty(self, model: Model) -> Tensor:
+        """The pull's value at the model's weights; a scalar."""
+        live = weights(model)
+        pulls = [(self.importance[n] * (live[n] - a).square()).sum() for n, a in self.anchor.items()]
+        return self.strength / 2 * torch.stack(pulls).sum()
+
+    def end(self, model: Model, task: Task[Encoded]) -> None:
+        """Measure the importance of each weight and anchor it where it is."""
+        super().end(model, task)
+        if self.strength:
+            self.consolidate(snapshot(model), self.measure(model, task))
+
+    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+        """How much each weight matters to the task that was just learned."""
+        return {n: torch.ones_like(w) for n, w in snapshot(model).items()}
+
+    def consolidate(self, here: Weights, measured: Weights) -> None:
+        """Only the last anchor counts."""
+        self.anchor, self.importance = here, measured
+
+
+@dataclass(kw_only=True)
+class EWC(L2):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017, eq. 3): one penalty a task, weighted by its Fisher.
+
+    The tasks' penalties sum_t F_t (w - w_t)^2 are one quadratic with importance S = sum_t F_t around the mean of the
+    anchors weighted by F_t, plus a constant: memory and time do not grow with the number of tasks.
+    `examples` of each task's training data estimate the Fisher, with `labels` "empirical" or "sampled".
+    """
+
+    strength: float = 1000.0
+    examples: int = 100
+    labels: str = "empirical"
+    seed: int = 0
+    constant: float = memory(float)
+    stages: int = memory(int)
+
+    def penalty(self, model: Model) -> Tensor:
+        """The sum of all tasks' penalties, exactly; a scalar."""
+        return super().penalty(model) + self.strength / 2 * self.constant
+
+    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+        """The diagonal Fisher information of the task, at its end."""
+        self.stages += 1
+        seed = f"{self.seed}/{self.stages}"  # so that a resumed run draws the same
+        chosen = random.Random(seed).sample(list(task.train), min(self.examples, len(task.train)))
+        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+        return fisher(model, chosen, self.labels, generator)
+
+    def consolidate(self, here: Weights, measured: Weights) -> None:
+        """Complete the square: fold the new penalty into the one that stands for the earlier ones."""
+        if not self.anchor:
+            self.anchor, self.importance = here, measured
+            return
+        total = combine(torch.add, self.importance, measured)
+        part = combine(lambda f, s: torch.where(s > 0, f / s, torch.ones_like(s)), measured, total)
+        apart = combine(torch.sub, here, self.anchor)
+        left_over = combine(lambda s, p, d: (s * p * d.square()).sum(), self.importance, part, apart)
+        self.constant += float(torch.stack(list(left_over.values())).sum())
+        self.anchor = combine(lambda a, p, d: a + p * d, self.anchor, part, apart)
+        self.importance = total
+
+
+@dataclass(kw_only=True)
+class OnlineEWC(EWC):
+    """Online EWC (Schwarz et al. 2018, section 4): a running Fisher F* = decay F* + F_t around the last weights only.
+
+    The penalty weighs that running Fisher by `decay` once more, as in the paper's objective.
+    """
+
+    decay: float = 0.9
+
+    def consolidate(self, here: Weights, measured: Weights) -> None:
+        """Forget a part of the earlier importance; move the anchor here. What is kept is decay F*."""
+        kept = self.importance or combine(torch.zeros_like, measured)
+        self.importance = combine(lambda old, new: self.decay * (old + new), kept, measured)
+        self.anchor = here

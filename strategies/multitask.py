@@ -1,0 +1,108 @@
+"""Multi-task learning on the current and the remembered tasks, each with a weight in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as but
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continual.data import Encoded, Task
+from continual.errors import ConfigError, unknown
+from continual.model import Model
+from continual.packing import Batch
+from continual.strategy import memory
+from strategies.replay import Replay
+
+WEIGHTINGS = ("fixed", "size", "temperature", "uncertainty")
+
+
+@dataclass(kw_only=True)
+class MultiTask(Replay):
+    """The loss of a step is sum_t weight_t * (mean loss over the tokens of task t in it), the weights summing to 1.
+
+    `weighting` says whence the weights come. "fixed": `weights` by task name, 1 where none is given, 0 to leave a task
+    out. "size": the task's number of training examples. "temperature": equal weights for tokens, while the remembered
+    tasks are drawn in proportion to size^(1 / `temperature`) (Raffel et al. 2020, section 3.5.2). "uncertainty":
+    equal weights times exp(-s_t), plus s_t / 2, with a log variance s_t a task that is learned along at
+    `uncertainty_lr` (Kendall et al. 2018, eq. 10, with the classification likelihood).
+    """
+
+    weighting: str = "fixed"
+    weights: Mapping[str, float] | None = None
+    temperature: float = 2.0
+    uncertainty_lr: float = 0.01
+    sizes: dict[int, int] = memory(dict)
+    columns: list[str] = memory(list)
+    log_variance: Tensor = memory(lambda: torch.zeros(0))
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a weighting."""
+        super().__post_init__()
+        if self.weighting not in WEIGHTINGS:
+            raise ConfigError(unknown("weighting", self.weighting, WEIGHTINGS))
+        if not self.temperature > 0 or any(w < 0 for w in (self.weights or {}).values()):
+            raise ConfigError("a multitask temperature must be above 0, and no weight below it")
+
+    def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
+        """Count the tasks' sizes; hand the log variances to the optimizer where they are learned."""
+        self.columns = list(task.columns)
+        if strange := set(self.weights or {}) - set(self.columns):
+            raise ConfigError(unknown("task in strategy.multitask.weights", min(strange), self.columns))
+        for e in task.train:
+            self.sizes[e.task] = 0
+        for e in task.train:
+            self.sizes[e.task] += 1
+        trained = super().begin(model, task)
+        if self.weighting != "uncertainty":
+            return trained
+        start = self.log_variance.detach() if len(self.log_variance) else torch.zeros(len(self.columns))
+        self.log_variance = torch.nn.Parameter(start.to(model.layout.device))
+        return [*trained_groups(trained), {"params": [self.log_variance], "lr": self.uncertainty_lr, "weight_decay": 0}]
+
+    def joined(self, batch: Batch) -> Batch:
+        """New and remembered examples, each scaled so that the tasks' token means get their weights."""
+        batch = super().joined(batch)
+        tokens = {t: part.tokens for t, part in batch.by_task().items()}
+        if self.weighting == "temperature":
+            share = {t: n / batch.tokens for t, n in tokens.items()}
+        else:
+            raw = {t: self._weight(t) for t in tokens}
+            share = {t: w / (sum(raw.values()) or 1) for t, w in raw.items()}
+        self._note(share)
+        scale = {t: share[t] * batch.tokens / n for t, n in tokens.items()}
+        return batch.of(batch.examples, [scale[e.task] for e in batch.examples])
+
+    def _weight(self, task: int) -> float:
+        if self.weighting == "fixed":
+            return (self.weights or {}).get(self.columns[task], 1.0)
+        return float(self.sizes[task]) if self.weighting == "size" else 1.0
+
+    def _note(self, share: Mapping[int, float]) -> None:
+        factor = torch.exp(-self.log_variance.detach()).tolist() if len(self.log_variance) else None
+        self.notes = {f"weight/{self.columns[t]}": w * (factor[t] if factor else 1) for t, w in share.items()}
+
+    def recall(self, n: int) -> Sequence[Encoded]:
+        """With a temperature, the remembered tasks are drawn first, then an example of each."""
+        if self.weighting != "temperature":
+            return super().recall(n)
+        pools = self.buffer.by_task
+        odds = [self.sizes[t] ** (1 / self.temperature) for t in pools]
+        return [self.buffer.rng.choice(pools[t]) for t in self.buffer.rng.choices(list(pools), odds, k=n)]
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """The weighted loss, and the log variances' own term where they are learned."""
+        if self.weighting != "uncertainty":
+            return super().loss(model, batch)
+        s = self.log_variance
+        own = (batch.weight * s[batch.task]).sum() / batch.tokens / 2
+        return super().loss(model, but(batch, factor=torch.exp(-s))) + own
+
+
+def trained_groups(trained: list[Any]) -> list[dict[str, Any]]:
+    """What another moment returned from `begin`, as optimizer parameter groups."""
+    groups = [g for g in trained if isinstance(g, dict)]
+    return [*groups, {"params": [p for p in trained if not isinstance(p, dict)]}]

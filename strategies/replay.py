@@ -1,0 +1,66 @@
+"""Experience replay: remembered examples of earlier tasks take part in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from continual.data import Encoded, Task
+from continual.errors import ConfigError
+from continual.memory import ReplayBuffer
+from continual.model import Model
+from continual.packing import Batch
+from continual.strategy import Strategy, memory
+
+
+@dataclass(kw_only=True)
+class Replay(Strategy):
+    """Experience replay (Robins 1995; Chaudhry et al. 2019, "On Tiny Episodic Memories").
+
+    `share` of each optimizer step's examples come from the buffer, added to the step's new ones. Where that is no whole
+    number, the rest is carried to the next step, so the stage's share is exact to within one example.
+    `capacity` and `buffer_kind` are those of `continual.memory.ReplayBuffer`.
+    """
+
+    capacity: float = 0.1
+    buffer_kind: str = "balanced"
+    share: float = 0.25
+    seed: int = 0
+    buffer: ReplayBuffer = memory(lambda: ReplayBuffer(0))
+    owed: float = memory(float)
+
+    def __post_init__(self) -> None:
+        """Refuse a share that leaves no room for new examples."""
+        if not 0 <= self.share < 1:
+            raise ConfigError(f"replay share {self.share}: expected a number from 0 up to but not including 1")
+        self.buffer = ReplayBuffer(self.capacity, self.buffer_kind, self.seed)
+
+    def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
+        """Nothing is owed from an earlier stage."""
+        self.owed = 0.0
+        return super().begin(model, task)
+
+    def backward(self, model: Model, batch: Batch) -> Tensor:
+        """One step on new and remembered examples together."""
+        return super().backward(model, self.joined(batch))
+
+    def joined(self, batch: Batch) -> Batch:
+        """The step's new examples and the remembered ones beside them."""
+        if not len(self.buffer):
+            return batch
+        self.owed += len(batch.examples) * self.share / (1 - self.share)
+        n = int(self.owed + 1e-9)
+        self.owed -= n
+        return batch.of([*batch.examples, *self.recall(n)])
+
+    def recall(self, n: int) -> Sequence[Encoded]:
+        """The `n` remembered examples of this step."""
+        return self.buffer.draw(n)
+
+    def end(self, model: Model, task: Task[Encoded]) -> None:
+        """Offer the task's examples to the buffer."""
+        super().end(model, task)
+        self.buffer.add(task.name, task.train)

@@ -1,0 +1,155 @@
+"""A stream in a folder: stream.json, which names its tasks and orders, and TASK/{train,dev,test}.jsonl.
+
+    {"stream": NAME, "tasks": [{"name", "dir", "category", "metric", "labels"}, ...], "orders": {NAME: [TASK, ...]}}
+
+Of a task only the name is needed: `dir` is the name if left out, `metric` exact_match. Other keys are metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from continual.data import Example, Stream, Task
+from continual.errors import DataError, MissingError, gathered, unknown
+from streams.arrange import choose, stage
+from streams.rows import misspelt, read_jsonl
+
+SPLITS = ("train", "dev", "test")
+TEXTS = ("dir", "category", "metric")
+KEYS = ("name", *TEXTS, "labels")
+
+
+def folder(
+    *,
+    path: str,
+    seed: int,
+    tasks: Sequence[str] | None = None,
+    order: str | None = None,
+    limit: int | None = None,
+    arrangement: str = "sequential",
+) -> Stream:
+    """The stream in the folder `path`; only the tasks that are asked for are read, each with the splits it has.
+
+    The other arguments are those of `arrange`. Raises MissingError for what is not there, DataError for what is there
+    and wrong, ConfigError for a name that the folder does not know.
+    """
+    root = Path(path).expanduser()
+    name, entries, orders = read_index(root)
+    chosen = choose(list(entries), orders=orders, tasks=tasks, order=order, seed=seed)
+    loaded = _tasks(root, [entries[task] for task in chosen])
+    stream = Stream(name, order or "default", loaded, loaded)
+    return stage(loaded, stream, order=order, limit=limit, arrangement=arrangement)
+
+
+def read_index(root: Path) -> tuple[str, dict[str, dict[str, Any]], dict[str, list[str]]]:
+    """What stream.json says: the stream's name, its tasks by name, its orders. All that is wrong is raised at once."""
+    file = root / "stream.json"
+    index = _load(root, file)
+    problems = [*_task_problems(index.get("tasks")), *_order_problems(index)]
+    if not isinstance(name := index.get("stream", root.resolve().name), str):
+        problems.append(f"found the stream's name {name!r}, expected text")
+    if problems:
+        raise DataError(gathered([f"{file}: {problem}" for problem in problems]))
+    return name, {entry["name"]: entry for entry in index["tasks"]}, index.get("orders") or {}
+
+
+def _load(root: Path, file: Path) -> dict[str, Any]:
+    """stream.json as an object."""
+    if not root.is_dir():
+        raise MissingError(f"found no folder {root} (looked in {Path.cwd()}), expected a stream folder; "
+                           "set stream.path to one")
+    if not file.is_file():
+        near = sorted(str(p.parent) for p in root.glob("*/stream.json"))
+        mend = f"set stream.path to {' or '.join(near)}" if near else "write it, or set stream.path to a stream folder"
+        raise MissingError(f"found no {file}, expected the file that names the stream's tasks; {mend}")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}:{error.colno}: found broken JSON ({error.msg}), expected one object; "
+                        "mend it there") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: found the byte 0x{error.object[error.start]:02x} at {error.start}, expected UTF-8; "
+                        "save the file as UTF-8") from error
+    if not isinstance(index, dict):
+        raise DataError(f"{file}: found no object, expected {{\"tasks\": [...], \"orders\": {{...}}}}; write it so")
+    return index
+
+
+def _task_problems(entries: Any) -> list[str]:
+    """All that is wrong with the list of tasks."""
+    if not isinstance(entries, list) or not entries:
+        return ['found no list of tasks, expected "tasks": [{"name": ...}, ...]; name at least one']
+    problems = [problem for n, entry in enumerate(entries, 1) for problem in _entry_problems(n, entry)]
+    names = Counter(str(entry.get("name")) for entry in entries if isinstance(entry, dict))
+    return problems + [f"found {n} tasks named {name!r}, expected each name once; rename or remove the others"
+                       for name, n in names.items() if n > 1]
+
+
+def _entry_problems(n: int, entry: Any) -> list[str]:
+    """All that is wrong with one task's entry, the n-th."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
+        return [f'found no name in task {n}, expected {{"name": text, ...}}; name it']
+    task = f"task {entry['name']!r}"
+    problems = [f"found {entry[key]!r} as {key!r} of {task}, expected text; quote it or leave it out"
+                for key in TEXTS if not isinstance(entry.get(key) or "", str)]
+    labels = entry.get("labels") or []
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        problems.append(f"found {labels!r} as 'labels' of {task}, expected null or a list of texts; quote them")
+    return problems + [f"found the key {found!r} in {task}, expected {meant!r}; rename it"
+                       for found, meant in misspelt(entry, KEYS)]
+
+
+def _order_problems(index: Mapping[str, Any]) -> list[str]:
+    """All that is wrong with the named orders."""
+    orders = index.get("orders") or {}
+    entries = index.get("tasks")
+    known = [e.get("name") for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+    if not isinstance(orders, dict) or not all(isinstance(order, list) for order in orders.values()):
+        return ['found "orders" in another form, expected {"order name": ["task", ...], ...}; write them so']
+    problems = [f"order {name!r}: {unknown('task', str(task), map(str, known))}; name a task of the stream"
+                for name, order in orders.items() for task in order if task not in known]
+    if "random" in orders:
+        problems.append("found an order named 'random', expected another name: stream.order=random shuffles; rename it")
+    return problems
+
+
+def _tasks(root: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[Task[Example], ...]:
+    """The tasks of these entries; all that are missing are raised at once, and before a row is read."""
+    missing, places = [], []
+    for entry in entries:
+        try:
+            places.append(_place(root, entry))
+        except MissingError as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingError(gathered(missing))
+    return tuple(_task(place, entry) for place, entry in zip(places, entries, strict=True))
+
+
+def _place(root: Path, entry: Mapping[str, Any]) -> Path:
+    """The folder of one task, inside the stream's and with rows of at least one split."""
+    name, place = entry["name"], entry.get("dir") or entry["name"]
+    where: Path = root / place
+    if Path(place).is_absolute() or not where.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{root / 'stream.json'}: found dir {place!r} of task {name!r}, expected a folder inside "
+                        f"{root}; move the data there")
+    if not where.is_dir():
+        there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
+        raise MissingError(f"found no folder {where} for task {name!r}, expected the one that stream.json names "
+                           f"(folders there: {there}); add it, or mend its 'dir'")
+    if not any((where / f"{split}.jsonl").is_file() for split in SPLITS):
+        raise MissingError(f"found none of {', '.join(f'{s}.jsonl' for s in SPLITS)} in {where}, expected the rows of "
+                           f"task {name!r}; add them, or leave the task out by stream.tasks")
+    return where
+
+
+def _task(where: Path, entry: Mapping[str, Any]) -> Task[Example]:
+    """One task with the splits that its folder has."""
+    name = entry["name"]
+    splits = {split: tuple(read_jsonl(file, name)) for split in SPLITS if (file := where / f"{split}.jsonl").is_file()}
+    return Task(name, splits.get("train", ()), splits.get("dev", ()), splits.get("test", ()),
+                entry.get("metric") or "exact_match", tuple(entry.get("labels") or ()), entry.get("category") or "")

@@ -1,0 +1,209 @@
+"""One row of data, in any of the forms that instruction data comes in, to one Example.
+
+    {"instruction", "input" (may be left out), "output" or "outputs"}
+    {"prompt", "input" (may be left out), "response", "completion" or "answer"}
+    {"messages": [{"role", "content"}, ...]}
+
+A row that fits several is read by the last of them in the order prompt, instruction, messages. A null stands for a
+column left out. Other columns are metadata and stay unread, but one that looks like a misspelt column is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from continual.data import Example, Message
+from continual.errors import DataError, gathered
+
+# What marks a form, and the columns that may hold its answer, best first.
+FORMS: dict[str, tuple[str, ...]] = {
+    "messages": (),
+    "instruction": ("output", "outputs"),
+    "prompt": ("response", "completion", "answer"),
+}
+EXPECTED = "'instruction' and 'output', 'prompt' and 'response', or 'messages'"
+
+
+def read_row(row: Mapping[str, Any], *, task: str, id: str, where: str) -> Example:
+    """The Example of one row; `where` is its file and line. An empty answer passes: the template refuses or skips it.
+
+    Raises DataError with all that is wrong with the row, a line each.
+    """
+    filled = {name: value for name, value in row.items() if value is not None}
+    form = next((mark for mark in FORMS if mark in filled), None)
+    if form is None:
+        columns = ", ".join(map(repr, row)) or "none"
+        hint = "; ".join(f"rename {found!r} to {meant!r}" for found, meant in misspelt(filled, list(FORMS)))
+        raise DataError(f"{where}: found the columns {columns}, expected {EXPECTED}; {hint or 'rename the columns'}")
+    problems: list[str] = []
+    if form == "messages":
+        messages = _messages(filled["messages"], problems)
+        example = Example(id, task, "", "", tuple(m.content for m in messages[-1:]), messages, where)
+    else:
+        outputs = _outputs(filled, form, problems)
+        example = Example(id, task, _text(filled, form, problems), _input(filled, problems), outputs, (), where)
+        known = ["input", *(FORMS[form] if not outputs else ())]
+        problems += [f"found the column {found!r}, expected {meant!r}; rename it"
+                     for found, meant in misspelt(filled, known)]
+    if problems:
+        raise DataError("\n".join(f"{where}: {problem}" for problem in problems))
+    return example
+
+
+def read_jsonl(path: Path, task: str) -> list[Example]:
+    """The rows of a JSON-lines file (UTF-8), one Example a line; lines of white space hold no row.
+
+    A row without an "id" gets TASK/SPLIT/N, N from 0, where SPLIT is the file's name. Raises DataError with everything
+    that is wrong in the file, by line.
+    """
+    examples: list[Example] = []
+    problems: list[str] = []
+    lines: dict[str, int] = {}  # the line where each id was first seen
+    with path.open("rb") as file:
+        for n, (number, line) in enumerate(_lines(file)):
+            where = f"{path}:{number}"
+            try:
+                row = _object(line, where)
+                id = _id(row, f"{task}/{path.stem}/{n}", where)
+                if (first := lines.setdefault(id, number)) != number:
+                    raise DataError(f"{where}: found the id {id!r} again, expected each once (it is on line {first}); "
+                                    "give the row its own, or none")
+                examples.append(read_row(row, task=task, id=id, where=where))
+            except DataError as error:
+                problems += str(error).split("\n")
+    if problems:
+        raise DataError(gathered(problems))
+    return examples
+
+
+def misspelt(found: Iterable[str], known: Sequence[str]) -> list[tuple[str, str]]:
+    """The names found that look like one of the known names which is not there: [(found, meant)]."""
+    found = list(found)
+    absent = [name for name in known if name not in found]
+    pairs = [(name, difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.8))
+             for name in found if name not in known]
+    return [(name, close[0]) for name, close in pairs if close]
+
+
+def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Each line that is not blank with its number from 1, without a byte order mark."""
+    for number, line in enumerate(file, 1):
+        bare = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if bare.strip():
+            yield number, bare
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of one line."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:  # valid JSON, but no tokenizer can read it
+        half = repr(error.object[error.start])
+        raise DataError(f"{where}: found half of a surrogate pair ({half}), expected characters; write the whole pair "
+                        "or remove it") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}:{error.start + 1}: found the byte 0x{line[error.start]:02x}, expected UTF-8; "
+                        "save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}:{error.colno}: found broken JSON ({error.msg}), expected one whole object a line; "
+                        "mend or remove the line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found {_kind(row)}, expected a JSON object; write {{\"instruction\": ...}}")
+    return row
+
+
+def _id(row: Mapping[str, Any], default: str, where: str) -> str:
+    """The row's id; an integer is as good a name as a text."""
+    id = row.get("id")
+    if id is None:
+        return default
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise DataError(f"{where}: found {_kind(id)} as 'id', expected text; quote it, or leave it out")
+    return str(id)
+
+
+def _text(row: Mapping[str, Any], name: str, problems: list[str]) -> str:
+    """The instruction: text, and not empty."""
+    value = row[name]
+    if not isinstance(value, str):
+        problems.append(f"found {_kind(value)} as {name!r}, expected text; quote it")
+    elif not value.strip():
+        problems.append(f"found an empty {name!r}, expected what is asked; write it, or move 'input' there")
+    return str(value)
+
+
+def _input(row: Mapping[str, Any], problems: list[str]) -> str:
+    """The input: text, empty if there is none."""
+    value = row.get("input", "")
+    if not isinstance(value, str):
+        problems.append(f"found {_kind(value)} as 'input', expected text; quote it, or write \"\" for none")
+    return str(value)
+
+
+def _outputs(row: Mapping[str, Any], form: str, problems: list[str]) -> tuple[str, ...]:
+    """The accepted answers of a row, one at least."""
+    names = [name for name in FORMS[form] if name in row]
+    expected = " or ".join(map(repr, FORMS[form]))
+    if not names:
+        problems.append(f"found no answer beside {form!r} (columns {', '.join(map(repr, row))}), "
+                        f"expected {expected}; add it, or rename the column that holds it")
+        return ()
+    if len(names) > 1:
+        problems.append(f"found {' and '.join(map(repr, names))}, expected one of them; remove the others")
+    value = row[names[0]]
+    answers = value if isinstance(value, list) else [value]
+    if not answers:
+        problems.append(f"found an empty list as {names[0]!r}, expected at least one answer; add it or drop the row")
+    if wrong := next((_kind(answer) for answer in answers if not isinstance(answer, str)), None):
+        inside = " in the list" if isinstance(value, list) else ""
+        problems.append(f"found {wrong}{inside} as {names[0]!r}, expected text or a list of texts; quote it")
+    return tuple(map(str, answers))
+
+
+def _messages(turns: Any, problems: list[str]) -> tuple[Message, ...]:
+    """The turns: perhaps a system message, then user and assistant by turns, the assistant last."""
+    if not isinstance(turns, list) or not turns:
+        kind = "an empty list" if turns == [] else _kind(turns)
+        problems.append(f"found {kind} as 'messages', expected a list of turns; "
+                        'write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]')
+        return ()
+    messages = []
+    for n, turn in enumerate(turns, 1):
+        if isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str):
+            messages.append(Message(turn["role"], turn["content"]))
+        else:
+            found = f"{{{', '.join(f'{k}: {_kind(v)}' for k, v in turn.items())}}}" if isinstance(turn, dict) else (
+                _kind(turn))
+            problems.append(f"found {found} as turn {n} of 'messages', expected {{role: text, content: text}}; "
+                            "rename or quote its fields")
+    if len(messages) == len(turns):
+        _check_roles([message.role for message in messages], problems)
+    return tuple(messages)
+
+
+def _check_roles(roles: Sequence[str], problems: list[str]) -> None:
+    """Note the first turn that is out of place."""
+    first = 1 if roles[0] == "system" else 0
+    for n, role in enumerate(roles[first:]):
+        if role != (expected := ("user", "assistant")[n % 2]):
+            problems.append(f"found the role {role!r} in turn {first + n + 1} of 'messages', expected {expected!r}; "
+                            "let user and assistant take turns, after at most one system message")
+            return
+    if roles[-1] != "assistant":
+        problems.append(f"found {roles[-1]!r} as the last role of 'messages', expected 'assistant', the answer to be "
+                        "learned; add it, or drop the last turn")
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words, for messages."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,124 @@
+"""Strategies that are listed together have the moments of all."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import toy
+
+from continual.errors import ConfigError
+from continual.strategy import Strategy, compose
+from strategies.anchor import EWC, L2, OnlineEWC
+from strategies.maml import MAML, Reptile
+from strategies.multitask import MultiTask
+from strategies.replay import Replay
+
+
+@dataclass(kw_only=True)
+class ReplayEWC(Replay, EWC):
+    """Composed by hand."""
+
+
+@dataclass(kw_only=True)
+class First(Strategy):
+    """Says when its moments come."""
+
+    said: list[str] = field(init=False, default_factory=list)
+    alpha: float = 0.0
+
+    def end(self, model, task):
+        self.said.append("first")
+        super().end(model, task)
+
+
+@dataclass(kw_only=True)
+class Second(Strategy):
+    """Says when its moments come."""
+
+    said: list[str] = field(init=False, default_factory=list)
+    beta: float = 0.0
+
+    def end(self, model, task):
+        self.said.append("second")
+        super().end(model, task)
+
+
+def weights_after(strategy: Strategy):
+    made = toy.model()
+    toy.train(made, strategy, 0, 1, 2)
+    return toy.everything(made)
+
+
+REPLAY, PULL = {"capacity": 6, "share": 0.4, "seed": 3}, {"strength": 500.0, "examples": 5, "seed": 3}
+
+
+def test_replay_and_ewc_compose_to_the_class_that_inherits_from_both():
+    composed = compose(Replay(**REPLAY), EWC(**PULL))
+    by_hand = ReplayEWC(**{**REPLAY, **PULL})
+    assert type(composed).__mro__[1:] == ReplayEWC.__mro__[1:]
+    assert toy.same(weights_after(composed), weights_after(by_hand))
+
+
+def test_it_has_the_memory_and_the_terms_of_both():
+    strategy = compose(Replay(**REPLAY), EWC(**PULL))
+    weights_after(strategy)
+    assert len(strategy.buffer) == 6
+    assert strategy.anchor
+    assert strategy.stages == 3
+    assert set(strategy.state_dict()) == {*Replay().state_dict(), *EWC().state_dict()}
+
+
+def test_one_part_switched_off_leaves_the_other():
+    assert toy.same(weights_after(compose(Replay(**REPLAY), EWC(strength=0, seed=3))), weights_after(Replay(**REPLAY)))
+    assert toy.same(weights_after(compose(Replay(capacity=0, seed=3), EWC(**PULL))), weights_after(EWC(**PULL)))
+
+
+def test_the_moments_come_in_the_order_of_the_list():
+    for parts, order in (((First(), Second()), ["first", "second"]), ((Second(), First()), ["second", "first"])):
+        strategy = compose(*parts)
+        strategy.end(toy.model(), toy.task(0))
+        assert strategy.said == order
+
+
+@pytest.mark.parametrize("parts", [
+    (Replay(capacity=8), MultiTask(capacity=8)), (MultiTask(capacity=8), Replay(capacity=8)),
+    (Strategy(), MultiTask(capacity=8)), (MultiTask(capacity=8),),
+], ids=["base first", "base last", "naive", "alone"])
+def test_a_base_beside_its_own_subclass_is_that_subclass(parts):
+    composed = compose(*parts)
+    assert type(composed) is MultiTask
+    assert composed.capacity == 8
+    assert toy.same(weights_after(composed), weights_after(MultiTask(capacity=8)))
+
+
+def test_one_strategy_composed_with_nothing_keeps_its_settings():
+    made = compose(OnlineEWC(strength=7.0, decay=0.3, labels="sampled"))
+    assert type(made) is OnlineEWC
+    assert (made.strength, made.decay, made.labels) == (7.0, 0.3, "sampled")
+
+
+def test_settings_that_are_shared_must_agree():
+    with pytest.raises(ConfigError, match="share 'seed' and ask for 1 and 2"):
+        compose(Replay(seed=1), EWC(seed=2))
+    with pytest.raises(ConfigError, match=r"share 'capacity' and ask for 5 and 0\.1"):
+        compose(Replay(capacity=5), MAML())
+
+
+@pytest.mark.parametrize("others", [(MAML, EWC), (EWC, MAML), (Reptile, EWC), (MultiTask, EWC)])
+def test_no_order_of_the_list_loses_the_pull(others):
+    def after(strength: float):
+        made = [k(strength=strength, examples=5) if k is EWC else k() for k in others]
+        return weights_after(compose(*made))
+
+    assert not toy.same(after(500.0), after(0.0))
+
+
+def test_maml_composes_with_weighted_tasks():
+    strategy = compose(MultiTask(weighting="size", capacity=12, share=0.5), MAML(capacity=12, share=0.5))
+    weights_after(strategy)
+    assert set(strategy.notes) == {"weight/c", next(n for n in strategy.notes if n != "weight/c")}
+    assert sum(strategy.notes.values()) == pytest.approx(1)
+
+
+def test_two_kinds_of_pull_are_refused_where_their_strengths_differ():
+    with pytest.raises(ConfigError, match="share 'strength'"):
+        compose(L2(strength=1.0), EWC(strength=2.0))

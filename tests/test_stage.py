@@ -1,0 +1,234 @@
+"""One stage of training: the step, the schedules, when it ends, and that the same seed gives the same weights."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from small import encoded, model
+from test_packing import some
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from continual.data import Task
+from continual.errors import ConfigError, TrainingError
+from continual.loss import nll
+from continual.model import pick_device
+from continual.stage import Recipe, learn
+from continual.strategy import Strategy
+from continual.weights import snapshot, weights
+
+ROWS = some(12, seed=5)
+TASK = Task("colours", ROWS, dev=some(4, seed=6))
+
+
+def train(net=None, task=TASK, strategy=None, seed=0, after=None, **recipe):
+    """The trained model and the events of its stage."""
+    net, events = net or model(), []
+    learn(net, task, strategy or Strategy(), Recipe(**{"lr": 0.01, "batch_size": 4, "log_every": 1, **recipe}),
+          seed=seed, log=events.append, after=after)
+    return net, events
+
+
+def steps(events):
+    return [e for e in events if e["event"] == "step"]
+
+
+def same(a, b):
+    return all(torch.equal(w, weights(b)[n]) for n, w in weights(a).items())
+
+
+# The step
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
+    nets = [model(kind, dtype=torch.float64) for _ in range(2)]
+    nets[1].layout = replace(nets[1].layout, micro_batch=1)
+    for net in nets:
+        train(net, batch_size=6, epochs=2)
+    for name, w in weights(nets[0]).items():
+        torch.testing.assert_close(w, weights(nets[1])[name])
+
+
+def test_a_stage_lowers_the_loss():
+    net, events = train(epochs=10)
+    losses = [e["loss"] for e in steps(events)]
+    assert losses[-1] < losses[0] - 1
+    assert not net.net.training
+
+
+def test_every_example_is_seen_once_an_epoch_in_a_new_order():
+    class Watch(Strategy):
+        def backward(self, model, batch):
+            seen.extend(e.id for e in batch.examples)
+            return super().backward(model, batch)
+
+    seen: list[str] = []
+    train(strategy=Watch(), epochs=3, batch_size=5)
+    epochs = [seen[i : i + 12] for i in range(0, 36, 12)]
+    assert Counter(seen) == {e.id: 3 for e in ROWS}
+    assert all(set(epoch) == {e.id for e in ROWS} for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("clip", [0.01, None])
+def test_the_gradient_is_clipped_to_the_asked_norm(clip):
+    norms = []
+
+    def watch(optimizer, *_):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.stack([g.norm() for g in grads]).norm().item())
+
+    hook = register_optimizer_step_pre_hook(watch)
+    train(clip=clip, epochs=1)
+    hook.remove()
+    assert all(n == pytest.approx(0.01, rel=1e-3) for n in norms) if clip else min(norms) > 0.1
+
+
+def test_the_tokens_of_a_stage_are_its_supervised_ones():
+    _, events = train(epochs=2)
+    assert events[-1]["event"] == "stage"
+    assert events[-1]["tokens"] == 2 * sum(sum(e.response) for e in ROWS)
+
+
+# Schedules
+
+def rates(**recipe):
+    return [e["lr"] for e in steps(train(steps=10, lr=1.0, clip=None, **recipe)[1])]
+
+
+def test_the_logged_rate_is_the_one_of_that_step():
+    seen = []
+    hook = register_optimizer_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
+    logged = rates(schedule="linear", warmup=0.2)
+    hook.remove()
+    assert logged == seen
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "expected"), [
+    ("constant", 0.0, [1.0] * 10),
+    ("constant", 0.4, [0, 0.25, 0.5, 0.75] + [1.0] * 6),
+    ("linear", 0.0, [1 - i / 10 for i in range(10)]),
+    ("linear", 0.2, [0, 0.5] + [1 - i / 8 for i in range(8)]),
+    ("cosine", 0.0, [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]),
+])
+def test_the_learning_rate_rises_and_falls_as_asked(schedule, warmup, expected):
+    assert rates(schedule=schedule, warmup=warmup) == pytest.approx(expected)
+
+
+# Its end
+
+@pytest.mark.parametrize(("recipe", "expected"), [
+    ({"epochs": 3}, 9), ({"epochs": 3, "batch_size": 5}, 9), ({"epochs": 0.5}, 2), ({"epochs": 3, "steps": 7}, 7),
+    ({"epochs": 1, "steps": 20}, 20),
+])
+def test_a_stage_takes_its_epochs_or_its_steps(recipe, expected):
+    _, events = train(**recipe)
+    assert [e["step"] for e in steps(events)] == list(range(1, expected + 1))
+    assert events[-1]["steps"] == expected
+
+
+def test_early_stopping_waits_its_patience_and_keeps_the_weights_of_the_best_epoch():
+    net, seen = model(), []
+
+    def dev():
+        with torch.no_grad():
+            return nll(net, net.batch(TASK.dev)).item()
+
+    _, events = train(net, epochs=50, lr=0.02, patience=2, schedule="constant",
+                      after=lambda step: seen.append(dev()) if step % 3 == 0 else None)
+    best = min(seen)
+    assert len(seen) == seen.index(best) + 1 + 2 < 50
+    assert dev() == pytest.approx(best, abs=1e-6)
+    assert events[-1]["steps"] == 3 * len(seen)
+
+
+def test_early_stopping_without_dev_rows_is_refused():
+    with pytest.raises(ValueError, match="task 'colours' has no dev rows"):
+        train(task=replace(TASK, dev=()), patience=1)
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage_and_names_the_examples():
+    net = model()
+    with torch.no_grad():
+        net.net.model.norm.weight.fill_(math.nan)
+    few = Task("colours", [encoded([7], [8], "row-a"), encoded([7], [9], "row-b")])
+    told = "the loss is nan at step 1 of task 'colours', on the examples row-., row-."
+    with pytest.raises(TrainingError, match=told):
+        train(net, few)
+
+
+# The same again
+
+def with_dropout():
+    net = model("gpt2")
+    assert any(m.p > 0 for m in net.net.modules() if isinstance(m, torch.nn.Dropout))
+    return net
+
+
+@pytest.mark.parametrize("make", [model, with_dropout])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(make):
+    a, b, c = (train(make(), seed=seed, mask_instruction_tokens=0.3)[0] for seed in (1, 1, 2))
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_training_does_not_depend_on_what_was_random_before():
+    a, _ = train(with_dropout())
+    torch.rand(7)
+    b, _ = train(with_dropout())
+    assert same(a, b)
+
+
+# Precision and device
+
+def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_fp32():
+    net, kinds = model(), set()
+    net.bf16 = True
+    hook = net.net.get_output_embeddings().register_forward_hook(lambda m, args, out: kinds.add(out.dtype))
+    _, events = train(net, epochs=4)
+    hook.remove()
+    assert kinds == {torch.bfloat16}
+    assert {w.dtype for w in snapshot(net).values()} == {torch.float32}
+    assert steps(events)[-1]["loss"] < steps(events)[0]["loss"]
+
+
+@pytest.mark.parametrize(("cuda", "mps", "expected"), [
+    (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu"),
+])
+def test_auto_picks_the_best_device_there_is(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device().type == expected
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1", "gpu"):
+        with pytest.raises(ConfigError, match=rf"unknown device '{name}'.* Known: auto, cpu"):
+            pick_device(name)
+
+
+# What cannot be
+
+@pytest.mark.parametrize(("recipe", "message"), [
+    ({"schedule": "cosin"}, r"unknown train.schedule 'cosin'; did you mean 'cosine'"),
+    ({"lr": -1}, "train.lr=-1: expected at least 0"),
+    ({"lr": math.nan}, "train.lr=nan: expected at least 0"),
+    ({"lr": "fast"}, "train.lr=fast: expected a number"),
+    ({"batch_size": 0}, "train.batch_size=0: expected at least 1"),
+    ({"batch_size": 2.5}, "train.batch_size=2.5: expected a whole number"),
+    ({"epochs": 0}, "train.epochs=0: expected more than 0"),
+    ({"steps": 0}, "train.steps=0: expected at least 1"),
+    ({"warmup": 10}, r"train.warmup=10: expected a share or probability in \[0, 1\]"),
+    ({"clip": "no"}, "train.clip=no: expected a number"),
+])
+def test_a_recipe_that_cannot_work_is_refused(recipe, message):
+    with pytest.raises(ConfigError, match=message):
+        Recipe(**{"lr": 0.1, **recipe})
+
+
+def test_all_that_is_wrong_with_a_recipe_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        Recipe(lr=-1, batch_size=0, warmup=2)
+    assert len(str(caught.value).split("\n")) == 3
