@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from small import write_model, write_stream
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower on more
+# One thread, here and in the processes that tests start: bits are only the same for the same number of threads, and
+# models this small are slower on more.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network for anything must fail
 
 

@@ -1,7 +1,6 @@
 """A whole run: what it leaves on disk, and that it ends the same however often it was killed."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -208,7 +207,7 @@ def killed(out, keys, when) -> None:
     """Start the run as a process of its own, and kill it at the first event of that kind."""
     seen = len((out / "events.jsonl").read_text().splitlines()) if (out / "events.jsonl").exists() else 0
     command = [sys.executable, "-c", "from continual.cli import main; main()", "run", *keys, f"out={out}"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         for _ in range(12_000):
             text = (out / "events.jsonl").read_text() if (out / "events.jsonl").exists() else ""
