@@ -43,7 +43,7 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
     return target(**settings)
 
 
-WHOLE = {"seed": 0, "data.max_length": 1, "train.micro_batch": 1, "score.batch_size": 1, "score.limit": 1,
+WHOLE = {"seed": 0, "data.max_length": 1, "train.tokens_per_microbatch": 1, "score.batch_size": 1, "score.limit": 1,
          "score.max_new_tokens": 1, "adapt.steps": 1}
 
 
@@ -83,7 +83,7 @@ def model(config: DictConfig, tasks: Stream) -> Model:
     made: Model = construct(config.model, "model", stream=origin, device=config.device, seed=config.seed)
     if made.layout.seq2seq and weight:
         raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has no loss; set it to 0")
-    made.layout = replace(made.layout, micro_batch=config.train.micro_batch, instruction_weight=weight)
+    made.layout = replace(made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight)
     made.bf16 = precision == "bf16"
     return made
 
@@ -97,7 +97,7 @@ def encoder(config: DictConfig, made: Model) -> Encoder:
 def recipe(config: DictConfig) -> Recipe:
     """The configured way to train a stage."""
     train: Any = OmegaConf.to_container(config.train, resolve=True)
-    keys = {k: v for k, v in train.items() if k not in ("micro_batch", "precision")}
+    keys = {k: v for k, v in train.items() if k not in ("tokens_per_microbatch", "precision")}
     known = [f.name for f in fields(Recipe)]
     if strange := [unknown("key train", k, known) for k in keys if k not in known]:
         raise ConfigError(gathered(strange))

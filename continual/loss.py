@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from continual.attention import flat_attention
 from continual.model import Model
 from continual.packing import Batch
 from continual.weights import Weights
@@ -26,8 +28,9 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
         return (args[0].flatten(0, 1)[batch.at].unsqueeze(0),)
 
     hook = head.register_forward_pre_hook(gather)
+    rows = flat_attention(model.net) if batch.layout.flat else nullcontext()
     try:
-        with torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16):
+        with rows, torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16):
             inputs = {**batch.inputs, "use_cache": False}
             out = model.net(**inputs) if at is None else functional_call(model.net, at, (), inputs)
     finally:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from continual.attention import reads_flat_rows
 from continual.data import Encoded
 from continual.errors import ConfigError, MissingError, unknown
 from continual.packing import Batch, Layout
@@ -92,7 +94,13 @@ def assemble(net: Any, tokenizer: Any, *, device: str = "auto", seed: int = 0, a
         start = tokenizer.pad_token_id if start is None else start  # as T5 does
     layout = Layout(pad=tokenizer.pad_token_id, device=where, decoder_start=start)
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return Model(net.to(where), tokenizer, layout, None if config.is_encoder_decoder else context)
+    made = Model(net.to(where), tokenizer, layout, None if config.is_encoder_decoder else context)
+    if not layout.seq2seq:
+        made.layout = replace(layout, flat=reads_flat_rows(made.net))
+        if not made.layout.flat:
+            print(f"{config.model_type}: its attention cannot read several examples as one row; batches are padded",
+                  file=sys.stderr)
+    return made
 
 
 def _complete(net: Any, tokenizer: Any) -> None:

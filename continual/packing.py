@@ -1,18 +1,25 @@
 """Examples to batches: what a model reads, and where its answers to the supervised positions stand.
 
-Shapes: E examples, T positions of the longest one, S supervised positions of all of them, V vocabulary.
+A causal model reads one flat row of real tokens in which examples that begin alike share that prefix; a model that
+cannot read such a row, or has an encoder, reads a padded row an example.
+
+Shapes: E examples, T positions of the longest one, N tokens of a flat row, S supervised positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from continual.attention import Group, Row
 from continual.data import Encoded
+
+OVERHEAD = 24  # what one more block costs, in tokens: measured on a CPU for models of 1 to 40M parameters
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class Layout:
     pad: int
     device: torch.device
     decoder_start: int | None = None  # set for encoder-decoder models
-    micro_batch: int = 32  # the most examples in one forward pass
+    flat: bool = False  # one flat row, or one padded row an example
+    tokens: int = 4096  # the most tokens in one forward pass, if no single example is longer
     instruction_weight: float = 0.0  # of a prompt token's loss against a response token's
 
     @property
@@ -33,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples and, once asked for, the tensors that a model needs; padding shows nowhere else.
+    """Examples and, once asked for, the tensors that a model needs; the layout shows nowhere else.
 
     `scale` multiplies the loss weight of each example's tokens (all 1 when empty); `factor` (tasks,), which may carry
     a gradient, multiplies the loss of each task's tokens and leaves the normaliser `tokens` alone.
@@ -53,12 +61,26 @@ class Batch:
         return self.of([self.examples[i] for i in indices], [self.scale[i] for i in indices] if self.scale else ())
 
     def micro_batches(self) -> list[Batch]:
-        """This batch in parts of at most `layout.micro_batch` examples, examples of like length together."""
-        n = self.layout.micro_batch
-        if len(self.examples) <= n:
-            return [self]
-        order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i].ids))
-        return [self.pick(order[i : i + n]) for i in range(0, len(order), n)]
+        """This batch in parts of at most `layout.tokens` tokens, or single examples; like stays with like."""
+        rows = [e.ids for e in self.examples]
+        parts: list[list[int]] = [[]]
+        spent = 0
+        if self.layout.flat:
+            order = sorted(range(len(rows)), key=rows.__getitem__)
+        else:
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for i in order:
+            part = parts[-1]
+            if self.layout.flat:
+                cost = spent + len(rows[i]) - (_shared(rows[part[-1]], rows[i], len(rows[i])) if part else 0)
+            else:
+                cost = len(rows[i]) * (len(part) + 1)
+            if part and cost > self.layout.tokens:
+                parts.append([])
+                cost = len(rows[i])
+            parts[-1].append(i)
+            spent = cost
+        return [self] if len(parts) == 1 else [self.pick(part) for part in parts]
 
     def by_task(self) -> dict[int, Batch]:
         """This batch's examples, a batch for each task index."""
@@ -95,52 +117,175 @@ class Batch:
 
     @cached_property
     def _supervised(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """Targets, examples, weights and flat positions in the padded (E, T) output, and the weights' sum."""
+        """Targets, examples, weights and positions in the model's flattened output, and the weights' sum."""
         seq2seq, other = self.layout.seq2seq, self.layout.instruction_weight
         targets: list[int] = []
         owner: list[int] = []
         weight: list[float] = []
         at: list[int] = []
-        width = self.inputs["decoder_input_ids" if seq2seq else "input_ids"].shape[1]
-        for i, e in enumerate(self.examples):
+        for i, (e, home) in enumerate(zip(self.examples, self._laid[1], strict=True)):
             scale = self.scale[i] if self.scale else 1.0
-            first = _turn(e) if seq2seq else 1  # a causal model predicts nothing for its first token
+            # A prompt without weight is passed over; a causal model predicts nothing for its first token.
+            first = _turn(e) if seq2seq else 1 if other else max(1, _turn(e))
             for t in range(first, len(e.ids)):
                 w = 1.0 if e.response[t] else other
                 if w:
                     targets.append(e.ids[t])
                     owner.append(i)
                     weight.append(w * scale)
-                    at.append(i * width + (t - first if seq2seq else t - 1))
+                    at.append(home.place(t - 1))
         device = self.layout.device
         tensors = [torch.tensor(x, dtype=torch.long, device=device) for x in (targets, owner, at)]
         return tensors[0], tensors[1], torch.tensor(weight, device=device), tensors[2], sum(weight)
 
     @property
     def at(self) -> Tensor:
-        """(S,) where, in the model's flattened (E * T) output, each target is predicted."""
+        """(S,) where, in the model's flattened output, each target is predicted."""
         return self._supervised[3]
 
-    @cached_property
-    def inputs(self) -> dict[str, Tensor]:
-        """The model's keyword arguments, (E, T) each.
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The model's keyword arguments: (1, N) and the row's description, or (E, T) each."""
+        return self._laid[0]
 
-        Padding stands on the right of a causal model's rows, where no real token can see it: no mask is needed.
+    @cached_property
+    def _laid(self) -> tuple[dict[str, Any], list[Home]]:
+        """The model's keyword arguments, and where each example stands in them.
+
+        An example's last token is only predicted, never read. Padding stands on the right of a causal model's rows,
+        where no real token can see it: no mask is needed.
         """
+        if self.layout.flat:
+            return _flat(self.examples, self.layout)
         start = self.layout.decoder_start
         if start is None:
-            return {"input_ids": self._padded([e.ids for e in self.examples])}
+            ids = self._padded([e.ids[:-1] for e in self.examples])
+            return {"input_ids": ids}, [Home(i * ids.shape[1]) for i in range(len(ids))]
         sources = [e.ids[: _turn(e)] for e in self.examples]
         lengths = torch.tensor([len(s) for s in sources], device=self.layout.device)
         ids = self._padded(sources)
         mask = torch.arange(ids.shape[1], device=self.layout.device) < lengths[:, None]
         decoder = self._padded([(start, *e.ids[_turn(e) : -1]) for e in self.examples])
-        return {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder}
+        return ({"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder},
+                [Home(i * decoder.shape[1] + 1 - _turn(e)) for i, e in enumerate(self.examples)])
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, rows))
         padded = [[*r, *[self.layout.pad] * (longest - len(r))] for r in rows]
         return torch.tensor(padded, dtype=torch.long, device=self.layout.device)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where an example's tokens stand in the model's flattened output: `prefix` of them apart from the others."""
+
+    own: int
+    prefix: int = 0
+    shared: int = 0
+
+    def place(self, t: int) -> int:
+        """Where token t stands."""
+        return self.shared + t if t < self.prefix else self.own + t - self.prefix
+
+
+def _flat(examples: Sequence[Encoded], layout: Layout) -> tuple[dict[str, Any], list[Home]]:
+    """One row: for each group its prefix, then its examples in blocks of like length."""
+    ids: list[int] = []
+    positions: list[int] = []
+    homes: dict[int, Home] = {}
+    groups: list[Group] = []
+    for prefix, members in grouped(examples):
+        shared = len(ids)
+        ids += examples[members[0]].ids[:prefix]
+        positions += range(prefix)
+        left = {i: len(examples[i].ids) - 1 - prefix for i in members}
+        blocks = blocked(left)
+        for block in blocks:
+            longest = left[block[-1]]
+            for i in block:
+                homes[i] = Home(len(ids), prefix, shared)
+                own = examples[i].ids[prefix:-1]
+                ids += (*own, *[layout.pad] * (longest - len(own)))
+                positions += range(prefix, prefix + longest)
+        homes.update({i: Home(shared, prefix, shared) for i, n in left.items() if n == 0})
+        groups.append(Group(prefix, tuple((len(b), left[b[-1]]) for b in blocks)))
+    tensors = torch.tensor([ids, positions], device=layout.device)
+    inputs = {"input_ids": tensors[:1], "position_ids": tensors[1:], "row": Row(tuple(groups))}
+    return inputs, [homes[i] for i in range(len(examples))]
+
+
+def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
+    """Which examples share how long a prefix of their prompts: (length, indices), as few tokens in all as can be.
+
+    In the order of their ids, examples that begin alike are neighbours. A dynamic programme over that order decides
+    which runs of neighbours share their common prefix; the others stand together without one.
+    """
+    order = sorted(range(len(examples)), key=lambda i: examples[i].ids)
+    most = [_turn(examples[i]) for i in order]
+    rows = [examples[i].ids for i in order]
+    common = [0, *(_shared(rows[k - 1], rows[k], min(most[k - 1], most[k])) for k in range(1, len(rows)))]
+    before = list(range(len(rows)))  # where the run that has common[k] in common begins
+    for k in range(1, len(rows)):
+        before[k] = k - 1
+        while common[before[k]] >= common[k] > 0:
+            before[k] = before[before[k]]
+    saved, cut = [0], [(0, 0)]  # the tokens saved among the first j, and the last run's begin and prefix
+    for j in range(1, len(rows) + 1):
+        saved.append(saved[j - 1])
+        cut.append((j - 1, 0))
+        k = j - 1
+        while prefix := common[k]:
+            k = before[k]
+            if (gain := saved[k] + (j - k - 1) * prefix - 2 * OVERHEAD) > saved[j]:
+                saved[j], cut[j] = gain, (k, prefix)
+    alone: list[int] = []
+    j = len(rows)
+    while j:
+        i, prefix = cut[j]
+        if prefix:
+            yield prefix, order[i:j]
+        else:
+            alone.append(order[i])
+        j = i
+    if alone:
+        yield 0, alone
+
+
+def blocked(lengths: dict[int, int]) -> list[list[int]]:
+    """The keys in runs of like length, shortest first: the least padding plus OVERHEAD a run, by a dynamic programme.
+
+    What has no length stands in no block.
+    """
+    by_length: dict[int, list[int]] = {}
+    for key in sorted((k for k, n in lengths.items() if n), key=lengths.__getitem__):
+        by_length.setdefault(lengths[key], []).append(key)
+    sizes = list(by_length)
+    cost, cut = [0], [0]
+    for j in range(1, len(sizes) + 1):
+        options, count = [], 0
+        for i in range(j - 1, -1, -1):
+            count += len(by_length[sizes[i]])
+            options.append((cost[i] + count * sizes[j - 1] + OVERHEAD, i))
+        best = min(options)
+        cost.append(best[0])
+        cut.append(best[1])
+    runs, j = [], len(sizes)
+    while j:
+        runs.append([key for n in sizes[cut[j] : j] for key in by_length[n]])
+        j = cut[j]
+    return runs[::-1]
+
+
+def _shared(a: Sequence[int], b: Sequence[int], most: int) -> int:
+    """How many tokens, at most so many, both begin with."""
+    low, high = 0, min(len(a), len(b), most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _turn(e: Encoded) -> int:

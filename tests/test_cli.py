@@ -120,7 +120,7 @@ def test_a_name_that_is_not_there_is_refused_with_the_nearest(refused, words, to
     (["train.lr=fast"], "train.lr=fast: expected a number"),
     (["train.betas=3"], "train.betas=3: expected a list"),
     (["train.betas=[0.9,1]"], "train.betas=[0.9, 1]: expected two numbers in [0, 1)"),
-    (["train.micro_batch=0"], "train.micro_batch=0: expected a whole number of at least 1"),
+    (["train.tokens_per_microbatch=0"], "train.tokens_per_microbatch=0: expected a whole number of at least 1"),
     (["score.batch_size=0"], "score.batch_size=0: expected a whole number of at least 1"),
     (["data.max_length=many", "score.limit=0"],
      "data.max_length=many: expected a whole number of at least 1\nscore.limit=0"),

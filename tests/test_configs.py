@@ -109,7 +109,7 @@ def test_every_model_config_names_a_constructor_and_its_keys(name):
 
 def test_the_hf_config_makes_its_model(model_folder, keys):
     made = build.model(composed("run", *keys), None)
-    assert made.layout.micro_batch == 64
+    assert made.layout.tokens == 4096
 
 
 @pytest.mark.parametrize("verb", sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "common"))
@@ -123,7 +123,7 @@ def test_every_command_s_config_composes(verb):
 @pytest.mark.parametrize("name", group("train"))
 def test_every_train_config_makes_a_recipe(name):
     config = toy.config(f"train={name}")
-    keys = {*inspect.signature(type(build.recipe(config))).parameters, "micro_batch", "precision"}
+    keys = {*inspect.signature(type(build.recipe(config))).parameters, "tokens_per_microbatch", "precision"}
     assert set(config.train) <= keys
 
 

@@ -157,8 +157,8 @@ class Counting(Replay):
         return super().loss(model, batch)
 
 
-def counted(share: float, batch_size: int, micro_batch: int = 32) -> list[tuple[int, int]]:
-    made, strategy = toy.model(micro_batch=micro_batch), Counting(capacity=20, share=share)
+def counted(share: float, batch_size: int, tokens: int = 4096) -> list[tuple[int, int]]:
+    made, strategy = toy.model(tokens=tokens), Counting(capacity=20, share=share)
     recipe = Recipe(lr=1e-3, batch_size=batch_size)
     toy.train(made, strategy, 0, recipe=recipe)
     assert all(old == 0 for _, old in strategy.steps)
@@ -173,7 +173,7 @@ def test_a_share_that_is_a_whole_number_is_met_by_every_step():
 
 
 def test_micro_batches_do_not_change_the_share():
-    assert counted(share=0.25, batch_size=6, micro_batch=3) == [(6, 2), (6, 2)]
+    assert counted(share=0.25, batch_size=6, tokens=20) == [(6, 2), (6, 2)]
 
 
 def test_the_rest_of_a_share_is_carried_to_the_next_step():

@@ -43,7 +43,7 @@ def same(a, b):
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
     nets = [model(kind, dtype=torch.float64) for _ in range(2)]
-    nets[1].layout = replace(nets[1].layout, micro_batch=1)
+    nets[1].layout = replace(nets[1].layout, tokens=1)
     for net in nets:
         train(net, batch_size=6, epochs=2)
     for name, w in weights(nets[0]).items():

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from small import network
 
 from continual import build
+from continual.attention import reads_flat_rows
 from continual.data import Encoded, Task
 from continual.matrix import Matrix
 from continual.model import Model
@@ -32,7 +33,8 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama"
     """A network of two layers, hidden 32; transformers' Llama norms and rotates in float32 whatever its dtype."""
     net = network(kind, VOCABULARY, context=32, seed=seed).to(dtype)
     tokenizer = SimpleNamespace(all_special_ids=[0, 1])
-    return Model(net.eval(), tokenizer, Layout(pad=1, device=torch.device("cpu"), **layout), context=32)
+    made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": reads_flat_rows(net), **layout})
+    return Model(net.eval(), tokenizer, made, context=32)
 
 
 def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
@@ -98,8 +100,8 @@ def close(one: dict, other: dict, rtol: float = 1e-9, atol: float = 1e-10) -> bo
     return one.keys() == other.keys() and all(torch.allclose(one[n], other[n], rtol, atol) for n in one)
 
 
-def in_micro_batches(made: Model, n: int) -> Model:
-    return replace(made, layout=replace(made.layout, micro_batch=n))
+def in_micro_batches(made: Model, tokens: int) -> Model:
+    return replace(made, layout=replace(made.layout, tokens=tokens))
 
 
 def log_likelihood(net, e: Encoded) -> torch.Tensor:

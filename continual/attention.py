@@ -1,0 +1,129 @@
+"""Attention over a flat row: many examples in one sequence, some behind a prefix that they share.
+
+Linear layers, norms and embeddings see a plain (1, N) sequence; only attention knows which tokens belong together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "continual_flat_row"
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prefix of so many tokens, then blocks of (examples, length): each example continues the prefix alone."""
+
+    prefix: int
+    blocks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The groups of one flat row, in its order."""
+
+    groups: tuple[Group, ...]
+    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
+
+    def mask(self, prefix: int, n: int, window: int | None, like: Tensor) -> Tensor | None:
+        """(n, prefix + n) what is added to a block's scores; None where plain causal attention says the same."""
+        window = window if window is not None and window < prefix + n else None
+        if window is None and not prefix:
+            return None
+        key = (prefix, n, window)
+        if key not in self.masks:
+            ago = torch.arange(prefix, prefix + n)[:, None] - torch.arange(prefix + n)
+            hidden = (ago < 0) if window is None else (ago < 0) | (ago >= window)
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            self.masks[key] = mask.to(device=like.device, dtype=like.dtype)
+        return self.masks[key]
+
+
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, row: Row,
+           scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+           softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
+    """What `transformers` calls for each layer: query (1, H, N, D), key and value (1, K, N, D) -> (1, N, H, D)."""
+    heads = query.shape[1]
+    if key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    sizes = [size for g in row.groups for size in (g.prefix, *(b * n for b, n in g.blocks))]
+    parts = zip(*(x[0].split(sizes, 1) for x in (query, key, value)), strict=True)
+    out: list[Tensor] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> None:
+        mask = row.mask(prefix, q.shape[2], sliding_window, q)
+        if softcap is None:
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
+                                               dropout_p=dropout)
+        else:
+            o = _capped(q, k, v, mask, scaling, dropout, softcap)
+        out.append(o.transpose(1, 2).flatten(0, 1))
+
+    for group in row.groups:
+        pq, pk, pv = (x[None] for x in next(parts))
+        if group.prefix:
+            run(pq, pk, pv, 0)
+        for b, n in group.blocks:
+            q, k, v = (x.view(heads, b, n, x.shape[-1]).transpose(0, 1) for x in next(parts))
+            if group.prefix:
+                k, v = (torch.cat([p.expand(b, -1, -1, -1), x], 2) for p, x in ((pk, k), (pv, v)))
+            run(q, k, v, group.prefix)
+    return torch.cat(out)[None], None
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float,
+            cap: float) -> Tensor:
+    """Attention whose scores a tanh keeps below `cap`, as in Gemma 2."""
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    n = q.shape[2]
+    mask = torch.full((n, n), -torch.inf, dtype=q.dtype, device=q.device).triu(1) if mask is None else mask
+    chances = (cap * torch.tanh(scores / cap) + mask).softmax(-1)
+    return F.dropout(chances, dropout) @ v
+
+
+@contextmanager
+def flat_attention(net: Any) -> Iterator[None]:
+    """Within it, the network's forward pass takes `row=` and attends by it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    config = net.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@torch.no_grad()
+def reads_flat_rows(net: Any) -> bool:
+    """Whether this network, tried on two short examples, answers a flat row as it does each example alone.
+
+    Networks whose attention is not replaceable (ALiBi) or whose memory is not attention (state-space) do not.
+    """
+    if not getattr(net, "_supports_attention_backend", False) or getattr(net, "_is_stateful", False):
+        return False
+    device, training = next(net.parameters()).device, net.training
+    a, b = [1, 2, 3, 4, 5], [1, 2, 3, 6, 7]
+    net.eval()
+    try:
+        alone = torch.cat([net(input_ids=torch.tensor([x], device=device), use_cache=False).logits[0] for x in (a, b)])
+        with flat_attention(net):
+            told = torch.tensor([[*a, *b[3:]], [0, 1, 2, 3, 4, 3, 4]], device=device)
+            row = Row((Group(3, ((2, 2),)),))
+            flat = net(input_ids=told[:1], position_ids=told[1:], row=row, use_cache=False).logits[0]
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        return False  # it does not take a row
+    finally:
+        net.train(training)
+    apart = (flat - alone[[0, 1, 2, 3, 4, 8, 9]]).abs().max()
+    rounding = 1e-3 if flat.dtype.itemsize > 2 else 0.1
+    return bool(apart <= rounding * alone.std())
