@@ -54,7 +54,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     sizes = [size for g in row.groups for size in (g.prefix, *(b * n for b, n in g.blocks))]
-    parts = zip(*(x[0].split(sizes, 1) for x in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(x[0], sizes, 1) for x in (query, key, value)), strict=True)
     out: list[Tensor] = []
 
     def run(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("data",),
+    ("attention",),
     ("packing", "matrix", "template"),
     ("model",),
     ("weights",),
