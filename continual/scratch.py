@@ -22,7 +22,7 @@ from continual.stage import Recipe, learn
 from continual.strategy import Strategy
 from continual.template import Encoder
 
-VERSION = 1  # of this recipe's code: a change that gives other weights must raise it
+VERSION = 2  # of this recipe's code: a change that gives other weights must raise it
 END = "<|endoftext|>"
 
 
@@ -33,7 +33,7 @@ def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int,
 
     The tokenizer is a byte-level BPE of `vocabulary` tokens trained on the stream's training text. With
     `pretrain.tokens` above 0 the model first learns that many tokens: of the stream's own pre-training examples, or,
-    where it has none, of the training rows' instructions and inputs as plain text, without their answers.
+    where it has none, of the training rows' inputs as plain text behind their instructions, without their answers.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,6 +136,7 @@ def _text(e: Example) -> str:
 
 
 def _plain(e: Example, encoder: Encoder) -> Encoded:
-    """The row's text without its answer, every token learned, cut at the context's end."""
-    ids = [*encoder.ids(_text(e)), encoder.tokenizer.eos_token_id][: encoder.limit]
-    return Encoded(e.id, 0, tuple(ids), (True,) * len(ids))
+    """The row's text without its answer, cut to the context; an instruction before an input is only read."""
+    text = [*encoder.ids(e.input or _text(e)), encoder.tokenizer.eos_token_id][: encoder.limit]
+    asked = encoder.ids(f"{e.instruction}\n")[: encoder.limit - len(text)] if e.input else []
+    return Encoded(e.id, 0, (*asked, *text), (False,) * len(asked) + (True,) * len(text))

@@ -84,7 +84,7 @@ class Encoder:
 
     def ids(self, text: str) -> list[int]:
         """The ids of one piece, no special token added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
     def train(self, example: Example, index: int) -> Encoded:
         """The example with its responses marked; raises Unfit."""
