@@ -5,14 +5,14 @@ Linear layers, norms and embeddings see a plain (1, N) sequence; only attention 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 NAME = "continual_flat_row"
 
@@ -103,27 +103,86 @@ def flat_attention(net: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
+@dataclass(frozen=True)
+class LastLayer:
+    """A network's last layer, of which only the keys and values are needed everywhere: the rest, where one looks."""
+
+    layer: nn.Module
+    norm: nn.Module  # the first thing in it
+    attention: nn.Module
+
+    @contextmanager
+    def only(self, at: Tensor) -> Iterator[None]:
+        """Within it the network's hidden states are (1, S, H), of the positions `at` (S,) of the row alone."""
+        whole: list[Tensor] = []
+
+        def enter(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            whole.append(args[0])
+            return (args[0].index_select(1, at), *args[1:])
+
+        def read(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (whole.pop(), *args[1:])
+
+        def leave(_: Any, args: Any, out: Any) -> Any:
+            return (out[0].index_select(1, at), *out[1:]) if isinstance(out, tuple) else out.index_select(1, at)
+
+        handles = [self.layer.register_forward_pre_hook(enter), self.norm.register_forward_pre_hook(read),
+                   self.attention.register_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 @torch.no_grad()
-def reads_flat_rows(net: Any) -> bool:
+def probe(net: Any) -> tuple[bool, LastLayer | None]:
     """Whether this network, tried on two short examples, answers a flat row as it does each example alone.
 
-    Networks whose attention is not replaceable (ALiBi) or whose memory is not attention (state-space) do not.
+    Networks whose attention is not replaceable (ALiBi) or whose memory is not attention (state-space) do not. Also its
+    last layer, if what comes after attention there can be left out for most positions: tried in the same way.
     """
     if not getattr(net, "_supports_attention_backend", False) or getattr(net, "_is_stateful", False):
-        return False
+        return False, None
     device, training = next(net.parameters()).device, net.training
     a, b = [1, 2, 3, 4, 5], [1, 2, 3, 6, 7]
+    told = torch.tensor([[*a, *b[3:]], [0, 1, 2, 3, 4, 3, 4]], device=device)
+    flat = {"input_ids": told[:1], "position_ids": told[1:], "row": Row((Group(3, ((2, 2),)),)), "use_cache": False}
     net.eval()
     try:
         alone = torch.cat([net(input_ids=torch.tensor([x], device=device), use_cache=False).logits[0] for x in (a, b)])
-        with flat_attention(net):
-            told = torch.tensor([[*a, *b[3:]], [0, 1, 2, 3, 4, 3, 4]], device=device)
-            row = Row((Group(3, ((2, 2),)),))
-            flat = net(input_ids=told[:1], position_ids=told[1:], row=row, use_cache=False).logits[0]
+        expected = alone[[0, 1, 2, 3, 4, 8, 9]]
+        close = (1e-3 if alone.dtype.itemsize > 2 else 0.1) * alone.std()
+        with _called(net) as order, flat_attention(net):
+            reads = bool((net(**flat).logits[0] - expected).abs().max() <= close)
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-        return False  # it does not take a row
+        return False, None  # it does not take a row
+    try:
+        last, at = _last(net, order), torch.tensor([4, 6], device=device)
+        with last.only(at), flat_attention(net):
+            skips = bool((net(**flat).logits[0] - expected[at]).abs().max() <= close)
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+        skips = False  # its last layer is built otherwise
     finally:
         net.train(training)
-    apart = (flat - alone[[0, 1, 2, 3, 4, 8, 9]]).abs().max()
-    rounding = 1e-3 if flat.dtype.itemsize > 2 else 0.1
-    return bool(apart <= rounding * alone.std())
+    return reads, last if reads and skips else None
+
+
+@contextmanager
+def _called(net: Any) -> Iterator[list[nn.Module]]:
+    """The modules that run within it, in their order."""
+    order: list[nn.Module] = []
+    handles = [m.register_forward_pre_hook(lambda m, _: order.append(m)) for m in net.modules()]
+    try:
+        yield order
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _last(net: Any, order: Sequence[nn.Module]) -> LastLayer:
+    """The last of the modules that ran as one of a list, the first of its parts, and the part that attends."""
+    listed = {m for parent in net.modules() if isinstance(parent, nn.ModuleList) for m in parent}
+    layer = [m for m in order if m in listed][-1]
+    parts = [m for m in order if m in set(layer.children())]
+    return LastLayer(layer, parts[0], next(m for m in parts if "attention" in type(m).__name__.lower()))

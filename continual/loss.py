@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,23 +20,31 @@ from continual.weights import Weights
 def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     """Logits (S, V) at the supervised positions only, optionally at other weights than the model's own.
 
-    The hidden states of all other positions are dropped before the LM head, which costs more than a small model's body.
+    The hidden states of all other positions are dropped before the LM head, which costs more than a small model's body,
+    and in a flat row already behind the last layer's attention.
     """
-    head = model.net.get_output_embeddings()
-
-    def gather(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1)[batch.at].unsqueeze(0),)
-
-    hook = head.register_forward_pre_hook(gather)
-    rows = flat_attention(model.net) if batch.layout.flat else nullcontext()
-    try:
-        with rows, torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16):
-            inputs = {**batch.inputs, "use_cache": False}
-            out = model.net(**inputs) if at is None else functional_call(model.net, at, (), inputs)
-    finally:
-        hook.remove()
+    with ExitStack() as stack:
+        if batch.layout.flat:
+            stack.enter_context(flat_attention(model.net))
+        if batch.layout.flat and model.last:
+            stack.enter_context(model.last.only(batch.at))
+        else:
+            stack.enter_context(_head_only(model.net.get_output_embeddings(), batch.at))
+        stack.enter_context(torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16))
+        inputs = {**batch.inputs, "use_cache": False}
+        out = model.net(**inputs) if at is None else functional_call(model.net, at, (), inputs)
     logits: Tensor = out.logits[0]
     return logits.float() if model.bf16 else logits
+
+
+@contextmanager
+def _head_only(head: Any, at: Tensor) -> Iterator[None]:
+    """Within it the LM head sees the positions `at` (S,) of the flattened (E * T) output alone."""
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at].unsqueeze(0),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def token_nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from continual.attention import reads_flat_rows
+from continual.attention import LastLayer, probe
 from continual.data import Encoded
 from continual.errors import ConfigError, MissingError, unknown
 from continual.packing import Batch, Layout
@@ -23,7 +23,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Model:
     """A `transformers` (or `peft`) network, its tokenizer, and how its batches are laid out.
 
-    `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16 by autocast.
+    `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16 by autocast. `last`
+    is its last layer where most of what that computes for unsupervised positions can be left out.
     """
 
     net: Any
@@ -31,6 +32,7 @@ class Model:
     layout: Layout
     context: int | None = None
     bf16: bool = False
+    last: LastLayer | None = None
 
     def batch(self, examples: Sequence[Encoded]) -> Batch:
         """The examples as one batch for this model."""
@@ -96,8 +98,9 @@ def assemble(net: Any, tokenizer: Any, *, device: str = "auto", seed: int = 0, a
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     made = Model(net.to(where), tokenizer, layout, None if config.is_encoder_decoder else context)
     if not layout.seq2seq:
-        made.layout = replace(layout, flat=reads_flat_rows(made.net))
-        if not made.layout.flat:
+        flat, made.last = probe(made.net)
+        made.layout = replace(layout, flat=flat)
+        if not flat:
             print(f"{config.model_type}: its attention cannot read several examples as one row; batches are padded",
                   file=sys.stderr)
     return made

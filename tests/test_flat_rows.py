@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import encoded, model
 
-from continual.attention import reads_flat_rows
+from continual.attention import probe
 from continual.data import Encoded
 from continual.loss import nll, token_nll
 from continual.model import Model
@@ -40,8 +40,10 @@ READ = {
 
 def made(network) -> Model:
     torch.manual_seed(0)
-    layout = Layout(pad=0, device=torch.device("cpu"), flat=True)
-    return Model(network().double().eval(), None, layout)
+    net = network().double().eval()
+    flat, last = probe(net)
+    assert flat
+    return Model(net, None, Layout(pad=0, device=torch.device("cpu"), flat=True), last=last)
 
 
 def draw(rng: random.Random, n: int) -> list[int]:
@@ -72,21 +74,38 @@ def losses(net: Model, examples) -> torch.Tensor:
 @pytest.mark.parametrize("kind", READ)
 def test_every_architecture_that_reads_flat_rows_gives_the_padded_losses_and_gradients(kind):
     net = made(READ[kind])
-    assert reads_flat_rows(net.net)
     found = []
-    for way in (net, padded(net)):
+    for way in (net, replace(net, last=None), padded(net)):
         way.net.zero_grad()
         each = losses(way, two_instructions())
         nll(way, way.batch(two_instructions())).backward()
         found.append((each.detach(), gradient(way)))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
-    for name, g in found[0][1].items():  # some norms of transformers round through float32 even in float64
-        torch.testing.assert_close(g, found[1][1][name], rtol=1e-4, atol=1e-7, msg=name)
+    for each, gradients in found[:2]:
+        torch.testing.assert_close(each, found[2][0], rtol=1e-6, atol=1e-6)
+        for name, g in gradients.items():  # some norms of transformers round through float32 even in float64
+            torch.testing.assert_close(g, found[2][1][name], rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in READ if kind not in ("gpt2", "olmo2")])
+def test_of_the_last_layer_only_keys_and_values_are_computed_everywhere(kind):
+    net, seen = made(READ[kind]), []
+    examples = two_instructions()
+    hook = net.last.layer.register_forward_hook(
+        lambda _, args, out: seen.append((out[0] if isinstance(out, tuple) else out).shape))
+    token_nll(net, net.batch(examples))
+    hook.remove()
+    assert seen == [(1, sum(sum(e.response) for e in examples), 32)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "olmo2"])
+def test_a_network_that_is_built_otherwise_computes_its_last_layer_whole(kind):
+    assert made(READ[kind]).last is None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_in_float64_without_such_norms_they_agree_to_rounding(weight):
-    net = made(READ["gpt2"])
+def test_in_float64_without_such_norms_they_agree_to_rounding(kind, weight):
+    net = made(READ[kind])
     net.layout = replace(net.layout, instruction_weight=weight)
     found = []
     for way in (net, padded(net)):
@@ -103,7 +122,7 @@ def test_in_float64_without_such_norms_they_agree_to_rounding(weight):
 ], ids=["alibi", "state space"])
 @pytest.mark.filterwarnings("ignore")
 def test_networks_that_cannot_read_a_flat_row_are_found_out(network):
-    assert not reads_flat_rows(network())
+    assert probe(network()) == (False, None)
 
 
 def test_a_network_that_cannot_read_a_flat_row_says_so_and_is_padded(capsys):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from small import network
 
 from continual import build
-from continual.attention import reads_flat_rows
+from continual.attention import probe
 from continual.data import Encoded, Task
 from continual.matrix import Matrix
 from continual.model import Model
@@ -33,8 +33,9 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama"
     """A network of two layers, hidden 32; transformers' Llama norms and rotates in float32 whatever its dtype."""
     net = network(kind, VOCABULARY, context=32, seed=seed).to(dtype)
     tokenizer = SimpleNamespace(all_special_ids=[0, 1])
-    made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": reads_flat_rows(net), **layout})
-    return Model(net.eval(), tokenizer, made, context=32)
+    flat, last = probe(net)
+    made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": flat, **layout})
+    return Model(net.eval(), tokenizer, made, context=32, last=last)
 
 
 def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
