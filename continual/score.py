@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from continual.answer import answer
 from continual.data import Encoded, Example, Task
 from continual.errors import ConfigError, DataError, unknown
 from continual.loss import token_nll
@@ -128,33 +129,3 @@ def _perplexity(model: Model, test: Test) -> list[dict[str, Any]]:
 
 def _exp(x: float) -> float:
     return float(torch.tensor(x, dtype=torch.float64).exp())
-
-
-@torch.no_grad()
-def answer(model: Model, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int) -> list[str]:
-    """Greedy answers, each up to the end-of-sequence token; prompts of like length are answered together."""
-    from transformers import GenerationConfig
-
-    tokenizer = model.tokenizer
-    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
-                                eos_token_id=tokenizer.eos_token_id, pad_token_id=model.layout.pad,
-                                decoder_start_token_id=model.layout.decoder_start)
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        inputs = _left_padded([prompts[i].ids for i in part], model)
-        with torch.autocast(model.layout.device.type, torch.bfloat16, enabled=model.bf16):
-            out = model.net.generate(**inputs, generation_config=settings)
-        new = out if model.layout.seq2seq else out[:, inputs["input_ids"].shape[1] :]
-        for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[i] = text.strip()
-    return answers
-
-
-def _left_padded(rows: Sequence[Sequence[int]], model: Model) -> dict[str, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = [[model.layout.pad] * (longest - len(r)) + list(r) for r in rows]
-    mask = [[0] * (longest - len(r)) + [1] * len(r) for r in rows]
-    return {"input_ids": torch.tensor(ids, device=model.layout.device),
-            "attention_mask": torch.tensor(mask, device=model.layout.device)}
