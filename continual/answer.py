@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from continual.attention import flat_attention
-from continual.cache import Cache, cached
+from continual.cache import Cache, Taken, cached
 from continual.data import Encoded
 from continual.model import Model
 from continual.packing import Batch
@@ -50,42 +51,39 @@ def _generated(model: Model, prompts: Sequence[Encoded], room: int) -> Any:
 
 def _from_flat_rows(model: Model, prompts: Sequence[Encoded], room: int) -> list[list[int]]:
     """The answers' ids by flat rows of at most `layout.tokens` prompt tokens."""
-    end = model.tokenizer.eos_token_id
-    # As examples whose one supervised token is the answer's first, of which a batch knows where it is predicted.
-    asked = tuple(replace(p, id=str(i), ids=(*p.ids, end), response=(False,) * len(p.ids) + (True,))
-                  for i, p in enumerate(prompts))
+    asked = [replace(p, id=str(i), response=(False,) * (len(p.ids) - 1) + (True,)) for i, p in enumerate(prompts)]
     said: list[list[int]] = [[] for _ in asked]
-    for batch in Batch(asked, replace(model.layout, instruction_weight=0.0)).micro_batches():
-        at = batch.at.tolist()
-        order = sorted(range(len(at)), key=at.__getitem__)  # as they stand in the row
-        mine = [int(batch.examples[i].id) for i in order]
-        cache = Cache(batch.inputs["row"], [at[i] for i in order], room)
-        logits = _read(model, batch.inputs["input_ids"], batch.inputs["position_ids"], cache, batch.at[order])
-        for left in range(room, 0, -1):
-            tokens = logits.argmax(-1)
-            told = tokens.tolist()
-            for i, token in zip(mine, told, strict=True):
-                said[i].append(token)
-            stay = [k for k, token in enumerate(told) if token != end]
-            if not stay or left == 1:
-                break
-            if len(stay) < len(told):
-                mine, tokens = [mine[k] for k in stay], tokens[stay]
-                cache.keep(stay)
-            logits = _read(model, tokens[None], cache.next()[None].to(tokens.device), cache)
+    for batch in Batch(tuple(asked), model.layout).micro_batches():
+        for e, ids in zip(batch.examples, _greedy(model, batch.examples, room), strict=True):
+            said[int(e.id)] = ids
     return said
 
 
-def _read(model: Model, ids: Tensor, positions: Tensor, cache: Cache, at: Tensor | None = None) -> Tensor:
-    """Logits (B, V) after the tokens `at` (B,) of a row (1, N), by default all of them."""
-    def gather(_: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        return None if at is None else (args[0][:, at],)
+def _greedy(model: Model, prompts: Sequence[Encoded], room: int) -> list[list[int]]:
+    """The ids of each answer up to the end of sequence, and with it."""
+    device, end = model.layout.device, model.tokenizer.eos_token_id
+    cache = Cache(prompts, model.layout.pad, room, model.net.config.get_text_config().num_hidden_layers)
+    with suppress(Taken):
+        _read(model, torch.tensor(cache.ids, device=device), torch.tensor(cache.positions, device=device), cache)
+    said: list[list[int]] = [[] for _ in prompts]
+    left = cache.order
+    tokens = torch.tensor([prompts[i].ids[-1] for i in left], device=device)
+    while True:
+        tokens = _read(model, tokens, cache.next().to(device), cache).argmax(-1)
+        told = tokens.tolist()
+        for i, token in zip(left, told, strict=True):
+            said[i].append(token)
+        stay = [k for k, token in enumerate(told) if token != end]
+        if not stay or cache.new == room:
+            return said
+        if len(stay) < len(told):
+            left, tokens = [left[k] for k in stay], tokens[stay]
+            cache.keep(stay)
 
-    hook = model.net.get_output_embeddings().register_forward_pre_hook(gather)
-    try:
-        with flat_attention(model.net, cached), torch.autocast(ids.device.type, torch.bfloat16, enabled=model.bf16):
-            out = model.net(input_ids=ids, position_ids=positions, row=cache, use_cache=False)
-    finally:
-        hook.remove()
+
+def _read(model: Model, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """Logits (N, V) after each of the row's tokens (N,)."""
+    with flat_attention(model.net, cached), torch.autocast(ids.device.type, torch.bfloat16, enabled=model.bf16):
+        out = model.net(input_ids=ids[None], position_ids=positions[None], row=cache, use_cache=False)
     logits: Tensor = out.logits[0]
     return logits

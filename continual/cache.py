@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from continual.attention import Row, attend
+from continual.attention import Group, Row, attend
+from continual.data import Encoded
+from continual.packing import blocked, grouped
 
 
 class Block:
@@ -24,10 +26,10 @@ class Block:
     answer; a prompt shorter than `own` is padded between the two.
     """
 
-    def __init__(self, begin: int, prefix: int, start: int, own: int, lengths: Tensor) -> None:
+    def __init__(self, begin: int, prefix: int, start: int, own: int, lengths: Sequence[int]) -> None:
         self.shared, self.prefix = slice(begin, begin + prefix), prefix
         self.start, self.own = start, own
-        self.lengths = lengths  # (b,) of whole prompts, on the CPU
+        self.lengths = torch.tensor(lengths)  # (b,) with the prefix, on the CPU
         self.layers: list[list[tuple[Tensor, Tensor]]] = []
         self.masks: dict[tuple[int, int | None], Tensor | None] = {}
 
@@ -83,25 +85,37 @@ class Block:
 
 
 class Cache:
-    """A row's blocks; the network's `row=` within `flat_attention(net, cached)`.
+    """A batch of prompts but for their last tokens, and what follows them; the network's `row=`.
 
-    The first pass reads the prompts as `row` says, every later one a token of each prompt that is left: (1, B).
-    `last` is where, in the row and in its order, each prompt's last token stands.
+    The first pass reads the prompts, (1, N); every later one a token of each prompt that is left, (1, B), in the order
+    `order` of the prompts.
     """
 
-    def __init__(self, row: Row, last: Sequence[int], room: int) -> None:
-        self.row, self.room, self.new, self.layer = row, room, 0, 0
+    def __init__(self, prompts: Sequence[Encoded], pad: int, room: int, layers: int) -> None:
+        self.room, self.depth, self.new, self.layer = room, layers, 0, 0
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.order: list[int] = []
         self.blocks: list[Block] = []
-        begin = done = 0
-        for group in row.groups:
-            start = begin + group.prefix
-            whole = sum(begin <= at < start for at in last)  # prompts that are the prefix and no more
-            for b, n in ((whole, 0), *group.blocks):
-                lengths = [group.prefix + (at - start) % n + 1 if n else group.prefix for at in last[done : done + b]]
-                if b:
-                    self.blocks.append(Block(begin, group.prefix, start, n, torch.tensor(lengths)))
-                start, done = start + b * n, done + b
-            begin = start
+        groups = []
+        for prefix, members in grouped(prompts):
+            begin = len(self.ids)
+            self._lay(prompts[members[0]].ids[:prefix], 0)
+            left = {i: len(prompts[i].ids) - 1 - prefix for i in members}
+            # A prompt with nothing to read is given a token that it does not see: no row is empty.
+            bare = ([i for i, n in left.items() if not n], 0 if prefix else 1)
+            blocks = [(b, n) for b, n in (bare, *((b, left[b[-1]]) for b in blocked(left))) if b]
+            for block, own in blocks:
+                self.blocks.append(Block(begin, prefix, len(self.ids), own, [prefix + left[i] for i in block]))
+                self.order += block
+                for i in block:
+                    self._lay((*prompts[i].ids[prefix:-1], *[pad] * (own - left[i])), prefix)
+            groups.append(Group(prefix, tuple((len(b), n) for b, n in blocks if n)))
+        self.row = Row(tuple(groups))
+
+    def _lay(self, ids: Sequence[int], at: int) -> None:
+        self.ids += ids
+        self.positions += range(at, at + len(ids))
 
     def next(self) -> Tensor:
         """(B,) the positions of the tokens that the next pass reads."""
@@ -120,19 +134,28 @@ class Cache:
         self.blocks = [block for block in self.blocks if len(block.lengths)]
 
 
+class Taken(Exception):
+    """The last layer's keys and values of the prompts are taken: the rest of that pass would be for nothing."""
+
+
 def cached(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, row: Cache,
            scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
            **_: Any) -> tuple[Tensor, None]:
-    """Attention for `transformers`, of the prompts' row or of the tokens after it: (1, H, N, D) -> (1, N, H, D)."""
+    """Attention for `transformers` within `flat_attention(net, cached)`: (1, H, N, D) -> (1, N, H, D).
+
+    Raises Taken in the last layer of the prompts' pass.
+    """
+    row.layer += 1  # layers are called in their order
     if not row.new:
         for block in row.blocks:
             block.take(row.room, key[0], value[0])
+        if row.layer == row.depth:
+            raise Taken
         return attend(module, query, key, value, None, row=row.row, scaling=scaling, sliding_window=sliding_window,
                       softcap=softcap)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = zip(*(x[0].split([len(block.lengths) for block in row.blocks], 1) for x in (query, key, value)),
-                strict=True)
-    out = [block.read(row.layer, row.new, q, k, v, scale, sliding_window, softcap)
+    sizes = [len(block.lengths) for block in row.blocks]
+    parts = zip(*(torch.split(x[0], sizes, 1) for x in (query, key, value)), strict=True)
+    out = [block.read(row.layer - 1, row.new, q, k, v, scale, sliding_window, softcap)
            for block, (q, k, v) in zip(row.blocks, parts, strict=True)]
-    row.layer += 1  # layers are called in their order
     return torch.cat(out)[None], None
