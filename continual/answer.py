@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,16 +15,13 @@ from continual.attention import flat_attention
 from continual.cache import Cache, Taken, cached
 from continual.data import Encoded
 from continual.model import Model
-from continual.packing import Batch
 
 
 @torch.no_grad()
 def answer(model: Model, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy answers, each up to the end-of-sequence token; at most `batch_size` prompts are answered together."""
-    if model.layout.flat:
-        said, order = _from_flat_rows, sorted(range(len(prompts)), key=lambda i: prompts[i].ids)
-    else:
-        said, order = _generated, sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    said = _from_flat_rows if model.layout.flat else _generated
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), prompts[i].ids))
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -50,21 +48,14 @@ def _generated(model: Model, prompts: Sequence[Encoded], room: int) -> Any:
 
 
 def _from_flat_rows(model: Model, prompts: Sequence[Encoded], room: int) -> list[list[int]]:
-    """The answers' ids by flat rows of at most `layout.tokens` prompt tokens."""
-    asked = [replace(p, id=str(i), response=(False,) * (len(p.ids) - 1) + (True,)) for i, p in enumerate(prompts)]
-    said: list[list[int]] = [[] for _ in asked]
-    for batch in Batch(tuple(asked), model.layout).micro_batches():
-        for e, ids in zip(batch.examples, _greedy(model, batch.examples, room), strict=True):
-            said[int(e.id)] = ids
-    return said
-
-
-def _greedy(model: Model, prompts: Sequence[Encoded], room: int) -> list[list[int]]:
     """The ids of each answer up to the end of sequence, and with it."""
     device, end = model.layout.device, model.tokenizer.eos_token_id
-    cache = Cache(prompts, model.layout.pad, room, model.net.config.get_text_config().num_hidden_layers)
-    with suppress(Taken):
-        _read(model, torch.tensor(cache.ids, device=device), torch.tensor(cache.positions, device=device), cache)
+    asked = [replace(p, response=(False,) * (len(p.ids) - 1) + (True,)) for p in prompts]
+    cache = Cache(asked, model.layout.pad, room, model.net.config.get_text_config().num_hidden_layers)
+    for part in _passes([p.ids for p in prompts], model.layout.tokens):
+        ids, positions = cache.lay(part).to(device)
+        with suppress(Taken):
+            _read(model, ids, positions, cache)
     said: list[list[int]] = [[] for _ in prompts]
     left = cache.order
     tokens = torch.tensor([prompts[i].ids[-1] for i in left], device=device)
@@ -79,6 +70,21 @@ def _greedy(model: Model, prompts: Sequence[Encoded], room: int) -> list[list[in
         if len(stay) < len(told):
             left, tokens = [left[k] for k in stay], tokens[stay]
             cache.keep(stay)
+
+
+def _passes(rows: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Neighbours in parts of at most so many tokens, or single rows, what all rows begin with counted once a part."""
+    shared = len(os.path.commonprefix([min(rows), max(rows)]))
+    parts: list[list[int]] = []
+    spent = most
+    for i, row in enumerate(rows):
+        own = len(row) - shared
+        if spent + own > most:
+            parts.append([])
+            spent = shared
+        parts[-1].append(i)
+        spent += own
+    return parts
 
 
 def _read(model: Model, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:

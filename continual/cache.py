@@ -85,37 +85,45 @@ class Block:
 
 
 class Cache:
-    """A batch of prompts but for their last tokens, and what follows them; the network's `row=`.
+    """Prompts but for their last tokens, and what follows them; the network's `row=`.
 
-    The first pass reads the prompts, (1, N); every later one a token of each prompt that is left, (1, B), in the order
-    `order` of the prompts.
+    First come passes that each read some prompts, (1, N); every later pass reads a token of each prompt that is left,
+    (1, B), in the order `order` of the prompts.
     """
 
     def __init__(self, prompts: Sequence[Encoded], pad: int, room: int, layers: int) -> None:
-        self.room, self.depth, self.new, self.layer = room, layers, 0, 0
-        self.ids: list[int] = []
-        self.positions: list[int] = []
-        self.order: list[int] = []
+        self.prompts, self.pad, self.room, self.depth = prompts, pad, room, layers
+        self.new = self.layer = 0
         self.blocks: list[Block] = []
-        groups = []
-        for prefix, members in grouped(prompts):
-            begin = len(self.ids)
-            self._lay(prompts[members[0]].ids[:prefix], 0)
-            left = {i: len(prompts[i].ids) - 1 - prefix for i in members}
+        self.order: list[int] = []
+
+    def lay(self, members: Sequence[int]) -> Tensor:
+        """(2, N) the ids and positions of a row of these prompts, for the next pass to read."""
+        ids: list[int] = []
+        positions: list[int] = []
+        groups, known = [], len(self.blocks)
+
+        def add(more: Sequence[int], at: int) -> None:
+            ids.extend(more)
+            positions.extend(range(at, at + len(more)))
+
+        rows = {i: self.prompts[i].ids for i in members}
+        for prefix, found in grouped([self.prompts[i] for i in members]):
+            group = [members[i] for i in found]
+            begin = len(ids)
+            add(rows[group[0]][:prefix], 0)
+            left = {i: len(rows[i]) - 1 - prefix for i in group}
             # A prompt with nothing to read is given a token that it does not see: no row is empty.
             bare = ([i for i, n in left.items() if not n], 0 if prefix else 1)
             blocks = [(b, n) for b, n in (bare, *((b, left[b[-1]]) for b in blocked(left))) if b]
             for block, own in blocks:
-                self.blocks.append(Block(begin, prefix, len(self.ids), own, [prefix + left[i] for i in block]))
+                self.blocks.append(Block(begin, prefix, len(ids), own, [prefix + left[i] for i in block]))
                 self.order += block
                 for i in block:
-                    self._lay((*prompts[i].ids[prefix:-1], *[pad] * (own - left[i])), prefix)
+                    add((*rows[i][prefix:-1], *[self.pad] * (own - left[i])), prefix)
             groups.append(Group(prefix, tuple((len(b), n) for b, n in blocks if n)))
-        self.row = Row(tuple(groups))
-
-    def _lay(self, ids: Sequence[int], at: int) -> None:
-        self.ids += ids
-        self.positions += range(at, at + len(ids))
+        self.row, self.fresh, self.layer = Row(tuple(groups)), self.blocks[known:], 0
+        return torch.tensor([ids, positions])
 
     def next(self) -> Tensor:
         """(B,) the positions of the tokens that the next pass reads."""
@@ -147,7 +155,7 @@ def cached(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     """
     row.layer += 1  # layers are called in their order
     if not row.new:
-        for block in row.blocks:
+        for block in row.fresh:
             block.take(row.room, key[0], value[0])
         if row.layer == row.depth:
             raise Taken
