@@ -76,10 +76,10 @@ def _passes(rows: Sequence[Sequence[int]], most: int) -> list[list[int]]:
     """Neighbours in parts of at most so many tokens, or single rows, what all rows begin with counted once a part."""
     shared = len(os.path.commonprefix([min(rows), max(rows)]))
     parts: list[list[int]] = []
-    spent = most
+    spent = 0
     for i, row in enumerate(rows):
         own = len(row) - shared
-        if spent + own > most:
+        if not parts or spent + own > most:
             parts.append([])
             spent = shared
         parts[-1].append(i)
