@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -72,9 +72,9 @@ def _from_flat_rows(model: Model, prompts: Sequence[Encoded], room: int) -> list
             cache.keep(stay)
 
 
-def _passes(rows: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+def _passes(rows: Sequence[tuple[int, ...]], most: int) -> list[list[int]]:
     """Neighbours in parts of at most so many tokens, or single rows, what all rows begin with counted once a part."""
-    shared = len(os.path.commonprefix([min(rows), max(rows)]))
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(rows), max(rows), strict=False)))
     parts: list[list[int]] = []
     spent = 0
     for i, row in enumerate(rows):

@@ -111,8 +111,8 @@ def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, me
 def _labels(task: Task[Example], encoder: Encoder) -> dict[str, tuple[int, ...]]:
     """Each of the task's labels as the template writes an answer, to the end of sequence."""
     if not task.labels:
-        raise ConfigError(f"task {task.name!r} has no labels, and score.how=likelihood chooses among them; list them as "
-                          "its \"labels\" in stream.json, or set score.how=generate")
+        raise ConfigError(f"task {task.name!r} has no labels, and score.how=likelihood chooses among them; list them "
+                          "as its 'labels' in stream.json, or set score.how=generate")
     found = {}
     for label in task.labels:
         whole = encoder.train(Example(label, task.name, "-", outputs=(label,), where=f"label {label!r}"), 0)

@@ -82,8 +82,8 @@ def test_a_shared_instruction_is_read_and_kept_once():
 
 
 def test_no_pass_reads_more_tokens_than_were_asked_for_unless_a_single_prompt_does():
-    assert answers._passes([[1, 2], [1, 2]], 16) == [[0, 1]]
-    rows = [[1, 2, 3, *range(4, 4 + n)] for n in (1, 2, 5, 9, 9, 30)]
+    assert answers._passes([(1, 2), (1, 2)], 16) == [[0, 1]]
+    rows = [(1, 2, 3, *range(4, 4 + n)) for n in (1, 2, 5, 9, 9, 30)]
     assert answers._passes(rows, 16) == [[0, 1, 2], [3], [4], [5]]
 
 

@@ -190,7 +190,7 @@ def test_a_conversation_is_scored_on_its_last_turn():
 
 # Likelihood
 
-LABELS = ("very bad", "very good", "good", "neither")
+LABELS = ("very bad", "very sad", "very odd", "most odd", "most bad")
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -200,7 +200,7 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
         for w in net.net.parameters():
             w.mul_(3)  # labels that differ by example
     encoder = Encoder(net.tokenizer, limit=120, seq2seq=kind == "t5")
-    rows = [example(f"Say {'it ' * (7 * i % 5)}{i}.", output="good", id=f"r{i}") for i in range(12)]
+    rows = [example(f"Say {'it ' * (7 * i % 5)}{i}.", output="very sad", id=f"r{i}") for i in range(12)]
     test = prepare(Task("t", (), (), tuple(rows), labels=LABELS), encoder, "test", 0, how="likelihood")
     best = []
     for row in rows:
@@ -209,7 +209,7 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
         best.append(LABELS[each.index(min(each))])
     value, predictions = score(net, test, batch_size=4)
     assert [p["answer"] for p in predictions] == best
-    assert value == best.count("good") / 12
+    assert value == best.count("very sad") / 12
     assert len(set(best)) > 1
 
 
