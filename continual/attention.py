@@ -5,7 +5,7 @@ Linear layers, norms and embeddings see a plain (1, N) sequence; only attention 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,11 +89,11 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
 
 
 @contextmanager
-def flat_attention(net: Any) -> Iterator[None]:
-    """Within it, the network's forward pass takes `row=` and attends by it."""
+def flat_attention(net: Any, by: Callable[..., tuple[Tensor, None]] = attend) -> Iterator[None]:
+    """Within it, the network's forward pass takes `row=` and attends by it, or as `by` does with what `row` is."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, by)
     config = net.config
     before = config._attn_implementation
     config._attn_implementation = NAME

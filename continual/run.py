@@ -51,8 +51,8 @@ def set_up(config: DictConfig) -> Bench:
     model = build.model(config, stream)
     encoder = build.encoder(config, model)
     s = config.score
-    tests = [prepare(t, encoder, s.split, i, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit)
-             for i, t in enumerate(stream.tasks)]
+    tests = [prepare(t, encoder, s.split, i, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit,
+                     how=s.how) for i, t in enumerate(stream.tasks)]
     return Bench(config, stream, model, strategy, recipe, encoder, tests)
 
 

@@ -7,12 +7,13 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 
+from continual.answer import answer
 from continual.data import Encoded, Example, Task
 from continual.errors import ConfigError, DataError, unknown
 from continual.loss import token_nll
@@ -58,13 +59,15 @@ METRICS: Mapping[str, Callable[[str, str], float]] = {
 }
 SPLITS = ("train", "dev", "test")
 PERPLEXITY = "perplexity"  # marks the reference, not an answer
+HOW = ("generate", "likelihood")
 
 
 @dataclass(frozen=True)
 class Test:
     """One task ready to be scored: its examples, their prompts as ids, and the most tokens that an answer may take.
 
-    `encoded` holds prompt and reference together where the metric is perplexity.
+    `encoded` holds prompt and reference together where the metric is perplexity. With `labels`, each with its tokens,
+    the answer is the likeliest of them.
     """
 
     task: str
@@ -72,13 +75,16 @@ class Test:
     examples: Sequence[Example]
     encoded: Sequence[Encoded]
     max_new_tokens: int
+    labels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, metric: str | None = None,
-            max_new_tokens: int | None = None, limit: int | None = None) -> Test:
+            max_new_tokens: int | None = None, limit: int | None = None, how: str = "generate") -> Test:
     """Encode a task's prompts once. By default an answer may be as long as the task's longest reference.
 
-    Raises ConfigError for an unknown metric, DataError for a split that is not there or an example that does not fit.
+    With `how="likelihood"` the answer is the likeliest of the task's labels, whatever `max_new_tokens`. Raises
+    ConfigError for an unknown metric or way to answer and for a task without the labels that it needs, DataError for a
+    split that is not there or an example that does not fit.
     """
     metric = metric or task.metric
     if metric not in METRICS and metric != PERPLEXITY:
@@ -86,8 +92,11 @@ def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, me
                           " Set score.metric to score it by another.")
     if split not in SPLITS:
         raise ConfigError(unknown("score.split", split, SPLITS))
+    if how not in HOW:
+        raise ConfigError(unknown("score.how", how, HOW))
     rows = list(task.split(split))[:limit]
-    room = max_new_tokens or max(encoder.room(e) for e in rows)
+    labels = _labels(task, encoder) if how == "likelihood" and metric != PERPLEXITY else {}
+    room = max(map(len, labels.values())) if labels else max_new_tokens or max(encoder.room(e) for e in rows)
     if metric == PERPLEXITY:
         encode: Callable[[Example], Encoded] = lambda e: encoder.train(e, index)  # noqa: E731
     else:
@@ -96,7 +105,36 @@ def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, me
     if not encoded:
         raise DataError(f"task {task.name!r} has no {split} rows left to score; add rows, or raise data.max_length")
     kept = {e.id for e in encoded}
-    return Test(task.name, metric, [e for e in rows if e.id in kept], encoded, room)
+    return Test(task.name, metric, [e for e in rows if e.id in kept], encoded, room, labels)
+
+
+def _labels(task: Task[Example], encoder: Encoder) -> dict[str, tuple[int, ...]]:
+    """Each of the task's labels as the template writes an answer, to the end of sequence."""
+    if not task.labels:
+        raise ConfigError(f"task {task.name!r} has no labels, and score.how=likelihood chooses among them; list them "
+                          "as its 'labels' in stream.json, or set score.how=generate")
+    found = {}
+    for label in task.labels:
+        whole = encoder.train(Example(label, task.name, "-", outputs=(label,), where=f"label {label!r}"), 0)
+        found[label] = whole.ids[whole.response.index(True) :]
+    return found
+
+
+@torch.no_grad()
+def likeliest(model: Model, prompts: Sequence[Encoded], labels: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The label of each prompt whose tokens have the highest log-likelihood in sum; of equals the first.
+
+    A flat row reads each prompt once, whatever the number of labels.
+    """
+    pairs = [replace(p, id=str(i * len(labels) + j), ids=p.ids + ids,
+                     response=(False,) * len(p.ids) + (True,) * len(ids))
+             for i, p in enumerate(prompts) for j, ids in enumerate(labels.values())]
+    told = torch.zeros(len(pairs), dtype=torch.float64)
+    for micro in Batch(tuple(pairs), replace(model.layout, instruction_weight=0.0)).micro_batches():
+        rows = torch.tensor([int(e.id) for e in micro.examples])
+        told.index_add_(0, rows[micro.example.cpu()], token_nll(model, micro).double().cpu())
+    names = list(labels)
+    return [names[j] for j in told.view(len(prompts), -1).argmin(1).tolist()]
 
 
 def score(model: Model, test: Test, batch_size: int) -> tuple[float, list[dict[str, Any]]]:
@@ -107,7 +145,10 @@ def score(model: Model, test: Test, batch_size: int) -> tuple[float, list[dict[s
 
 def _answers(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
     mark = METRICS[test.metric]
-    answers = answer(model, test.encoded, test.max_new_tokens, batch_size)
+    if test.labels:
+        answers = likeliest(model, test.encoded, test.labels)
+    else:
+        answers = answer(model, test.encoded, test.max_new_tokens, batch_size)
     return [{"id": e.id, "prompt": asked.text, "answer": a, "references": list(e.outputs),
              "score": max(mark(a, o) for o in e.outputs)}
             for e, asked, a in zip(test.examples, test.encoded, answers, strict=True)]
@@ -128,33 +169,3 @@ def _perplexity(model: Model, test: Test) -> list[dict[str, Any]]:
 
 def _exp(x: float) -> float:
     return float(torch.tensor(x, dtype=torch.float64).exp())
-
-
-@torch.no_grad()
-def answer(model: Model, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int) -> list[str]:
-    """Greedy answers, each up to the end-of-sequence token; prompts of like length are answered together."""
-    from transformers import GenerationConfig
-
-    tokenizer = model.tokenizer
-    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
-                                eos_token_id=tokenizer.eos_token_id, pad_token_id=model.layout.pad,
-                                decoder_start_token_id=model.layout.decoder_start)
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        inputs = _left_padded([prompts[i].ids for i in part], model)
-        with torch.autocast(model.layout.device.type, torch.bfloat16, enabled=model.bf16):
-            out = model.net.generate(**inputs, generation_config=settings)
-        new = out if model.layout.seq2seq else out[:, inputs["input_ids"].shape[1] :]
-        for i, text in zip(part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[i] = text.strip()
-    return answers
-
-
-def _left_padded(rows: Sequence[Sequence[int]], model: Model) -> dict[str, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = [[model.layout.pad] * (longest - len(r)) + list(r) for r in rows]
-    mask = [[0] * (longest - len(r)) + [1] * len(r) for r in rows]
-    return {"input_ids": torch.tensor(ids, device=model.layout.device),
-            "attention_mask": torch.tensor(mask, device=model.layout.device)}

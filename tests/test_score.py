@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import byte_bpe, example, model, stream_text
 
+from continual.answer import answer
 from continual.data import Message, Task
 from continual.errors import ConfigError, DataError
 from continual.loss import nll
 from continual.model import assemble
-from continual.score import METRICS, answer, exact_match, normalise, prepare, rouge_l, score, token_f1
+from continual.score import METRICS, exact_match, normalise, prepare, rouge_l, score, token_f1
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
 from continual.template import Encoder
@@ -185,6 +186,41 @@ def test_a_conversation_is_scored_on_its_last_turn():
     _, (row,) = score(model(), ready(model(), [example("", output="red", messages=turns)]), 8)
     assert row["references"] == ["red"]
     assert row["prompt"].endswith("Name one.\n")
+
+
+# Likelihood
+
+LABELS = ("very bad", "very sad", "very odd", "most odd", "most bad")
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
+    net = model(kind, dtype=torch.float64)
+    with torch.no_grad():
+        for w in net.net.parameters():
+            w.mul_(3)  # labels that differ by example
+    encoder = Encoder(net.tokenizer, limit=120, seq2seq=kind == "t5")
+    rows = [example(f"Say {'it ' * (7 * i % 5)}{i}.", output="very sad", id=f"r{i}") for i in range(12)]
+    test = prepare(Task("t", (), (), tuple(rows), labels=LABELS), encoder, "test", 0, how="likelihood")
+    best = []
+    for row in rows:
+        alone = [encoder.train(replace(row, outputs=(label,)), 0) for label in LABELS]
+        each = [nll(net, net.batch([e])).item() * sum(e.response) for e in alone]
+        best.append(LABELS[each.index(min(each))])
+    value, predictions = score(net, test, batch_size=4)
+    assert [p["answer"] for p in predictions] == best
+    assert value == best.count("very sad") / 12
+    assert len(set(best)) > 1
+
+
+def test_a_task_without_labels_cannot_be_answered_by_likelihood():
+    with pytest.raises(ConfigError, match=r"task 't' has no labels, .* or set score.how=generate"):
+        ready(model(), how="likelihood")
+
+
+def test_an_unknown_way_to_answer_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown score.how 'likelyhood'; did you mean 'likelihood'"):
+        ready(model(), how="likelyhood")
 
 
 # Perplexity
