@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from continual.data import Encoded
@@ -42,7 +43,7 @@ def fisher(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
     parameters in other places runs one example at a time, with the same result but for rounding.
     Raises ConfigError for other labels.
     """
-    draws = _draws(examples, labels, generator)
+    draws = _draws(model, examples, labels, generator)
     try:
         return _together(model, examples, draws)
     except _Entangled:
@@ -55,17 +56,16 @@ def fisher_by_example(model: Model, examples: Sequence[Encoded], labels: str = "
 
     The same generator draws the same labels in both.
     """
-    return _one_by_one(model, examples, _draws(examples, labels, generator))
+    return _one_by_one(model, examples, _draws(model, examples, labels, generator))
 
 
-def _draws(examples: Sequence[Encoded], labels: str, generator: torch.Generator | None) -> Draws:
+def _draws(model: Model, examples: Sequence[Encoded], labels: str, generator: torch.Generator | None) -> Draws:
     """Drawn here for all examples, so that labels do not depend on which examples run together."""
     if labels not in LABELS:
         raise ConfigError(unknown("Fisher labels", labels, LABELS))
     if labels == "empirical":
         return [None] * len(examples)
-    counts = [sum(e.response) for e in examples]
-    return torch.rand(sum(counts), dtype=torch.float64, generator=generator).split(counts)
+    return [torch.rand(len(_batch(model, [e]).targets), dtype=torch.float64, generator=generator) for e in examples]
 
 
 def _batch(model: Model, examples: Sequence[Encoded]) -> Batch:
@@ -104,40 +104,94 @@ class _Entangled(Exception):
 
 def _together(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
     """Examples of like length at a time; raises _Entangled, on the first of them, where that cannot be done."""
-    live = weights(model)
+    live, layers = weights(model), _Layers(model)
     total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in live.items()}
-    owned = _owned(model)
     for run in blocked({i: len(e.ids) for i, e in enumerate(examples)}):
         size = max(1, model.layout.tokens // len(examples[run[-1]].ids))
         for part in (run[i : i + size] for i in range(0, len(run), size)):
             batch = _batch(model, [examples[i] for i in part])
-            with _watched(model, batch, owned) as seen:
+            with layers.watched(batch) as seen:
                 log_p = _log_likelihood(model, batch, [draws[i] for i in part])
-            if seen.keys() != owned.keys():
-                raise _Entangled  # a weight is used without its layer
+            if seen.keys() != layers.owned.keys():
+                raise _Entangled  # a weight is used without its layer, or not at all
             grads = torch.autograd.grad(log_p, [edge for _, edge in seen.values()], allow_unused=True)
-            _add(total, model, batch, owned, {m: (x, g) for (m, (x, _)), g in zip(seen.items(), grads, strict=True)
-                                              if g is not None})
-    return {n: (t / len(examples)).to(live[n].dtype) for n, t in total.items()}
+            layers.add(total, batch, {m: (x, g) for (m, (x, _)), g in zip(seen.items(), grads, strict=True)
+                                      if g is not None})
+    return {n: (t / max(1, len(examples))).to(live[n].dtype) for n, t in total.items()}
 
 
-Owned = dict[nn.Module, dict[str, str]]  # of each layer the trainable parameters: its own name for it, the model's name
+class _Layers:
+    """A model's layers with trainable parameters, each of a kind that works on every example apart.
 
+    Raises _Entangled for a model that has others, or a weight in several layers, but for an embedding tied to the head.
+    """
 
-def _owned(model: Model) -> Owned:
-    """The layers with trainable parameters; raises _Entangled if one is of no known kind."""
-    names = {p: n for n, p in model.net.named_parameters() if p.requires_grad}
-    owned = {m: own for m in model.net.modules()
-             if (own := {n: names[p] for n, p in m.named_parameters(recurse=False) if p in names})}
-    if any(not (_linear(m) or _norm(m) or _embedding(m) and not model.layout.seq2seq) for m in owned):
-        raise _Entangled
-    uses = Counter(name for own in owned.values() for name in own.values())
-    head, words = model.net.get_output_embeddings(), model.net.get_input_embeddings()
-    tied = owned.get(head, {}).get("weight")
-    if any(count > 1 and not (name == tied == owned.get(words, {}).get("weight") and count == 2)
-           for name, count in uses.items()):
-        raise _Entangled
-    return owned
+    def __init__(self, model: Model) -> None:
+        names = {p: n for n, p in model.net.named_parameters() if p.requires_grad}
+        # Of each layer, its own name for each parameter and the model's.
+        self.owned = {m: own for m in model.net.modules()
+                      if (own := {n: names[p] for n, p in m.named_parameters(recurse=False) if p in names})}
+        self.head, self.words = model.net.get_output_embeddings(), model.net.get_input_embeddings()
+        # The logits are those of the supervised positions alone: (1, S, V).
+        self.gathered = set(self.head.modules())
+        if not all(_linear(m) or _norm(m) or (_embedding(m) and not model.layout.seq2seq) for m in self.owned):
+            raise _Entangled
+        uses = Counter(name for own in self.owned.values() for name in own.values())
+        name = self.owned.get(self.words, {}).get("weight")
+        self.tied = name is not None and self.owned.get(self.head, {}).get("weight") == name
+        if any(count > (2 if self.tied and n == name else 1) for n, count in uses.items()):
+            raise _Entangled
+
+    @contextmanager
+    def watched(self, batch: Batch) -> Iterator[dict[nn.Module, tuple[Tensor, Any]]]:
+        """Within it a forward pass notes each layer's input, and where its output's gradient will arrive."""
+        seen: dict[nn.Module, tuple[Tensor, Any]] = {}
+        n, lengths = len(batch.examples), {x.shape[1] for x in batch.inputs.values()}
+
+        def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if module in seen or len(args) != 1:
+                raise _Entangled
+            x = args[0]
+            if _embedding(module) and len(x) == 1:  # positions, looked up once for all examples
+                x, out = x.expand(n, -1), out.expand(n, -1, -1)
+            if module not in self.gathered and (out.ndim < 3 or len(out) != n or out.shape[1] not in lengths):
+                raise _Entangled  # as an expert's tokens
+            seen[module] = x.detach(), get_gradient_edge(out)
+            return out
+
+        handles = [m.register_forward_hook(see) for m in self.owned]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, total: Weights, batch: Batch, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> None:
+        """Add each example's squared gradients, from the layers' inputs and output gradients."""
+        for module, (x, g) in seen.items():
+            to = {n: total[name] for n, name in self.owned[module].items()}
+            x, g = self._read(module, batch, x, g, next(iter(to.values())).dtype)
+            if module is self.words and self.tied:
+                _add_tied(to["weight"], x, g, *self._read(self.head, batch, *seen[self.head], g.dtype))
+            elif _embedding(module):
+                _add_rows(to["weight"], x, g)
+            elif _linear(module):
+                if "weight" in to and not (module is self.head and self.tied):
+                    _add_products(to["weight"], *((g, x) if type(module) is nn.Linear else (x, g)))
+                if "bias" in to:
+                    to["bias"] += g.sum(1).square().sum(0)
+            else:
+                _add_norm(to, module, x, g)
+
+    def _read(self, module: nn.Module, batch: Batch, x: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Input and output gradient, (E, positions, ...) each, as the layer multiplied them, in this precision."""
+        if module in self.gathered:
+            counts = torch.bincount(batch.example, minlength=len(batch.examples)).tolist()
+            x, g = (nn.utils.rnn.pad_sequence([*torch.split(t[0], counts)], batch_first=True) for t in (x, g))
+        if isinstance(module, nn.Embedding):
+            g = g.to(dtype)
+            return x, g if module.padding_idx is None else g.masked_fill((x == module.padding_idx)[..., None], 0)
+        return x.to(g.dtype).to(dtype), g.to(dtype)
 
 
 def _linear(module: nn.Module) -> bool:
@@ -146,7 +200,7 @@ def _linear(module: nn.Module) -> bool:
 
 
 def _norm(module: nn.Module) -> bool:
-    """Every architecture of `transformers` has its own class of them; what they compute is asked of them."""
+    """Most architectures of `transformers` have their own."""
     return type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
@@ -154,83 +208,8 @@ def _embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding and not module.scale_grad_by_freq
 
 
-@contextmanager
-def _watched(model: Model, batch: Batch, owned: Owned) -> Iterator[dict[nn.Module, tuple[Tensor, Any]]]:
-    """Within it a forward pass notes each layer's input, and where its output's gradient will be found."""
-    seen: dict[nn.Module, tuple[Tensor, Any]] = {}
-    n, lengths = len(batch.examples), {x.shape[1] for x in batch.inputs.values()}
-    head = set(model.net.get_output_embeddings().modules())
-
-    def see(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        if module in seen or len(args) != 1 or not isinstance(out, Tensor):
-            raise _Entangled
-        (x,) = args
-        if _embedding(module) and len(x) == 1:  # positions, told once for all examples
-            x, out = x.expand(n, -1), out.expand(n, -1, -1)
-        if module not in head and (out.ndim < 3 or len(x) != n or x.shape[1] not in lengths):
-            raise _Entangled
-        seen[module] = x.detach(), torch.autograd.graph.get_gradient_edge(out)
-        return out
-
-    handles = [m.register_forward_hook(see) for m in owned]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _add(total: Weights, model: Model, batch: Batch, owned: Owned,
-         seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> None:
-    """Add the sum over these examples of their squared gradients, from each layer's inputs and output gradients."""
-    head, words = model.net.get_output_embeddings(), model.net.get_input_embeddings()
-    tied = words in seen and owned[words]["weight"] == owned.get(head, {}).get("weight")
-    inside = set(head.modules())
-    for module, (x, g) in seen.items():
-        to = {n: total[name] for n, name in owned[module].items()}
-        x, g = _as(to, x, g)
-        if module in inside:
-            x, g = _by_example(batch, x), _by_example(batch, g)
-        if _embedding(module):
-            if module.padding_idx is not None:  # which learns nothing
-                g = g.masked_fill((x == module.padding_idx)[..., None], 0)
-            if not tied or module is not words:
-                _add_rows(to["weight"], x, g)
-                continue
-            hx, hg = (_by_example(batch, t) for t in _as(to, *seen[head]))
-            for e in range(len(x)):
-                one = (hg[e].T @ hx[e]).index_add_(0, x[e], g[e])
-                to["weight"].addcmul_(one, one)
-        elif _linear(module):
-            if "weight" in to and not (tied and module is head):
-                _add_products(to["weight"], *((g, x) if type(module) is nn.Linear else (x, g)))
-            if "bias" in to:
-                to["bias"] += g.sum(1).square().sum(0)
-        else:
-            own = {n: p.to(g.dtype) for n, p in module.named_parameters() if n in to}
-
-            def pulled(x: Tensor, g: Tensor, module: nn.Module = module, own: Weights = own) -> Weights:
-                grads: Weights = vjp(lambda p: functional_call(module, p, x), own)[1](g)[0]
-                return grads
-
-            for n, each in vmap(pulled)(x, g).items():
-                to[n] += each.square().sum(0)
-
-
-def _as(to: Weights, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output gradient as the layer multiplied them, in the precision of the sums."""
-    dtype = next(iter(to.values())).dtype
-    return x.to(g.dtype).to(dtype) if x.is_floating_point() else x, g.to(dtype)
-
-
-def _by_example(batch: Batch, x: Tensor) -> Tensor:
-    """(1, S, D) -> (E, L, D), filled with zeros."""
-    counts = torch.bincount(batch.example, minlength=len(batch.examples)).tolist()
-    return nn.utils.rnn.pad_sequence(x[0].split(counts), batch_first=True)
-
-
 def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (M, N) += sum over e of (a_e^T b_e)^2, of a (E, T, M) and b (E, T, N)."""
+    """total (M, N) += the sum over e of (a_e^T b_e)^2, of a (E, T, M) and b (E, T, N)."""
     size = max(1, PRODUCTS // total.numel())
     for i in range(0, len(a), size):
         each = a[i : i + size].mT @ b[i : i + size]
@@ -238,8 +217,30 @@ def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _add_rows(total: Tensor, ids: Tensor, g: Tensor) -> None:
-    """total (V, D) += the squared sum of g (E, T, D) over each example's positions of the same id (E, T)."""
-    first = torch.arange(len(ids), device=ids.device)[:, None] * len(total)  # an example's ids are its own
-    keys, at = (ids + first).unique(return_inverse=True)
+    """total (V, D) += the squared sums of g (E, T, D) over the positions of an example with the same id (E, T)."""
+    first = torch.arange(len(ids), device=ids.device)[:, None] * len(total)  # each example has ids of its own
+    keys, at = torch.unique(ids + first, return_inverse=True)
     sums = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, at.flatten(), g.flatten(0, 1))
     total.index_add_(0, keys % len(total), sums.square())
+
+
+def _add_tied(total: Tensor, ids: Tensor, g: Tensor, x: Tensor, head: Tensor) -> None:
+    """total (V, D) += the squared gradients of an embedding, g (E, T, D) at ids (E, T), that is the head as well.
+
+    The head's input x (E, L, D) and output gradient (E, L, V).
+    """
+    for e in range(len(ids)):
+        one = (head[e].T @ x[e]).index_add_(0, ids[e], g[e])
+        total.addcmul_(one, one)
+
+
+def _add_norm(to: Weights, module: nn.Module, x: Tensor, g: Tensor) -> None:
+    """Add the squared gradients of a module's few parameters, whatever it computes of each example x (E, ...)."""
+    own = {n: p.detach().to(g.dtype) for n, p in module.named_parameters() if n in to}
+
+    def pulled(x: Tensor, g: Tensor) -> Weights:
+        grads: Weights = vjp(lambda p: functional_call(module, p, x), own)[1](g)[0]
+        return grads
+
+    for n, each in vmap(pulled)(x, g).items():
+        to[n] += each.square().sum(0)
