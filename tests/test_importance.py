@@ -173,7 +173,7 @@ TOGETHER = {
     "gpt2": lambda: of("gpt2"),
     "gpt2 with lora": lambda: lora(of("gpt2"), target_modules=["c_attn"]),
     "qwen3": lambda: of("qwen3"),
-    "t5 with lora": lambda: lora(of("t5"), target_modules=["q", "v", "wi", "lm_head"]),
+    "t5 with lora": lambda: lora(of("t5"), target_modules=["q", "v", "wi"]),
     "experts with lora": lambda: lora(experts(), target_modules=["q_proj", "o_proj"]),
 }
 APART = {
