@@ -1,21 +1,32 @@
-"""How much each weight matters to what has been learned, from per-example gradients."""
+"""How much each weight matters to what has been learned, from per-example gradients.
+
+Shapes: E examples, T positions, S supervised positions, L supervised positions of the example with most, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.func import functional_call, vjp, vmap
 
 from continual.data import Encoded
 from continual.errors import ConfigError, unknown
 from continual.loss import forward
 from continual.model import Model
-from continual.packing import Batch
+from continual.packing import Batch, blocked
 from continual.weights import Weights, weights, zeros
 
 LABELS = ("empirical", "sampled")
+PRODUCTS = 2**18  # so many numbers of per-example gradients at a time, or one example's: they stay in the cache
+
+Draws = Sequence[Tensor | None]  # a number in [0, 1) for each response token of each example, or none of any
 
 
 def fisher(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
@@ -26,16 +37,60 @@ def fisher(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
     trainable parameters only, at the weights as they are. With `labels="empirical"` y is the response in the data;
     with "sampled" each response token is drawn from the model's own distribution given the tokens before it, which
     makes it the true Fisher of the token distributions (Kunstner et al. 2019, eq. 2 against eq. 3).
+
+    Examples run together. A layer's inputs and output gradients hold each example's gradient apart: for a linear layer
+    it is their product over that example's tokens (Goodfellow 2015, squared after the sum). A model with trainable
+    parameters in other places runs one example at a time, with the same result but for rounding.
     Raises ConfigError for other labels.
     """
+    draws = _draws(model, examples, labels, generator)
+    try:
+        return _together(model, examples, draws)
+    except _Entangled:
+        return _one_by_one(model, examples, draws)
+
+
+def fisher_by_example(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
+                      generator: torch.Generator | None = None) -> Weights:
+    """What `fisher` gives, by one backward pass an example: for any model, and slower. Raises ConfigError as it does.
+
+    The same generator draws the same labels in both.
+    """
+    return _one_by_one(model, examples, _draws(model, examples, labels, generator))
+
+
+def _draws(model: Model, examples: Sequence[Encoded], labels: str, generator: torch.Generator | None) -> Draws:
+    """Drawn here for all examples, so that labels do not depend on which examples run together."""
     if labels not in LABELS:
         raise ConfigError(unknown("Fisher labels", labels, LABELS))
-    total = zeros(model)
-    live = weights(model)
-    layout = replace(model.layout, instruction_weight=0.0)  # a dual objective's prompt is no part of the response
-    for example in examples:
-        batch = Batch((example,), layout)
-        log_p = _log_likelihood(model, batch, labels, generator)
+    if labels == "empirical":
+        return [None] * len(examples)
+    return [torch.rand(len(_batch(model, [e]).targets), dtype=torch.float64, generator=generator) for e in examples]
+
+
+def _batch(model: Model, examples: Sequence[Encoded]) -> Batch:
+    """A row an example, of its response alone: a dual objective's prompt is no part of it.
+
+    A prefix that examples share would receive their summed gradient, which cannot be taken apart.
+    """
+    return Batch(tuple(examples), replace(model.layout, instruction_weight=0.0, flat=False))
+
+
+def _log_likelihood(model: Model, batch: Batch, draws: Draws) -> Tensor:
+    """log p of the response tokens of the data, or of ones drawn from the model; a scalar."""
+    log_probs = forward(model, batch).log_softmax(-1)
+    y = batch.targets
+    if drawn := [u for u in draws if u is not None]:
+        up_to = log_probs.detach().double().exp().cumsum(-1)
+        level = torch.cat(drawn).to(up_to)[:, None] * up_to[:, -1:]
+        y = torch.searchsorted(up_to, level, right=True)[:, 0].clamp(max=up_to.shape[1] - 1)
+    return log_probs.gather(1, y[:, None]).sum()
+
+
+def _one_by_one(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
+    total, live = zeros(model), weights(model)
+    for example, u in zip(examples, draws, strict=True):
+        log_p = _log_likelihood(model, _batch(model, [example]), [u])
         grads = torch.autograd.grad(log_p, list(live.values()), allow_unused=True)
         for name, g in zip(live, grads, strict=True):
             if g is not None:
@@ -43,10 +98,149 @@ def fisher(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
     return total
 
 
-def _log_likelihood(model: Model, batch: Batch, labels: str, generator: torch.Generator | None) -> Tensor:
-    """log p of the response tokens of the data, or of ones drawn from the model; a scalar."""
-    log_probs = forward(model, batch).log_softmax(-1)
-    y = batch.targets
-    if labels == "sampled":
-        y = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)[:, 0].to(log_probs.device)
-    return log_probs.gather(1, y[:, None]).sum()
+class _Entangled(Exception):
+    """A trainable parameter's use by one example cannot be told from its use by others."""
+
+
+def _together(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
+    """Examples of like length at a time; raises _Entangled, on the first of them, where that cannot be done."""
+    live, layers = weights(model), _Layers(model)
+    total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in live.items()}
+    for run in blocked({i: len(e.ids) for i, e in enumerate(examples)}):
+        size = max(1, model.layout.tokens // len(examples[run[-1]].ids))
+        for part in (run[i : i + size] for i in range(0, len(run), size)):
+            batch = _batch(model, [examples[i] for i in part])
+            with layers.watched(batch) as seen:
+                log_p = _log_likelihood(model, batch, [draws[i] for i in part])
+            if seen.keys() != layers.owned.keys():
+                raise _Entangled  # a weight is used without its layer, or not at all
+            grads = torch.autograd.grad(log_p, [edge for _, edge in seen.values()], allow_unused=True)
+            layers.add(total, batch, {m: (x, g) for (m, (x, _)), g in zip(seen.items(), grads, strict=True)
+                                      if g is not None})
+    return {n: (t / max(1, len(examples))).to(live[n].dtype) for n, t in total.items()}
+
+
+class _Layers:
+    """A model's layers with trainable parameters, each of a kind that works on every example apart.
+
+    Raises _Entangled for a model that has others, or a weight in several layers, but for an embedding tied to the head.
+    """
+
+    def __init__(self, model: Model) -> None:
+        names = {p: n for n, p in model.net.named_parameters() if p.requires_grad}
+        # Of each layer, its own name for each parameter and the model's.
+        self.owned = {m: own for m in model.net.modules()
+                      if (own := {n: names[p] for n, p in m.named_parameters(recurse=False) if p in names})}
+        self.head, self.words = model.net.get_output_embeddings(), model.net.get_input_embeddings()
+        # The logits are those of the supervised positions alone: (1, S, V).
+        self.gathered = set(self.head.modules())
+        if not all(_linear(m) or _norm(m) or (_embedding(m) and not model.layout.seq2seq) for m in self.owned):
+            raise _Entangled
+        uses = Counter(name for own in self.owned.values() for name in own.values())
+        name = self.owned.get(self.words, {}).get("weight")
+        self.tied = name is not None and self.owned.get(self.head, {}).get("weight") == name
+        if any(count > (2 if self.tied and n == name else 1) for n, count in uses.items()):
+            raise _Entangled
+
+    @contextmanager
+    def watched(self, batch: Batch) -> Iterator[dict[nn.Module, tuple[Tensor, Any]]]:
+        """Within it a forward pass notes each layer's input, and where its output's gradient will arrive."""
+        seen: dict[nn.Module, tuple[Tensor, Any]] = {}
+        n, lengths = len(batch.examples), {x.shape[1] for x in batch.inputs.values()}
+
+        def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if module in seen or len(args) != 1:
+                raise _Entangled
+            x = args[0]
+            if _embedding(module) and len(x) == 1:  # positions, looked up once for all examples
+                x, out = x.expand(n, -1), out.expand(n, -1, -1)
+            if module not in self.gathered and (out.ndim < 3 or len(out) != n or out.shape[1] not in lengths):
+                raise _Entangled  # as an expert's tokens
+            seen[module] = x.detach(), get_gradient_edge(out)
+            return out
+
+        handles = [m.register_forward_hook(see) for m in self.owned]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, total: Weights, batch: Batch, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> None:
+        """Add each example's squared gradients, from the layers' inputs and output gradients."""
+        for module, (x, g) in seen.items():
+            to = {n: total[name] for n, name in self.owned[module].items()}
+            x, g = self._read(module, batch, x, g, next(iter(to.values())).dtype)
+            if module is self.words and self.tied:
+                _add_tied(to["weight"], x, g, *self._read(self.head, batch, *seen[self.head], g.dtype))
+            elif _embedding(module):
+                _add_rows(to["weight"], x, g)
+            elif _linear(module):
+                if "weight" in to and not (module is self.head and self.tied):
+                    _add_products(to["weight"], *((g, x) if type(module) is nn.Linear else (x, g)))
+                if "bias" in to:
+                    to["bias"] += g.sum(1).square().sum(0)
+            else:
+                _add_norm(to, module, x, g)
+
+    def _read(self, module: nn.Module, batch: Batch, x: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Input and output gradient, (E, positions, ...) each, as the layer multiplied them, in this precision."""
+        if module in self.gathered:
+            counts = torch.bincount(batch.example, minlength=len(batch.examples)).tolist()
+            x, g = (nn.utils.rnn.pad_sequence([*torch.split(t[0], counts)], batch_first=True) for t in (x, g))
+        if isinstance(module, nn.Embedding):
+            g = g.to(dtype)
+            return x, g if module.padding_idx is None else g.masked_fill((x == module.padding_idx)[..., None], 0)
+        return x.to(g.dtype).to(dtype), g.to(dtype)
+
+
+def _linear(module: nn.Module) -> bool:
+    """Exactly: a subclass may compute something else."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"  # the linear layer of GPT-2, transposed
+
+
+def _norm(module: nn.Module) -> bool:
+    """Most architectures of `transformers` have their own."""
+    return type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+
+
+def _embedding(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding and not module.scale_grad_by_freq
+
+
+def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (M, N) += the sum over e of (a_e^T b_e)^2, of a (E, T, M) and b (E, T, N)."""
+    size = max(1, PRODUCTS // total.numel())
+    for i in range(0, len(a), size):
+        each = a[i : i + size].mT @ b[i : i + size]
+        total += each.square_().sum(0)
+
+
+def _add_rows(total: Tensor, ids: Tensor, g: Tensor) -> None:
+    """total (V, D) += the squared sums of g (E, T, D) over the positions of an example with the same id (E, T)."""
+    first = torch.arange(len(ids), device=ids.device)[:, None] * len(total)  # each example has ids of its own
+    keys, at = torch.unique(ids + first, return_inverse=True)
+    sums = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, at.flatten(), g.flatten(0, 1))
+    total.index_add_(0, keys % len(total), sums.square())
+
+
+def _add_tied(total: Tensor, ids: Tensor, g: Tensor, x: Tensor, head: Tensor) -> None:
+    """total (V, D) += the squared gradients of an embedding, g (E, T, D) at ids (E, T), that is the head as well.
+
+    The head's input x (E, L, D) and output gradient (E, L, V).
+    """
+    for e in range(len(ids)):
+        one = (head[e].T @ x[e]).index_add_(0, ids[e], g[e])
+        total.addcmul_(one, one)
+
+
+def _add_norm(to: Weights, module: nn.Module, x: Tensor, g: Tensor) -> None:
+    """Add the squared gradients of a module's few parameters, whatever it computes of each example x (E, ...)."""
+    own = {n: p.detach().to(g.dtype) for n, p in module.named_parameters() if n in to}
+
+    def pulled(x: Tensor, g: Tensor) -> Weights:
+        grads: Weights = vjp(lambda p: functional_call(module, p, x), own)[1](g)[0]
+        return grads
+
+    for n, each in vmap(pulled)(x, g).items():
+        to[n] += each.square().sum(0)

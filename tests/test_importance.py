@@ -8,10 +8,11 @@ import torch
 import toy
 import transformers
 
+from continual import importance
 from continual.data import Encoded
 from continual.errors import ConfigError
-from continual.importance import fisher
-from continual.model import Model
+from continual.importance import LABELS, fisher, fisher_by_example
+from continual.model import Model, adapt_with
 from continual.packing import Layout
 
 WORDS = 6  # the vocabulary of the model with a closed form
@@ -117,9 +118,133 @@ def test_it_is_no_squared_mean_gradient():
     assert torch.allclose(bias_fisher(made, pair), torch.tensor([0.25, 0, 0, 0, 0.25, 0], dtype=torch.float64))
 
 
-def test_it_does_not_depend_on_how_batches_are_laid_out():
+@pytest.mark.parametrize("tokens", [1, 14])
+def test_it_does_not_depend_on_how_batches_are_laid_out(tokens):
     made, examples = toy.model(torch.float64), toy.examples(0)
-    assert toy.same(fisher(toy.in_micro_batches(made, 1), examples), fisher(made, examples))
+    cut = fisher(toy.in_micro_batches(made, tokens), examples)
+    assert toy.close(cut, fisher(made, examples), rtol=1e-8, atol=1e-14)
+
+
+# Examples together
+
+def lora(made: Model, **keys) -> Model:
+    """Both halves of every adapter away from zero."""
+    net = adapt_with(made.net, "lora", {"lora": {"r": 4, **keys}}, seq2seq=made.layout.seq2seq)
+    for p in net.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    return replace(made, net=net.to(torch.float64).eval())
+
+
+def tied(made: Model) -> Model:
+    made.net.lm_head.weight = made.net.model.embed_tokens.weight
+    return made
+
+
+def only(made: Model, *endings: str) -> Model:
+    for name, p in made.net.named_parameters():
+        p.requires_grad_(name.endswith(endings))
+    return made
+
+
+def of(kind: str, **keys) -> Model:
+    if kind == "t5":
+        keys["decoder_start"] = 1
+    return toy.model(torch.float64, kind=kind, **keys)
+
+
+def experts() -> Model:
+    """Tokens of several examples meet in an expert."""
+    net = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=32,
+        experts_implementation="eager")).double().eval()
+    return Model(net, None, Layout(pad=1, device=torch.device("cpu")))
+
+
+TOGETHER = {
+    "llama": lambda: of("llama"),
+    "llama, head tied to the embedding": lambda: tied(of("llama")),
+    "llama, only the tied weight": lambda: only(tied(of("llama")), "embed_tokens.weight"),
+    "llama, only the last norm": lambda: only(of("llama"), "model.norm.weight"),
+    "llama with lora": lambda: lora(of("llama"), target_modules=["q_proj", "v_proj"]),
+    "llama with lora, a whole head": lambda: lora(of("llama"), target_modules="all-linear",
+                                                  modules_to_save=["lm_head"]),
+    "gpt2": lambda: of("gpt2"),
+    "gpt2 with lora": lambda: lora(of("gpt2"), target_modules=["c_attn"]),
+    "qwen3": lambda: of("qwen3"),
+    "t5 with lora": lambda: lora(of("t5"), target_modules=["q", "v", "wi"]),
+    "experts with lora": lambda: lora(experts(), target_modules=["q_proj", "o_proj"]),
+}
+APART = {
+    "t5": lambda: of("t5"),
+    "experts": experts,
+    "opt": lambda: of("opt"),
+    "llama with dora": lambda: lora(of("llama"), target_modules=["q_proj"], use_dora=True),
+}
+
+
+def repeating() -> list[Encoded]:
+    """Tokens that come twice in an example and in others, padding among them, and as many examples as positions."""
+    more = [Encoded("r", 0, ids, (False, False, False, True, True))
+            for ids in [(5, 1, 5, 6, 6), (9, 9, 9, 9, 9), (5, 6, 1, 1, 5), (2, 3, 4, 5, 6)]]
+    return [*toy.examples(0, 10), *more]
+
+
+def not_so(*_):
+    raise AssertionError("not in this way")
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_examples_together_give_what_a_loop_gives(kind, labels, monkeypatch):
+    made = TOGETHER[kind]()
+    expected = fisher_by_example(made, repeating(), labels, torch.Generator().manual_seed(0))
+    assert all(f.abs().max() > 0 for f in expected.values())
+    monkeypatch.setattr(importance, "_one_by_one", not_so)
+    found = fisher(made, repeating(), labels, torch.Generator().manual_seed(0))
+    assert toy.close(found, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("kind", APART)
+def test_models_whose_weights_mix_examples_run_one_at_a_time(kind, labels):
+    made = APART[kind]()
+    with pytest.raises(importance._Entangled):
+        importance._together(made, repeating(), [None] * len(repeating()))
+    one, other = (f(made, repeating(), labels, torch.Generator().manual_seed(0)) for f in (fisher, fisher_by_example))
+    assert toy.same(one, other)
+
+
+def test_how_many_gradients_are_held_at_a_time_changes_nothing(monkeypatch):
+    made, examples = of("gpt2"), repeating()
+    whole = fisher(made, examples)
+    monkeypatch.setattr(importance, "PRODUCTS", 3 * 32 * 32)
+    assert toy.close(fisher(made, examples), whole, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_network_is_left_as_it_was(kind):
+    made = of(kind)
+    before = toy.everything(made)
+    fisher(made, repeating())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in made.net.modules())
+    assert all(p.grad is None for p in made.net.parameters())
+    assert toy.same(toy.everything(made), before)
+
+
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_in_bfloat16_it_is_the_loop_s_to_its_rounding(how):
+    made = toy.model()
+    made = replace(made, bf16=True) if how == "autocast" else replace(made, net=made.net.bfloat16())
+    found, expected = fisher(made, repeating()), fisher_by_example(made, repeating())
+    for name, f in expected.items():
+        assert found[name].dtype == f.dtype
+        assert (found[name] - f).float().norm() < 0.05 * f.float().norm(), name
+
+
+def test_no_examples_tell_of_no_importance():
+    assert not any(f.any() for f in fisher(toy.model(), []).values())
 
 
 def test_unknown_labels_are_refused_with_the_known_ones():
