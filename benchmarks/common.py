@@ -168,7 +168,8 @@ def machine() -> str:
     """The machine and what runs on it, in one line."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next((x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+        named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        cpu = next((line.split(":", 1)[1].strip() for line in named), cpu)
     parts = [f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
     if ASKED.gpu:
         parts.insert(0, torch.cuda.get_device_name())

@@ -36,11 +36,13 @@ from continual.loss import accumulate, nll
 from continual.model import Model
 from continual.strategy import Strategy
 
-EXAMPLES, CYCLE, LR, CLIP = 32, 4, 1e-3, 1.0
+EXAMPLES, CYCLE, LR, CLIP = 32, 3, 1e-3, 1.0
+TRIED, COMPARED = 2, 4  # steps that choose a micro-batch, and steps whose losses are compared
 MICRO = (8, 16, 32)
 LOW = 1024  # tokens in a forward pass of the low-memory arm
 WHOLE = 10**9
-PEERS = ("padded", "trl", "trainer")
+STOCK = ("trl", "trainer")
+PEERS = ("padded", *STOCK)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def settings(work: Work, micro: int, **more: Any) -> dict[str, Any]:
             "gradient_accumulation_steps": EXAMPLES // micro, "learning_rate": LR, "weight_decay": 0.0,
             "max_grad_norm": CLIP, "optim": "adamw_torch_fused", "lr_scheduler_type": "constant", "bf16": work.bf16,
             "use_cpu": work.device == "cpu", "train_sampling_strategy": "sequential", "logging_strategy": "no",
-            "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
+            "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
             "dataloader_pin_memory": work.device != "cpu", **more}
 
 
@@ -122,7 +124,10 @@ def trl(work: Work, micro: int) -> Step:
 
     datasets.disable_progress_bars()
     rows = [{"input_ids": list(e.ids), "completion_mask": [int(r) for r in e.response]} for e in work.examples]
-    config = SFTConfig(**settings(work, micro, completion_only_loss=True, max_length=None))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        config = SFTConfig(**settings(work, micro, completion_only_loss=True, max_length=None,
+                                      gradient_checkpointing=False))  # it is on by default, and costs a forward pass
     net = work.model()
     return _trainer_step(SFTTrainer(net.net, config, train_dataset=datasets.Dataset.from_list(rows),
                                     processing_class=net.tokenizer))
@@ -174,7 +179,6 @@ def build(arm: str, micro: int | None, work: Work) -> Step:
 
 def run() -> list[Row]:
     """All works; raises RuntimeError where two arms' losses differ by more than rounding."""
-    warnings.filterwarnings("ignore", module="trl|accelerate|transformers|torch.utils.data")
     found: list[Row] = []
     for work, arms, seconds in _works():
         found += measure(work, arms, seconds)
@@ -184,7 +188,7 @@ def run() -> list[Row]:
 def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
     """Each work with its arms and the seconds that its rounds may take."""
     arms, n = list(BUILDERS), EXAMPLES * CYCLE
-    source = "" if ASKED.data else " (synthetic)"
+    source = works.source()
     if ASKED.gpu:
         long = works.behind(512, works.rows("agnews", n))
         for shape in ("0.5B", "1.5B"):
@@ -193,41 +197,48 @@ def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
                            device="cuda"), arms, 20
         return
     for task in works.TASKS:
-        yield Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"]), arms, 20
+        yield Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"]), arms, 15
     agnews = tuple(works.rows("agnews", n))
     long = works.behind(150, agnews)
-    yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 20
+    yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 15
     for name, adapter, bf16 in (("LoRA", "lora", False), ("LoRA bf16", "lora", True), ("full", "none", False)):
-        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16), arms, 40
+        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16), arms, 30
 
 
 def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:
-    """The work's rows: every candidate's first CYCLE steps, then the best of each arm in rounds, then their memory."""
+    """The work's rows: every candidate's first steps, the best of each arm in rounds, then their memory."""
     candidates = [(arm, micro) for arm in arms for micro in (MICRO if arm in PEERS else (None,))]
-    steps = {c: build(*c, work) for c in candidates}
     losses: dict[Any, list[float]] = {c: [] for c in candidates}
-    tried = interleaved({c: partial(_noted, steps[c], losses[c]) for c in candidates}, seconds=0, least=CYCLE, warmup=0)
-    _compare(losses, work)
-    # The first step of all also builds what later ones use.
+    steps = {c: partial(_noted, build(*c, work), losses[c]) for c in candidates}
+    tried = interleaved(steps, seconds=0, least=TRIED, warmup=0)
+    # A first step also builds what later ones use.
     best = {arm: min((c for c in candidates if c[0] == arm), key=lambda c: statistics.median(tried[c][1:]))
             for arm in arms}
-    for c in candidates:
-        if c not in best.values():
-            del steps[c]
-    executed = {arm: [flops(steps[c]) for _ in range(CYCLE)] for arm, c in best.items()}
-    product, product_flops = matmul(torch.bfloat16 if work.bf16 else torch.float32, torch.device(work.device))
-    spent = interleaved({**{arm: steps[c] for arm, c in best.items()}, "matmul": product}, seconds=seconds, warmup=0)
+    steps = {c: steps[c] for c in best.values()}
+    dtype = torch.bfloat16 if work.bf16 else torch.float32
+    product, product_flops = matmul(dtype, torch.device(work.device))
+    spent = interleaved({**{arm: steps[c] for arm, c in best.items()}, "matmul": product}, seconds=seconds, least=4,
+                        warmup=0)
     top = product_flops / statistics.median(spent.pop("matmul"))
+    _compare(losses, work)
+    share = {arm: _rate(steps[best[arm]], TRIED, spent[arm]) / top for arm in arms if arm not in STOCK}
     steps.clear()
     memory = peaks({arm: (*c, work) for arm, c in best.items()}, build)
     tokens, took = sum(len(e.ids) for e in work.examples) / CYCLE, medians(spent)
-    rate = {arm: statistics.median(executed[arm][i % CYCLE] / s for i, s in enumerate(spent[arm])) for arm in best}
     return [row("sft", work.name, arm, took[arm], EXAMPLES, memory[arm], _ratios(arm, took, memory),
-                tokens_per_s=tokens / took[arm], peak_share=rate[arm] / top, micro_batch=micro,
-                first_losses=" ".join(f"{x:.4f}" for x in losses[arm, micro])) for arm, micro in best.values()]
+                tokens_per_s=tokens / took[arm], peak_share=share.get(arm), micro_batch=c[1],
+                first_losses=" ".join(f"{x:.4f}" for x in losses[c][:COMPARED])) for arm, c in best.items()]
+
+
+def _rate(step: Step, done: int, seconds: Sequence[float]) -> float:
+    """The median FLOPs a second of timed steps, each by its own batch's; `done` steps went before them."""
+    now = done + len(seconds)
+    executed = {(now + i) % CYCLE: flops(step) for i in range(CYCLE)}
+    return statistics.median(executed[(done + i) % CYCLE] / s for i, s in enumerate(seconds))
 
 
 def _noted(step: Step, losses: list[float]) -> None:
+    """A step, and its loss to the others."""
     losses.append(float(step()))
 
 
@@ -245,7 +256,8 @@ def _ratios(arm: str, took: Mapping[str, float], memory: Mapping[str, int | None
 def _compare(losses: Mapping[Any, Sequence[float]], work: Work) -> None:
     """Raise unless all candidates had the same losses, step by step."""
     allowed = 2e-2 if work.bf16 else 1e-4
-    for step in zip(*losses.values(), strict=True):
+    for i in range(COMPARED):
+        step = [x[i] for x in losses.values() if i < len(x)]
         if max(step) - min(step) > allowed * abs(min(step)):
-            told = "\n".join(f"{c}: {list(x)}" for c, x in losses.items())
+            told = "\n".join(f"{c}: {list(x[:COMPARED])}" for c, x in losses.items())
             raise RuntimeError(f"{work.name}: the arms do not learn the same\n{told}")

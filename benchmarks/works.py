@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +81,11 @@ def _stream(data: Path) -> dict[str, Sequence[Example]]:
     return {task.name: task.train for task in stream.tasks}
 
 
+def source() -> str:
+    """What stands behind a work's name."""
+    return "" if ASKED.data else " (synthetic)"
+
+
 def rows(task: str, n: int) -> list[Encoded]:
     """`n` training rows in random order: of the stream that was asked for, or synthetic."""
     rng = random.Random(task)
@@ -94,7 +98,9 @@ def rows(task: str, n: int) -> list[Encoded]:
 
 def behind(instruction: int, examples: Sequence[Encoded]) -> list[Encoded]:
     """The rows with what their prompts share replaced by one instruction of so many tokens."""
-    shared = len(os.path.commonprefix([e.ids[: e.response.index(True) - 1] for e in examples]))
+    asked = [e.ids[: e.response.index(True) - 1] for e in examples]
+    first, last = min(asked), max(asked)  # what these two begin with, all do
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, asked)))
     ids = _draw(random.Random(0), instruction)
     return [Encoded(e.id, e.task, (*ids, *e.ids[shared:]), (*[False] * instruction, *e.response[shared:]))
             for e in examples]
