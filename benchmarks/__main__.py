@@ -32,7 +32,11 @@ def main() -> None:
     common.ASKED.data, common.ASKED.gpu = asked.data, asked.gpu
     rows: list[common.Row] = []
     for name in asked.names or NAMES:
-        rows += one(name)
+        try:
+            rows += one(name)
+        except ModuleNotFoundError as missing:
+            parser.exit(2, f"{name} needs {missing.name}, which is not installed; the peers are extras of "
+                           "pyproject.toml: bench, avalanche-lib, learn2learn\n")
         if asked.json:  # after each, so that a benchmark that fails takes no other's rows with it
             asked.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -108,7 +108,7 @@ def flops(step: Step) -> int:
     """The FLOPs of the matrix products and attention that one step executes, forward and backward.
 
     They are counted as they run, so what needs no gradient (the weights below an adapter, positions dropped before the
-    LM head) costs nothing here. Causal attention counts the half that it needs.
+    LM head) costs nothing here. On a CPU causal attention counts the half that it needs, on a GPU all of it.
     """
     def forward(q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any) -> int:
         return sdpa_flop(q, k, v) // (1 + causal)

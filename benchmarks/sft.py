@@ -201,8 +201,9 @@ def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
     agnews = tuple(works.rows("agnews", n))
     long = works.behind(150, agnews)
     yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 15
+    few = ("continual", "low memory", *PEERS)
     for name, adapter, bf16 in (("LoRA", "lora", False), ("LoRA bf16", "lora", True), ("full", "none", False)):
-        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16), arms, 30
+        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16), few, 30
 
 
 def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:

@@ -60,7 +60,9 @@ def model(shape: Shape, adapter: str = "lora", *, bf16: bool = False, device: st
                          num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
                          num_key_value_heads=shape.kv_heads, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
                          bos_token_id=None, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa")
-    made = assemble(LlamaForCausalLM(config), tokenizer(None), device=device, adapter=adapter, adapters=LORA)
+    with torch.device(device):
+        net = LlamaForCausalLM(config)
+    made = assemble(net, tokenizer(None), device=device, adapter=adapter, adapters=LORA)
     made.bf16 = bf16
     made.net.train()
     return made
