@@ -1,8 +1,12 @@
 """The benchmarks' own arms and measures, on the smallest models; the peers are an extra that the tests go without."""
 
+import json
+import sys
+
 import pytest
 import torch
 
+from benchmarks import __main__ as command
 from benchmarks import common, overhead, sft, works
 
 SMALL = works.Shape(16, 32, 1, 2, 2)
@@ -79,3 +83,22 @@ def test_a_long_instruction_takes_the_place_of_the_rows_own():
     assert [len(b.ids) - len(r.ids) for b, r in zip(behind, rows, strict=True)] == [150 - 30] * 8
     assert len({b.ids[:150] for b in behind}) == 1
     assert [b.ids[150:] for b in behind] == [r.ids[30:] for r in rows]
+
+
+def test_the_command_writes_a_table_that_names_the_machine_and_all_rows_as_json(tmp_path, monkeypatch):
+    row = common.row("overhead", "a work", "naive", 0.5, 32, 2_000_000, {"naive time": 1.0})
+    monkeypatch.setattr(overhead, "run", lambda: [row])
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "overhead", "--json", str(tmp_path / "rows.json")])
+    command.main()
+    told = (tmp_path / "results" / "overhead-cpu.md").read_text()
+    assert common.machine() in told
+    assert "| a work | naive | 500.0 | 64 | 2.0 | naive time 1.00 |" in told
+    assert json.loads((tmp_path / "rows.json").read_text()) == [row]
+
+
+def test_a_benchmark_that_does_not_exist_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "speed"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "no benchmark speed" in capsys.readouterr().err
