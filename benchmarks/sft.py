@@ -1,0 +1,264 @@
+"""One optimizer step of masked SFT on 32 examples: this engine, a padded batch of its own, and the stock trainers.
+
+Llamas of random weights with LoRA (r=8 on q and v) or wholly trained, AdamW, the same learning rate, clipping and
+order of examples in every arm; an arm makes its batches within its step. The arms:
+
+- continual: the engine's step as it comes; low memory: the same with at most 1024 tokens in a forward pass.
+- padded: the engine's padded batch, the LM head on response positions only. padded sorted: the same cut at
+  the engine's budget of tokens after sorting by length, what a model gets that cannot read flat rows.
+- trl: SFTTrainer on prompts and completions, the loss on completions only. trainer: transformers' Trainer, prompts
+  labelled -100. Both log, save and evaluate nothing, and keep activations (no checkpointing).
+
+padded, trl and trainer run at their best micro-batch of 8, 16 and 32, accumulated to the same 32 examples. The losses
+of the first steps stand beside each arm; a run in which they differ by more than rounding fails. Peak share: the step's
+executed FLOPs a second against a large matrix product's in the same dtype, run in the same rounds. Memory is measured
+in a process of its own. "ratio to" is in examples a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import works
+from benchmarks.common import ASKED, Row, Step, flops, interleaved, matmul, medians, peaks, row
+from continual.data import Encoded
+from continual.loss import accumulate, nll
+from continual.model import Model
+from continual.strategy import Strategy
+
+EXAMPLES, CYCLE, LR, CLIP = 32, 3, 1e-3, 1.0
+TRIED, COMPARED = 2, 4  # steps that choose a micro-batch, and steps whose losses are compared
+MICRO = (8, 16, 32)
+LOW = 1024  # tokens in a forward pass of the low-memory arm
+WHOLE = 10**9
+STOCK = ("trl", "trainer")
+PEERS = ("padded", *STOCK)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all arms do: CYCLE steps' examples, over and over, in this order."""
+
+    name: str
+    examples: tuple[Encoded, ...]
+    shape: works.Shape
+    adapter: str = "lora"
+    bf16: bool = False
+    device: str = "cpu"
+
+    def model(self, **layout: Any) -> Model:
+        """The model before its first step, its batches laid out so."""
+        made = works.model(self.shape, self.adapter, bf16=self.bf16, device=self.device)
+        made.layout = replace(made.layout, **layout)
+        return made
+
+    def batches(self) -> Iterator[Sequence[Encoded]]:
+        """The examples of one step after another."""
+        steps = [self.examples[i : i + EXAMPLES] for i in range(0, len(self.examples), EXAMPLES)]
+        return itertools.cycle(steps)
+
+
+def adamw(model: Model) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    """The optimizer of a stage, and what it trains."""
+    trained = [p for p in model.net.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True), trained
+
+
+def engine(work: Work, tokens: int | None = None) -> Step:
+    """This project's step: what `continual.stage.learn` does between two logs; the engine's own budget of tokens."""
+    model = work.model(**({"tokens": tokens} if tokens else {}))
+    return _engine_step(work, model, Strategy().backward)
+
+
+def padded(work: Work, micro: int) -> Step:
+    """The engine's step on padded batches of `micro` examples in the order given."""
+    def backward(model: Model, batch: Any) -> Tensor:
+        return accumulate(nll, model, [batch.pick(range(i, i + micro)) for i in range(0, EXAMPLES, micro)])
+
+    return _engine_step(work, work.model(flat=False, tokens=WHOLE), backward)
+
+
+def padded_sorted(work: Work) -> Step:
+    """The engine's step on padded batches that it cuts itself."""
+    return _engine_step(work, work.model(flat=False), Strategy().backward)
+
+
+def _engine_step(work: Work, model: Model, backward: Callable[[Model, Any], Tensor]) -> Step:
+    optimizer, trained = adamw(model)
+    batches = work.batches()
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = backward(model, model.batch(next(batches)))
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def settings(work: Work, micro: int, **more: Any) -> dict[str, Any]:
+    """The arguments that both stock trainers take."""
+    return {"output_dir": tempfile.gettempdir(), "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": EXAMPLES // micro, "learning_rate": LR, "weight_decay": 0.0,
+            "max_grad_norm": CLIP, "optim": "adamw_torch_fused", "lr_scheduler_type": "constant", "bf16": work.bf16,
+            "use_cpu": work.device == "cpu", "train_sampling_strategy": "sequential", "logging_strategy": "no",
+            "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+            "dataloader_pin_memory": work.device != "cpu", **more}
+
+
+def trl(work: Work, micro: int) -> Step:
+    """TRL's SFTTrainer, on prompts and completions as ids."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    rows = [{"input_ids": list(e.ids), "completion_mask": [int(r) for r in e.response]} for e in work.examples]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        config = SFTConfig(**settings(work, micro, completion_only_loss=True, max_length=None,
+                                      gradient_checkpointing=False))  # it is on by default, and costs a forward pass
+    net = work.model()
+    return _trainer_step(SFTTrainer(net.net, config, train_dataset=datasets.Dataset.from_list(rows),
+                                    processing_class=net.tokenizer))
+
+
+def trainer(work: Work, micro: int) -> Step:
+    """transformers' Trainer and its collator for labelled rows."""
+    import datasets
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    rows = [{"input_ids": list(e.ids), "attention_mask": [1] * len(e.ids),
+             "labels": [t if r else -100 for t, r in zip(e.ids, e.response, strict=True)]} for e in work.examples]
+    net = work.model()
+    return _trainer_step(Trainer(net.net, TrainingArguments(**settings(work, micro)),
+                                 train_dataset=datasets.Dataset.from_list(rows),
+                                 data_collator=DataCollatorForSeq2Seq(net.tokenizer)))
+
+
+def _trainer_step(made: Any) -> Step:
+    """An optimizer step as the body of Trainer.train's loop takes it, without its callbacks, counters and logs."""
+    made.create_optimizer()
+    model, made.optimizer = made.accelerator.prepare(made.model, made.optimizer)
+    parts = made.args.gradient_accumulation_steps
+    made.current_gradient_accumulation_steps = parts
+    loader = made.get_train_dataloader()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def step() -> Tensor:
+        micro, tokens = made.get_batch_samples(batches, parts, made.args.device)
+        loss = torch.stack([made.training_step(model, m, tokens) for m in micro]).sum()
+        made.accelerator.clip_grad_norm_(model.parameters(), CLIP)
+        made.optimizer.step()
+        model.zero_grad()
+        return loss
+
+    return step
+
+
+BUILDERS: Mapping[str, Callable[..., Step]] = {
+    "continual": engine, "low memory": partial(engine, tokens=LOW), "padded sorted": padded_sorted, "padded": padded,
+    "trl": trl, "trainer": trainer,
+}
+
+
+def build(arm: str, micro: int | None, work: Work) -> Step:
+    """One arm's step; those with a choice of micro-batch are told theirs."""
+    return BUILDERS[arm](work, micro) if micro else BUILDERS[arm](work)
+
+
+def run() -> list[Row]:
+    """All works; raises RuntimeError where two arms' losses differ by more than rounding."""
+    found: list[Row] = []
+    for work, arms, seconds in _works():
+        found += measure(work, arms, seconds)
+    return found
+
+
+def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
+    """Each work with its arms and the seconds that its rounds may take."""
+    arms, n = list(BUILDERS), EXAMPLES * CYCLE
+    source = works.source()
+    if ASKED.gpu:
+        long = works.behind(512, works.rows("agnews", n))
+        for shape in ("0.5B", "1.5B"):
+            for name, rows in [*((t, works.rows(t, n)) for t in ("agnews", "yelp")), ("512-token instruction", long)]:
+                yield Work(f"{shape} LoRA bf16, {name}{source}", tuple(rows), works.SHAPES[shape], bf16=True,
+                           device="cuda"), arms, 20
+        return
+    for task in works.TASKS:
+        yield Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"]), arms, 15
+    agnews = tuple(works.rows("agnews", n))
+    long = works.behind(150, agnews)
+    yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 15
+    few = ("continual", "low memory", *PEERS)
+    for name, adapter, bf16 in (("LoRA", "lora", False), ("LoRA bf16", "lora", True), ("full", "none", False)):
+        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16), few, 30
+
+
+def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:
+    """The work's rows: every candidate's first steps, the best of each arm in rounds, then their memory."""
+    candidates = [(arm, micro) for arm in arms for micro in (MICRO if arm in PEERS else (None,))]
+    losses: dict[Any, list[float]] = {c: [] for c in candidates}
+    steps = {c: partial(_noted, build(*c, work), losses[c]) for c in candidates}
+    tried = interleaved(steps, seconds=0, least=TRIED, warmup=0)
+    # A first step also builds what later ones use.
+    best = {arm: min((c for c in candidates if c[0] == arm), key=lambda c: statistics.median(tried[c][1:]))
+            for arm in arms}
+    steps = {c: steps[c] for c in best.values()}
+    dtype = torch.bfloat16 if work.bf16 else torch.float32
+    product, product_flops = matmul(dtype, torch.device(work.device))
+    spent = interleaved({**{arm: steps[c] for arm, c in best.items()}, "matmul": product}, seconds=seconds, least=4,
+                        warmup=0)
+    top = product_flops / statistics.median(spent.pop("matmul"))
+    _compare(losses, work)
+    share = {arm: _rate(steps[best[arm]], TRIED, spent[arm]) / top for arm in arms if arm not in STOCK}
+    steps.clear()
+    memory = peaks({arm: (*c, work) for arm, c in best.items()}, build)
+    tokens, took = sum(len(e.ids) for e in work.examples) / CYCLE, medians(spent)
+    return [row("sft", work.name, arm, took[arm], EXAMPLES, memory[arm], _ratios(arm, took, memory),
+                tokens_per_s=tokens / took[arm], peak_share=share.get(arm), micro_batch=c[1],
+                first_losses=" ".join(f"{x:.4f}" for x in losses[c][:COMPARED])) for arm, c in best.items()]
+
+
+def _rate(step: Step, done: int, seconds: Sequence[float]) -> float:
+    """The median FLOPs a second of timed steps, each by its own batch's; `done` steps went before them."""
+    now = done + len(seconds)
+    executed = {(now + i) % CYCLE: flops(step) for i in range(CYCLE)}
+    return statistics.median(executed[(done + i) % CYCLE] / s for i, s in enumerate(seconds))
+
+
+def _noted(step: Step, losses: list[float]) -> None:
+    """A step, and its loss to the others."""
+    losses.append(float(step()))
+
+
+def _ratios(arm: str, took: Mapping[str, float], memory: Mapping[str, int | None]) -> dict[str, float]:
+    """Against each peer: examples a second, and memory."""
+    ratios: dict[str, float] = {}
+    for peer in PEERS:
+        if arm not in PEERS and peer in took:
+            ratios[peer] = took[peer] / took[arm]
+            if (ours := memory[arm]) and (theirs := memory[peer]):
+                ratios[f"{peer} memory"] = ours / theirs
+    return ratios
+
+
+def _compare(losses: Mapping[Any, Sequence[float]], work: Work) -> None:
+    """Raise unless all candidates had the same losses, step by step."""
+    allowed = 2e-2 if work.bf16 else 1e-4
+    for i in range(COMPARED):
+        step = [x[i] for x in losses.values() if i < len(x)]
+        if max(step) - min(step) > allowed * abs(min(step)):
+            told = "\n".join(f"{c}: {list(x[:COMPARED])}" for c, x in losses.items())
+            raise RuntimeError(f"{work.name}: the arms do not learn the same\n{told}")
