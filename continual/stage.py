@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -89,7 +90,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
 
     `log` gets a "step" event now and then and one "stage" event; `after` is called with the number of steps done.
     All randomness follows from `seed` and the strategy's own saved generators. Raises DataError for a task
-    without train rows, TrainingError where the loss is not finite.
+    without train rows, TrainingError where the loss is not finite or memory runs out twice.
     """
     if not task.train:
         raise DataError(f"task {task.name!r} has no train rows, and a stage needs some; add rows or leave it out")
@@ -101,10 +102,16 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     total, began, tokens = recipe.total(len(task.train)), time.perf_counter(), 0.0
     schedule = _schedule(optimizer, recipe, total)
     patience = Patience(model, task, recipe) if recipe.patience else None
+    budget = model.layout.tokens
     for step, examples in enumerate(islice(_draw(task.train, recipe, model, rng), total), 1):
-        batch = model.batch(examples)
-        optimizer.zero_grad()
-        loss = strategy.backward(model, batch)
+        while True:
+            optimizer.zero_grad()
+            batch = model.batch(examples)
+            try:
+                loss = strategy.backward(model, batch)
+                break
+            except torch.OutOfMemoryError:
+                _halve(model, budget, log)
         _check(loss, task, step, examples)
         torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
         lr = schedule.get_last_lr()[0]
@@ -126,6 +133,16 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     spent = {"steps": step, "tokens": tokens, "train_seconds": time.perf_counter() - began}
     log({"event": "stage", "task": task.name, "seconds": spent["train_seconds"], **spent})
     return spent
+
+
+def _halve(model: Model, budget: int, log: Log) -> None:
+    """Half as many tokens in a forward pass from now on; raises TrainingError where the stage's budget already was."""
+    if model.layout.tokens < budget:
+        raise TrainingError(f"out of memory again with train.tokens_per_microbatch={model.layout.tokens}; set it "
+                            "lower, lower data.max_length, or choose an adapter (model.adapter=lora)")
+    model.layout = replace(model.layout, tokens=budget // 2)
+    print(f"out of memory: from now on train.tokens_per_microbatch={budget // 2}", file=sys.stderr)
+    log({"event": "memory", "tokens_per_microbatch": budget // 2})
 
 
 def _adamw(model: Model, groups: list[Any], recipe: Recipe) -> torch.optim.AdamW:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -48,6 +48,35 @@ def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
         train(net, batch_size=6, epochs=2)
     for name, w in weights(nets[0]).items():
         torch.testing.assert_close(w, weights(nets[1])[name])
+
+
+@dataclass(kw_only=True)
+class Starved(Strategy):
+    """Memory for so many examples in a forward pass."""
+
+    room: int
+
+    def loss(self, model, batch):
+        if len(batch.examples) > self.room:
+            raise torch.OutOfMemoryError
+        return super().loss(model, batch)
+
+
+def test_out_of_memory_halves_the_tokens_of_a_forward_pass_once_and_goes_on_to_the_same_weights(capsys):
+    nets = [model(dtype=torch.float64) for _ in range(2)]
+    for net in nets:
+        net.layout = replace(net.layout, tokens=60)
+    _, events = train(nets[0], strategy=Starved(room=3), batch_size=4, epochs=2)
+    train(nets[1], batch_size=4, epochs=2)
+    assert capsys.readouterr().err == "out of memory: from now on train.tokens_per_microbatch=30\n"
+    assert [e for e in events if e["event"] == "memory"] == [{"event": "memory", "tokens_per_microbatch": 30}]
+    for name, w in weights(nets[0]).items():
+        torch.testing.assert_close(w, weights(nets[1])[name])
+
+
+def test_out_of_memory_for_good_is_one_clear_error():
+    with pytest.raises(TrainingError, match=r"out of memory again with train.tokens_per_microbatch=2048; set it lower"):
+        train(strategy=Starved(room=0))
 
 
 def test_a_stage_lowers_the_loss():
