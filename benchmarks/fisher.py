@@ -90,7 +90,7 @@ def measure(shape: str, adapter: str, rows: Sequence[Encoded], arms: Sequence[st
     compare({arm: ARMS[arm](made, rows[:COMPARED])() for arm in arms})  # and a warm-up
     made.bf16 = ASKED.gpu
     took = medians(interleaved({arm: ARMS[arm](made, rows) for arm in arms}, seconds=seconds, least=3, warmup=0))
-    memory = peaks({arm: (arm, rows, *of) for arm in arms}, build)
+    memory = peaks({arm: (arm, rows, *of) for arm in arms}, build, steps=1)
     work = f"{shape} {'LoRA' if adapter == 'lora' else 'full'}{' bf16' if ASKED.gpu else ''}, agnews{works.source()}"
     return [row("fisher", work, arm, took[arm], len(rows), memory[arm], ratios(arm, PEERS, took, memory))
             for arm in arms]
