@@ -1,154 +1,115 @@
-"""Answers a second: ours against `transformers`' `generate` with batch 16 and left padding, greedy, on one model.
+"""Greedy answers to 192 prompts: this engine's, and those of transformers' `generate` on left-padded batches of 16.
 
-    python -m benchmarks.answer [--data STREAM_FOLDER] [--task agnews] [--rounds 5] [--json PATH]
-
-The model is a Llama of 3M random weights (192 wide, 4 layers, 6 heads, a vocabulary of 8000). Random weights hardly
-ever end an answer, so every answer has 4 tokens, as the task's labels have. Without --data the prompts are drawn from
-a Zipf vocabulary with the lengths of the agnews prompts. `long instruction` puts 150 tokens before every prompt.
+A Llama of random weights without adapter reads agnews prompts. It hardly ever ends an answer, so each has 4 tokens, as
+the longest labels have. Both arms must answer in the same tokens, or the run fails. On a GPU the weights are bf16 once
+that was compared: before, in fp32, since rounding to bf16 decides between tokens of nearly the same logit.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
-import resource
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 
+from benchmarks import works
+from benchmarks.common import ASKED, Row, Step, interleaved, medians, peaks, ratios, row
 from continual.answer import answer
 from continual.data import Encoded
-from continual.model import Model, assemble
+from continual.model import Model
 
-VOCABULARY, NEW, PROMPTS = 8000, 4, 192
+PROMPTS, NEW = 192, 4
+TOGETHER, BATCH = 128, 16  # prompts at a time: as score.batch_size has it, and of generate
 
 
-def model(device: str = "cpu") -> Model:
-    """3M random weights, and a tokenizer whose words are w0, w1, ..."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Numbers:
+    """A tokenizer whose text is the tokens' numbers: two answers read the same where they are the same tokens."""
 
-    words = Tokenizer(models.WordLevel({"<eos>": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}}, "w1"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
-    torch.manual_seed(0)
-    net = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=6,
-        max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, bos_token_id=None))
-    made = assemble(net, tokenizer, device=device)
-    made.net.eval()
+    def __init__(self, end: int) -> None:
+        self.eos_token_id = end
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
+        """The tokens before the end of each answer; those after it are padding."""
+        return [" ".join(map(str, takewhile(lambda token: token != self.eos_token_id, row))) for row in rows]
+
+
+def model(shape: works.Shape, device: str, dtype: torch.dtype) -> Model:
+    """What both arms answer with."""
+    made = works.model(shape, "none", device=device)
+    made.tokenizer = Numbers(made.tokenizer.eos_token_id)
+    made.net.eval().to(dtype)
     return made
 
 
-def synthetic(n: int = PROMPTS) -> list[list[int]]:
-    """Prompts of an instruction and a text, with the lengths that the agnews prompts have."""
-    rng = random.Random(0)
-    weights = [1 / rank for rank in range(1, VOCABULARY)]
-
-    def draw(length: int) -> list[int]:
-        return rng.choices(range(1, VOCABULARY), weights, k=length)
-
-    instruction = draw(25)
-    return [instruction + draw(min(150, max(20, round(rng.lognormvariate(4.0, 0.35))))) for _ in range(n)]
+def engine(made: Model, prompts: Sequence[Encoded]) -> Step:
+    """Ours."""
+    return lambda: answer(made, prompts, NEW, TOGETHER)
 
 
-def of_task(folder: Path, task: str, n: int = PROMPTS) -> list[list[int]]:
-    """The first dev prompts of a stream folder's task, by a byte-level BPE trained on that task's train rows."""
-    from tokenizers import ByteLevelBPETokenizer
+def generate(made: Model, prompts: Sequence[Encoded]) -> Step:
+    """The peer, on the prompts as they come."""
+    pad, device = made.layout.pad, made.layout.device
 
-    def prompts(split: str) -> list[str]:
-        rows = map(json.loads, (folder / task / f"{split}.jsonl").read_text("utf-8").splitlines())
-        return [f"{row['instruction']}\n{row.get('input', '')}\n" for row in rows]
+    def step() -> list[str]:
+        said: list[str] = []
+        for start in range(0, len(prompts), BATCH):
+            rows = [p.ids for p in prompts[start : start + BATCH]]
+            longest = max(map(len, rows))
+            ids = torch.tensor([[pad] * (longest - len(r)) + [*r] for r in rows], device=device)
+            mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
+            with torch.inference_mode():
+                out = made.net.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
+            said += made.tokenizer.batch_decode(out[:, longest:].tolist(), skip_special_tokens=True)
+        return said
 
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(prompts("train"), VOCABULARY - 1, show_progress=False)
-    return [[1 + i for i in e.ids] for e in bpe.encode_batch(prompts("dev")[:n])]
-
-
-def generated(made: Model, prompts: Sequence[Encoded], batch: int) -> list[str]:
-    """The peer: left-padded batches of prompts as they come."""
-    said: list[str] = []
-    for start in range(0, len(prompts), batch):
-        part = [p.ids for p in prompts[start : start + batch]]
-        longest, device = max(map(len, part)), made.layout.device
-        ids = torch.tensor([[0] * (longest - len(p)) + [*p] for p in part], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part], device=device)
-        with torch.inference_mode():
-            out = made.net.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
-        texts = made.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-        said += [text.strip() for text in texts]
-    return said
+    return step
 
 
-def compared(work: str, made: Model, ids: Sequence[Sequence[int]], rounds: int) -> list[dict[str, Any]]:
-    """Both arms in turn, `rounds` times after one to warm up; raises RuntimeError if they answer differently."""
-    prompts = [Encoded(str(i), 0, tuple(p), (False,) * len(p)) for i, p in enumerate(ids)]
-    arms: dict[str, Callable[[], list[str]]] = {
-        "ours": lambda: answer(made, prompts, NEW, 128), "generate": lambda: generated(made, prompts, 16)}
-    said = {arm: play() for arm, play in arms.items()}
-    apart = sum(a != b for a, b in zip(said["ours"], said["generate"], strict=True))
-    if apart:
-        raise RuntimeError(f"{work}: {apart} of {len(prompts)} answers differ from those of generate")
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    peak: dict[str, int] = {}
-    for _ in range(rounds):
-        for arm, play in arms.items():
-            began = time.perf_counter()
-            play()
-            _finish(made)
-            seconds[arm].append(time.perf_counter() - began)
-            peak[arm] = _peak(made)
-    median = {arm: statistics.median(s) for arm, s in seconds.items()}
-    return [{"benchmark": "answer", "work": work, "arm": arm, "median_s": median[arm],
-             "examples_per_s": len(prompts) / median[arm], "peak_bytes": peak[arm],
-             "ratio_to": {peer: median[peer] / median[arm] for peer in arms if peer != arm}} for arm in arms]
+ARMS: Mapping[str, Callable[[Model, Sequence[Encoded]], Step]] = {"continual": engine, "generate": generate}
 
 
-def _finish(made: Model) -> None:
-    if made.layout.device.type == "cuda":
-        torch.cuda.synchronize()
+def build(arm: str, prompts: Sequence[Encoded], *of: Any) -> Step:
+    """One arm's step on a model of its own."""
+    return ARMS[arm](model(*of), prompts)
 
 
-def _peak(made: Model) -> int:
-    """The peak of memory since the last call on a GPU; on a CPU that of the process so far."""
-    if made.layout.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def run() -> list[Row]:
+    """All works; raises RuntimeError where the arms answer differently."""
+    return [one for shape, name, prompts in _works() for one in measure(shape, name, prompts, seconds=20)]
 
 
-def run(data: Path | None = None, task: str = "agnews", rounds: int = 5, device: str = "cpu") -> list[dict[str, Any]]:
-    """All rows: {benchmark, work, arm, median_s, examples_per_s, peak_bytes, ratio_to: {peer: ratio of speeds}}."""
-    made = model(device)
-    prompts = of_task(data, task) if data else synthetic()
-    instruction = random.Random(1).choices(range(1, VOCABULARY), k=150)
-    name = task if data else "synthetic"
-    return [*compared(f"{name}, {NEW} tokens", made, prompts, rounds),
-            *compared(f"{name}, {NEW} tokens, long instruction", made, [instruction + p for p in prompts], rounds)]
+def _works() -> Iterator[tuple[str, str, Sequence[Encoded]]]:
+    rows = works.rows("agnews", PROMPTS)
+    length = 512 if ASKED.gpu else 150
+    for shape in ("0.5B", "1.5B") if ASKED.gpu else ("3M",):
+        for name, chosen in (("agnews", rows), (f"{length}-token instruction", works.behind(length, rows))):
+            yield shape, name, [_asked(e) for e in chosen]
 
 
-def main() -> None:
-    """Print the rows, and write them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--task", default="agnews")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
-    told = parser.parse_args()
-    rows = run(told.data, told.task, told.rounds, told.device)
-    for row in rows:
-        ratios = ", ".join(f"{ratio:.2f} times {peer}" for peer, ratio in row["ratio_to"].items())
-        print(f"{row['work']:40} {row['arm']:9} {row['examples_per_s']:8.1f} answers/s  {ratios}")
-    if told.json:
-        told.json.write_text(json.dumps(rows, indent=1) + "\n")
+def _asked(e: Encoded) -> Encoded:
+    """The row's prompt."""
+    n = e.response.index(True)
+    return Encoded(e.id, e.task, e.ids[:n], e.response[:n])
 
 
-if __name__ == "__main__":
-    main()
+def measure(shape: str, name: str, prompts: Sequence[Encoded], seconds: float) -> list[Row]:
+    """Each arm's row, once they have answered alike."""
+    size, device = works.SHAPES[shape], ASKED.device.type
+    dtype = torch.bfloat16 if ASKED.gpu else torch.float32
+    made = model(size, device, torch.float32)
+    steps = {arm: make(made, prompts) for arm, make in ARMS.items()}
+    compare({arm: step() for arm, step in steps.items()})
+    made.net.to(dtype)
+    took = medians(interleaved(steps, seconds=seconds))
+    memory = peaks({arm: (arm, prompts, size, device, dtype) for arm in ARMS}, build)
+    work = f"{shape}{' bf16' if ASKED.gpu else ''}, {name}{works.source()}"
+    return [row("answer", work, arm, took[arm], len(prompts), memory[arm], ratios(arm, ["generate"], took, memory))
+            for arm in ARMS]
+
+
+def compare(said: Mapping[str, Sequence[str]]) -> None:
+    """Raise RuntimeError unless both arms gave the same answers."""
+    ours, theirs = said["continual"], said["generate"]
+    if apart := sum(a != b for a, b in zip(ours, theirs, strict=True)):
+        raise RuntimeError(f"{apart} of {len(ours)} answers differ from those of generate")

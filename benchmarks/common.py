@@ -54,6 +54,17 @@ def row(benchmark: str, work: str, arm: str, median_s: float, examples: int, pea
             "examples_per_s": examples / median_s, "peak_bytes": peak_bytes, "ratio_to": dict(ratio_to or {}), **more}
 
 
+def ratios(arm: str, peers: Sequence[str], took: Mapping[str, float], memory: Mapping[str, int | None]
+           ) -> dict[str, float]:
+    """One arm's against each of the other arms that are peers: examples a second, and memory where it was measured."""
+    found: dict[str, float] = {}
+    for peer in (p for p in peers if p in took and p != arm):
+        found[peer] = took[peer] / took[arm]
+        if (ours := memory[arm]) and (theirs := memory[peer]):
+            found[f"{peer} memory"] = ours / theirs
+    return found
+
+
 def synchronize() -> None:
     """Wait for the accelerator, if there is one."""
     if torch.cuda.is_available():

@@ -68,6 +68,15 @@ def model(shape: Shape, adapter: str = "lora", *, bf16: bool = False, device: st
     return made
 
 
+def stirred(shape: Shape, adapter: str, bf16: bool, device: str) -> Model:
+    """The same with LoRA's second half away from its zeros, where the first would have no gradient."""
+    made = model(shape, adapter, bf16=bf16, device=device)
+    for name, p in made.net.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02)
+    return made
+
+
 @cache
 def tokenizer(data: Path | None) -> Any:
     """A byte-level BPE trained on the stream's training rows; without a stream one that only knows bytes."""

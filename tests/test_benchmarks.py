@@ -2,12 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import common, overhead, sft, works
+from benchmarks import answer, common, fisher, maml, overhead, sft, works
 
 SMALL = works.Shape(16, 32, 1, 2, 2)
 KEYS = {"benchmark", "work", "arm", "median_s", "examples_per_s", "peak_bytes", "ratio_to"}
@@ -18,8 +19,8 @@ def small(monkeypatch):
     monkeypatch.setattr(works, "SHAPES", {"3M": SMALL})
 
 
-def in_this_process(loads, build):
-    return {arm: common.peak(build, arguments, 1) for arm, arguments in loads.items()}
+def in_this_process(loads, build, steps=1):
+    return {arm: common.peak(build, arguments, steps) for arm, arguments in loads.items()}
 
 
 def test_the_engines_arms_learn_the_same_and_each_is_a_row_with_ratios_to_its_peers(monkeypatch):
@@ -38,6 +39,58 @@ def test_arms_that_learn_differently_are_refused():
     work = sft.Work("tiny", (), SMALL)
     with pytest.raises(RuntimeError, match="do not learn the same"):
         sft._compare({"a": [2.0, 1.9], "b": [2.0, 1.8]}, work)
+
+
+def test_answers_a_second_are_measured_against_generate(monkeypatch):
+    monkeypatch.setattr(answer, "peaks", in_this_process)
+    monkeypatch.setattr(answer, "PROMPTS", 20)
+    prompts = [p for _, _, p in answer._works()]
+    rows = answer.measure("3M", "tiny", prompts[0], seconds=0)
+    assert [r["arm"] for r in rows] == ["continual", "generate"]
+    assert all(set(r) >= KEYS and r["median_s"] > 0 for r in rows)
+    assert {"generate"} <= set(rows[0]["ratio_to"]) <= {"generate", "generate memory"}
+    assert [min(len(e.ids) for e in p) > 150 for p in prompts] == [False, True]
+    assert not any(e.response[-1] for p in prompts for e in p)
+
+
+def test_answers_are_compared_by_their_tokens_up_to_the_end():
+    numbers = answer.Numbers(end=0)
+    assert numbers.batch_decode([[5, 71, 0, 0], [571, 3]], skip_special_tokens=True) == ["5 71", "571 3"]
+    with pytest.raises(RuntimeError, match="1 of 2 answers differ"):
+        answer.compare({"continual": ["5 71", "571 3"], "generate": ["5 71", "57 13"]})
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_the_fisher_of_examples_together_is_measured_against_the_loop(monkeypatch, adapter):
+    monkeypatch.setattr(fisher, "peaks", in_this_process)
+    rows = fisher.measure("3M", adapter, works.rows("agnews", 20), ["continual", "loop"], seconds=0)
+    assert [r["arm"] for r in rows] == ["continual", "loop"]
+    assert all(set(r) >= KEYS and r["median_s"] > 0 for r in rows)
+    assert {"loop"} <= set(rows[0]["ratio_to"]) <= {"loop", "loop memory"}
+
+
+def test_another_fisher_is_refused():
+    ours = {"w": torch.tensor([1.0, 2.0])}
+    with pytest.raises(RuntimeError, match=r"the Fisher of loop differs by .* in w"):
+        fisher.compare({"continual": ours, "loop": {"w": ours["w"] * 1.001}})
+
+
+@pytest.mark.filterwarnings("ignore")  # of learn2learn's own imports
+@pytest.mark.parametrize("second_order", [False, True])
+def test_the_meta_gradient_is_measured_against_learn2learn_s(monkeypatch, second_order):
+    pytest.importorskip("learn2learn.algorithms")
+    monkeypatch.setattr(maml, "peaks", in_this_process)
+    monkeypatch.setattr(maml, "INNER_STEPS", 2)
+    rows = works.rows("agnews", 8)
+    tasks = [[replace(e, task=i) for e in rows[i::2]] for i in range(2)]
+    found = maml.measure("3M", tasks, second_order, seconds=0)
+    assert [r["arm"] for r in found] == ["continual", "learn2learn"]
+    assert all(set(r) >= KEYS and r["median_s"] > 0 for r in found)
+
+
+def test_another_meta_gradient_is_refused():
+    with pytest.raises(RuntimeError, match="the meta-gradient of learn2learn differs"):
+        maml.compare({"continual": {"w": torch.ones(3)}, "learn2learn": {"w": torch.ones(3) * 1.001}})
 
 
 @pytest.mark.parametrize("name", overhead.STRATEGIES)
