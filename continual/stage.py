@@ -17,6 +17,7 @@ from continual.data import Encoded, Task
 from continual.errors import ConfigError, DataError, TrainingError, gathered, mistyped, unknown
 from continual.loss import nll
 from continual.model import Model
+from continual.packing import Batch
 from continual.strategy import Strategy
 from continual.weights import Weights, restore, snapshot
 
@@ -104,14 +105,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     patience = Patience(model, task, recipe) if recipe.patience else None
     budget = model.layout.tokens
     for step, examples in enumerate(islice(_draw(task.train, recipe, model, rng), total), 1):
-        while True:
-            optimizer.zero_grad()
-            batch = model.batch(examples)
-            try:
-                loss = strategy.backward(model, batch)
-                break
-            except torch.OutOfMemoryError:
-                _halve(model, budget, log)
+        batch, loss = _gradient(model, strategy, examples, optimizer, lambda: _halve(model, budget, log))
         _check(loss, task, step, examples)
         torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
         lr = schedule.get_last_lr()[0]
@@ -133,6 +127,18 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     spent = {"steps": step, "tokens": tokens, "train_seconds": time.perf_counter() - began}
     log({"event": "stage", "task": task.name, "seconds": spent["train_seconds"], **spent})
     return spent
+
+
+def _gradient(model: Model, strategy: Strategy, examples: Sequence[Encoded], optimizer: torch.optim.Optimizer,
+              starved: Callable[[], None]) -> tuple[Batch, torch.Tensor]:
+    """The step's batch and loss, its gradient left in the parameters; once more after `starved` if memory runs out."""
+    while True:
+        optimizer.zero_grad()
+        batch = model.batch(examples)
+        try:
+            return batch, strategy.backward(model, batch)
+        except torch.OutOfMemoryError:
+            starved()
 
 
 def _halve(model: Model, budget: int, log: Log) -> None:
