@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import works
-from benchmarks.common import ASKED, Row, Step, flops, interleaved, matmul, medians, peaks, row
+from benchmarks.common import ASKED, Row, Step, flops, interleaved, matmul, medians, peaks, ratios, row
 from continual.data import Encoded
 from continual.loss import accumulate, nll
 from continual.model import Model
@@ -226,7 +226,8 @@ def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:
     steps.clear()
     memory = peaks({arm: (*c, work) for arm, c in best.items()}, build)
     tokens, took = sum(len(e.ids) for e in work.examples) / CYCLE, medians(spent)
-    return [row("sft", work.name, arm, took[arm], EXAMPLES, memory[arm], _ratios(arm, took, memory),
+    return [row("sft", work.name, arm, took[arm], EXAMPLES, memory[arm],
+                ratios(arm, () if arm in PEERS else PEERS, took, memory),
                 tokens_per_s=tokens / took[arm], peak_share=share.get(arm), micro_batch=c[1],
                 first_losses=" ".join(f"{x:.4f}" for x in losses[c][:COMPARED])) for arm, c in best.items()]
 
@@ -241,17 +242,6 @@ def _rate(step: Step, done: int, seconds: Sequence[float]) -> float:
 def _noted(step: Step, losses: list[float]) -> None:
     """A step, and its loss to the others."""
     losses.append(float(step()))
-
-
-def _ratios(arm: str, took: Mapping[str, float], memory: Mapping[str, int | None]) -> dict[str, float]:
-    """Against each peer: examples a second, and memory."""
-    ratios: dict[str, float] = {}
-    for peer in PEERS:
-        if arm not in PEERS and peer in took:
-            ratios[peer] = took[peer] / took[arm]
-            if (ours := memory[arm]) and (theirs := memory[peer]):
-                ratios[f"{peer} memory"] = ours / theirs
-    return ratios
 
 
 def _compare(losses: Mapping[Any, Sequence[float]], work: Work) -> None:
