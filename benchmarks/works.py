@@ -14,6 +14,7 @@ import torch
 from benchmarks.common import ASKED
 from continual.data import Encoded, Example
 from continual.model import Model, assemble
+from continual.packing import common_prefix
 from continual.scratch import _tokenizer as bpe
 from continual.template import Encoder
 
@@ -110,8 +111,7 @@ def rows(task: str, n: int) -> list[Encoded]:
 def behind(instruction: int, examples: Sequence[Encoded]) -> list[Encoded]:
     """The rows with what their prompts share replaced by one instruction of so many tokens."""
     asked = [e.ids[: e.response.index(True) - 1] for e in examples]
-    first, last = min(asked), max(asked)  # what these two begin with, all do
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, asked)))
+    shared = common_prefix(min(asked), max(asked))  # what these two begin with, all do
     ids = _draw(random.Random(0), instruction)
     return [Encoded(e.id, e.task, (*ids, *e.ids[shared:]), (*[False] * instruction, *e.response[shared:]))
             for e in examples]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from continual.attention import flat_attention
 from continual.cache import Cache, Taken, cached
 from continual.data import Encoded
 from continual.model import Model
+from continual.packing import common_prefix
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def _from_flat_rows(model: Model, prompts: Sequence[Encoded], room: int) -> list
 
 def _passes(rows: Sequence[tuple[int, ...]], most: int) -> list[list[int]]:
     """Neighbours in parts of at most so many tokens, or single rows, what all rows begin with counted once a part."""
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(rows), max(rows), strict=False)))
+    shared = common_prefix(min(rows), max(rows))
     parts: list[list[int]] = []
     spent = 0
     for i, row in enumerate(rows):

@@ -148,6 +148,7 @@ def probe(net: Any) -> tuple[bool, LastLayer | None]:
     a, b = [1, 2, 3, 4, 5], [1, 2, 3, 6, 7]
     told = torch.tensor([[*a, *b[3:]], [0, 1, 2, 3, 4, 3, 4]], device=device)
     flat = {"input_ids": told[:1], "position_ids": told[1:], "row": Row((Group(3, ((2, 2),)),)), "use_cache": False}
+    reads, last = False, None
     net.eval()
     try:
         alone = torch.cat([net(input_ids=torch.tensor([x], device=device), use_cache=False).logits[0] for x in (a, b)])
@@ -155,17 +156,15 @@ def probe(net: Any) -> tuple[bool, LastLayer | None]:
         close = (1e-3 if alone.dtype.itemsize > 2 else 0.1) * alone.std()
         with _called(net) as order, flat_attention(net):
             reads = bool((net(**flat).logits[0] - expected).abs().max() <= close)
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-        return False, None  # it does not take a row
-    try:
-        last, at = _last(net, order), torch.tensor([4, 6], device=device)
-        with last.only(at), flat_attention(net):
-            skips = bool((net(**flat).logits[0] - expected[at]).abs().max() <= close)
+        found, at = _last(net, order), torch.tensor([4, 6], device=device)
+        with found.only(at), flat_attention(net):
+            if reads and (net(**flat).logits[0] - expected[at]).abs().max() <= close:
+                last = found
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
-        skips = False  # its last layer is built otherwise
+        pass  # it does not take a row, or its last layer is built otherwise
     finally:
         net.train(training)
-    return reads, last if reads and skips else None
+    return reads, last
 
 
 @contextmanager
@@ -185,4 +184,5 @@ def _last(net: Any, order: Sequence[nn.Module]) -> LastLayer:
     listed = {m for parent in net.modules() if isinstance(parent, nn.ModuleList) for m in parent}
     layer = [m for m in order if m in listed][-1]
     parts = [m for m in order if m in set(layer.children())]
-    return LastLayer(layer, parts[0], next(m for m in parts if "attention" in type(m).__name__.lower()))
+    attends = [m for m in parts if "attention" in type(m).__name__.lower()]
+    return LastLayer(layer, parts[0], attends[0])

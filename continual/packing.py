@@ -72,7 +72,7 @@ class Batch:
         for i in order:
             part = parts[-1]
             if self.layout.flat:
-                cost = spent + len(rows[i]) - (_shared(rows[part[-1]], rows[i], len(rows[i])) if part else 0)
+                cost = spent + len(rows[i]) - (common_prefix(rows[part[-1]], rows[i]) if part else 0)
             else:
                 cost = len(rows[i]) * (len(part) + 1)
             if part and cost > self.layout.tokens:
@@ -223,7 +223,7 @@ def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
     order = sorted(range(len(examples)), key=lambda i: examples[i].ids)
     most = [_turn(examples[i]) for i in order]
     rows = [examples[i].ids for i in order]
-    common = [0, *(_shared(rows[k - 1], rows[k], min(most[k - 1], most[k])) for k in range(1, len(rows)))]
+    common = [0, *(min(common_prefix(rows[k - 1], rows[k]), most[k - 1], most[k]) for k in range(1, len(rows)))]
     before = list(range(len(rows)))  # where the run that has common[k] in common begins
     for k in range(1, len(rows)):
         before[k] = k - 1
@@ -276,9 +276,9 @@ def blocked(lengths: dict[int, int]) -> list[list[int]]:
     return runs[::-1]
 
 
-def _shared(a: Sequence[int], b: Sequence[int], most: int) -> int:
-    """How many tokens, at most so many, both begin with."""
-    low, high = 0, min(len(a), len(b), most)
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:

@@ -105,7 +105,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     patience = Patience(model, task, recipe) if recipe.patience else None
     budget = model.layout.tokens
     for step, examples in enumerate(islice(_draw(task.train, recipe, model, rng), total), 1):
-        batch, loss = _gradient(model, strategy, examples, optimizer, lambda: _halve(model, budget, log))
+        batch, loss = _gradient(model, strategy, optimizer, examples, budget, log)
         _check(loss, task, step, examples)
         torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
         lr = schedule.get_last_lr()[0]
@@ -129,16 +129,16 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     return spent
 
 
-def _gradient(model: Model, strategy: Strategy, examples: Sequence[Encoded], optimizer: torch.optim.Optimizer,
-              starved: Callable[[], None]) -> tuple[Batch, torch.Tensor]:
-    """The step's batch and loss, its gradient left in the parameters; once more after `starved` if memory runs out."""
+def _gradient(model: Model, strategy: Strategy, optimizer: torch.optim.Optimizer, examples: Sequence[Encoded],
+              budget: int, log: Log) -> tuple[Batch, torch.Tensor]:
+    """The step's batch and loss, its gradient left in the parameters; once more with less if memory runs out."""
     while True:
         optimizer.zero_grad()
         batch = model.batch(examples)
         try:
             return batch, strategy.backward(model, batch)
         except torch.OutOfMemoryError:
-            starved()
+            _halve(model, budget, log)
 
 
 def _halve(model: Model, budget: int, log: Log) -> None:
