@@ -5,14 +5,15 @@ Linear layers, norms and embeddings see a plain (1, N) sequence; only attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 NAME = "continual_flat_row"
 
@@ -31,6 +32,12 @@ class Row:
 
     groups: tuple[Group, ...]
     masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
+    asked: tuple[int, ...] | None = None  # the only tokens whose attention is asked for; None: all
+
+    @cached_property
+    def longest(self) -> int:
+        """The most tokens that one token can see."""
+        return max(g.prefix + max((n for _, n in g.blocks), default=0) for g in self.groups)
 
     def mask(self, prefix: int, n: int, window: int | None, like: Tensor) -> Tensor | None:
         """(n, prefix + n) what is added to a block's scores; None where plain causal attention says the same."""
@@ -51,8 +58,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
            softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
     """What `transformers` calls for each layer: query (1, H, N, D), key and value (1, K, N, D) -> (1, N, H, D)."""
     heads = query.shape[1]
-    if key.shape[1] != heads:
-        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    key, value = (spread(x, heads) for x in (key, value))
     sizes = [size for g in row.groups for size in (g.prefix, *(b * n for b, n in g.blocks))]
     parts = zip(*(torch.split(x[0], sizes, 1) for x in (query, key, value)), strict=True)
     out: list[Tensor] = []
@@ -78,6 +84,11 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     return torch.cat(out)[None], None
 
 
+def spread(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (1, K, N, D), each given to the query heads that share it -> (1, H, N, D)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float,
             cap: float) -> Tensor:
     """Attention whose scores a tanh keeps below `cap`, as in Gemma 2."""
@@ -101,88 +112,3 @@ def flat_attention(net: Any, by: Callable[..., tuple[Tensor, None]] = attend) ->
         yield
     finally:
         config._attn_implementation = before
-
-
-@dataclass(frozen=True)
-class LastLayer:
-    """A network's last layer, of which only the keys and values are needed everywhere: the rest, where one looks."""
-
-    layer: nn.Module
-    norm: nn.Module  # the first thing in it
-    attention: nn.Module
-
-    @contextmanager
-    def only(self, at: Tensor) -> Iterator[None]:
-        """Within it the network's hidden states are (1, S, H), of the positions `at` (S,) of the row alone."""
-        whole: list[Tensor] = []
-
-        def enter(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            whole.append(args[0])
-            return (args[0].index_select(1, at), *args[1:])
-
-        def read(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (whole.pop(), *args[1:])
-
-        def leave(_: Any, args: Any, out: Any) -> Any:
-            return (out[0].index_select(1, at), *out[1:]) if isinstance(out, tuple) else out.index_select(1, at)
-
-        handles = [self.layer.register_forward_pre_hook(enter), self.norm.register_forward_pre_hook(read),
-                   self.attention.register_forward_hook(leave)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@torch.no_grad()
-def probe(net: Any) -> tuple[bool, LastLayer | None]:
-    """Whether this network, tried on two short examples, answers a flat row as it does each example alone.
-
-    Networks whose attention is not replaceable (ALiBi) or whose memory is not attention (state-space) do not. Also its
-    last layer, if what comes after attention there can be left out for most positions: tried in the same way.
-    """
-    if not getattr(net, "_supports_attention_backend", False) or getattr(net, "_is_stateful", False):
-        return False, None
-    device, training = next(net.parameters()).device, net.training
-    a, b = [1, 2, 3, 4, 5], [1, 2, 3, 6, 7]
-    told = torch.tensor([[*a, *b[3:]], [0, 1, 2, 3, 4, 3, 4]], device=device)
-    flat = {"input_ids": told[:1], "position_ids": told[1:], "row": Row((Group(3, ((2, 2),)),)), "use_cache": False}
-    reads, last = False, None
-    net.eval()
-    try:
-        alone = torch.cat([net(input_ids=torch.tensor([x], device=device), use_cache=False).logits[0] for x in (a, b)])
-        expected = alone[[0, 1, 2, 3, 4, 8, 9]]
-        close = (1e-3 if alone.dtype.itemsize > 2 else 0.1) * alone.std()
-        with _called(net) as order, flat_attention(net):
-            reads = bool((net(**flat).logits[0] - expected).abs().max() <= close)
-        found, at = _last(net, order), torch.tensor([4, 6], device=device)
-        with found.only(at), flat_attention(net):
-            if reads and (net(**flat).logits[0] - expected[at]).abs().max() <= close:
-                last = found
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
-        pass  # it does not take a row, or its last layer is built otherwise
-    finally:
-        net.train(training)
-    return reads, last
-
-
-@contextmanager
-def _called(net: Any) -> Iterator[list[nn.Module]]:
-    """The modules that run within it, in their order."""
-    order: list[nn.Module] = []
-    handles = [m.register_forward_pre_hook(lambda m, _: order.append(m)) for m in net.modules()]
-    try:
-        yield order
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _last(net: Any, order: Sequence[nn.Module]) -> LastLayer:
-    """The last of the modules that ran as one of a list, the first of its parts, and the part that attends."""
-    listed = {m for parent in net.modules() if isinstance(parent, nn.ModuleList) for m in parent}
-    layer = [m for m in order if m in listed][-1]
-    parts = [m for m in order if m in set(layer.children())]
-    attends = [m for m in parts if "attention" in type(m).__name__.lower()]
-    return LastLayer(layer, parts[0], attends[0])

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from continual.attention import flat_attention
 from continual.model import Model
 from continual.packing import Batch
+from continual.probe import kernel
 from continual.weights import Weights
 
 
@@ -25,7 +26,7 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     """
     with ExitStack() as stack:
         if batch.layout.flat:
-            stack.enter_context(flat_attention(model.net))
+            stack.enter_context(flat_attention(model.net, kernel(batch.layout.device)))
         if batch.layout.flat and model.last:
             stack.enter_context(model.last.only(batch.at))
         else:

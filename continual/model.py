@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from continual.attention import LastLayer, probe
 from continual.data import Encoded
 from continual.errors import ConfigError, MissingError, unknown
 from continual.packing import Batch, Layout
+from continual.probe import LastLayer, probe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -14,6 +14,8 @@ LAYERS = (
     ("errors", "files"),
     ("data",),
     ("attention",),
+    ("flash",),
+    ("probe",),
     ("packing", "matrix", "template"),
     ("model", "cache"),
     ("weights",),

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import encoded, model
 
-from continual.attention import probe
 from continual.data import Encoded
 from continual.loss import nll, token_nll
 from continual.model import Model
 from continual.packing import OVERHEAD, Layout, blocked, grouped
+from continual.probe import probe
 from continual.weights import gradient
 
 LLAMA = model(dtype=torch.float64)

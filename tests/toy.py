@@ -16,11 +16,11 @@ from omegaconf import DictConfig
 from small import network
 
 from continual import build
-from continual.attention import probe
 from continual.data import Encoded, Task
 from continual.matrix import Matrix
 from continual.model import Model
 from continual.packing import Layout
+from continual.probe import probe
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
 
