@@ -14,7 +14,7 @@ import io
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -107,20 +107,9 @@ def cycled(rows: Sequence[Encoded], n: int) -> itertools.cycle[Sequence[Encoded]
     return itertools.cycle([rows[i : i + n] for i in range(0, len(rows) - n + 1, n)])
 
 
-def stepper(model: Model, strategy: Strategy, task: Task[Encoded], batches: Sequence[Sequence[Encoded]]) -> Step:
+def stepper(model: Model, strategy: Strategy, task: Task[Encoded], batches: Iterable[Sequence[Encoded]]) -> Step:
     """A step of the stage loop on one of the batches after another."""
-    model.net.train()
-    optimizer = torch.optim.AdamW(strategy.begin(model, task), lr=1e-3, weight_decay=0.0, fused=True)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    following = iter(batches)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        strategy.backward(model, model.batch(next(following)))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-
-    return step
+    return works.stepper(model, strategy.begin(model, task), strategy.backward, batches)
 
 
 def stage_seconds(model: Model, task: Task[Encoded], strategy: Strategy, steps: int = 5) -> float:

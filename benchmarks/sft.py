@@ -34,9 +34,10 @@ from benchmarks.common import ASKED, Row, Step, flops, interleaved, matmul, medi
 from continual.data import Encoded
 from continual.loss import accumulate, nll
 from continual.model import Model
+from continual.packing import Batch
 from continual.strategy import Strategy
 
-EXAMPLES, CYCLE, LR, CLIP = 32, 3, 1e-3, 1.0
+EXAMPLES, CYCLE = 32, 3
 TRIED, COMPARED = 2, 4  # steps that choose a micro-batch, and steps whose losses are compared
 MICRO = (8, 16, 32)
 LOW = 1024  # tokens in a forward pass of the low-memory arm
@@ -68,51 +69,35 @@ class Work:
         return itertools.cycle(steps)
 
 
-def adamw(model: Model) -> tuple[torch.optim.Optimizer, list[Tensor]]:
-    """The optimizer of a stage, and what it trains."""
-    trained = [p for p in model.net.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True), trained
-
-
 def engine(work: Work, tokens: int | None = None) -> Step:
     """This project's step: what `continual.stage.learn` does between two logs; the engine's own budget of tokens."""
     model = work.model(**({"tokens": tokens} if tokens else {}))
-    return _engine_step(work, model, Strategy().backward)
+    return _step(work, model, Strategy().backward)
 
 
 def padded(work: Work, micro: int) -> Step:
     """The engine's step on padded batches of `micro` examples in the order given."""
-    def backward(model: Model, batch: Any) -> Tensor:
+    def backward(model: Model, batch: Batch) -> Tensor:
         return accumulate(nll, model, [batch.pick(range(i, i + micro)) for i in range(0, EXAMPLES, micro)])
 
-    return _engine_step(work, work.model(flat=False, tokens=WHOLE), backward)
+    return _step(work, work.model(flat=False, tokens=WHOLE), backward)
 
 
 def padded_sorted(work: Work) -> Step:
     """The engine's step on padded batches that it cuts itself."""
-    return _engine_step(work, work.model(flat=False), Strategy().backward)
+    return _step(work, work.model(flat=False), Strategy().backward)
 
 
-def _engine_step(work: Work, model: Model, backward: Callable[[Model, Any], Tensor]) -> Step:
-    optimizer, trained = adamw(model)
-    batches = work.batches()
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = backward(model, model.batch(next(batches)))
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        return loss
-
-    return step
+def _step(work: Work, model: Model, backward: Callable[[Model, Batch], Tensor]) -> Step:
+    return works.stepper(model, [p for p in model.net.parameters() if p.requires_grad], backward, work.batches())
 
 
 def settings(work: Work, micro: int, **more: Any) -> dict[str, Any]:
     """The arguments that both stock trainers take."""
     return {"output_dir": tempfile.gettempdir(), "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": EXAMPLES // micro, "learning_rate": LR, "weight_decay": 0.0,
-            "max_grad_norm": CLIP, "optim": "adamw_torch_fused", "lr_scheduler_type": "constant", "bf16": work.bf16,
-            "use_cpu": work.device == "cpu", "train_sampling_strategy": "sequential", "logging_strategy": "no",
+            "gradient_accumulation_steps": EXAMPLES // micro, "learning_rate": works.LR, "weight_decay": 0.0,
+            "max_grad_norm": works.CLIP, "optim": "adamw_torch_fused", "lr_scheduler_type": "constant",
+            "bf16": work.bf16, "use_cpu": work.device == "cpu", "train_sampling_strategy": "sequential", "logging_strategy": "no",
             "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
             "dataloader_pin_memory": work.device != "cpu", **more}
 
@@ -158,7 +143,7 @@ def _trainer_step(made: Any) -> Step:
     def step() -> Tensor:
         micro, tokens = made.get_batch_samples(batches, parts, made.args.device)
         loss = torch.stack([made.training_step(model, m, tokens) for m in micro]).sum()
-        made.accelerator.clip_grad_norm_(model.parameters(), CLIP)
+        made.accelerator.clip_grad_norm_(model.parameters(), works.CLIP)
         made.optimizer.step()
         model.zero_grad()
         return loss
@@ -197,13 +182,13 @@ def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
                            device="cuda"), arms, 20
         return
     for task in works.TASKS:
-        yield Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"]), arms, 15
+        yield Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"]), arms, 8
     agnews = tuple(works.rows("agnews", n))
     long = works.behind(150, agnews)
-    yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 15
+    yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 8
     few = ("continual", "low memory", *PEERS)
     for name, adapter, bf16 in (("LoRA", "lora", False), ("LoRA bf16", "lora", True), ("full", "none", False)):
-        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16), few, 30
+        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16), few, 12
 
 
 def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:

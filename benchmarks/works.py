@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.common import ASKED
+from benchmarks.common import ASKED, Step
 from continual.data import Encoded, Example
 from continual.model import Model, assemble
-from continual.packing import common_prefix
-from continual.scratch import _tokenizer as bpe
+from continual.packing import Batch, common_prefix
+from continual.scratch import byte_bpe
 from continual.template import Encoder
 
 VOCABULARY, CONTEXT, LIMIT = 8192, 1024, 512
+LR, CLIP = 1e-3, 1.0
 TASKS = ("agnews", "MNLI", "dbpedia", "amazon", "yelp")
 LORA = {"lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}}
 # Tokens by an 8k BPE trained on the five tasks' training rows (cut at 512): the instruction, then deciles of the
@@ -46,7 +48,7 @@ class Shape:
 
 SHAPES = {
     "3M": Shape(192, 512, 4, 6, 6),
-    "37M": Shape(512, 2048, 8, 8, 8),
+    "37M": Shape(512, 1024, 8, 8, 8, 32768),
     "0.5B": Shape(896, 4864, 24, 14, 2, 151936),
     "1.5B": Shape(1536, 8960, 28, 12, 2, 151936),
 }
@@ -78,11 +80,29 @@ def stirred(shape: Shape, adapter: str, bf16: bool, device: str) -> Model:
     return made
 
 
+def stepper(model: Model, groups: Sequence[Any], backward: Callable[[Model, Batch], Tensor],
+            batches: Iterable[Sequence[Encoded]]) -> Step:
+    """What `continual.stage.learn` does between two logs, on one batch after another; `groups` is what it trains."""
+    model.net.train()
+    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    following = iter(batches)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = backward(model, model.batch(next(following)))
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        return loss
+
+    return step
+
+
 @cache
 def tokenizer(data: Path | None) -> Any:
     """A byte-level BPE trained on the stream's training rows; without a stream one that only knows bytes."""
     corpus = [e for task in TASKS for e in _stream(data)[task]] if data else []
-    return bpe(corpus, VOCABULARY, CONTEXT)
+    return byte_bpe(corpus, VOCABULARY, CONTEXT)
 
 
 @cache

@@ -70,7 +70,7 @@ def _build(folder: Path, stream: Stream, corpus: Sequence[Example], shape: Mappi
            attention: str, seed: int, device: str) -> None:
     """Build into a temporary folder and rename, so that a half-built model is never found."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    tokenizer = _tokenizer(corpus, shape["vocabulary"], shape["context"])
+    tokenizer = byte_bpe(corpus, shape["vocabulary"], shape["context"])
     model = assemble(_llama(tokenizer, shape, attention, seed), tokenizer, device=device)
     if pretrain["tokens"]:
         _pretrain(model, stream, pretrain, seed, shape["context"], temporary)
@@ -84,7 +84,8 @@ def _build(folder: Path, stream: Stream, corpus: Sequence[Example], shape: Mappi
         shutil.rmtree(temporary)
 
 
-def _tokenizer(corpus: Sequence[Example], vocabulary: int, context: int) -> Any:
+def byte_bpe(corpus: Sequence[Example], vocabulary: int, context: int) -> Any:
+    """A byte-level BPE of at most so many tokens, trained on the corpus."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
