@@ -97,8 +97,8 @@ def settings(work: Work, micro: int, **more: Any) -> dict[str, Any]:
     return {"output_dir": tempfile.gettempdir(), "per_device_train_batch_size": micro,
             "gradient_accumulation_steps": EXAMPLES // micro, "learning_rate": works.LR, "weight_decay": 0.0,
             "max_grad_norm": works.CLIP, "optim": "adamw_torch_fused", "lr_scheduler_type": "constant",
-            "bf16": work.bf16, "use_cpu": work.device == "cpu", "train_sampling_strategy": "sequential", "logging_strategy": "no",
-            "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+            "bf16": work.bf16, "use_cpu": work.device == "cpu", "train_sampling_strategy": "sequential",
+            "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
             "dataloader_pin_memory": work.device != "cpu", **more}
 
 
