@@ -117,7 +117,7 @@ def stage_seconds(model: Model, task: Task[Encoded], strategy: Strategy, steps: 
     new = NEW if isinstance(strategy, Replay) else EXAMPLES
     began, at = time.perf_counter(), []
     learn(model, task, strategy, Recipe(lr=1e-3, steps=steps, batch_size=new), seed=0, log=lambda event: None,
-          after=lambda step: at.append(time.perf_counter()))
+          after=lambda step, _: at.append(time.perf_counter()))
     each = statistics.median(b - a for a, b in itertools.pairwise(at))
     return max(0.0, time.perf_counter() - began - steps * each)
 

@@ -60,7 +60,7 @@ def start_of(config: DictConfig) -> Path | None:
     if config.adapt.start == "base":
         return None
     path = Path(config.adapt.start)
-    folder = path if (path / "weights.safetensors").exists() else checkpoint.latest(path)
+    folder = path if (path / "weights.safetensors").exists() else checkpoint.find(path).trained
     source = next((p for p in (path, *path.parents) if (p / "config.yaml").exists()), None)
     if folder is None or source is None:
         raise MissingError(f"adapt.start={path} is neither a run folder with a checkpoint nor one of its checkpoints; "
@@ -87,7 +87,7 @@ def curves(bench: Bench, task: Task[Encoded], events: Events) -> list[dict[str, 
         chosen = random.Random(bench.config.seed).sample(list(task.train), n)
         restore(bench.model, start)
 
-        def measure(step: int, n: int = n) -> None:
+        def measure(step: int, _: Any = None, n: int = n) -> None:
             if step in settings.at or step == settings.steps:
                 bench.model.net.eval()
                 value, _ = score(bench.model, test, bench.config.score.batch_size)

@@ -1,64 +1,123 @@
-"""All or nothing on disk: trainable weights, strategy memory and the matrix so far, at the end of a stage.
+"""All or nothing on disk: trainable weights, strategy memory, the matrix so far and, within a stage, its progress.
 
-Tensors go to safetensors, everything else to JSON that people can read; nothing that is read back can run code.
+A checkpoint is a folder, `stage-NN` of a trained stage or `stage-NN-step-NNNNNNNN` of one under way. It is written
+beside, flushed to disk and renamed; its manifest has the size and SHA-256 of every file. Tensors go to safetensors,
+everything else to JSON that people can read; nothing that is read back can run code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from continual.data import Encoded
 from continual.errors import ContinualError, DataError, MissingError
 from continual.files import flush
 from continual.matrix import Matrix
-from continual.memory import ReplayBuffer
 from continual.model import Model
 from continual.strategy import Strategy
+from continual.values import from_json, to_json
 from continual.weights import restore, snapshot, weights
 
-VALUES: Mapping[str, type[Any]] = {"ReplayBuffer": ReplayBuffer}  # what memory may hold
+NAME = re.compile(r"stage-(\d+)(?:-step-(\d+))?")
+WITHIN = 2  # of the stage under way this many are kept: an older one for when the newest is damaged
 
 
-def save(folder: Path, model: Model, strategy: Strategy, matrix: Matrix) -> Path:
-    """Write `folder` whole: into a temporary sibling, flushed to disk, then renamed; returns it."""
-    from safetensors.torch import save_file
+def save(folder: Path, model: Model, strategy: Strategy, matrix: Matrix, progress: Mapping[str, Any] | None = None
+         ) -> Path:
+    """Write `folder` whole, with the stage's `progress` if it is under way; returns it.
 
+    Raises ContinualError, with nothing written, where the disk has not the space.
+    """
+    from safetensors import SafetensorError
+
+    kept: dict[str, Tensor] = {}
+    memory = {"memory.json": to_json(strategy.state_dict(), "memory", kept)}
+    tensors = {"weights": {n: w.contiguous().cpu() for n, w in snapshot(model).items()}, "memory": kept}
+    if progress is not None:
+        tensors["progress"] = {}
+        memory["progress.json"] = to_json(dict(progress), "progress", tensors["progress"])
+    texts = {name: json.dumps(value, indent=1, ensure_ascii=False) for name, value in memory.items()}
+    texts["matrix.json"] = json.dumps(matrix.to_json(), indent=1)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    memory = _to_json(strategy.state_dict(), "memory", tensors)
-    save_file({n: w.contiguous().cpu() for n, w in snapshot(model).items()}, temporary / "weights.safetensors")
-    save_file(tensors, temporary / "memory.safetensors")
-    (temporary / "memory.json").write_text(json.dumps(memory, indent=1, ensure_ascii=False), encoding="utf-8")
-    (temporary / "matrix.json").write_text(json.dumps(matrix.to_json(), indent=1), encoding="utf-8")
-    for path in temporary.iterdir():
-        flush(path)
-    flush(temporary)
+    try:
+        _refuse_full(folder.parent, sum(map(len, texts.values())) + sum(
+            t.nbytes for part in tensors.values() for t in part.values()))
+        _write(temporary, tensors, texts)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ContinualError(f"{folder} cannot be written: {e}; see to the space there, and give the same command "
+                             "again: earlier checkpoints are kept") from e
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     flush(folder.parent)
     return folder
 
 
+def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
+    """All files and their manifest, flushed to disk."""
+    from safetensors.torch import save_file
+
+    for name, part in tensors.items():
+        save_file(part, folder / f"{name}.safetensors")
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(_manifest(folder), indent=1), encoding="utf-8")
+    for path in folder.iterdir():
+        flush(path)
+    flush(folder)
+
+
+def _refuse_full(folder: Path, size: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < size + 2**20:
+        raise OSError(f"it takes {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each file's size in bytes and SHA-256."""
+    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by its manifest; None where it is whole."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        for name, told in manifest.items():
+            path = folder / Path(name).name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != told["bytes"] or _sha256(path) != told["sha256"]:
+                return f"{name} is not as it was written"
+        missing = {"weights.safetensors", "memory.safetensors", "memory.json", "matrix.json"} - manifest.keys()
+        return f"{', '.join(sorted(missing))} missing" if missing else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is missing or damaged"
+
+
 def load(folder: Path, model: Model, strategy: Strategy | None = None) -> Matrix:
     """Give the model, and the strategy if there is one, what `save` wrote; returns the matrix of that time.
 
-    Raises MissingError where a file is missing, DataError where one does not fit this model or strategy.
+    Raises MissingError for a folder that is no checkpoint, DataError for one that is damaged or does not fit this model
+    or strategy.
     """
-    missing = [n for n in ("weights.safetensors", "memory.safetensors", "memory.json", "matrix.json")
-               if not (folder / n).is_file()]
-    if missing:
-        raise MissingError(f"{folder} is no whole checkpoint: {', '.join(missing)} missing; name a folder such as "
-                           "RUN/checkpoints/stage-01")
+    if not folder.is_dir():
+        raise MissingError(f"{folder}: there is no such checkpoint; name a folder such as RUN/checkpoints/stage-01")
+    if problem := fault(folder):
+        raise DataError(f"{folder} is no whole checkpoint: {problem}; name another, or remove it to go on from the one "
+                        "before it")
     saved = _tensors(folder / "weights.safetensors", model)
     wanted = {n: tuple(w.shape) for n, w in weights(model).items()}
     if wanted != {n: tuple(w.shape) for n, w in saved.items()}:
@@ -66,16 +125,26 @@ def load(folder: Path, model: Model, strategy: Strategy | None = None) -> Matrix
                         "model.* keys as the run that wrote it")
     restore(model, saved)
     if strategy is not None:
-        tensors = _tensors(folder / "memory.safetensors", model)
         try:
-            strategy.load_state_dict(_from_json(json.loads((folder / "memory.json").read_text("utf-8")), tensors))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise DataError(f"{folder}/memory.json is damaged ({e}); remove {folder} to go on from the stage before "
-                            "it") from e
-        except (KeyError, ValueError, TypeError) as e:
+            strategy.load_state_dict(_values(folder, "memory", model))
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
             raise DataError(f"{folder}/memory.json does not fit this strategy ({e!r}); resume with the strategy that "
                             "wrote it") from e
     return Matrix.load(folder / "matrix.json")
+
+
+def progress(folder: Path, model: Model) -> dict[str, Any]:
+    """How far the stage under way was; raises DataError for what `save` did not write."""
+    try:
+        return dict(_values(folder, "progress", model))
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as e:
+        raise DataError(f"{folder}/progress.json cannot be read ({e!r}); remove {folder} to go on from the one before "
+                        "it") from e
+
+
+def _values(folder: Path, name: str, model: Model) -> Any:
+    told = json.loads((folder / f"{name}.json").read_text("utf-8"))
+    return from_json(told, _tensors(folder / f"{name}.safetensors", model))
 
 
 def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
@@ -85,60 +154,53 @@ def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
     try:
         return load_file(path, device=str(model.layout.device))
     except SafetensorError as e:
-        raise DataError(f"{path} is damaged ({e}); remove {path.parent} to go on from the stage before it") from e
+        raise DataError(f"{path} is damaged ({e}); remove {path.parent} to go on from the one before it") from e
 
 
-def latest(run: Path) -> Path | None:
-    """The newest checkpoint of a run folder; a half-written one has no such name."""
-    found = [p for p in (run / "checkpoints").glob("stage-*") if p.name[6:].isdigit()]
-    return max(found, key=lambda p: int(p.name[6:]), default=None)
+class Found(NamedTuple):
+    """Where a run can go on: its newest whole trained stage, the stage after it under way, and what was passed over."""
+
+    trained: Path | None
+    within: Path | None
+    damaged: list[str]
+
+
+def find(run: Path) -> Found:
+    """The newest whole checkpoints of a run folder; a half-written one has no such name."""
+    names = {p: m for p in (run / "checkpoints").glob("stage-*") if (m := NAME.fullmatch(p.name))}
+    order = sorted(names, key=lambda p: (number(p), int(names[p][2] or 0)), reverse=True)
+    damaged: list[str] = []
+
+    def first(candidates: list[Path]) -> Path | None:
+        for path in candidates:
+            if (problem := fault(path)) is None:
+                return path
+            damaged.append(f"{path}: {problem}")
+        return None
+
+    trained = first([p for p in order if not names[p][2]])
+    after = number(trained) + 1 if trained else 1
+    return Found(trained, first([p for p in order if names[p][2] and number(p) == after]), damaged)
+
+
+def number(folder: Path) -> int:
+    """The number of a checkpoint's stage."""
+    match = NAME.fullmatch(folder.name)
+    return int(match[1]) if match else 0
+
+
+def prune(run: Path, keep: int | None) -> None:
+    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest two."""
+    found = [(p, m) for p in (run / "checkpoints").glob("stage-*") if (m := NAME.fullmatch(p.name))]
+    trained = sorted((p for p, m in found if not m[2]), key=number)
+    newest = number(trained[-1]) if trained else 0
+    within = sorted((p for p, m in found if m[2] and number(p) == newest + 1), key=lambda p: p.name)
+    kept = {*trained[-(keep or len(trained) or 1):], *within[-WITHIN:]}
+    for path, _ in found:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def size(folder: Path, pattern: str = "*") -> int:
     """The bytes of a checkpoint's files, or of those that match: "memory.*" is what the strategy keeps."""
     return sum(p.stat().st_size for p in folder.glob(pattern))
-
-
-def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a memory value; tensors are put aside under their path, shown in their place."""
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().contiguous().clone().cpu()
-        return {"tensor": name}
-    if isinstance(value, random.Random):
-        return {"random": value.getstate()}
-    if isinstance(value, Encoded):
-        ids, response = " ".join(map(str, value.ids)), "".join("01"[r] for r in value.response)
-        return {"example": {"id": value.id, "task": value.task, "text": value.text, "ids": ids, "response": response}}
-    if type(value).__name__ in VALUES:
-        return {"value": type(value).__name__,
-                "fields": {f.name: _to_json(getattr(value, f.name), f"{name}/{f.name}", tensors)
-                           for f in fields(value)}}
-    if isinstance(value, dict):
-        return {"dict": [[k, _to_json(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        return [_to_json(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ContinualError(f"strategy memory {name} is a {type(value).__name__}, which no checkpoint can hold; keep "
-                         f"tensors, numbers, texts, lists, dicts, generators, encoded examples or {', '.join(VALUES)}")
-
-
-def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_from_json(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "random" in value:
-        version, state, gauss = value["random"]
-        rng = random.Random()
-        rng.setstate((version, tuple(state), gauss))
-        return rng
-    if "example" in value:
-        e = value["example"]
-        response = tuple(r == "1" for r in e["response"])
-        return Encoded(e["id"], e["task"], tuple(map(int, e["ids"].split())), response, e["text"])
-    if "value" in value:
-        return VALUES[value["value"]](**{k: _from_json(v, tensors) for k, v in value["fields"].items()})
-    return {k: _from_json(v, tensors) for k, v in value["dict"]}

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from continual.errors import ConfigError, ContinualError, MissingError, unknown
 from continual.events import quiet
+from continual.interrupt import Stopped
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             _show_config(verb, rest)
             return
         VERBS[verb](rest)
+    except Stopped as stop:
+        Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(128 + stop.number)
     except ContinualError as error:
         fail(error)
     except BrokenPipeError:  # what we print to has closed, such as head
@@ -88,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(ContinualError(f"{error.filename or 'the system'}: {error.strerror or error}; see that the folder can be "
                             "written and that there is space, and give the same command again"))
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. The same command with the same out= goes on after the last whole stage.")
+        Console(stderr=True).print("Stopped. The same command with the same out= goes on after the last checkpoint.")
         sys.exit(130)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from continual.errors import ConfigError, ContinualError
+from continual.interrupt import Stopped, again
 
 
 def compare(overrides: Sequence[str], configure: Callable[[str, Sequence[str]], DictConfig]) -> None:
@@ -29,6 +30,7 @@ def compare(overrides: Sequence[str], configure: Callable[[str, Sequence[str]], 
     fixed = [key for o in words if not _sweeps(o) and (key := o.split("=")[0]) not in named]
     _check(words, configure)
     failures: list[str] = []
+    stops: list[Stopped] = []
 
     def job(cell: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -37,7 +39,8 @@ def compare(overrides: Sequence[str], configure: Callable[[str, Sequence[str]], 
         with open_dict(cell):
             cell.out = str(out)
             del cell["strategies"]
-        _cell(cell, out, failures)
+        if not stops:
+            _cell(cell, out, failures, stops)
 
     main = hydra.main(version_base=None, config_path="pkg://conf", config_name="compare")(job)
     before, sys.argv = sys.argv, ["continual", *words, f"hydra.job.config.override_dirname.exclude_keys={fixed}"]
@@ -45,10 +48,13 @@ def compare(overrides: Sequence[str], configure: Callable[[str, Sequence[str]], 
         main()
     finally:
         sys.argv = before
+    if stops:
+        raise Stopped(f"stopped in the middle of a run; nothing is lost. Go on with:\n  {again(Path(config.out))}",
+                      stops[0].number)
     _tell(Path(config.out), failures)
 
 
-def _cell(cell: DictConfig, out: Path, failures: list[str]) -> None:
+def _cell(cell: DictConfig, out: Path, failures: list[str], stops: list[Stopped]) -> None:
     """One run of the comparison."""
     from continual.events import quiet
     from continual.run import run
@@ -58,6 +64,8 @@ def _cell(cell: DictConfig, out: Path, failures: list[str]) -> None:
     console.rule(escape(out.name), align="left")
     try:
         run(cell, console)
+    except Stopped as stop:
+        stops.append(stop)
     except ContinualError as error:
         failures.append(f"{out.name}: {error}")
         console.print(f"error: {error}", style="red", markup=False, highlight=False)

@@ -56,7 +56,10 @@ class Events:
         self._file.flush()
         if event["event"] == "step":
             rate = event["tokens"] / max(event["seconds"], 1e-9)
-            self.bar(event["task"], event["steps"], event["step"], f"loss {event['loss']:.3f}, {rate:,.0f} tokens/s")
+            loss = "not finite" if event["loss"] is None else f"{event['loss']:.3f}"
+            self.bar(event["task"], event["steps"], event["step"], f"loss {loss}, {rate:,.0f} tokens/s")
+        elif event["event"] == "warning":
+            self.say(event["text"])
 
     def bar(self, text: str, total: int, done: int, note: str = "") -> None:
         """Show a bar at `done` of `total`, in place of the one before."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from continual.data import Stream
 from continual.errors import ConfigError, DataError
 from continual.events import Events
 from continual.files import file_name, write_whole
-from continual.matrix import Matrix
+from continual.interrupt import Signals, alone
+from continual.matrix import BASE, Matrix
 from continual.model import Model
 from continual.score import Test, prepare, score
 from continual.stage import Recipe, learn
@@ -59,31 +61,37 @@ def set_up(config: DictConfig) -> Bench:
 def run(config: DictConfig, console: Console) -> Matrix:
     """Run or resume in `config.out`, and return the matrix.
 
-    Every finished stage is kept: a run that was killed continues after its last one and ends in the same matrix.
+    Nothing finished is lost: a run that was killed goes on after its last checkpoint and ends in the same matrix.
+    Raises Stopped where a signal asked for an end.
     """
     out = Path(config.out)
-    claim(out, config)
     if (done := finished(out)) is not None:
+        claim(out, config)
         console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
         return done
-    bench = set_up(config)
-    if not (out / "matrix.json").exists():
-        refuse_unfit(bench)
-    with Events(out / "events.jsonl", console) as events:
-        matrix = resume(out, bench, events)
-        if not matrix.stages:
-            matrix = add_row(out, bench, matrix, "base", {}, events)
-        for number, stage in enumerate(bench.stream.stages, 1):
-            if number >= len(matrix.stages):
-                events.stage = number
-                dev = bench.recipe.patience is not None
-                task = bench.encoder.task(stage, columns(bench.stream), dev=dev)
-                show_unfit(bench.encoder, events)
-                seed = stage_seed(config.seed, number)
-                spent = learn(bench.model, task, bench.strategy, bench.recipe, seed=seed, log=events)
-                matrix = add_row(out, bench, matrix, stage.name, spent, events)
-    report.write(out)
-    (out / "finished").touch()
+    with alone(out):
+        claim(out, config)
+        bench = set_up(config)
+        if not (out / "matrix.json").exists():
+            refuse_unfit(bench)
+        with Events(out / "events.jsonl", console) as events, Signals() as signals:
+            matrix = stages(out, bench, events, signals)
+        report.write(out)
+        (out / "finished").touch()
+        return matrix
+
+
+def stages(out: Path, bench: Bench, events: Events, signals: Signals) -> Matrix:
+    """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before any training."""
+    found = checkpoint.find(out)
+    matrix = resume(out, bench, found, events)
+    begun = events.stage
+    for number in range(begun, len(bench.stream.stages) + 1):
+        events.stage = number
+        if number > begun:
+            within = found.within if number == begun + 1 else None
+            matrix = train(out, bench, matrix, Keeper(out, bench, matrix, number, events, signals), within)
+        matrix = add_row(out, bench, matrix, events, signals)
     return matrix
 
 
@@ -114,8 +122,6 @@ def stage_seed(seed: int, number: int) -> int:
 
 def claim(out: Path, config: DictConfig) -> None:
     """Write the configuration, or check that the folder's run has the same one; raises ConfigError naming the keys."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is a file; give a folder, new or of an unfinished run")
     path = out / "config.yaml"
     text = OmegaConf.to_yaml(config, resolve=True)
     begun = any((out / name).exists() for name in ("events.jsonl", "matrix.json"))
@@ -124,7 +130,8 @@ def claim(out: Path, config: DictConfig) -> None:
         return
     before, now = (flat(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text)))
     differ = [f"{k}: {before.get(k, 'absent')} there, {now.get(k, 'absent')} now"
-              for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k != "out"]
+              for k in sorted(before.keys() | now.keys())
+              if before.get(k) != now.get(k) and k != "out" and not k.startswith("checkpoint.")]
     if differ:
         raise ConfigError(f"{out} holds a run with another configuration; give it the same keys to resume, or another "
                           "out=\n  " + "\n  ".join(differ))
@@ -153,18 +160,16 @@ def finished(out: Path) -> Matrix | None:
     return Matrix.load(out / "matrix.json") if (out / "finished").exists() else None
 
 
-def resume(out: Path, bench: Bench, events: Events) -> Matrix:
-    """The matrix so far, with model and strategy as they were after its last row; an empty one at the start."""
-    newest = checkpoint.latest(out)
-    if newest is not None:
-        matrix = checkpoint.load(newest, bench.model, bench.strategy)
-        matrix.save(out / "matrix.json")  # of which the last row was not yet written if the end came in between
-        events.say(f"resuming {out} after stage {len(matrix.stages) - 1}, {matrix.stages[-1]}")
-    elif (out / "matrix.json").exists():
-        matrix = Matrix.load(out / "matrix.json")
-    else:
-        matrix = empty(bench)
-    events.stage = len(matrix.stages)
+def resume(out: Path, bench: Bench, found: checkpoint.Found, events: Events) -> Matrix:
+    """The matrix so far, with model and strategy as they were after the last trained stage; empty at the start."""
+    for told in found.damaged:
+        events.say(f"a damaged checkpoint is passed over, and an older one used: {told}")
+    matrix = empty(bench)
+    if found.trained:
+        matrix = checkpoint.load(found.trained, bench.model, bench.strategy)
+        events.stage = checkpoint.number(found.trained)
+    if newest := found.within or found.trained:
+        events.say(f"resuming {out} from {newest.name}")
     events({"event": "start"})
     return matrix
 
@@ -177,40 +182,107 @@ def empty(bench: Bench) -> Matrix:
                   {t.task: t.metric for t in tests}, (), (), tuple(len(t.examples) for t in tests))
 
 
-def add_row(out: Path, bench: Bench, matrix: Matrix, stage: str, spent: Mapping[str, float], events: Events) -> Matrix:
-    """Score all tasks, and keep the row, the predictions and, after training, the checkpoint."""
-    number, began = len(matrix.stages), time.perf_counter()
-    row = score_all(out / "predictions" / f"stage-{number:02d}", bench, events)
-    spent = {**spent, "score_seconds": time.perf_counter() - began}
+@dataclass
+class Keeper:
+    """Keeps the stage under way, as often as the configuration asks and where a signal came."""
+
+    out: Path
+    bench: Bench
+    matrix: Matrix
+    number: int
+    events: Events
+    signals: Signals
+    last: float = field(default_factory=time.monotonic)
+
+    def __call__(self, step: int, progress: Callable[[], dict[str, Any]]) -> None:
+        """What `learn` calls after each step."""
+        every = self.bench.config.checkpoint
+        due = every.every_steps is not None and step % every.every_steps == 0
+        due |= every.every_seconds is not None and time.monotonic() - self.last >= every.every_seconds
+        if due or self.signals.caught is not None:
+            self.save(f"-step-{step:08d}", self.matrix, progress())
+        self.signals.leave(f"after step {step} of stage {self.number}", self.out)
+
+    def save(self, name: str, matrix: Matrix, progress: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint, and remove what it makes superfluous."""
+        folder = checkpoint.save(self.out / "checkpoints" / f"stage-{self.number:02d}{name}", self.bench.model,
+                                 self.bench.strategy, matrix, progress)
+        checkpoint.prune(self.out, self.bench.config.checkpoint.keep)
+        self.events({"event": "checkpoint", "bytes": checkpoint.size(folder),
+                     "memory_bytes": checkpoint.size(folder, "memory.*")})
+        self.last = time.monotonic()
+
+
+def train(out: Path, bench: Bench, matrix: Matrix, keeper: Keeper, within: Path | None) -> Matrix:
+    """Learn one stage, from its beginning or from a checkpoint within it, and keep it; the matrix has its costs."""
+    def go_on() -> dict[str, Any]:
+        assert within
+        checkpoint.load(within, bench.model, bench.strategy)
+        return checkpoint.progress(within, bench.model)
+
+    number, stage = keeper.number, bench.stream.stages[keeper.number - 1]
+    shutil.rmtree(predictions(out, number), ignore_errors=True)  # of other weights, if there are any
+    task = bench.encoder.task(stage, columns(bench.stream), dev=bench.recipe.patience is not None)
+    show_unfit(bench.encoder, keeper.events)
+    spent = learn(bench.model, task, bench.strategy, bench.recipe, seed=stage_seed(bench.config.seed, number),
+                  log=keeper.events, after=keeper, progress=go_on if within else None)
+    matrix = replace(matrix, cost=add_costs(matrix.cost, spent))
+    keeper.save("", matrix)
+    return matrix
+
+
+def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Signals) -> Matrix:
+    """Score all tasks, and keep the row and the predictions."""
+    number, began = events.stage, time.perf_counter()
+    stage = bench.stream.stages[number - 1].name if number else BASE
+    row = score_all(predictions(out, number), bench, events, signals)
+    spent = {"score_seconds": time.perf_counter() - began}
     matrix = replace(matrix.with_row(stage, row), cost=add_costs(matrix.cost, spent))
     events({"event": "score", "seconds": spent["score_seconds"], "scores": dict(zip(matrix.tasks, row, strict=True))})
-    if number:
-        folder = checkpoint.save(out / "checkpoints" / f"stage-{number:02d}", bench.model, bench.strategy, matrix)
-        events({"event": "checkpoint", "bytes": checkpoint.size(folder),
-                "memory_bytes": checkpoint.size(folder, "memory.*")})
     matrix.save(out / "matrix.json")
     events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average {sum(row) / len(row):.3f}"
                + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
     return matrix
 
 
-def score_all(folder: Path, bench: Bench, events: Events) -> list[float]:
-    """Every task's score; every answer is written with its mark."""
+def predictions(out: Path, number: int) -> Path:
+    """Where the answers after a stage stand."""
+    return out / "predictions" / f"stage-{number:02d}"
+
+
+def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> list[float]:
+    """Every task's score; every answer is written with its mark, and a task that has its answers is not asked again."""
     row = []
     for done, test in enumerate(bench.tests):
         events.bar("scoring", len(bench.tests), done, test.task)
-        bench.strategy.route(bench.model, test.task)
-        value, predictions = score(bench.model, test, bench.config.score.batch_size)
-        lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        write_whole(folder / f"{file_name(test.task)}.jsonl", lines)
+        path = folder / f"{file_name(test.task)}.jsonl"
+        value = marked(path, test)
+        if value is None:
+            bench.strategy.route(bench.model, test.task)
+            value, answers = score(bench.model, test, bench.config.score.batch_size)
+            write_whole(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers))
         row.append(value)
+        signals.leave(f"while scoring after stage {events.stage}", folder.parents[1])
     events.clear()
     return row
 
 
+def marked(path: Path, test: Test) -> float | None:
+    """The task's score by the answers that were written before; None where they are not whole."""
+    try:
+        told = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        marks = [float(t["score"]) for t in told]
+        return sum(marks) / len(marks) if [t["id"] for t in told] == [e.id for e in test.examples] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+COSTS = ("train_seconds", "score_seconds", "steps", "tokens", "skipped_steps")
+
+
 def add_costs(before: Mapping[str, float], spent: Mapping[str, float]) -> dict[str, float]:
     """Seconds, steps and tokens add up over stages; the peak of memory is the process's so far."""
-    total = {k: before.get(k, 0.0) + spent.get(k, 0.0) for k in ("train_seconds", "score_seconds", "steps", "tokens")}
+    total = {k: before.get(k, 0.0) + spent.get(k, 0.0) for k in COSTS}
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return {**total, "seconds": total["train_seconds"] + total["score_seconds"],

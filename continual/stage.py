@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,11 +14,11 @@ import torch
 
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, DataError, TrainingError, gathered, mistyped, unknown
-from continual.loss import nll
 from continual.model import Model
 from continual.packing import Batch
+from continual.progress import Patience, Progress
 from continual.strategy import Strategy
-from continual.weights import Weights, restore, snapshot
+from continual.weights import restore
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 Log = Callable[[dict[str, Any]], None]
@@ -42,6 +41,7 @@ class Recipe:
     log_every: int = 10
     mask_instruction_tokens: float = 0.0
     mask_how: str = "replace"
+    on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
         """Refuse names and numbers that cannot work."""
@@ -51,6 +51,8 @@ class Recipe:
             raise ConfigError(unknown("train.schedule", self.schedule, SCHEDULES))
         if self.mask_how not in ("replace", "drop"):
             raise ConfigError(unknown("loss.mask_how", self.mask_how, ["replace", "drop"]))
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ConfigError(unknown("train.on_nonfinite", self.on_nonfinite, ["stop", "skip"]))
 
     def total(self, examples: int) -> int:
         """The optimizer steps of a stage of so many examples."""
@@ -86,45 +88,49 @@ def _key(name: str) -> str:
 
 
 def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe, *, seed: int, log: Log,
-          after: Callable[[int], None] | None = None) -> dict[str, float]:
+          after: Callable[[int, Callable[[], dict[str, Any]]], None] | None = None,
+          progress: Callable[[], dict[str, Any]] | None = None) -> dict[str, float]:
     """Train `model` on `task` under `strategy`; returns what it took: steps, supervised tokens, seconds.
 
-    `log` gets a "step" event now and then and one "stage" event; `after` is called with the number of steps done.
-    All randomness follows from `seed` and the strategy's own saved generators. Raises DataError for a task
-    without train rows, TrainingError where the loss is not finite or memory runs out twice.
+    `log` gets a "step" event now and then and one "stage" event. `after` is called after each step with its number and
+    a function that gives the stage's progress, all that the next step depends on beside weights and strategy memory. A
+    stage goes on where `progress` says, which also gives model and strategy what they had then. All randomness follows
+    from `seed` and the strategy's own saved generators. Raises DataError for a task without train rows, TrainingError
+    where a loss or gradient is not finite or memory runs out twice.
     """
     if not task.train:
         raise DataError(f"task {task.name!r} has no train rows, and a stage needs some; add rows or leave it out")
     torch.manual_seed(seed)
-    rng = random.Random(seed)
     model.net.train()
     optimizer = _adamw(model, strategy.begin(model, task), recipe)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    total, began, tokens = recipe.total(len(task.train)), time.perf_counter(), 0.0
-    schedule = _schedule(optimizer, recipe, total)
-    patience = Patience(model, task, recipe) if recipe.patience else None
-    budget = model.layout.tokens
-    for step, examples in enumerate(islice(_draw(task.train, recipe, model, rng), total), 1):
-        batch, loss = _gradient(model, strategy, optimizer, examples, budget, log)
-        _check(loss, task, step, examples)
-        torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
-        lr = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        tokens += batch.tokens
+    total, budget, began = recipe.total(len(task.train)), model.layout.tokens, time.perf_counter()
+    patience = _patience(model, task, recipe)
+    at = Progress(model, optimizer, _schedule(optimizer, recipe, total), patience)
+    if progress:
+        at.load(progress())
+        began -= at.seconds
+    draws = _draw(task.train, recipe, model, random.Random(seed))
+    last = at.step if patience and patience.spent else total  # it may go on where it had come to its end
+    for step, examples in enumerate(islice(draws, at.step, last), at.step + 1):
+        lr, loss = at.schedule.get_last_lr()[0], _step(at, strategy, recipe, task, step, examples, budget, log)
+        at.seconds = time.perf_counter() - began
         if step % recipe.log_every == 0 or step == total:
-            log({"event": "step", "task": task.name, "step": step, "steps": total, "loss": loss.item(),
-                 "lr": lr, "tokens": tokens, "seconds": time.perf_counter() - began,
-                 "notes": dict(strategy.notes)})
+            log({"event": "step", "task": task.name, "step": step, "steps": total, "loss": _shown(loss), "lr": lr,
+                 "tokens": at.tokens, "seconds": at.seconds, "notes": dict(strategy.notes)})
+        over = patience is not None and patience.over(step)
         if after:
-            after(step)
-        if patience and patience.over(step):
+            after(step, at.state)
+        if over:
             break
+    if at.skipped == at.step:
+        raise TrainingError(f"every step of task {task.name!r} had a loss or gradient that is not finite; lower "
+                            "train.lr, set train.clip, or train in fp32")
     if patience and patience.seen:
         restore(model, patience.best)
     model.net.eval()
     strategy.end(model, task)
-    spent = {"steps": step, "tokens": tokens, "train_seconds": time.perf_counter() - began}
+    spent = {"steps": at.step, "tokens": at.tokens, "train_seconds": time.perf_counter() - began,
+             "skipped_steps": at.skipped}
     log({"event": "stage", "task": task.name, "seconds": spent["train_seconds"], **spent})
     return spent
 
@@ -147,8 +153,45 @@ def _halve(model: Model, budget: int, log: Log) -> None:
         raise TrainingError(f"out of memory again with train.tokens_per_microbatch={model.layout.tokens}; set it "
                             "lower, lower data.max_length, or choose an adapter (model.adapter=lora)")
     model.layout = replace(model.layout, tokens=budget // 2)
-    print(f"out of memory: from now on train.tokens_per_microbatch={budget // 2}", file=sys.stderr)
-    log({"event": "memory", "tokens_per_microbatch": budget // 2})
+    log({"event": "warning", "text": f"out of memory: from now on train.tokens_per_microbatch={budget // 2}"})
+
+
+def _finite(loss: torch.Tensor, trained: Sequence[torch.Tensor], recipe: Recipe, task: Task[Encoded], step: int,
+            examples: Sequence[Encoded], log: Log) -> bool:
+    """Clip the gradient; whether it and the loss are finite. Raises TrainingError where they are not and must be."""
+    norm = torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
+    if torch.isfinite(norm + loss):  # the one wait of a step: a weight that is not finite cannot be mended
+        return True
+    what = f"the loss is {loss.item()}" if not torch.isfinite(loss) else f"the gradient's norm is {norm.item()}"
+    told = f"{what} at step {step} of task {task.name!r}, on the examples {', '.join(e.id for e in examples)}"
+    if recipe.on_nonfinite == "stop":
+        raise TrainingError(f"{told}; the last checkpoint is kept. Lower train.lr, set train.clip, train in fp32, or "
+                            "set train.on_nonfinite=skip")
+    log({"event": "warning", "text": f"skipped: {told}"})
+    return False
+
+
+def _shown(loss: torch.Tensor) -> float | None:
+    """A loss for the log, which is JSON and knows no NaN."""
+    return value if math.isfinite(value := loss.item()) else None
+
+
+def _step(at: Progress, strategy: Strategy, recipe: Recipe, task: Task[Encoded], step: int,
+          examples: Sequence[Encoded], budget: int, log: Log) -> torch.Tensor:
+    """One optimizer step, unless it is skipped; the loss before it."""
+    batch, loss = _gradient(at.model, strategy, at.optimizer, examples, budget, log)
+    if _finite(loss, at.trained, recipe, task, step, examples, log):
+        at.optimizer.step()
+    else:
+        at.skipped += 1
+    at.schedule.step()
+    at.step, at.tokens = step, at.tokens + batch.tokens
+    return loss
+
+
+def _patience(model: Model, task: Task[Encoded], recipe: Recipe) -> Patience | None:
+    epoch = math.ceil(len(task.train) / recipe.batch_size)
+    return Patience(model, list(task.split("dev")), epoch, recipe.patience) if recipe.patience else None
 
 
 def _adamw(model: Model, groups: list[Any], recipe: Recipe) -> torch.optim.AdamW:
@@ -191,39 +234,3 @@ def mask_instruction(example: Encoded, recipe: Recipe, model: Model, rng: random
             kept.append((token, False))
     ids, response_mask = zip(*kept, strict=True)
     return replace(example, ids=ids, response=response_mask)
-
-
-def _check(loss: torch.Tensor, task: Task[Encoded], step: int, examples: Sequence[Encoded]) -> None:
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss is {loss.item()} at step {step} of task {task.name!r}, on the examples "
-                            f"{', '.join(e.id for e in examples)}; lower train.lr, set train.clip, or train in fp32")
-
-
-class Patience:
-    """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs without a gain."""
-
-    def __init__(self, model: Model, task: Task[Encoded], recipe: Recipe) -> None:
-        self.model, self.dev = model, list(task.split("dev"))
-        self.epoch, self.allowed = math.ceil(len(task.train) / recipe.batch_size), recipe.patience or 0
-        self.low, self.since, self.seen = math.inf, 0, 0
-        self.best: Weights = snapshot(model)
-
-    def over(self, step: int) -> bool:
-        """Whether training ends after this step."""
-        if step < (self.seen + 1) * self.epoch:
-            return False
-        self.seen += 1
-        now = self._loss()
-        if now < self.low:
-            self.low, self.since, self.best = now, 0, snapshot(self.model)
-        else:
-            self.since += 1
-        return self.since >= self.allowed
-
-    @torch.no_grad()
-    def _loss(self) -> float:
-        self.model.net.eval()
-        batch = self.model.batch(self.dev)
-        total = sum(float(nll(self.model, micro)) * micro.tokens for micro in batch.micro_batches()) / batch.tokens
-        self.model.net.train()
-        return total

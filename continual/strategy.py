@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from continual.data import Encoded, Task
 from continual.errors import ConfigError
@@ -54,9 +55,15 @@ class Strategy:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("memory")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; raises KeyError if a field is missing."""
-        for name in self.state_dict():
-            setattr(self, name, state[name])
+        """Take back what `state_dict` gave; raises KeyError if a field is missing.
+
+        What the optimizer has been given keeps its identity, and takes on the values.
+        """
+        for name, now in self.state_dict().items():
+            if isinstance(now, Parameter):
+                now.data.copy_(state[name])
+            else:
+                setattr(self, name, state[name])
 
 
 def compose(*parts: Strategy) -> Strategy:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A module imports only from layers below its own; those of one layer know nothing of one another.
 LAYERS = (
     ("errors", "files"),
+    ("interrupt",),
     ("data",),
     ("attention",),
     ("flash",),
@@ -20,8 +21,8 @@ LAYERS = (
     ("model", "cache"),
     ("weights",),
     ("loss",),
-    ("memory", "importance", "answer"),
-    ("strategy",),
+    ("memory", "importance", "answer", "progress"),
+    ("strategy", "values"),
     ("stage", "score", "checkpoint"),
     ("reports.runs", "reports.figures", "reports.charts"),
     ("reports.pages",),

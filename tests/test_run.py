@@ -2,17 +2,12 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small import TASKS, lines, rows, run, write_rows, write_stream
 
-from continual import checkpoint
 from continual.errors import ConfigError, DataError, MissingError
 from continual.matrix import Matrix
 
@@ -31,28 +26,6 @@ def done(keys, tmp_path_factory):
 def copy(done, tmp_path):
     """The finished run's folder, to be spoiled."""
     return shutil.copytree(done[0], tmp_path / "copy")
-
-
-def rewind(out, stage):
-    """The folder as it was after the checkpoint of this stage."""
-    (out / "finished").unlink()
-    for path in (out / "checkpoints").iterdir():
-        if int(path.name[-2:]) > stage:
-            shutil.rmtree(path)
-
-
-def assert_same(a, b):
-    """Both runs ended alike, bit for bit."""
-    assert Matrix.load(a / "matrix.json").scores == Matrix.load(b / "matrix.json").scores
-    predictions = sorted(p.relative_to(a) for p in (a / "predictions").rglob("*.jsonl"))
-    assert len(predictions) == 4 * 3
-    assert [(a / p).read_bytes() for p in predictions] == [(b / p).read_bytes() for p in predictions]
-    last = "checkpoints/stage-03"
-    assert (a / last / "memory.json").read_text() == (b / last / "memory.json").read_text()
-    for name in ("weights", "memory"):
-        one, other = (load_file(out / last / f"{name}.safetensors") for out in (a, b))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(w, other[n]) for n, w in one.items())
 
 
 # What a run leaves
@@ -82,7 +55,7 @@ def test_the_events_tell_each_step_stage_and_score_in_order(done):
     events = lines(done[0] / "events.jsonl")
     told = [(e["event"], e["stage"]) for e in events if e["event"] != "step"]
     assert told == [("start", 0), ("score", 0),
-                    *[(name, n) for n in (1, 2, 3) for name in ("stage", "score", "checkpoint")]]
+                    *[(name, n) for n in (1, 2, 3) for name in ("stage", "checkpoint", "score")]]
     steps = [e for e in events if e["event"] == "step"]
     assert [(e["stage"], e["step"]) for e in steps] == [(n, i) for n in (1, 2, 3) for i in (1, 2, 3, 4)]
     assert all(e["loss"] > 0 and e["seconds"] > 0 and e["tokens"] > 0 for e in steps)
@@ -166,106 +139,16 @@ def test_a_run_that_was_refused_may_be_given_again_put_right(keys, tmp_path):
     assert matrix.finished
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_run_continues_after_its_last_checkpoint_to_the_same_end(done, copy, keys, stage):
-    rewind(copy, stage)
-    _, said = run(copy, keys, *BOTH)
-    assert f"resuming {copy} after stage {stage}, {TASKS[stage - 1]}" in said
-    assert_same(done[0], copy)
-
-
-def test_a_run_killed_between_its_checkpoint_and_its_matrix_has_both_in_the_end(done, copy, keys):
-    rewind(copy, 3)
-    shutil.copy(copy / "checkpoints/stage-02/matrix.json", copy / "matrix.json")
-    run(copy, keys, *BOTH)
-    assert_same(done[0], copy)
-
-
-def test_a_half_written_checkpoint_and_a_half_written_event_are_left_behind(done, copy, keys):
-    rewind(copy, 1)
-    (copy / "checkpoints/stage-02.tmp").mkdir()
-    (copy / "checkpoints/stage-02.tmp/weights.safetensors").write_bytes(b"half")
-    with (copy / "events.jsonl").open("a") as file:
-        file.write('{"time": 1, "eve')
-    before = len((copy / "events.jsonl").read_text().splitlines())
-    run(copy, keys, *BOTH)
-    assert_same(done[0], copy)
-    after = (copy / "events.jsonl").read_text().splitlines()
-    assert [line for line in after if not line.endswith("}")] == ['{"time": 1, "eve']
-    assert json.loads(after[before])["event"] == "start"
-
-
-def test_the_newest_checkpoint_is_the_one_of_the_highest_number(tmp_path):
-    for name in ("stage-02", "stage-99", "stage-100", "stage-101.tmp"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert checkpoint.latest(tmp_path).name == "stage-100"
-
-
-# A real process, killed
-
-def killed(out, keys, when) -> None:
-    """Start the run as a process of its own, and kill it at the first event of that kind."""
-    seen = len((out / "events.jsonl").read_text().splitlines()) if (out / "events.jsonl").exists() else 0
-    command = [sys.executable, "-c", "from continual.cli import main; main()", "run", *keys, f"out={out}"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(12_000):
-            text = (out / "events.jsonl").read_text() if (out / "events.jsonl").exists() else ""
-            events = [json.loads(line) for line in text.split("\n")[:-1]][seen:]
-            if any(all(e.get(k) == v for k, v in when.items()) for e in events):
-                break
-            assert process.poll() is None, "the run ended by itself"
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "finished").exists()
-
-
-@pytest.mark.parametrize(("strategy", "moments"), [
-    (("strategy=naive",), [{"event": "step", "stage": 2, "step": 5}]),
-    (BOTH, [{"event": "checkpoint", "stage": 1}, {"event": "step", "stage": 3, "step": 5}]),
-], ids=["naive, within a stage", "replay and ewc, between stages and again within one"])
-def test_a_killed_process_given_again_ends_bit_for_bit_as_if_it_had_not_been(strategy, moments, keys, tmp_path):
-    told = [*keys, *strategy, "train.epochs=40"]
-    for when in moments:
-        killed(tmp_path / "killed", told, when)
-    _, said = run(tmp_path / "killed", told)
-    assert f"after stage {moments[-1]['stage'] - 1}, " in said
-    run(tmp_path / "whole", told)
-    assert_same(tmp_path / "whole", tmp_path / "killed")
-
-
-# Damage
-
-def spoil(path):
-    path.write_bytes(path.read_bytes()[:20] + b"\xff")
-
-
-@pytest.mark.parametrize(("file", "told"), [
-    ("checkpoints/stage-01/weights.safetensors", r"weights.safetensors is damaged .*; remove \S+stage-01 to go on"),
-    ("checkpoints/stage-01/memory.safetensors", r"memory.safetensors is damaged .*; remove \S+stage-01 to go on"),
-    ("checkpoints/stage-01/memory.json", r"memory.json is damaged .*; remove \S+stage-01 to go on"),
-    ("checkpoints/stage-01/matrix.json", r"stage-01/matrix.json"),
-    ("config.yaml", r"config.yaml cannot be read: .*; restore it, or give another folder"),
-])
-def test_a_damaged_file_is_named_with_its_mend(copy, keys, file, told):
-    rewind(copy, 1)
-    spoil(copy / file)
-    with pytest.raises(DataError, match=told):
+def test_a_damaged_configuration_is_named_with_its_mend(copy, keys):
+    (copy / "finished").unlink()
+    (copy / "config.yaml").write_bytes(b"seed: 0\n\xff")
+    with pytest.raises(DataError, match=r"config.yaml cannot be read: .*; restore it, or give another folder"):
         run(copy, keys, *BOTH)
 
 
 def test_a_finished_runs_damaged_matrix_is_named(copy, keys):
-    spoil(copy / "matrix.json")
+    (copy / "matrix.json").write_bytes(b"{")
     with pytest.raises(DataError, match=r"copy/matrix.json"):
-        run(copy, keys, *BOTH)
-
-
-def test_a_checkpoint_with_a_file_missing_is_no_whole_one(copy, keys):
-    rewind(copy, 1)
-    (copy / "checkpoints/stage-01/memory.json").unlink()
-    with pytest.raises(MissingError, match=r"stage-01 is no whole checkpoint: memory.json missing"):
         run(copy, keys, *BOTH)
 
 

@@ -1,0 +1,84 @@
+"""One process a run folder, and signals that wait until the work can be left without loss."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from continual.errors import ConfigError, ContinualError
+
+
+class Stopped(ContinualError):
+    """The user or the system asked for an end; all is kept."""
+
+    def __init__(self, message: str, number: int) -> None:
+        """`number` is the signal's."""
+        super().__init__(message)
+        self.number = number
+
+
+class Signals:
+    """Within it SIGINT and SIGTERM are noted in `caught`; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        """Nothing caught yet."""
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        """Take the signals over, in the main thread, which alone may."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+                 ) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None:
+            raise KeyboardInterrupt
+        self.caught = number
+        print("\nstopping once this is kept; the same signal again stops at once", file=sys.stderr)
+
+    def leave(self, where: str, out: Path) -> None:
+        """Raise Stopped, with the command that goes on, if a signal came."""
+        if self.caught is not None:
+            raise Stopped(f"stopped {where}; nothing is lost. Go on with:\n  {again(out)}", self.caught)
+
+
+def again(out: Path) -> str:
+    """The command that was given, with the run's or comparison's folder."""
+    words = [w for w in sys.argv[1:] if not w.startswith("out=")]
+    return shlex.join(["continual", *words, f"out={out}"])
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process; raises ConfigError where another process has it."""
+    import fcntl
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; give a folder, new or of an unfinished run")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(f"{out} is in use by process {file.read().strip() or 'unknown'}; wait for it, or give "
+                              "another out=") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,120 @@
+"""How far a stage has come: its step, optimizer, schedule, early stopping and random states, as values and back."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from continual.data import Encoded
+from continual.loss import nll
+from continual.model import Model
+from continual.weights import Weights, snapshot
+
+
+class Patience:
+    """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs without a gain."""
+
+    def __init__(self, model: Model, dev: Sequence[Encoded], epoch: int, allowed: int) -> None:
+        """`epoch` is how many steps one takes, `allowed` how many epochs may bring no gain."""
+        self.model, self.dev, self.epoch, self.allowed = model, dev, epoch, allowed
+        self.low, self.since, self.seen = math.inf, 0, 0
+        self.best: Weights = snapshot(model)
+
+    def over(self, step: int) -> bool:
+        """Whether training ends after this step."""
+        if step < (self.seen + 1) * self.epoch:
+            return False
+        self.seen += 1
+        now = self._loss()
+        if now < self.low:
+            self.low, self.since, self.best = now, 0, snapshot(self.model)
+        else:
+            self.since += 1
+        return self.spent
+
+    @property
+    def spent(self) -> bool:
+        """Whether there were so many epochs without a gain."""
+        return self.since >= self.allowed
+
+    def state(self) -> dict[str, Any]:
+        """It as values."""
+        return {"low": self.low if self.seen else None, "since": self.since, "seen": self.seen, "best": self.best}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.since, self.seen, self.best = state["since"], state["seen"], state["best"]
+        self.low = math.inf if state["low"] is None else state["low"]
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        self.model.net.eval()
+        batch = self.model.batch(self.dev)
+        total = sum(float(nll(self.model, micro)) * micro.tokens for micro in batch.micro_batches()) / batch.tokens
+        self.model.net.train()
+        return total
+
+
+@dataclass
+class Progress:
+    """A stage under way: all that its next step depends on beside the weights, the strategy's memory and the data."""
+
+    model: Model
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    patience: Patience | None
+    step: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0
+
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """What the optimizer changes."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def state(self) -> dict[str, Any]:
+        """It as values that a checkpoint can hold."""
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "skipped": self.skipped,
+                "budget": self.model.layout.tokens, "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "patience": self.patience.state() if self.patience else None, "random": random_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there; raises KeyError or ValueError where the state is another optimizer's."""
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.skipped = state["skipped"]
+        self.model.layout = replace(self.model.layout, tokens=state["budget"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.patience:
+            self.patience.load(state["patience"])
+        set_random_state(state["random"])
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the global generators of Python, NumPy and torch, on each device."""
+    name, keys, *rest = np.random.get_state()
+    return {"python": list(random.getstate()), "numpy": [name, torch.from_numpy(np.array(keys, np.int64)), *rest],
+            "torch": torch.get_rng_state(), "cuda": [*torch.cuda.get_rng_state_all()] if _cuda() else []}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Give the global generators what `random_state` gave."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if _cuda() and state["cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available()

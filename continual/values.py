@@ -1,0 +1,65 @@
+"""Memory values as JSON that people can read, and tensors beside it; nothing that is read back can run code."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from continual.data import Encoded
+from continual.errors import ContinualError
+from continual.memory import ReplayBuffer
+
+VALUES: Mapping[str, type[Any]] = {"ReplayBuffer": ReplayBuffer}  # what memory may hold
+
+
+def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a memory value; tensors are put aside under their path, shown in their place.
+
+    Raises ContinualError for a value of a kind that no checkpoint can hold.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().contiguous().clone().cpu()
+        return {"tensor": name}
+    if isinstance(value, random.Random):
+        return {"random": value.getstate()}
+    if isinstance(value, Encoded):
+        ids, response = " ".join(map(str, value.ids)), "".join("01"[r] for r in value.response)
+        return {"example": {"id": value.id, "task": value.task, "text": value.text, "ids": ids, "response": response}}
+    if type(value).__name__ in VALUES:
+        return {"value": type(value).__name__,
+                "fields": {f.name: to_json(getattr(value, f.name), f"{name}/{f.name}", tensors)
+                           for f in fields(value)}}
+    if isinstance(value, dict):
+        return {"dict": [[k, to_json(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [to_json(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ContinualError(f"strategy memory {name} is a {type(value).__name__}, which no checkpoint can hold; keep "
+                         f"tensors, numbers, texts, lists, dicts, generators, encoded examples or {', '.join(VALUES)}")
+
+
+def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `to_json` was given; raises KeyError, ValueError or TypeError for what it never wrote."""
+    if isinstance(value, list):
+        return [from_json(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "random" in value:
+        version, state, gauss = value["random"]
+        rng = random.Random()
+        rng.setstate((version, tuple(state), gauss))
+        return rng
+    if "example" in value:
+        e = value["example"]
+        response = tuple(r == "1" for r in e["response"])
+        return Encoded(e["id"], e["task"], tuple(map(int, e["ids"].split())), response, e["text"])
+    if "value" in value:
+        return VALUES[value["value"]](**{k: from_json(v, tensors) for k, v in value["fields"].items()})
+    return {k: from_json(v, tensors) for k, v in value["dict"]}

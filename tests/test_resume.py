@@ -1,0 +1,307 @@
+"""A run that is stopped at any moment, given again, ends as if it had not been."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import TASKS, lines, run
+
+from continual import checkpoint
+from continual.errors import ConfigError, ContinualError, DataError, MissingError
+from continual.interrupt import alone
+from continual.matrix import Matrix
+
+BOTH = ("strategy=[replay,ewc]", "strategy.ewc.strength=10", "strategy.replay.capacity=6", "strategy.ewc.examples=6",
+        "checkpoint.every_steps=1")
+MAIN = [sys.executable, "-c", "from continual.cli import main; main()", "run"]
+
+
+@pytest.fixture(scope="module")
+def done(keys, tmp_path_factory):
+    """A finished run under replay and EWC, with a checkpoint after each step of its last stage."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    run(out, keys, *BOTH)
+    return out
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """The finished run's folder, to be spoiled."""
+    return shutil.copytree(done, tmp_path / "copy")
+
+
+def rewind(out, stage):
+    """The folder as it was after the checkpoint of this stage, before it was scored."""
+    (out / "finished").unlink()
+    for path in [*(out / "checkpoints").iterdir(), *(out / "predictions").iterdir()]:
+        if int(path.name[6:8]) > stage or (path.parent.name == "predictions" and int(path.name[6:8]) == stage):
+            shutil.rmtree(path)
+
+
+def assert_same(a, b):
+    """Both runs ended alike, bit for bit."""
+    assert Matrix.load(a / "matrix.json").scores == Matrix.load(b / "matrix.json").scores
+    predictions = sorted(p.relative_to(a) for p in (a / "predictions").rglob("*.jsonl"))
+    assert len(predictions) == 4 * 3
+    assert [(a / p).read_bytes() for p in predictions] == [(b / p).read_bytes() for p in predictions]
+    last = "checkpoints/stage-03"
+    assert (a / last / "memory.json").read_text() == (b / last / "memory.json").read_text()
+    for name in ("weights", "memory"):
+        one, other = (load_file(out / last / f"{name}.safetensors") for out in (a, b))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(w, other[n]) for n, w in one.items())
+
+
+def spoil(path):
+    """Flip a bit in the middle."""
+    told = bytearray(path.read_bytes())
+    told[len(told) // 2] ^= 1
+    path.write_bytes(told)
+
+
+# After a stage
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_continues_after_its_last_trained_stage_to_the_same_end(done, copy, keys, stage):
+    rewind(copy, stage)
+    _, said = run(copy, keys, *BOTH)
+    assert f"resuming {copy} from stage-0{stage}" in said
+    assert_same(done, copy)
+
+
+def test_a_task_that_has_its_answers_is_not_asked_again(done, copy, keys):
+    rewind(copy, 2)
+    kept = copy / "predictions/stage-02" / f"{TASKS[0]}.jsonl"
+    kept.parent.mkdir()
+    shutil.copy(done / kept.relative_to(copy), kept)
+    before = kept.stat().st_mtime_ns
+    run(copy, keys, *BOTH)
+    assert kept.stat().st_mtime_ns == before
+    assert_same(done, copy)
+
+
+def test_answers_that_are_not_whole_are_asked_again(done, copy, keys):
+    rewind(copy, 3)
+    shutil.copytree(done / "predictions/stage-03", copy / "predictions/stage-03")
+    half = copy / "predictions/stage-03" / f"{TASKS[1]}.jsonl"
+    half.write_bytes(half.read_bytes()[:-9])
+    run(copy, keys, *BOTH)
+    assert_same(done, copy)
+
+
+def test_a_half_written_checkpoint_and_a_half_written_event_are_left_behind(done, copy, keys):
+    rewind(copy, 1)
+    (copy / "checkpoints/stage-02.tmp").mkdir()
+    (copy / "checkpoints/stage-02.tmp/weights.safetensors").write_bytes(b"half")
+    with (copy / "events.jsonl").open("a") as file:
+        file.write('{"time": 1, "eve')
+    before = len((copy / "events.jsonl").read_text().splitlines())
+    run(copy, keys, *BOTH)
+    assert_same(done, copy)
+    after = (copy / "events.jsonl").read_text().splitlines()
+    assert [line for line in after if not line.endswith("}")] == ['{"time": 1, "eve']
+    assert json.loads(after[before])["event"] == "start"
+
+
+# Within a stage
+
+KINDS = {
+    "naive": ["strategy=naive"], "replay and ewc": list(BOTH[:-1]), "maml": ["strategy=maml"],
+    "reptile": ["strategy=reptile"], "online ewc": ["strategy=online_ewc", "strategy.online_ewc.examples=6"],
+    "l2": ["strategy=l2"], "learned weights": ["strategy=multitask", "strategy.multitask.weighting=uncertainty"],
+    "early stopping": ["strategy=replay", "train.patience=1", "train.epochs=40", "train.lr=0.05",
+                       "checkpoint.every_steps=1"],
+    "dropped tokens": ["strategy=replay", "loss.mask_instruction_tokens=0.3"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_strategy_goes_on_within_a_stage_to_the_same_end(kind, keys, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    told = [*keys, "checkpoint.every_steps=2", *KINDS[kind]]
+    run(whole, told)
+    saved = checkpoint.save
+
+    def die(folder, *more, **named):
+        if folder.name == "stage-02":
+            raise KeyboardInterrupt
+        return saved(folder, *more, **named)
+
+    monkeypatch.setattr(checkpoint, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, told)
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    _, said = run(cut, told)
+    assert f"resuming {cut} from stage-02-step-" in said
+    assert_same(whole, cut)
+
+
+def test_only_the_newest_checkpoints_within_the_stage_are_kept(done, keys, tmp_path):
+    assert sorted(p.name for p in (done / "checkpoints").iterdir()) == ["stage-01", "stage-02", "stage-03"]
+    run(tmp_path, keys, "checkpoint.keep=1")
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["stage-03"]
+
+
+def test_how_often_checkpoints_are_written_may_change_when_a_run_goes_on(done, copy, keys):
+    rewind(copy, 2)
+    run(copy, keys, *BOTH[:-1], "checkpoint.every_seconds=0", "checkpoint.keep=2")
+    assert_same(done, copy)
+
+
+# Killed, as a process of its own
+
+def started(out, keys):
+    return subprocess.Popen([*MAIN, *keys, f"out={out}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def wait_for(process, out, when):
+    """Until the run tells an event like this one."""
+    for _ in range(12_000):
+        text = (out / "events.jsonl").read_text() if (out / "events.jsonl").exists() else ""
+        events = [json.loads(line) for line in text.split("\n")[:-1]]
+        if any(all(e.get(k) == v for k, v in when.items()) for e in events):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+
+
+LONG = [*BOTH, "train.epochs=40"]
+
+
+@pytest.fixture(scope="module")
+def long(keys, tmp_path_factory):
+    out = tmp_path_factory.mktemp("long") / "whole"
+    run(out, keys, *LONG)
+    return out
+
+
+@pytest.mark.parametrize("when", [
+    {"event": "step", "stage": 2, "step": 20}, {"event": "stage", "stage": 1}, {"event": "checkpoint", "stage": 3},
+], ids=["within a stage", "at a stage's end", "at a checkpoint"])
+def test_a_killed_process_given_again_ends_bit_for_bit_as_if_it_had_not_been(when, keys, long, tmp_path):
+    out = tmp_path / "killed"
+    process = started(out, [*keys, *LONG])
+    wait_for(process, out, when)
+    process.kill()
+    process.communicate()
+    assert not (out / "finished").exists()
+    run(out, keys, *LONG)
+    assert_same(long, out)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(number, code, keys, long, tmp_path):
+    out = tmp_path / "stopped"
+    process = started(out, [*keys, *BOTH[:-1], "train.epochs=40"])
+    wait_for(process, out, {"event": "step", "stage": 2, "step": 20})
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == code
+    assert "nothing is lost. Go on with:\n  continual run " in said
+    assert said.rstrip().endswith(f"out={out}")
+    assert "Traceback" not in said
+    last = lines(out / "events.jsonl")[-1]
+    assert (last["event"], last["stage"]) == ("checkpoint", 2)
+    run(out, keys, *LONG)
+    assert_same(long, out)
+
+
+# Faults
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "memory.safetensors", "memory.json", "matrix.json",
+                                  "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(done, copy, keys, file):
+    rewind(copy, 2)
+    spoil(copy / "checkpoints/stage-02" / file)
+    _, said = run(copy, keys, *BOTH)
+    assert "a damaged checkpoint is passed over, and an older one used: " in said
+    assert f"resuming {copy} from stage-01" in said
+    assert_same(done, copy)
+
+
+def test_a_checkpoint_with_a_file_missing_is_passed_over(done, copy, keys):
+    rewind(copy, 1)
+    (copy / "checkpoints/stage-01/memory.json").unlink()
+    _, said = run(copy, keys, *BOTH)
+    assert "stage-01: memory.json is missing" in said
+    assert_same(done, copy)
+
+
+def test_of_the_checkpoints_within_a_stage_the_newest_whole_one_is_used(keys, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
+    run(tmp_path, keys, *BOTH)
+    within = sorted((tmp_path / "checkpoints").glob("stage-02-step-*"))
+    spoil(within[-1] / "progress.json")
+    for path in (tmp_path / "checkpoints").glob("stage-0[23]"):
+        shutil.rmtree(path)
+    found = checkpoint.find(tmp_path)
+    assert (found.trained.name, found.within) == ("stage-01", within[-2])
+    assert found.damaged == [f"{within[-1]}: progress.json is not as it was written"]
+
+
+def test_a_checkpoint_named_for_adapting_must_be_whole(done, copy):
+    spoil(copy / "checkpoints/stage-01/weights.safetensors")
+    with pytest.raises(DataError, match=r"stage-01 is no whole checkpoint: weights.safetensors is not as it was"):
+        checkpoint.load(copy / "checkpoints/stage-01", None)
+    with pytest.raises(MissingError, match="there is no such checkpoint"):
+        checkpoint.load(copy / "checkpoints/stage-77", None)
+
+
+def test_a_manifest_with_right_sums_for_wrong_content_is_one_clear_error(copy, keys):
+    rewind(copy, 1)
+    folder = copy / "checkpoints/stage-01"
+    (folder / "memory.json").write_text('{"dict": [["stages", {"tensor": "none"}]]}')
+    told = json.loads((folder / "manifest.json").read_text())
+    told["memory.json"] = {"bytes": (folder / "memory.json").stat().st_size,
+                           "sha256": hashlib.sha256((folder / "memory.json").read_bytes()).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match=r"memory.json does not fit this strategy \(KeyError\('none'\)\)"):
+        run(copy, keys, *BOTH)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(keys, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    with pytest.raises(ContinualError, match=r"written: it takes 0.\d MB, and the disk has 0.0 MB left"):
+        run(tmp_path, keys)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file size limits as on Linux")
+def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothing_finished_is_lost(keys, tmp_path):
+    limited = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1)); from continual.cli import main; main()")
+    told = subprocess.run([sys.executable, "-c", limited, "run", *keys, f"out={tmp_path}"], capture_output=True,
+                          text=True)
+    assert (told.returncode, "Traceback" in told.stderr) == (2, False)
+    assert "error: " in told.stderr
+    assert len(list((tmp_path / "predictions/stage-00").iterdir())) == len(TASKS)
+    matrix, _ = run(tmp_path, keys)
+    assert matrix.finished
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder that nobody may write in")
+def test_a_folder_that_cannot_be_written_is_one_clear_error(keys):
+    told = subprocess.run([*MAIN, *keys, "out=/proc/continual"], capture_output=True, text=True)
+    assert (told.returncode, "Traceback" in told.stderr) == (2, False)
+    assert "see that the folder can be written" in told.stderr
+
+
+def test_a_second_process_in_the_same_folder_is_refused(keys, tmp_path):
+    with alone(tmp_path), pytest.raises(ConfigError, match=r"is in use by process \d+; wait for it, or give another"):
+        run(tmp_path, keys)
+    run(tmp_path, keys, "stream.tasks=[first]")
+
+
+def test_a_clock_that_goes_back_changes_nothing(done, keys, tmp_path, monkeypatch):
+    ticks = iter(range(2_000_000_000, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
+    run(tmp_path / "back", keys, *BOTH)
+    assert_same(done, tmp_path / "back")
