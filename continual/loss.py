@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from continual import flex
 from continual.attention import flat_attention
 from continual.model import Model
 from continual.packing import Batch
@@ -25,7 +26,7 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     """
     with ExitStack() as stack:
         if batch.layout.flat:
-            stack.enter_context(flat_attention(model.net))
+            stack.enter_context(flat_attention(model.net, flex.on(batch.layout.device)))
         if batch.layout.flat and model.last:
             stack.enter_context(model.last.only(batch.at))
         else:

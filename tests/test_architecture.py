@@ -14,7 +14,7 @@ LAYERS = (
     ("errors", "files"),
     ("data",),
     ("attention",),
-    ("packing", "matrix", "template"),
+    ("packing", "matrix", "template", "flex"),
     ("model", "cache"),
     ("weights",),
     ("loss",),
