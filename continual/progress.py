@@ -26,17 +26,16 @@ class Patience:
         self.low, self.since, self.seen = math.inf, 0, 0
         self.best: Weights = snapshot(model)
 
-    def over(self, step: int) -> bool:
-        """Whether training ends after this step."""
+    def look(self, step: int) -> None:
+        """Measure the dev loss if an epoch ends with this step."""
         if step < (self.seen + 1) * self.epoch:
-            return False
+            return
         self.seen += 1
         now = self._loss()
         if now < self.low:
             self.low, self.since, self.best = now, 0, snapshot(self.model)
         else:
             self.since += 1
-        return self.spent
 
     @property
     def spent(self) -> bool:

@@ -117,17 +117,13 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
         if step % recipe.log_every == 0 or step == total:
             log({"event": "step", "task": task.name, "step": step, "steps": total, "loss": _shown(loss), "lr": lr,
                  "tokens": at.tokens, "seconds": at.seconds, "notes": dict(strategy.notes)})
-        over = patience is not None and patience.over(step)
+        if patience:
+            patience.look(step)
         if after:
             after(step, at.state)
-        if over:
+        if patience and patience.spent:
             break
-    if at.skipped == at.step:
-        raise TrainingError(f"every step of task {task.name!r} had a loss or gradient that is not finite; lower "
-                            "train.lr, set train.clip, or train in fp32")
-    if patience and patience.seen:
-        restore(model, patience.best)
-    model.net.eval()
+    _close(at, task)
     strategy.end(model, task)
     spent = {"steps": at.step, "tokens": at.tokens, "train_seconds": time.perf_counter() - began,
              "skipped_steps": at.skipped}
@@ -187,6 +183,16 @@ def _step(at: Progress, strategy: Strategy, recipe: Recipe, task: Task[Encoded],
     at.schedule.step()
     at.step, at.tokens = step, at.tokens + batch.tokens
     return loss
+
+
+def _close(at: Progress, task: Task[Encoded]) -> None:
+    """The best weights, where they were kept; raises TrainingError where no step was taken."""
+    if at.skipped == at.step:
+        raise TrainingError(f"every step of task {task.name!r} had a loss or gradient that is not finite; lower "
+                            "train.lr, set train.clip, or train in fp32")
+    if at.patience and at.patience.seen:
+        restore(at.model, at.patience.best)
+    at.model.net.eval()
 
 
 def _patience(model: Model, task: Task[Encoded], recipe: Recipe) -> Patience | None:

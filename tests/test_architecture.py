@@ -15,7 +15,7 @@ LAYERS = (
     ("interrupt",),
     ("data",),
     ("attention",),
-    ("flash",),
+    ("flash", "flex"),
     ("probe",),
     ("packing", "matrix", "template"),
     ("model", "cache"),
