@@ -11,15 +11,14 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
-from continual import build, checkpoint, report
+from continual import build, checkpoint, precision, report
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, MissingError
 from continual.events import Events
 from continual.files import write_whole
-from continual.run import Bench, claim, read_config, set_up, show_unfit, stage_seed
+from continual.run import Bench, claim, read_config, set_up, show_unfit, stage_seed, tokenised
 from continual.score import score
 from continual.stage import learn
-from continual.template import columns
 from continual.weights import restore, snapshot
 
 
@@ -41,9 +40,10 @@ def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
                           f"such as stream.tasks=[{bench.stream.tasks[0].name}]")
     if folder:
         checkpoint.load(folder, bench.model)
-    task = bench.encoder.task(bench.stream.stages[0], columns(bench.stream),
-                              dev=bench.recipe.patience is not None)
+    tokens = tokenised(out, bench)
+    task = tokens.task(bench.stream.stages[0])
     with Events(out / "events.jsonl", console) as events:
+        precision.settle(config.train.precision, out / "precision.json", bench.model, tokens.some, events.say)
         show_unfit(bench.encoder, events)
         points = curves(bench, task, events)
     curve = {"schema": 1, "task": task.name, "metric": bench.tests[0].metric, "start": str(folder or "base"),

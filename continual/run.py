@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from continual import build, checkpoint, report
+from continual import build, checkpoint, precision, report
 from continual.data import Stream
 from continual.errors import ConfigError, DataError
 from continual.events import Events
@@ -27,7 +27,8 @@ from continual.model import Model
 from continual.score import Test, prepare, score
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
-from continual.template import Encoder, columns
+from continual.template import Encoder
+from continual.tokens import Tokens, tokenise
 
 
 @dataclass
@@ -67,17 +68,16 @@ def run(config: DictConfig, console: Console) -> Matrix:
         console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
         return done
     bench = set_up(config)
-    if not (out / "matrix.json").exists():
-        refuse_unfit(bench)
+    tokens = tokenised(out, bench)
     with Events(out / "events.jsonl", console) as events:
+        precision.settle(config.train.precision, out / "precision.json", bench.model, tokens.some, events.say)
         matrix = resume(out, bench, events)
         if not matrix.stages:
             matrix = add_row(out, bench, matrix, "base", {}, events)
         for number, stage in enumerate(bench.stream.stages, 1):
             if number >= len(matrix.stages):
                 events.stage = number
-                dev = bench.recipe.patience is not None
-                task = bench.encoder.task(stage, columns(bench.stream), dev=dev)
+                task = tokens.task(stage)
                 show_unfit(bench.encoder, events)
                 seed = stage_seed(config.seed, number)
                 spent = learn(bench.model, task, bench.strategy, bench.recipe, seed=seed, log=events)
@@ -87,13 +87,9 @@ def run(config: DictConfig, console: Console) -> Matrix:
     return matrix
 
 
-def refuse_unfit(bench: Bench) -> None:
-    """Raise DataError naming the train rows of any stage that cannot be learned, before hours of other stages."""
-    if bench.encoder.on_unfit == "error":
-        known = len(bench.encoder.shortened)
-        rows = {id(e): e for stage in bench.stream.stages for e in stage.train}
-        bench.encoder.all(list(rows.values()), lambda e: bench.encoder.train(e, 0))
-        del bench.encoder.shortened[known:]  # counted when their stage comes
+def tokenised(out: Path, bench: Bench) -> Tokens:
+    """What all stages learn; raises DataError for rows that cannot be learned, before hours of other stages."""
+    return tokenise(out / "tokens.safetensors", bench.encoder, bench.stream, dev=bench.recipe.patience is not None)
 
 
 def show_unfit(encoder: Encoder, events: Events) -> None:
