@@ -17,6 +17,7 @@ from continual.model import Model
 
 WORTH = 1.1  # how much faster bf16 must be than fp32, for what it rounds away
 ROWS, ROUNDS = 32, 3
+LONG = 0.5  # seconds after which no further round begins
 ENOUGH = 0.05  # seconds of a pass that can be told from the clock's and the system's noise
 
 
@@ -55,13 +56,15 @@ def measure(model: Model, rows: Sequence[Encoded]) -> float:
 
     It takes as few rows as can be measured, so that it is over in well under a second unless a single one takes longer.
     """
-    bf16, n = model.bf16, 1
+    bf16, n, began = model.bf16, 1, time.perf_counter()
     model.net.train()
     seconds(model, rows[:1], bf16=False)  # a first pass builds what later ones use
     while n < len(rows) and seconds(model, rows[:n], bf16=False) < ENOUGH:
         n *= 2
     seconds(model, rows[:n], bf16=True)
-    spent = [[seconds(model, rows[:n], bf16=how) for how in (False, True)] for _ in range(ROUNDS)]
+    spent: list[list[float]] = []
+    while not spent or (len(spent) < ROUNDS and time.perf_counter() - began < LONG):
+        spent.append([seconds(model, rows[:n], bf16=how) for how in (False, True)])
     model.bf16 = bf16
     model.net.zero_grad()
     model.net.eval()
