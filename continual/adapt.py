@@ -16,10 +16,11 @@ from continual.data import Encoded, Task
 from continual.errors import ConfigError, MissingError
 from continual.events import Events
 from continual.files import write_whole
+from continual.interrupt import alone
+from continual.precision import settle
 from continual.run import Bench, claim, read_config, set_up, show_unfit, stage_seed
 from continual.score import score
 from continual.stage import learn
-from continual.template import columns
 from continual.weights import restore, snapshot
 
 
@@ -28,22 +29,26 @@ def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
 
     Each curve starts from the same weights. Raises ConfigError where the stream has not exactly one task.
     """
-    out = Path(config.out)
     folder = start_of(config)
-    claim(out, config)
+    with alone(out := Path(config.out)):
+        claim(out, config)
+        return _adapt(config, console, out, folder)
+
+
+def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None) -> list[dict[str, Any]]:
     if (out / "curve.json").exists():
         console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
         return list(json.loads((out / "curve.json").read_text("utf-8"))["points"])
-    bench = set_up(config)
+    bench = set_up(config, out)
     if len(bench.stream.tasks) != 1:
         names = ", ".join(t.name for t in bench.stream.tasks)
         raise ConfigError(f"adapt learns one task, and this stream has {len(bench.stream.tasks)}: {names}; pick one, "
                           f"such as stream.tasks=[{bench.stream.tasks[0].name}]")
     if folder:
         checkpoint.load(folder, bench.model)
-    task = bench.encoder.task(bench.stream.stages[0], columns(bench.stream),
-                              dev=bench.recipe.patience is not None)
+    task = bench.tokens.task(bench.stream.stages[0])
     with Events(out / "events.jsonl", console) as events:
+        settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
         show_unfit(bench.encoder, events)
         points = curves(bench, task, events)
     curve = {"schema": 1, "task": task.name, "metric": bench.tests[0].metric, "start": str(folder or "base"),

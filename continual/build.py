@@ -77,14 +77,14 @@ def model(config: DictConfig, tasks: Stream) -> Model:
     weight, precision = config.loss.instruction_weight, config.train.precision
     if mistyped("float", weight) or not 0 <= weight <= 1:
         raise ConfigError(f"loss.instruction_weight={weight}: expected a number from 0 (masked) to 1 (as a response)")
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(unknown("train.precision", precision, ["fp32", "bf16"]))
+    if precision not in ("fp32", "bf16", "auto"):
+        raise ConfigError(unknown("train.precision", precision, ["fp32", "bf16", "auto"]))
     origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
     made: Model = construct(config.model, "model", stream=origin, device=config.device, seed=config.seed)
     if made.layout.seq2seq and weight:
         raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has no loss; set it to 0")
     made.layout = replace(made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight)
-    made.bf16 = precision == "bf16"
+    made.bf16 = precision == "bf16"  # with auto: once it is measured
     return made
 
 

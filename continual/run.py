@@ -26,10 +26,12 @@ from continual.files import file_name, write_whole
 from continual.interrupt import Signals, alone
 from continual.matrix import BASE, Matrix
 from continual.model import Model
+from continual.precision import settle
 from continual.score import Test, prepare, score
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
-from continual.template import Encoder, columns
+from continual.template import Encoder
+from continual.tokens import Tokens, tokenise
 
 
 @dataclass
@@ -43,9 +45,10 @@ class Bench:
     recipe: Recipe
     encoder: Encoder
     tests: list[Test]
+    tokens: Tokens  # the rows of all stages
 
 
-def set_up(config: DictConfig) -> Bench:
+def set_up(config: DictConfig, out: Path) -> Bench:
     """Build what the configuration names; raises ContinualError for whatever is wrong with it."""
     build.check(config)
     strategy, recipe = build.strategy(config), build.recipe(config)  # before anything that takes long
@@ -55,7 +58,8 @@ def set_up(config: DictConfig) -> Bench:
     s = config.score
     tests = [prepare(t, encoder, s.split, i, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit,
                      how=s.how) for i, t in enumerate(stream.tasks)]
-    return Bench(config, stream, model, strategy, recipe, encoder, tests)
+    tokens = tokenise(out / "tokens.safetensors", encoder, stream, dev=recipe.patience is not None)
+    return Bench(config, stream, model, strategy, recipe, encoder, tests, tokens)
 
 
 def run(config: DictConfig, console: Console) -> Matrix:
@@ -71,10 +75,9 @@ def run(config: DictConfig, console: Console) -> Matrix:
         return done
     with alone(out):
         claim(out, config)
-        bench = set_up(config)
-        if not (out / "matrix.json").exists():
-            refuse_unfit(bench)
+        bench = set_up(config, out)
         with Events(out / "events.jsonl", console) as events, Signals() as signals:
+            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
             matrix = stages(out, bench, events, signals)
         report.write(out)
         (out / "finished").touch()
@@ -93,15 +96,6 @@ def stages(out: Path, bench: Bench, events: Events, signals: Signals) -> Matrix:
             matrix = train(out, bench, matrix, Keeper(out, bench, matrix, number, events, signals), within)
         matrix = add_row(out, bench, matrix, events, signals)
     return matrix
-
-
-def refuse_unfit(bench: Bench) -> None:
-    """Raise DataError naming the train rows of any stage that cannot be learned, before hours of other stages."""
-    if bench.encoder.on_unfit == "error":
-        known = len(bench.encoder.shortened)
-        rows = {id(e): e for stage in bench.stream.stages for e in stage.train}
-        bench.encoder.all(list(rows.values()), lambda e: bench.encoder.train(e, 0))
-        del bench.encoder.shortened[known:]  # counted when their stage comes
 
 
 def show_unfit(encoder: Encoder, events: Events) -> None:
@@ -222,7 +216,7 @@ def train(out: Path, bench: Bench, matrix: Matrix, keeper: Keeper, within: Path 
 
     number, stage = keeper.number, bench.stream.stages[keeper.number - 1]
     shutil.rmtree(predictions(out, number), ignore_errors=True)  # of other weights, if there are any
-    task = bench.encoder.task(stage, columns(bench.stream), dev=bench.recipe.patience is not None)
+    task = bench.tokens.task(stage)
     show_unfit(bench.encoder, keeper.events)
     spent = learn(bench.model, task, bench.strategy, bench.recipe, seed=stage_seed(bench.config.seed, number),
                   log=keeper.events, after=keeper, progress=go_on if within else None)

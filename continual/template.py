@@ -5,7 +5,7 @@ Prompt and response are tokenised as separate pieces and joined as ids, so no me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -143,28 +143,39 @@ class Encoder:
             ids, response = _close_source(ids, response, after, example)
         return Encoded(example.id, index, tuple(ids), tuple(response), "".join(text for text, _ in parts))
 
-    def task(self, task: Task[Example], columns: Mapping[str, int], *, dev: bool = False) -> Task[Encoded]:
-        """The task with `train` encoded, and `dev` if asked; `columns` maps a task's name to its column."""
-        def encoded(rows: Sequence[Example]) -> tuple[Encoded, ...]:
-            return self.all(rows, lambda e: self.train(e, columns[e.task]))
+    def task(self, task: Task[Example], columns: Mapping[str, int], *, dev: bool = False,
+             encoded: Callable[[Sequence[Example]], tuple[Encoded, ...]] | None = None) -> Task[Encoded]:
+        """The task with `train` encoded, and `dev` if asked; `columns` maps a task's name to its column.
 
+        `encoded` gives rows that were tokenised before. Raises DataError where no train row is left.
+        """
+        encoded = encoded or (lambda rows: self.all(rows, lambda e: self.train(e, columns[e.task])))
         if not (train := encoded(task.train)):
-            raise DataError(f"task {task.name!r} has no train rows left; add rows, or raise data.max_length")
+            raise DataError(nothing_left(task.name))
         return Task(task.name, train, encoded(task.dev) if dev else (), (), task.metric, task.labels, task.category,
                     tuple(columns))
 
     def all(self, examples: Sequence[Example], encode: Callable[[Example], Encoded]) -> tuple[Encoded, ...]:
         """Each example encoded; all that are unfit in one DataError, or skipped and counted where that was asked."""
-        encoded, problems = [], []
+        return tuple(e for e in self.each(examples, encode) if e)
+
+    def each(self, examples: Sequence[Example], encode: Callable[[Example], Encoded]) -> Iterator[Encoded | None]:
+        """The same one after another, None for what is skipped; the DataError comes after the last."""
+        problems = []
         for example in examples:
             try:
-                encoded.append(encode(example))
+                yield encode(example)
             except Unfit as problem:
                 problems.append(str(problem))
                 self.skipped.append(example.id)
+                yield None
         if problems and self.on_unfit == "error":
             raise DataError(gathered(problems))
-        return tuple(encoded)
+
+
+def nothing_left(task: str) -> str:
+    """Why a task without a row that can be learned is refused."""
+    return f"task {task!r} has no train rows left; add rows, or raise data.max_length"
 
 
 def columns(stream: Stream) -> dict[str, int]:
