@@ -14,7 +14,7 @@ import torch
 from benchmarks.common import ASKED
 from continual.data import Encoded, Example
 from continual.model import Model, assemble
-from continual.packing import common_prefix
+from continual.rows import common_prefix
 from continual.scratch import _tokenizer as bpe
 from continual.template import Encoder
 

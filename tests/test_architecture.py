@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("data",),
-    ("attention",),
+    ("attention", "rows"),
     ("packing", "matrix", "template"),
     ("model", "cache"),
     ("weights",),

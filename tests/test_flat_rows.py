@@ -15,7 +15,8 @@ from continual.attention import probe
 from continual.data import Encoded
 from continual.loss import nll, token_nll
 from continual.model import Model
-from continual.packing import OVERHEAD, Layout, blocked, grouped
+from continual.packing import Layout
+from continual.rows import OVERHEAD, blocked, grouped
 from continual.weights import gradient
 
 LLAMA = model(dtype=torch.float64)
