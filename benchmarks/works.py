@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.common import ASKED, Step
 from continual.data import Encoded, Example
 from continual.model import Model, assemble
-from continual.packing import Batch, common_prefix
+from continual.packing import Batch
+from continual.rows import common_prefix
 from continual.scratch import byte_bpe
 from continual.template import Encoder
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from continual.attention import flat_attention
 from continual.cache import Cache, Taken, cached
 from continual.data import Encoded
 from continual.model import Model
-from continual.packing import common_prefix
+
+CPU_PASS = 1024  # tokens: what a longer pass computes falls out of a CPU's caches, and takes longer for it
 
 
 @torch.no_grad()
@@ -50,44 +50,41 @@ def _generated(model: Model, prompts: Sequence[Encoded], room: int) -> Any:
 def _from_flat_rows(model: Model, prompts: Sequence[Encoded], room: int) -> list[list[int]]:
     """The ids of each answer up to the end of sequence, and with it."""
     device, end = model.layout.device, model.tokenizer.eos_token_id
-    asked = [replace(p, response=(False,) * (len(p.ids) - 1) + (True,)) for p in prompts]
-    cache = Cache(asked, model.layout.pad, room, model.net.config.get_text_config().num_hidden_layers)
-    for part in _passes([p.ids for p in prompts], model.layout.tokens):
-        ids, positions = cache.lay(part).to(device)
-        with suppress(Taken):
-            _read(model, ids, positions, cache)
+    cache = read(model, prompts, range(-1, room - 1))
     said: list[list[int]] = [[] for _ in prompts]
     left = cache.order
     tokens = torch.tensor([prompts[i].ids[-1] for i in left], device=device)
     while True:
-        tokens = _read(model, tokens, cache.next().to(device), cache).argmax(-1)
+        tokens = follow(model, cache, tokens[:, None])[:, 0].argmax(-1)
         told = tokens.tolist()
         for i, token in zip(left, told, strict=True):
             said[i].append(token)
         stay = [k for k, token in enumerate(told) if token != end]
-        if not stay or cache.new == room:
+        if not stay or cache.new.stop == room:
             return said
         if len(stay) < len(told):
             left, tokens = [left[k] for k in stay], tokens[stay]
             cache.keep(stay)
 
 
-def _passes(rows: Sequence[tuple[int, ...]], most: int) -> list[list[int]]:
-    """Neighbours in parts of at most so many tokens, or single rows, what all rows begin with counted once a part."""
-    shared = common_prefix(min(rows), max(rows))
-    parts: list[list[int]] = []
-    spent = 0
-    for i, row in enumerate(rows):
-        own = len(row) - shared
-        if not parts or spent + own > most:
-            parts.append([])
-            spent = shared
-        parts[-1].append(i)
-        spent += own
-    return parts
+def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> Cache:
+    """The prompts, read but for their last tokens; behind each there is room for tokens with these `parents`."""
+    layers = model.net.config.get_text_config().num_hidden_layers
+    cache, most = Cache(prompts, model.layout.pad, parents, layers), model.layout.tokens
+    for part in cache.passes(min(most, CPU_PASS) if model.layout.device.type == "cpu" else most):
+        ids, positions = part.to(model.layout.device)
+        with suppress(Taken):
+            _pass(model, ids, positions, cache)
+    return cache
 
 
-def _read(model: Model, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+def follow(model: Model, cache: Cache, tokens: Tensor) -> Tensor:
+    """Logits (B, n, V) after each of the next tokens (B, n) behind the prompts that are left, in `cache.order`."""
+    positions = cache.next(tokens.shape[1]).to(tokens.device)
+    return _pass(model, tokens.flatten(), positions, cache).view(*tokens.shape, -1)
+
+
+def _pass(model: Model, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     """Logits (N, V) after each of the row's tokens (N,)."""
     with flat_attention(model.net, cached), torch.autocast(ids.device.type, torch.bfloat16, enabled=model.bf16):
         out = model.net(input_ids=ids[None], position_ids=positions[None], row=cache, use_cache=False)

@@ -58,19 +58,14 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
            softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
     """What `transformers` calls for each layer: query (1, H, N, D), key and value (1, K, N, D) -> (1, N, H, D)."""
     heads = query.shape[1]
-    key, value = (spread(x, heads) for x in (key, value))
+    key, value = of_all_heads(heads, key, value)
     sizes = [size for g in row.groups for size in (g.prefix, *(b * n for b, n in g.blocks))]
     parts = zip(*(torch.split(x[0], sizes, 1) for x in (query, key, value)), strict=True)
     out: list[Tensor] = []
 
     def run(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> None:
         mask = row.mask(prefix, q.shape[2], sliding_window, q)
-        if softcap is None:
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
-                                               dropout_p=dropout)
-        else:
-            o = _capped(q, k, v, mask, scaling, dropout, softcap)
-        out.append(o.transpose(1, 2).flatten(0, 1))
+        out.append(causal(q, k, v, mask, scaling, softcap, dropout))
 
     for group in row.groups:
         pq, pk, pv = (x[None] for x in next(parts))
@@ -84,9 +79,20 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     return torch.cat(out)[None], None
 
 
-def spread(x: Tensor, heads: int) -> Tensor:
-    """Keys or values (1, K, N, D), each given to the query heads that share it -> (1, H, N, D)."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+def of_all_heads(heads: int, *states: Tensor) -> list[Tensor]:
+    """Keys or values (b, K, n, D), each repeated for the query heads that share it -> (b, H, n, D)."""
+    return [x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in states]
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float | None,
+           dropout: float = 0.0) -> Tensor:
+    """Each query (b, H, n, D) on the keys up to its own, or on those that `mask` leaves -> (b n, H, D)."""
+    if cap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+                                             dropout_p=dropout)
+    else:
+        out = _capped(q, k, v, mask, scale, dropout, cap)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float,

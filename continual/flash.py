@@ -38,7 +38,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     if windowed or softcap is not None or dropout or not same or not fused:
         return attention.attend(module, query, key, value, attention_mask, row=row, scaling=scaling, dropout=dropout,
                                 sliding_window=sliding_window, softcap=softcap, **more)
-    key, value = (attention.spread(x, query.shape[1]) for x in (key, value))
+    key, value = attention.of_all_heads(query.shape[1], key, value)
     out: Tensor = _Row.apply(query[0], key[0], value[0], list(_parts(row, query.dtype)), scaling)
     return out[None], None
 

@@ -20,7 +20,8 @@ from continual.data import Encoded
 from continual.errors import ConfigError, unknown
 from continual.loss import forward
 from continual.model import Model
-from continual.packing import Batch, blocked
+from continual.packing import Batch
+from continual.rows import blocked
 from continual.weights import Weights, weights, zeros
 
 LABELS = ("empirical", "sampled")

@@ -8,7 +8,7 @@ Shapes: E examples, T positions of the longest one, N tokens of a flat row, S su
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from continual.attention import Group, Row
 from continual.data import Encoded
-
-OVERHEAD = 24  # what one more block costs, in tokens: measured on a CPU for models of 1 to 40M parameters
+from continual.rows import common_prefix, lay, turn
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Batch:
         for i, (e, home) in enumerate(zip(self.examples, self._laid[1], strict=True)):
             scale = self.scale[i] if self.scale else 1.0
             # A prompt without weight is passed over; a causal model predicts nothing for its first token.
-            first = _turn(e) if seq2seq else 1 if other else max(1, _turn(e))
+            first = turn(e) if seq2seq else 1 if other else max(1, turn(e))
             for t in range(first, len(e.ids)):
                 w = 1.0 if e.response[t] else other
                 if w:
@@ -161,13 +160,13 @@ class Batch:
         if start is None:
             ids = self._padded([e.ids[:-1] for e in self.examples])
             return {"input_ids": ids}, [Home(i * ids.shape[1]) for i in range(len(ids))]
-        sources = [e.ids[: _turn(e)] for e in self.examples]
+        sources = [e.ids[: turn(e)] for e in self.examples]
         lengths = torch.tensor([len(s) for s in sources], device=self.layout.device)
         ids = self._padded(sources)
         mask = torch.arange(ids.shape[1], device=self.layout.device) < lengths[:, None]
-        decoder = self._padded([(start, *e.ids[_turn(e) : -1]) for e in self.examples])
+        decoder = self._padded([(start, *e.ids[turn(e) : -1]) for e in self.examples])
         return ({"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder},
-                [Home(i * decoder.shape[1] + 1 - _turn(e)) for i, e in enumerate(self.examples)])
+                [Home(i * decoder.shape[1] + 1 - turn(e)) for i, e in enumerate(self.examples)])
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, rows))
@@ -189,105 +188,10 @@ class Home:
 
 
 def _flat(examples: Sequence[Encoded], layout: Layout) -> tuple[dict[str, Any], list[Home]]:
-    """One row: for each group its prefix, then its examples in blocks of like length."""
-    ids: list[int] = []
-    positions: list[int] = []
-    homes: dict[int, Home] = {}
-    groups: list[Group] = []
-    for prefix, members in grouped(examples):
-        shared = len(ids)
-        ids += examples[members[0]].ids[:prefix]
-        positions += range(prefix)
-        left = {i: len(examples[i].ids) - 1 - prefix for i in members}
-        blocks = blocked(left)
-        for block in blocks:
-            longest = left[block[-1]]
-            for i in block:
-                homes[i] = Home(len(ids), prefix, shared)
-                own = examples[i].ids[prefix:-1]
-                ids += (*own, *[layout.pad] * (longest - len(own)))
-                positions += range(prefix, prefix + longest)
-        homes.update({i: Home(shared, prefix, shared) for i, n in left.items() if n == 0})
-        groups.append(Group(prefix, tuple((len(b), left[b[-1]]) for b in blocks)))
-    tensors = torch.tensor([ids, positions], device=layout.device)
-    inputs = {"input_ids": tensors[:1], "position_ids": tensors[1:], "row": Row(tuple(groups))}
-    return inputs, [homes[i] for i in range(len(examples))]
-
-
-def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
-    """Which examples share how long a prefix of their prompts: (length, indices), as few tokens in all as can be.
-
-    In the order of their ids, examples that begin alike are neighbours. A dynamic programme over that order decides
-    which runs of neighbours share their common prefix; the others stand together without one.
-    """
-    order = sorted(range(len(examples)), key=lambda i: examples[i].ids)
-    most = [_turn(examples[i]) for i in order]
-    rows = [examples[i].ids for i in order]
-    common = [0, *(min(common_prefix(rows[k - 1], rows[k]), most[k - 1], most[k]) for k in range(1, len(rows)))]
-    before = list(range(len(rows)))  # where the run that has common[k] in common begins
-    for k in range(1, len(rows)):
-        before[k] = k - 1
-        while common[before[k]] >= common[k] > 0:
-            before[k] = before[before[k]]
-    saved, cut = [0], [(0, 0)]  # the tokens saved among the first j, and the last run's begin and prefix
-    for j in range(1, len(rows) + 1):
-        saved.append(saved[j - 1])
-        cut.append((j - 1, 0))
-        k = j - 1
-        while prefix := common[k]:
-            k = before[k]
-            if (gain := saved[k] + (j - k - 1) * prefix - 2 * OVERHEAD) > saved[j]:
-                saved[j], cut[j] = gain, (k, prefix)
-    alone: list[int] = []
-    j = len(rows)
-    while j:
-        i, prefix = cut[j]
-        if prefix:
-            yield prefix, order[i:j]
-        else:
-            alone.append(order[i])
-        j = i
-    if alone:
-        yield 0, alone
-
-
-def blocked(lengths: dict[int, int]) -> list[list[int]]:
-    """The keys in runs of like length, shortest first: the least padding plus OVERHEAD a run, by a dynamic programme.
-
-    What has no length stands in no block.
-    """
-    by_length: dict[int, list[int]] = {}
-    for key in sorted((k for k, n in lengths.items() if n), key=lengths.__getitem__):
-        by_length.setdefault(lengths[key], []).append(key)
-    sizes = list(by_length)
-    cost, cut = [0], [0]
-    for j in range(1, len(sizes) + 1):
-        options, count = [], 0
-        for i in range(j - 1, -1, -1):
-            count += len(by_length[sizes[i]])
-            options.append((cost[i] + count * sizes[j - 1] + OVERHEAD, i))
-        best = min(options)
-        cost.append(best[0])
-        cut.append(best[1])
-    runs, j = [], len(sizes)
-    while j:
-        runs.append([key for n in sizes[cut[j] : j] for key in by_length[n]])
-        j = cut[j]
-    return runs[::-1]
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _turn(e: Encoded) -> int:
-    """Where the response begins."""
-    return e.response.index(True)
+    """The arguments of a model that reads one row, and where each example stands in it."""
+    told, places = lay(examples, layout.pad)
+    told = told.to(layout.device)
+    row = Row(tuple(Group(p.prefix, tuple((len(b), n) for _, n, b in p.blocks if n)) for p in places))
+    homes = {i: Home(start + k * n, p.prefix, p.begin)
+             for p in places for start, n, block in p.blocks for k, i in enumerate(block)}
+    return {"input_ids": told[:1], "position_ids": told[1:], "row": row}, [homes[i] for i in range(len(examples))]

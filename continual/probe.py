@@ -26,7 +26,7 @@ class LastLayer:
     layer: nn.Module
     norm: nn.Module  # the first thing in it
     attention: nn.Module
-    out: nn.Module  # the last thing in that
+    out: str  # the name there of the last thing in that, which an adapter may wrap later
 
     @contextmanager
     def only(self, at: Tensor) -> Iterator[None]:
@@ -49,7 +49,7 @@ class LastLayer:
 
         handles = [self.layer.register_forward_pre_hook(enter), self.norm.register_forward_pre_hook(read),
                    self.attention.register_forward_pre_hook(ask, with_kwargs=True),
-                   self.out.register_forward_pre_hook(pick)]
+                   self.attention.get_submodule(self.out).register_forward_pre_hook(pick)]
         try:
             yield
         finally:
@@ -107,5 +107,5 @@ def _last(net: Any, order: Sequence[nn.Module]) -> LastLayer:
     layer = [m for m in order if m in listed][-1]
     parts = [m for m in order if m in set(layer.children())]
     attends = [m for m in parts if "attention" in type(m).__name__.lower()]
-    within = [m for m in order if m in set(attends[0].children())]
-    return LastLayer(layer, parts[0], attends[0], within[-1])
+    names = {m: name for name, m in attends[0].named_children()}
+    return LastLayer(layer, parts[0], attends[0], [names[m] for m in order if m in names][-1])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import encoded, model
+from small import model
 from test_flat_rows import READ
 
 from continual import answer as answers
@@ -13,6 +13,7 @@ from continual.cache import Cache
 from continual.data import Encoded
 from continual.model import Model
 from continual.packing import Layout
+from continual.score import likelihoods
 
 END = 0
 
@@ -61,8 +62,8 @@ def test_a_finished_answer_leaves_the_batch(monkeypatch):
     sizes = []
     before = Cache.next
 
-    def counted(self):
-        positions = before(self)
+    def counted(self, count):
+        positions = before(self, count)
         sizes.append(len(positions))
         return positions
 
@@ -72,19 +73,31 @@ def test_a_finished_answer_leaves_the_batch(monkeypatch):
     assert sizes[0] > sizes[-1] > 0
 
 
+def read(rows: list[tuple[int, ...]], most: int) -> tuple[Cache, list[int]]:
+    """What is kept of these prompts, and how many tokens each pass reads."""
+    cache = Cache([Encoded(str(i), 0, r, (False,) * len(r)) for i, r in enumerate(rows)], 0, range(-1, 3), 2)
+    return cache, [p.shape[1] for p in cache.passes(most)]
+
+
 def test_a_shared_instruction_is_read_and_kept_once():
     shared = tuple(range(10, 110))
-    rows = [encoded([*shared, i, i + 1], [7]) for i in range(9)]
-    asked = [replace(e, ids=e.ids[:-1], response=(False,) * 101 + (True,)) for e in rows]
-    cache = Cache(asked, 0, 4, 2)
-    assert cache.lay(range(9)).shape == (2, 100 + 9)
-    assert [(b.prefix, b.own, len(b.lengths)) for b in cache.blocks] == [(100, 1, 9)]
+    cache, passes = read([(*shared, i, 7) for i in range(9)], 104)
+    assert passes == [104, 5]
+    assert [(b.prefix.length, b.own, len(b.lengths)) for b in cache.blocks] == [(100, 1, 9)]
 
 
 def test_no_pass_reads_more_tokens_than_were_asked_for_unless_a_single_prompt_does():
-    assert answers._passes([(1, 2), (1, 2)], 16) == [[0, 1]]
-    rows = [(1, 2, 3, *range(4, 4 + n)) for n in (1, 2, 5, 9, 9, 30)]
-    assert answers._passes(rows, 16) == [[0, 1, 2], [3], [4], [5]]
+    assert read([(1, 2), (1, 2)], 16)[1] == [2]
+    rows = [tuple(range(i, i + n)) for i, n in enumerate((5, 5, 5, 4, 5, 33))]
+    assert read(rows, 18)[1] == [16, 4, 32]
+
+
+def test_prompts_are_kept_in_few_blocks_whose_padding_is_bounded():
+    rng = random.Random(0)
+    rows = [tuple(rng.randrange(9) for _ in range(n)) for n in range(2, 300)]
+    blocks = read(rows, 4096)[0].blocks
+    assert len(blocks) < 12
+    assert sum(b.own * len(b.lengths) for b in blocks) < 1.2 * sum(map(len, rows))
 
 
 def test_batches_do_not_change_the_answers():
@@ -93,3 +106,38 @@ def test_batches_do_not_change_the_answers():
     assert answers.answer(net, prompts(), 6, 3) == whole
     net.layout = replace(net.layout, flat=False)
     assert answers.answer(net, prompts(), 6, 128) == whole
+
+
+# Likelihoods
+
+LABELS = [(5, 6, 0), (5, 6, 7, 0), (5, 6, 7), (5, 8, 0), (9,), (5, 6, 0), (0,)]  # some begin with others, one is twice
+
+
+@pytest.mark.parametrize("batch_size", [3, 128])
+@pytest.mark.parametrize("kind", READ)
+def test_labels_read_as_a_tree_have_the_likelihoods_that_each_has_alone(kind, batch_size):
+    net = made(READ[kind], torch.float64)
+    padded = replace(net, layout=replace(net.layout, flat=False))
+    alone = torch.cat([likelihoods(padded, [p], [ids], 1) for p in prompts() for ids in LABELS]).view(-1, len(LABELS))
+    together = likelihoods(net, prompts(), LABELS, batch_size)
+    # some norms of transformers round through float32 even in float64
+    torch.testing.assert_close(together, alone, **({} if kind in ("gpt2", "opt") else {"rtol": 1e-5, "atol": 1e-5}))
+    assert together.argmax(1).tolist() == alone.argmax(1).tolist()
+
+
+def test_what_labels_begin_with_alike_is_read_once_behind_each_prompt(monkeypatch):
+    net, read = made(READ["llama"], torch.float32), []
+    before = Cache.next
+    monkeypatch.setattr(Cache, "next", lambda self, count: read.append((len(self.order), count)) or before(self, count))
+    likelihoods(net, prompts(), LABELS, 128)
+    assert read == [(17, 5)], "the prompt's last token and 5, 5 6, 5 6 7, 5 8"
+
+
+def test_no_more_labels_are_read_at_once_than_a_pass_has_tokens():
+    net, read = made(READ["llama"], torch.float64), []
+    net.layout = replace(net.layout, tokens=16)
+    labels = [(i, j, 0) for i in range(5, 9) for j in range(9, 12)]
+    hook = net.net.get_output_embeddings().register_forward_hook(lambda m, args, out: read.append(args[0].shape[1]))
+    likelihoods(net, prompts()[:3], labels, 128)
+    hook.remove()
+    assert read == [17, 17, 17]

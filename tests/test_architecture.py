@@ -14,7 +14,7 @@ LAYERS = (
     ("errors", "files"),
     ("interrupt",),
     ("data",),
-    ("attention",),
+    ("attention", "rows"),
     ("flash", "flex"),
     ("probe",),
     ("packing", "matrix", "template"),

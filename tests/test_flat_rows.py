@@ -14,8 +14,9 @@ from small import encoded, model
 from continual.data import Encoded
 from continual.loss import nll, token_nll
 from continual.model import Model
-from continual.packing import OVERHEAD, Layout, blocked, grouped
+from continual.packing import Layout
 from continual.probe import probe
+from continual.rows import OVERHEAD, blocked, grouped
 from continual.weights import gradient
 
 LLAMA = model(dtype=torch.float64)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from continual import attention, flash, flex, loss, probe
 from continual.attention import Group, Row
 from continual.loss import nll, token_nll
-from continual.packing import grouped
+from continual.rows import grouped
 from continual.weights import gradient
 
 CPU = torch.device("cpu")
