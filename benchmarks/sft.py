@@ -38,7 +38,7 @@ from continual.packing import Batch
 from continual.strategy import Strategy
 
 EXAMPLES, CYCLE = 32, 3
-TRIED, COMPARED = 2, 4  # steps that choose a micro-batch, and steps whose losses are compared
+COMPARED = 4  # steps whose losses are compared
 MICRO = (8, 16, 32)
 LOW = 1024  # tokens in a forward pass of the low-memory arm
 WHOLE = 10**9
@@ -56,6 +56,7 @@ class Work:
     adapter: str = "lora"
     bf16: bool = False
     device: str = "cpu"
+    tried: int = 2  # steps of each candidate that choose a micro-batch
 
     def model(self, **layout: Any) -> Model:
         """The model before its first step, its batches laid out so."""
@@ -188,7 +189,8 @@ def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
     yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 8
     few = ("continual", "low memory", *PEERS)
     for name, adapter, bf16 in (("LoRA", "lora", False), ("LoRA bf16", "lora", True), ("full", "none", False)):
-        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16), few, 12
+        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16,
+                   tried=1), few, 10
 
 
 def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:
@@ -196,10 +198,9 @@ def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:
     candidates = [(arm, micro) for arm in arms for micro in (MICRO if arm in PEERS else (None,))]
     losses: dict[Any, list[float]] = {c: [] for c in candidates}
     steps = {c: partial(_noted, build(*c, work), losses[c]) for c in candidates}
-    tried = interleaved(steps, seconds=0, least=TRIED, warmup=0)
+    tried = interleaved(steps, seconds=0, least=work.tried, warmup=0)
     # A first step also builds what later ones use.
-    best = {arm: min((c for c in candidates if c[0] == arm), key=lambda c: statistics.median(tried[c][1:]))
-            for arm in arms}
+    best = {arm: min((c for c in candidates if c[0] == arm), key=lambda c: min(tried[c])) for arm in arms}
     steps = {c: steps[c] for c in best.values()}
     dtype = torch.bfloat16 if work.bf16 else torch.float32
     product, product_flops = matmul(dtype, torch.device(work.device))
@@ -207,7 +208,7 @@ def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:
                         warmup=0)
     top = product_flops / statistics.median(spent.pop("matmul"))
     _compare(losses, work)
-    share = {arm: _rate(steps[best[arm]], TRIED, spent[arm]) / top for arm in arms if arm not in STOCK}
+    share = {arm: _rate(steps[best[arm]], work.tried, spent[arm]) / top for arm in arms if arm not in STOCK}
     steps.clear()
     memory = peaks({arm: (*c, work) for arm, c in best.items()}, build)
     tokens, took = sum(len(e.ids) for e in work.examples) / CYCLE, medians(spent)

@@ -176,10 +176,10 @@ def _step(at: Progress, strategy: Strategy, recipe: Recipe, task: Task[Encoded],
           examples: Sequence[Encoded], budget: int, log: Log) -> torch.Tensor:
     """One optimizer step, unless it is skipped; the loss before it."""
     batch, loss = _gradient(at.model, strategy, at.optimizer, examples, budget, log)
-    if _finite(loss, at.trained, recipe, task, step, examples, log):
-        at.optimizer.step()
-    else:
+    if not _finite(loss, at.trained, recipe, task, step, examples, log):
+        at.optimizer.zero_grad()  # and so the optimizer passes over the step
         at.skipped += 1
+    at.optimizer.step()
     at.schedule.step()
     at.step, at.tokens = step, at.tokens + batch.tokens
     return loss

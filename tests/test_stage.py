@@ -261,3 +261,43 @@ def test_all_that_is_wrong_with_a_recipe_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
         Recipe(lr=-1, batch_size=0, warmup=2)
     assert len(str(caught.value).split("\n")) == 3
+
+
+# Steps that are not finite
+
+@dataclass(kw_only=True)
+class Overflowing(Strategy):
+    """Its gradient, not its loss, is infinite at some steps."""
+
+    at: tuple[int, ...] = ()
+    step: int = 0
+
+    def backward(self, model, batch):
+        self.step += 1
+        loss = super().backward(model, batch)
+        if self.step in self.at:
+            next(iter(weights(model).values())).grad.fill_(math.inf)
+        return loss
+
+
+def test_a_gradient_that_is_not_finite_stops_the_stage_and_names_the_examples():
+    net = model()
+    before = snapshot(net)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is \w+ at step 1 of task 'colours', on the examples "
+                                            r"e\d+, e\d+, e\d+, e\d+; the last checkpoint is kept"):
+        train(net, strategy=Overflowing(at=(1,)), batch_size=4)
+    assert all(torch.equal(w, before[n]) for n, w in weights(net).items())
+
+
+def test_skipped_steps_leave_the_weights_and_are_counted_and_shown():
+    net, events = train(strategy=Overflowing(at=(2, 3)), batch_size=4, epochs=4, on_nonfinite="skip")
+    assert [e["skipped_steps"] for e in events if e["event"] == "stage"] == [2]
+    told = [e["text"] for e in events if e["event"] == "warning"]
+    assert len(told) == 2
+    assert told[0].startswith("skipped: the gradient's norm is ")
+    assert all(torch.isfinite(w).all() for w in weights(net).values())
+
+
+def test_a_stage_of_skipped_steps_alone_is_an_error():
+    with pytest.raises(TrainingError, match="every step of task 'colours' had a loss or gradient that is not finite"):
+        train(strategy=Overflowing(at=tuple(range(99))), steps=3, on_nonfinite="skip")

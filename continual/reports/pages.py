@@ -49,6 +49,8 @@ def notices(run: Run) -> list[str]:
         counts.update({k: v for k, v in event.items() if isinstance(v, int) and k not in ("time", "stage")})
     if shown := [f"{n:,} {key}" for key, n in counts.items() if n]:
         told.append(f"Examples that did not fit the model's context: {', '.join(shown)}.")
+    if skipped := sum(event.get("skipped_steps") or 0 for event in run.events("stage")):
+        told.append(f"{skipped:,} steps were skipped: their loss or gradient was not finite.")
     if broken := run.log[1]:
         told.append(f"{broken} line{'s' * (broken > 1)} of events.jsonl could not be read; a run that was killed while "
                     "writing leaves one.")
