@@ -30,6 +30,7 @@ class Layout:
     device: torch.device
     decoder_start: int | None = None  # set for encoder-decoder models
     flat: bool = False  # one flat row, or one padded row an example
+    shared: bool = True  # in a flat row, examples that begin alike share that prefix
     tokens: int = 4096  # the most tokens in one forward pass, if no single example is longer
     instruction_weight: float = 0.0  # of a prompt token's loss against a response token's
 
@@ -194,7 +195,7 @@ def _flat(examples: Sequence[Encoded], layout: Layout) -> tuple[dict[str, Any], 
     positions: list[int] = []
     homes: dict[int, Home] = {}
     groups: list[Group] = []
-    for prefix, members in grouped(examples):
+    for prefix, members in grouped(examples) if layout.shared else [(0, [*range(len(examples))])]:
         shared = len(ids)
         ids += examples[members[0]].ids[:prefix]
         positions += range(prefix)
