@@ -234,6 +234,9 @@ def _malformed(data: Any) -> list[str]:
           for i, row in enumerate(_list(data.get("scores"))) if not isinstance(row, list)),
         *(f"{key} holds {brief(name)}; expected names"
           for key in ("tasks", "stages") for name in _list(data.get(key)) if not isinstance(name, str)),
+        *(f"a control character in the name {brief(name)}; rename it" for name in (
+            *(data.get(key) for key in ("stream", "order", "strategy")), *_list(data.get("tasks")),
+            *_list(data.get("stages"))) if isinstance(name, str) and reading.CONTROL.search(name)),
         *(f"the metric {brief(name)} is no name" for name in _dict(data.get("metrics")).values()
           if not isinstance(name, str))]
 

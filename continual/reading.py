@@ -15,6 +15,7 @@ from continual.errors import DataError, gathered
 
 LONGEST = 2**26  # bytes of a line
 LARGEST = 2**28  # bytes of a file that is read whole
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what no name needs, and terminals obey
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half of a surrogate pair
 
 
@@ -26,7 +27,7 @@ def parse(raw: bytes, where: str, *, line: bool = False) -> Any:
     whole = "one whole object a line; mend or remove the line" if line else (
         "one object; mend it there, or restore the file")
     try:
-        text = raw.decode("utf-8-sig")
+        text = (raw.rstrip(b"\r\n") if line else raw).decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_once)
         if HALF.search(raw):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -154,6 +155,7 @@ def yaml_mapping(path: Path) -> dict[str, Any]:
 def inside(path: Path, root: Path) -> bool:
     """Whether a path, its links followed, lies in this folder; names that no file can have lie nowhere."""
     try:
+        path.exists()  # a name too long is told here
         return path.resolve().is_relative_to(root.resolve())
     except (OSError, ValueError, RuntimeError):  # a name too long or with a NUL, links that go in a circle
         return False

@@ -7,7 +7,6 @@ Of a task only the name is needed: `dir` is the name if left out, `metric` exact
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from streams.arrange import choose, stage
 from streams.rows import misspelt, read_jsonl
 
 SHOWN = 20  # unknown names that are looked up among the known ones
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what no name needs, and terminals obey
 SPLITS = ("train", "dev", "test")
 TEXTS = ("dir", "category", "metric")
 KEYS = ("name", *TEXTS, "labels")
@@ -91,7 +89,7 @@ def _entry_problems(n: int, entry: Any) -> list[str]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
         return [f'found no name in task {n}, expected {{"name": text, ...}}; name it']
     task = f"task {brief(entry['name'])}"
-    if CONTROL.search(entry["name"]):
+    if reading.CONTROL.search(entry["name"]):
         return [f"found a control character in the name of {task}, expected letters, digits and signs; rename it"]
     problems = [f"found {brief(entry[key])} as {key!r} of {task}, expected text; quote it or leave it out"
                 for key in TEXTS if not isinstance(entry.get(key) or "", str)]

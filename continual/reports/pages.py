@@ -47,8 +47,7 @@ def notices(run: Run) -> list[str]:
                     "it goes on.")
     counts: Counter[str] = Counter()
     for event in run.events("data"):
-        counts.update({k: v for k, v in event.items()
-                       if isinstance(v, int) and reading.is_number(v) and k not in ("time", "stage")})
+        counts.update({key: event[key] for key in ("skipped", "shortened") if reading.is_number(event.get(key))})
     if shown := [f"{n:,} {key}" for key, n in counts.items() if n]:
         told.append(f"Examples that did not fit the model's context: {', '.join(shown)}.")
     if broken := run.log[1]:

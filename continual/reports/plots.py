@@ -12,12 +12,14 @@ from continual.reports.pages import curve, span, starts
 from continual.reports.runs import Curve, Group
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c3e")  # Okabe and Ito (2008)
+TALLEST = 60  # inches: no picture may have 2^16 pixels
+CELLS = 2500  # of a heat map whose figures can be read
 INK, SOFT, LINE = "#16202c", "#5d6875", "#dfe3e8"
 
 
 def run(matrix: Matrix) -> bytes:
     """A PNG: the matrix as a heat map, and each task's score over the stages."""
-    figure, (left, right) = _figure(13, max(4.2, 1.6 + 0.42 * len(matrix.stages)), [1.15, 1])
+    figure, (left, right) = _figure(13, min(TALLEST, max(4.2, 1.6 + 0.42 * len(matrix.stages))), [1.15, 1])
     _heat(left, matrix)
     for i, task in enumerate(matrix.tasks):
         points = curve(matrix, task)
@@ -81,7 +83,7 @@ def _heat(axes: Any, matrix: Matrix) -> None:
     values = [[float("nan") if s is None else s for s in row] for row in matrix.scores]
     axes.imshow(values, cmap=blues, vmin=0, vmax=1, aspect="auto")
     small = 9 if len(matrix.tasks) <= 9 else 6.5
-    for i, row in enumerate(matrix.scores):
+    for i, row in enumerate(matrix.scores if len(matrix.stages) * len(matrix.tasks) <= CELLS else ()):
         for j, score in enumerate(row):
             axes.text(j, i, percent(score), ha="center", va="center", fontsize=small,
                       color="white" if score is not None and score > 0.55 else INK)

@@ -126,8 +126,9 @@ class Curve:
         try:
             if told["schema"] != 1:
                 raise ValueError(f"schema {brief(told['schema'])}; this version reads schema 1")
-            if strange := [key for key in ("task", "metric", "start") if not isinstance(told[key], str)]:
-                raise ValueError(f"{', '.join(strange)} should be text")
+            if strange := [key for key in ("task", "metric", "start") if not isinstance(told[key], str)
+                           or reading.CONTROL.search(told[key])]:
+                raise ValueError(f"{', '.join(strange)} should be text without control characters")
             points = [(p["shots"], p["step"], p["score"]) for p in told["points"]]
             if wrong := [p for p in points if not all(map(reading.is_number, p, (0, 0, 0), (1e12, 1e12, 1)))]:
                 raise ValueError(f"these are no shots, step and score in [0, 1]: {brief(wrong)}")
