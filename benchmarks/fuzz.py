@@ -210,7 +210,8 @@ def main() -> None:
         _put(Path(scratch), f"corpus/{name}", bytes([i]) + READERS[name][1])
     (Path(scratch) / "words").write_text("".join(f"{json.dumps(w)}\n" for w in WORDS if w.isascii() and "\\" not in w))
     atheris.Setup([sys.argv[0], f"{scratch}/corpus", f"-dict={scratch}/words", f"-max_total_time={asked.seconds}",
-                   "-max_len=2000", "-timeout=60", "-rss_limit_mb=4096", f"-artifact_prefix={scratch}/", "-verbosity=0"], one)
+                   "-max_len=2000", "-timeout=60", "-rss_limit_mb=4096", f"-artifact_prefix={scratch}/",
+                   "-verbosity=0"], one)
     atheris.Fuzz()
 
 

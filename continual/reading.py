@@ -115,7 +115,7 @@ class _Plain(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse what `OmegaConf.to_yaml` never writes."""
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) or getattr(event, "tag", None):
             raise yaml.MarkedYAMLError(None, None, "an anchor, alias or tag", event.start_mark)
         return super().compose_node(parent, index)

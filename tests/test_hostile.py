@@ -63,7 +63,7 @@ seen: list[str] | None = None
 
 def watch(event, args):
     """CPython tells its audit hooks of every object that a pickle asks for, whoever reads it, and of every process."""
-    if seen is not None and event in WATCHED:
+    if seen is not None and event in WATCHED and args[0] != "fc-list":  # matplotlib asks the system for its fonts
         seen.append(f"{event}{args}")
 
 
@@ -145,7 +145,7 @@ def test_the_stream_that_a_model_was_made_for_is_of_the_registry_too(theirs):
 
 
 @pytest.mark.parametrize("change", [{"model": {"adapters": {"lora": {"_target_": "os.system"}}}},
-                                    {"model": {"adapters": [{"_target_": "os.system"}]}},
+                                    {"model": {"more": [{"_target_": "os.system"}]}},
                                     {"stream": {"datasets": {"a": {"_target_": "os.system"}}}}])
 def test_nothing_is_built_within_the_keys(theirs, change):
     with pytest.raises(ConfigError, match="asks for a _target_ within model or stream"):
@@ -220,8 +220,8 @@ def test_a_task_of_any_name_has_its_predictions_in_the_folder(task, tmp_path):
 
 
 def test_a_task_whose_name_is_too_long_for_a_file_is_refused_before_anything_is_learned(refused, keys, tmp_path):
-    stream = write_stream(tmp_path / "stream", tasks=("a",))
-    (stream / "stream.json").write_text(json.dumps({"tasks": [{"name": "é" * 120, "dir": "a"}]}))
+    stream = write_stream(tmp_path / "stream")
+    (stream / "stream.json").write_text(json.dumps({"tasks": [{"name": "é" * 120, "dir": "last"}]}))
     told = refused("run", *keys, f"stream.path={stream}", f"out={tmp_path / 'run'}")
     assert "expected at most 200 bytes: files are named after it; shorten it" in told
 
@@ -244,7 +244,7 @@ EVIL = ("<script>document.title='owned'</script><img src=x onerror=\"document.ti
 def pages(tmp_path_factory):
     """A report of each kind in which every name, prompt, answer, value and key is a script."""
     root = tmp_path_factory.mktemp("pages")
-    tasks = tuple(f"{name}{EVIL}" for name in ("a", "b"))
+    tasks = tuple(f"{name}<script>document.title='owned'</script>" for name in ("a", "b"))
     for seed, name in ((0, "naive"), (1, "ewc")):
         out = fake_run(root / f"comparison/{name}<script>", name + EVIL, seed, tasks=tasks, says=EVIL, notes=True,
                        order=EVIL, settings={EVIL: EVIL, "lr": seed})
