@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -100,7 +101,9 @@ def fail(error: ContinualError) -> None:
     """Print the message and exit with 2, or show the traceback where HYDRA_FULL_ERROR=1 asks for it."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
-    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    # Names out of files may hold what a terminal obeys.
+    told = re.sub("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]", lambda m: repr(m[0])[1:-1], f"error: {error}")
+    Console(stderr=True).print(told, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from continual.data import Encoded
-from continual.errors import ConfigError, MissingError, unknown
+from continual.errors import ConfigError, MissingError, listed, unknown
 from continual.packing import Batch, Layout
 from continual.probe import LastLayer, probe
 
@@ -57,7 +57,6 @@ def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none",
     `adapter` names a kind of `adapters` (lora or any other peft kind with its settings) or is "none" for full
     fine-tuning. Raises MissingError if there is no such model, ConfigError for an unknown adapter or dtype.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     if dtype not in DTYPES:
@@ -71,9 +70,12 @@ def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none",
         config = AutoConfig.from_pretrained(**source)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        net = kind.from_pretrained(**source, dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise MissingError(f"model.name={name} could not be loaded: {str(e).splitlines()[0]} Give a local folder with "
+        net, told = kind.from_pretrained(**source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True)
+        if absent := sorted(told["missing_keys"]):
+            raise ValueError(f"its weights lack {listed(absent, 3)}, which would be drawn at random.")
+    except Exception as e:  # files can be wrong in any way, and each library has its own words for it
+        first = next(iter(str(e).splitlines()), "") or repr(e)
+        raise MissingError(f"model.name={name} could not be loaded: {first} Give a local folder with "
                            "config.json, tokenizer and safetensors weights, or a hub id that can be reached") from e
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
 

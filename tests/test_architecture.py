@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A module imports only from layers below its own; those of one layer know nothing of one another.
 LAYERS = (
     ("errors", "files"),
+    ("reading",),
     ("interrupt",),
     ("data",),
     ("attention", "rows"),
@@ -40,7 +41,7 @@ LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 # What a package outside of the engine may import of the three.
 ALLOWED = {
     "strategies": {f"continual.{m}" for m in LAYER if LAYER[m] <= LAYER["strategy"]} | {"strategies.replay"},
-    "streams": {"continual.data", "continual.errors", "continual.template", "streams"},
+    "streams": {"continual.data", "continual.errors", "continual.reading", "continual.template", "streams"},
 }
 OURS = ("continual", "strategies", "streams")
 EXTRAS = {"avalanche", "learn2learn"}
