@@ -19,6 +19,7 @@ from rich.console import Console
 from yaml import YAMLError
 
 from continual import build, checkpoint, report
+from continual.audit import audited, base_scored
 from continual.data import Stream
 from continual.errors import ConfigError, DataError
 from continual.events import Events
@@ -78,6 +79,8 @@ def run(config: DictConfig, console: Console) -> Matrix:
         bench = set_up(config, out)
         with Events(out / "events.jsonl", console) as events, Signals() as signals:
             settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
+            audited(out, config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit,
+                    events)
             matrix = stages(out, bench, events, signals)
         report.write(out)
         (out / "finished").touch()
@@ -236,6 +239,8 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Si
     matrix.save(out / "matrix.json")
     events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average {sum(row) / len(row):.3f}"
                + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
+    if not number:
+        base_scored(out, dict(zip(matrix.tasks, row, strict=True)), events)
     return matrix
 
 
