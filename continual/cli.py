@@ -55,7 +55,7 @@ EXAMPLES = {
   continual adapt adapt.start=runs/maml/checkpoints/stage-03 stream.tasks=[NEW]
   continual adapt adapt.start=base stream.tasks=[NEW]                      the base model, to compare with
   continual adapt adapt.start=runs/maml stream=folder stream.path=DIR stream.tasks=[NEW] adapt.shots=[16,64]""",
-    "audit": """continual audit [key=value ...]: what is amiss in a stream's rows, as continual run says it at its start.
+    "audit": """continual audit [key=value ...]: what is amiss in a stream's rows, as run tells it at its start.
 
   continual audit stream=folder stream.path=DIR score.split=dev   repeats, leaks, conflicts, one-sided answers
   continual audit model=hf model.name=Qwen/Qwen3-0.6B             and lengths in its tokens; no weights are read""",

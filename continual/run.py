@@ -79,8 +79,6 @@ def run(config: DictConfig, console: Console) -> Matrix:
         bench = set_up(config, out)
         with Events(out / "events.jsonl", console) as events, Signals() as signals:
             settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
-            audited(out, config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit,
-                    events)
             matrix = stages(out, bench, events, signals)
         report.write(out)
         (out / "finished").touch()
@@ -91,6 +89,7 @@ def stages(out: Path, bench: Bench, events: Events, signals: Signals) -> Matrix:
     """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before any training."""
     found = checkpoint.find(out)
     matrix = resume(out, bench, found, events)
+    audited(out, bench.config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit, events)
     begun = events.stage
     for number in range(begun, len(bench.stream.stages) + 1):
         events.stage = number
