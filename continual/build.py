@@ -93,12 +93,22 @@ def model(config: DictConfig, tasks: Stream) -> Model:
         raise ConfigError(f"loss.instruction_weight={weight}: expected a number from 0 (masked) to 1 (as a response)")
     if precision not in ("fp32", "bf16", "auto"):
         raise ConfigError(unknown("train.precision", precision, ["fp32", "bf16", "auto"]))
-    origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
-    made: Model = construct(config.model, "model", stream=origin, device=config.device, seed=config.seed)
+    made = _model(config, tasks)
     if made.layout.seq2seq and weight:
         raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has no loss; set it to 0")
     made.layout = replace(made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight)
     made.bf16 = precision == "bf16"  # with auto: once it is measured
+    return made
+
+
+def reader(config: DictConfig, tasks: Stream) -> Model:
+    """The configured model without its network: its tokenizer and context."""
+    return _model(config, tasks, network=False)
+
+
+def _model(config: DictConfig, tasks: Stream, **more: Any) -> Model:
+    origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
+    made: Model = construct(config.model, "model", stream=origin, device=config.device, seed=config.seed, **more)
     return made
 
 

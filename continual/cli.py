@@ -27,6 +27,7 @@ are scored, and the scores are the retained-task matrix.
   continual compare [key=value ...]   strategies x seeds x orders over one stream, side by side
   continual run     [key=value ...]   one strategy over one stream
   continual adapt   [key=value ...]   one new task, from a checkpoint or a base model: its curve over steps and shots
+  continual audit   [key=value ...]   what is amiss in a stream's rows: repeated, leaked, contradictory, too long
   continual report  PATH...           tables, report.html and curves.png again, from folders on disk
   continual list    [strategies|streams|models]   what there is
 
@@ -55,6 +56,10 @@ EXAMPLES = {
   continual adapt adapt.start=runs/maml/checkpoints/stage-03 stream.tasks=[NEW]
   continual adapt adapt.start=base stream.tasks=[NEW]                      the base model, to compare with
   continual adapt adapt.start=runs/maml stream=folder stream.path=DIR stream.tasks=[NEW] adapt.shots=[16,64]""",
+    "audit": """continual audit [key=value ...]: what is amiss in a stream's rows, as run tells it at its start.
+
+  continual audit stream=folder stream.path=DIR score.split=dev   repeats, leaks, conflicts, one-sided answers
+  continual audit model=hf model.name=Qwen/Qwen3-0.6B             and lengths in its tokens; no weights are read""",
     "report": """continual report PATH...: the tables, report.html and curves.png of runs, comparisons or adaptations.
 
   continual report runs/compare
@@ -142,6 +147,15 @@ def _work(verb: str, rest: Sequence[str]) -> None:
     report.tables(Console(), Path(config.out))
 
 
+def _audit(rest: Sequence[str]) -> None:
+    """Count what is amiss in the rows."""
+    config = configure("audit", rest)
+    from continual.audit import alone
+
+    quiet()
+    alone(config, Console())
+
+
 def _compare(rest: Sequence[str]) -> None:
     from continual import compare
 
@@ -167,7 +181,7 @@ def _list(rest: Sequence[str]) -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "report": _report,
-    "list": _list,
+    "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "audit": _audit,
+    "report": _report, "list": _list,
 }
-CONFIGURED = ("compare", "run", "adapt")
+CONFIGURED = ("compare", "run", "adapt", "audit")

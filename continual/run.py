@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from continual import build, checkpoint, report
+from continual.audit import audited, base_scored
 from continual.data import Stream
 from continual.errors import ConfigError, DataError, brief, gathered
 from continual.events import Events
@@ -88,6 +89,7 @@ def stages(out: Path, bench: Bench, events: Events, signals: Signals) -> Matrix:
     """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before any training."""
     found = checkpoint.find(out)
     matrix = resume(out, bench, found, events)
+    audited(out, bench.config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit, events)
     begun = events.stage
     for number in range(begun, len(bench.stream.stages) + 1):
         events.stage = number
@@ -237,6 +239,8 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Si
     matrix.save(out / "matrix.json")
     events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average {sum(row) / len(row):.3f}"
                + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
+    if not number:
+        base_scored(out, dict(zip(matrix.tasks, row, strict=True)), events)
     return matrix
 
 

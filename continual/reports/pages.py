@@ -9,7 +9,7 @@ from typing import Any
 
 from continual import reading
 from continual.matrix import BASE, Matrix, mean
-from continual.reports import figures
+from continual.reports import audits, figures
 from continual.reports.charts import Chart, Point, Series, ticks
 from continual.reports.figures import MEANINGS, percent
 from continual.reports.runs import Curve, Run
@@ -26,7 +26,7 @@ def run_page(run: Run) -> dict[str, Any]:
             "notices": notices(run), "tiles": tiles(matrix.summary()), "heat": heat(matrix),
             "panels": [_panel(matrix, task) for task in matrix.tasks], "loss": training_chart(run),
             "notes": note_charts(run), "costs": [figures.cost(k, v) for k, v in matrix.cost.items()],
-            "stages": stage_costs(run), "samples": samples(run), "config": run.config}
+            "stages": stage_costs(run), "audit": audit(run), "samples": samples(run), "config": run.config}
 
 
 def facts(matrix: Matrix) -> list[str]:
@@ -171,6 +171,16 @@ def stage_costs(run: Run) -> list[list[str]]:
         rows.append([str(event.get("task", event.get("stage"))), figures.count(event.get("steps")),
                      figures.count(tokens), figures.seconds(took), rate, figures.size(memory.get(event.get("stage")))])
     return rows
+
+
+def audit(run: Run) -> dict[str, Any] | None:
+    """What was found amiss in the rows, and what the base already solved; None where the run has no audit."""
+    if (told := audits.load(run.path)) is None:
+        return None
+    heads, *rows = audits.rows(told)
+    base = dict(zip(run.matrix.tasks, run.matrix.scores[0], strict=True)) if run.matrix.stages[:1] == (BASE,) else {}
+    return {"heads": heads, "rows": rows, "caption": audits.caption(told),
+            "lines": audits.lines(told) + audits.solved(told, base)}
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
