@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A module imports only from layers below its own; those of one layer know nothing of one another.
 LAYERS = (
     ("errors", "files"),
-    ("interrupt",),
+    ("interrupt", "cells"),
     ("data",),
     ("attention",),
     ("flash", "flex"),
