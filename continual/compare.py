@@ -35,7 +35,7 @@ def compare(overrides: Sequence[str], configure: Callable[[str, Sequence[str]], 
     it. Raises ConfigError for it, and for a combination that is wrong before any run starts; Stopped for a signal.
     """
     launcher = _launcher(overrides)
-    config = configure("compare", [o for o in overrides if not _sweeps(o)])
+    config = configure("compare", [_first(o) for o in overrides])
     out, given = Path(config.out), [o for o in overrides if not o.startswith("out=")]
     words = [*given]
     for key, value in zip(NAMED, (config.strategies, config.seed), strict=True):
@@ -177,6 +177,16 @@ def _sweeps(override: str) -> bool:
         return bool(OverridesParser.create().parse_override(override).is_sweep_override())
     except Exception:  # what is no override at all is refused, in our words, when the configuration is composed
         return False
+
+
+def _first(override: str) -> str:
+    """With the first of the values that it sweeps over."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if not _sweeps(override):
+        return override
+    parsed = OverridesParser.create().parse_override(override)
+    return f"{parsed.get_key_element()}={next(iter(parsed.sweep_string_iterator()))}"
 
 
 def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[[str, Sequence[str]], DictConfig]
