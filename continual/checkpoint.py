@@ -192,7 +192,9 @@ def number(folder: Path) -> int:
 
 
 def prune(run: Path, keep: int | None) -> None:
-    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest two."""
+    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest two; nothing half."""
+    for half in (run / "checkpoints").glob("*.tmp"):  # of a process that was killed
+        shutil.rmtree(half)
     found = [(p, m) for p in (run / "checkpoints").glob("stage-*") if (m := NAME.fullmatch(p.name))]
     trained = sorted((p for p, m in found if not m[2]), key=number)
     newest = number(trained[-1]) if trained else 0

@@ -80,6 +80,7 @@ def run(config: DictConfig, console: Console) -> Matrix:
         with Events(out / "events.jsonl", console) as events, Signals() as signals:
             settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
             matrix = stages(out, bench, events, signals)
+        checkpoint.prune(out, config.checkpoint.keep)  # again: a process that was killed may not have come to it
         report.write(out)
         (out / "finished").touch()
         return matrix

@@ -7,7 +7,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int,
               "text": _digest(corpus), "torch": torch.__version__}
     folder = cache() / "models" / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     if not folder.exists():
-        _build(folder, stream, corpus, shape, pretrain, attention, weights_seed, device)
+        with _turn(folder):
+            if not folder.exists():
+                _build(folder, stream, corpus, shape, pretrain, attention, weights_seed, device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
@@ -60,6 +63,17 @@ def cache() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("continual"))
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait while another process builds the same model; its lock ends with it."""
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -81,7 +95,7 @@ def _build(folder: Path, stream: Stream, corpus: Sequence[Example], shape: Mappi
     tokenizer.save_pretrained(temporary)
     try:
         temporary.rename(folder)
-    except OSError:  # another process built the same one meanwhile
+    except OSError:  # another machine built the same one meanwhile
         if not folder.exists():
             raise
         shutil.rmtree(temporary)

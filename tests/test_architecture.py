@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("reading",),
-    ("interrupt",),
+    ("interrupt", "cells"),
     ("data",),
     ("attention", "rows"),
     ("flash", "flex"),

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from continual import reading
+from continual import cells, reading
 from continual.errors import DataError, MissingError, brief, gathered
 from continual.files import file_name
 from continual.matrix import BASE, Matrix, mean
@@ -36,6 +36,8 @@ def kind(folder: Path) -> str:
     if (folder / "config.yaml").is_file():
         raise MissingError(f"{folder}: a run that has scored nothing yet (no matrix.json); wait for its first row, or "
                            "start it again with the same out=")
+    if left := cells.unfinished(folder):
+        raise MissingError(f"{folder}: nothing is scored yet; {' '.join(left)}")
     raise MissingError(f"{folder}: no run in it ({_held(folder)}); expected {EXPECTED}")
 
 
@@ -240,8 +242,9 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             raise DataError(f"{folder}: an adapt folder has a curve, not a matrix; compare it with adapt folders only")
         paths += [folder] if what == "run" else _children(folder)
         if what == "comparison":
-            waiting += [p.parent.name for p in sorted(folder.glob("*/config.yaml"))
-                        if not (p.parent / "matrix.json").is_file()]
+            begun = [p.parent.name for p in sorted(folder.glob("*/config.yaml"))
+                     if not (p.parent / "matrix.json").is_file()]
+            waiting += dict.fromkeys([*begun, *cells.waiting(folder)])
     return [Run.read(path) for path in dict.fromkeys(paths)], waiting
 
 
