@@ -71,11 +71,9 @@ def _place(raw: bytes, at: int, line: bool) -> str:
 
 def contents(path: Path) -> bytes:
     """The bytes of a file that is held whole; raises DataError where they are more than any of ours."""
-    with path.open("rb") as file:
-        raw = file.read(LARGEST + 1)
-    if len(raw) > LARGEST:
+    if path.stat().st_size > LARGEST:  # not read(LARGEST + 1), which takes that much memory at once
         raise DataError(f"{path}: found more than {LARGEST >> 20} MiB, expected a file that can be held; restore it")
-    return raw
+    return path.read_bytes()
 
 
 def json_file(path: Path) -> Any:
