@@ -22,8 +22,8 @@ from continual.interrupt import Signals, Stopped
 
 LAUNCHER = "hydra/launcher"
 HERE = "basic"  # the launcher that does one run after another, in this process
-EXTRAS = {"joblib": ("parallel", "joblib"), "submitit_local": ("cluster", "submitit"), "ray": ("ray", "ray"),
-          "submitit_slurm": ("cluster", "submitit"), "slurm": ("cluster", "submitit"), "ray_cluster": ("ray", "ray")}
+PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "slurm": "submitit",
+           "ray": "ray", "ray_cluster": "ray"}  # of each launcher
 STOP = ".stop"  # in the comparison's folder, with the signal's number: no further run begins
 NAMED = ("strategy", "seed")  # a run's folder always says these
 
@@ -157,16 +157,16 @@ def _tell(out: Path, words: Sequence[str], names: Sequence[str], trouble: Except
 
 
 def _launcher(overrides: Sequence[str]) -> str:
-    """The launcher's name; raises ConfigError where it is one that an extra brings, which is not installed."""
+    """The launcher's name; raises ConfigError where its package is not installed."""
     name = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{LAUNCHER}=")), HERE)
-    extra, plugin = EXTRAS.get(name, ("", ""))
+    plugin = PLUGINS.get(name)
     try:
-        there = not extra or bool(find_spec(f"hydra_plugins.hydra_{plugin}_launcher"))
+        there = not plugin or bool(find_spec(f"hydra_plugins.hydra_{plugin}_launcher"))
     except ModuleNotFoundError:  # there is no plugin at all
         there = False
     if not there:
-        raise ConfigError(f"{LAUNCHER}={name} needs hydra-{plugin}-launcher, which is not installed; it comes with the "
-                          f"extra {extra}: uv sync --extra {extra}")
+        raise ConfigError(f"{LAUNCHER}={name} needs hydra-{plugin}-launcher, which is not installed: "
+                          f"pip install hydra-{plugin}-launcher")
     return name
 
 

@@ -11,7 +11,7 @@ import pytest
 from small import TASKS, run, write_stream
 
 from continual import cells, scratch
-from continual.compare import EXTRAS
+from continual.compare import PLUGINS
 from continual.errors import DataError
 from continual.matrix import Matrix
 
@@ -20,13 +20,13 @@ SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
 
 def installed(launcher: str) -> bool:
     try:
-        return importlib.util.find_spec(f"hydra_plugins.hydra_{EXTRAS[launcher][1]}_launcher") is not None
+        return importlib.util.find_spec(f"hydra_plugins.hydra_{PLUGINS[launcher]}_launcher") is not None
     except ModuleNotFoundError:
         return False
 
 
 def needs(launcher: str):
-    return pytest.mark.skipif(not installed(launcher), reason=f"the extra {EXTRAS[launcher][0]} is not installed")
+    return pytest.mark.skipif(not installed(launcher), reason=f"hydra-{PLUGINS[launcher]}-launcher is not installed")
 
 
 def names(out) -> set[str]:
@@ -64,25 +64,25 @@ def test_submitits_local_executor_does_the_runs(cli, keys, tmp_path):
 @pytest.mark.parametrize("launcher", ["slurm", "ray_cluster"])
 def test_the_configurations_of_clusters_compose(launcher):
     if not installed(launcher):
-        pytest.skip(f"the extra {EXTRAS[launcher][0]} is not installed")
+        pytest.skip(f"hydra-{PLUGINS[launcher]}-launcher is not installed")
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("conf", version_base=None):
         config = compose("compare", [f"hydra/launcher={launcher}", "out=x"], return_hydra_config=True).hydra.launcher
-    assert EXTRAS[launcher][1] in config._target_
+    assert PLUGINS[launcher] in config._target_
     if launcher == "slurm":
         assert config.max_num_timeout > 0
     else:
         assert config.ray.remote.num_cpus > 0
 
 
-@pytest.mark.parametrize("launcher", sorted(EXTRAS))
-def test_a_launcher_whose_extra_is_not_installed_is_named(refused, monkeypatch, launcher):
+@pytest.mark.parametrize("launcher", sorted(PLUGINS))
+def test_a_launcher_that_is_not_installed_is_named(refused, monkeypatch, launcher):
     monkeypatch.setattr("continual.compare.find_spec", lambda _: None)
     told = refused("compare", f"hydra/launcher={launcher}")
-    extra, plugin = EXTRAS[launcher]
-    assert told.split() == (f"hydra/launcher={launcher} needs hydra-{plugin}-launcher, which is not installed; it "
-                            f"comes with the extra {extra}: uv sync --extra {extra}").split()
+    package = f"hydra-{PLUGINS[launcher]}-launcher"
+    assert told.split() == (f"hydra/launcher={launcher} needs {package}, which is not installed: pip install {package}"
+                            ).split()
 
 
 # What is not finished
