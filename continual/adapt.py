@@ -17,6 +17,7 @@ from continual.errors import ConfigError, MissingError
 from continual.events import Events
 from continual.files import write_whole
 from continual.interrupt import alone
+from continual.parallel import first, leads
 from continual.precision import settle
 from continual.run import Bench, claim, read_config, set_up, show_unfit, stage_seed
 from continual.score import score
@@ -48,15 +49,17 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
         checkpoint.load(folder, bench.model)
     task = bench.tokens.task(bench.stream.stages[0])
     with Events(out / "events.jsonl", console) as events:
-        settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
+        with first():
+            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
         show_unfit(bench.encoder, events)
         points = curves(bench, task, events)
     curve = {"schema": 1, "task": task.name, "metric": bench.tests[0].metric, "start": str(folder or "base"),
              "points": points}
-    bench.model.net.save_pretrained(out / "model")
-    bench.model.tokenizer.save_pretrained(out / "model")
-    write_whole(out / "curve.json", json.dumps(curve, indent=1))  # last: where it is, the rest is whole
-    report.write(out)
+    if leads():
+        bench.model.net.save_pretrained(out / "model")
+        bench.model.tokenizer.save_pretrained(out / "model")
+        write_whole(out / "curve.json", json.dumps(curve, indent=1))  # last: where it is, the rest is whole
+        report.write(out)
     return points
 
 

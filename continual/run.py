@@ -26,6 +26,7 @@ from continual.files import file_name, write_whole
 from continual.interrupt import Signals, alone
 from continual.matrix import BASE, Matrix
 from continual.model import Model
+from continual.parallel import agreed, first, leads
 from continual.precision import settle
 from continual.score import Test, prepare, score
 from continual.stage import Recipe, learn
@@ -77,10 +78,12 @@ def run(config: DictConfig, console: Console) -> Matrix:
         claim(out, config)
         bench = set_up(config, out)
         with Events(out / "events.jsonl", console) as events, Signals() as signals:
-            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
+            with first():
+                settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
             matrix = stages(out, bench, events, signals)
-        report.write(out)
-        (out / "finished").touch()
+        if leads():
+            report.write(out)
+            (out / "finished").touch()
         return matrix
 
 
@@ -116,6 +119,8 @@ def stage_seed(seed: int, number: int) -> int:
 
 def claim(out: Path, config: DictConfig) -> None:
     """Write the configuration, or check that the folder's run has the same one; raises ConfigError naming the keys."""
+    if not leads():
+        return
     path = out / "config.yaml"
     text = OmegaConf.to_yaml(config, resolve=True)
     begun = any((out / name).exists() for name in ("events.jsonl", "matrix.json"))
@@ -193,12 +198,16 @@ class Keeper:
         every = self.bench.config.checkpoint
         due = every.every_steps is not None and step % every.every_steps == 0
         due |= every.every_seconds is not None and time.monotonic() - self.last >= every.every_seconds
-        if due or self.signals.caught is not None:
+        caught, due = self.signals.any(due)
+        if due or caught:
             self.save(f"-step-{step:08d}", self.matrix, progress())
-        self.signals.leave(f"after step {step} of stage {self.number}", self.out)
+        self.signals.leave(f"after step {step} of stage {self.number}", self.out, caught)
 
     def save(self, name: str, matrix: Matrix, progress: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, and remove what it makes superfluous."""
+        if not leads():
+            self.last = time.monotonic()
+            return
         folder = checkpoint.save(self.out / "checkpoints" / f"stage-{self.number:02d}{name}", self.bench.model,
                                  self.bench.strategy, matrix, progress)
         checkpoint.prune(self.out, self.bench.config.checkpoint.keep)
@@ -215,7 +224,8 @@ def train(out: Path, bench: Bench, matrix: Matrix, keeper: Keeper, within: Path 
         return checkpoint.progress(within, bench.model)
 
     number, stage = keeper.number, bench.stream.stages[keeper.number - 1]
-    shutil.rmtree(predictions(out, number), ignore_errors=True)  # of other weights, if there are any
+    if leads():
+        shutil.rmtree(predictions(out, number), ignore_errors=True)  # of other weights, if there are any
     task = bench.tokens.task(stage)
     show_unfit(bench.encoder, keeper.events)
     spent = learn(bench.model, task, bench.strategy, bench.recipe, seed=stage_seed(bench.config.seed, number),
@@ -233,7 +243,8 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Si
     spent = {"score_seconds": time.perf_counter() - began}
     matrix = replace(matrix.with_row(stage, row), cost=add_costs(matrix.cost, spent))
     events({"event": "score", "seconds": spent["score_seconds"], "scores": dict(zip(matrix.tasks, row, strict=True))})
-    matrix.save(out / "matrix.json")
+    if leads():
+        matrix.save(out / "matrix.json")
     events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average {sum(row) / len(row):.3f}"
                + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
     return matrix
@@ -250,11 +261,12 @@ def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> l
     for done, test in enumerate(bench.tests):
         events.bar("scoring", len(bench.tests), done, test.task)
         path = folder / f"{file_name(test.task)}.jsonl"
-        value = marked(path, test)
+        value = agreed(marked(path, test))
         if value is None:
             bench.strategy.route(bench.model, test.task)
             value, answers = score(bench.model, test, bench.config.score.batch_size)
-            write_whole(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers))
+            if leads():
+                write_whole(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers))
         row.append(value)
         signals.leave(f"while scoring after stage {events.stage}", folder.parents[1])
     events.clear()

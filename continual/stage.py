@@ -106,6 +106,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     total, budget, began = recipe.total(len(task.train)), model.layout.tokens, time.perf_counter()
     patience = _patience(model, task, recipe)
     at = Progress(model, optimizer, _schedule(optimizer, recipe, total), patience)
+    model.trained = at.trained
     if progress:
         at.load(progress())
         began -= at.seconds

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A module imports only from layers below its own; those of one layer know nothing of one another.
 LAYERS = (
     ("errors", "files"),
+    ("parallel",),
     ("interrupt",),
     ("data",),
     ("attention", "rows"),
@@ -34,6 +35,7 @@ LAYERS = (
     ("adapt", "compare", "catalogue"),
     ("overrides",),
     ("cli",),
+    ("__main__",),
 )
 LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 
