@@ -14,7 +14,7 @@ import torch
 from continual.data import Encoded
 from continual.errors import ConfigError, MissingError, unknown
 from continual.packing import Batch, Layout
-from continual.parallel import leads
+from continual.parallel import leads, started
 from continual.probe import LastLayer, probe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,6 +46,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """The named device, or for "auto" the best there is: cuda, then mps, then cpu; raises ConfigError without it."""
     there = [*(["cuda"] if torch.cuda.is_available() else []),
              *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name in ("auto", "cuda") and there[0] == "cuda" and started() > 1:
+        return torch.device("cuda", torch.cuda.current_device())  # named, for files are read to the first otherwise
     if name == "auto":
         return torch.device(there[0])
     if name.partition(":")[0] not in there:

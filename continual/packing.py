@@ -64,7 +64,7 @@ class Batch:
     def micro_batches(self) -> list[Batch]:
         """This batch in parts of at most `layout.tokens` tokens, or single examples; like stays with like.
 
-        Where several processes share the work, each gets a part, about as large as the others'.
+        Where several processes share the work the parts are smaller, so that each has about as much to do.
         """
         rows, flat = [e.ids for e in self.examples], self.layout.flat
         if flat:

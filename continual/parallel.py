@@ -9,6 +9,7 @@ anything.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from continual.errors import ConfigError, ContinualError
+from continual.errors import ConfigError, ContinualError, TrainingError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +150,7 @@ def dealt(items: Sequence[T], sizes: Sequence[float]) -> Iterator[T]:
 
 
 def evenly(cut: Callable[[int], list[T]], limit: int) -> list[T]:
-    """What `cut` gives at this limit, or at a lower one that gives each process a part, and no one more than it must.
+    """What `cut` gives at the lowest limit at which no process has more parts than at this one.
 
     The lower its limit, the smaller and more numerous are the parts that `cut` gives.
     """
@@ -272,6 +273,18 @@ def agreed(value: T) -> T:
     """Rank 0's value, which can be JSON, on all."""
     found: T = gather(value)[0]
     return found
+
+
+def compare(tensors: Sequence[Tensor]) -> None:
+    """Raise TrainingError where these are not the same in all processes, as where a strategy draws without a seed."""
+    if _world == 1:
+        return
+    norms = gather([float(t.detach().norm()) for t in tensors])
+    if any(not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) and not math.isnan(a)
+           for told in norms for a, b in zip(norms[0], told, strict=True)):
+        raise TrainingError(f"the {_world} processes have come apart: their weights differ. A strategy must draw "
+                            "from a seeded generator and compute gradients by accumulate, or the same in each process; "
+                            "go on with one process, which is always right")
 
 
 def _checked(call: Callable[..., Any], *args: Any, **more: Any) -> None:
