@@ -17,11 +17,12 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from continual.data import Encoded
+from continual.dealing import deal
 from continual.errors import ConfigError, unknown
 from continual.loss import forward
 from continual.model import Model
 from continual.packing import Batch
-from continual.parallel import add_up, deal, world
+from continual.parallel import add_up, world
 from continual.rows import blocked
 from continual.weights import Weights, weights, zeros
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from continual.attention import flat_attention
+from continual.dealing import dealt
 from continual.model import Model
 from continual.packing import Batch
-from continual.parallel import dealt, summed
+from continual.parallel import summed
 from continual.probe import kernel
 from continual.weights import Weights, weights
 

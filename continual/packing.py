@@ -19,7 +19,7 @@ from torch import Tensor
 
 from continual.attention import Group, Row
 from continual.data import Encoded
-from continual.parallel import evenly
+from continual.dealing import evenly
 from continual.rows import common_prefix, lay, turn
 
 

@@ -119,55 +119,6 @@ def first() -> Iterator[None]:
         wait()
 
 
-def deal(sizes: Sequence[float]) -> list[int]:
-    """Which of the items of these sizes are this process's, in their order: to each about as much as to the others."""
-    if _world == 1:
-        return list(range(len(sizes)))
-    loads, mine = [0.0] * _world, []
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        to = loads.index(min(loads))
-        loads[to] += sizes[i]
-        if to == rank():
-            mine.append(i)
-    return sorted(mine)
-
-
-def dealt(items: Sequence[T], sizes: Sequence[float]) -> Iterator[T]:
-    """This process's items, one after another; what is drawn at one by torch does not depend on who does which.
-
-    After the last one the generators are again the same on all processes.
-    """
-    if _world == 1:
-        yield from items
-        return
-    import torch
-
-    seed = int(torch.randint(2**62, ()))
-    for i in deal(sizes):
-        torch.manual_seed(seed + i)
-        yield items[i]
-    torch.manual_seed(seed)
-
-
-def evenly(cut: Callable[[int], list[T]], limit: int) -> list[T]:
-    """What `cut` gives at the lowest limit at which no process has more parts than at this one.
-
-    The lower its limit, the smaller and more numerous are the parts that `cut` gives.
-    """
-    parts = cut(limit)
-    if _world == 1:
-        return parts
-    most = -(-len(parts) // _world) * _world
-    low = 1
-    while low < limit:
-        middle = (low + limit) // 2
-        if len(cut(middle)) <= most:
-            limit = middle
-        else:
-            low = middle + 1
-    return cut(limit)
-
-
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Make each tensor, in place, the sum of all processes'."""
     if _world == 1:

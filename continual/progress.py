@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from continual.data import Encoded
+from continual.dealing import dealt
 from continual.loss import nll
 from continual.model import Model
-from continual.parallel import add_up, dealt
+from continual.parallel import add_up
 from continual.weights import Weights, snapshot
 
 

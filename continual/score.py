@@ -16,11 +16,12 @@ from torch import Tensor
 
 from continual.answer import answer, follow, read
 from continual.data import Encoded, Example, Task
+from continual.dealing import deal
 from continual.errors import ConfigError, DataError, unknown
 from continual.loss import token_nll
 from continual.model import Model
 from continual.packing import Batch
-from continual.parallel import apart, deal, gather
+from continual.parallel import apart, gather
 from continual.template import Encoder
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from continual.data import Encoded
+from continual.dealing import dealt
 from continual.loss import accumulate, evaluated_at, nll
 from continual.model import Model
 from continual.packing import Batch
-from continual.parallel import add_up, alike, dealt
+from continual.parallel import add_up, alike
 from continual.weights import Weights, combine, restore, set_gradient, snapshot, weights, zeros
 from strategies.replay import Replay
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("parallel",),
-    ("interrupt",),
+    ("interrupt", "dealing"),
     ("data",),
     ("attention", "rows"),
     ("flash", "flex"),

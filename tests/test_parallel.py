@@ -18,7 +18,7 @@ from small import encoded, lines, run
 from test_contract import TABLE
 from together import learned
 
-from continual import parallel
+from continual import dealing, parallel
 from continual.packing import Batch, Layout
 
 HERE = Path(__file__).parent
@@ -154,7 +154,7 @@ def test_every_item_is_dealt_once_and_to_each_about_as_much(sizes, world):
         dealt = []
         for rank in range(world):
             patch.setenv("RANK", str(rank))
-            dealt.append(parallel.deal(sizes))
+            dealt.append(dealing.deal(sizes))
     assert sorted(i for mine in dealt for i in mine) == list(range(len(sizes)))
     loads = [sum(sizes[i] for i in mine) for mine in dealt]
     assert max(loads) - min(loads) <= max(sizes, default=0)
@@ -180,9 +180,9 @@ def test_a_step_is_cut_into_smaller_parts_for_more_processes(shapes, flat, budge
 def test_where_each_process_works_for_itself_nothing_is_dealt_out(of):
     of(1, 2)
     with parallel.apart():
-        assert parallel.deal([1, 1, 1]) == [0, 1, 2]
+        assert dealing.deal([1, 1, 1]) == [0, 1, 2]
         assert parallel.gather("mine") == ["mine"]
-    assert len(parallel.deal([1, 1, 1])) == 1
+    assert len(dealing.deal([1, 1, 1])) == 1
 
 
 def test_what_torch_draws_does_not_depend_on_who_does_which_part(of):
@@ -190,7 +190,7 @@ def test_what_torch_draws_does_not_depend_on_who_does_which_part(of):
     for rank in (0, 1):
         of(rank, 2)
         torch.manual_seed(0)
-        drawn.update({part: torch.rand(2).tolist() for part in parallel.dealt("abcd", [1, 2, 3, 4])})
+        drawn.update({part: torch.rand(2).tolist() for part in dealing.dealt("abcd", [1, 2, 3, 4])})
         after = torch.rand(1).item()
         drawn.setdefault("after", after)
         assert drawn["after"] == after
