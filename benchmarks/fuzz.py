@@ -79,9 +79,9 @@ def stream(folder: Path, raw: bytes) -> None:
 
 def config(folder: Path, raw: bytes) -> None:
     """The configuration of a run folder, as a report and as a resumed run read it."""
+    from continual.claim import read_config
     from continual.errors import ContinualError
     from continual.reports.runs import Run
-    from continual.run import read_config
 
     path = _put(folder, "config.yaml", raw)
     try:

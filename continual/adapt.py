@@ -12,15 +12,17 @@ from omegaconf import DictConfig, open_dict
 from rich.console import Console
 
 from continual import build, checkpoint, report
+from continual.claim import claim, read_config
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, DataError, MissingError, brief, gathered
 from continual.events import Events
 from continual.files import write_whole
 from continual.interrupt import alone
+from continual.parallel import first, leads
 from continual.precision import settle
 from continual.reading import refuse_links_out
 from continual.reports.runs import Curve
-from continual.run import Bench, claim, read_config, set_up, show_unfit, stage_seed
+from continual.run import Bench, set_up, show_unfit, stage_seed
 from continual.score import score
 from continual.stage import learn
 from continual.weights import restore, snapshot
@@ -50,15 +52,17 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
         checkpoint.load(folder, bench.model)
     task = bench.tokens.task(bench.stream.stages[0])
     with Events(out / "events.jsonl", console) as events:
-        settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
+        with first():
+            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
         show_unfit(bench.encoder, events)
         points = curves(bench, task, events)
     curve = {"schema": 1, "task": task.name, "metric": bench.tests[0].metric, "start": str(folder or "base"),
              "points": points}
-    bench.model.net.save_pretrained(out / "model")
-    bench.model.tokenizer.save_pretrained(out / "model")
-    write_whole(out / "curve.json", json.dumps(curve, indent=1))  # last: where it is, the rest is whole
-    report.write(out)
+    if leads():
+        bench.model.net.save_pretrained(out / "model")
+        bench.model.tokenizer.save_pretrained(out / "model")
+        write_whole(out / "curve.json", json.dumps(curve, indent=1))  # last: where it is, the rest is whole
+        report.write(out)
     return points
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from continual.errors import ConfigError, ContinualError, MissingError, unknown
 from continual.events import quiet
 from continual.interrupt import Stopped
+from continual.parallel import agreed, joined, leads, let_first_speak, started
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if verb not in VERBS:
             raise ConfigError(unknown("command", verb, VERBS))
+        if started() > 1 and verb not in SHARED:
+            raise ConfigError(f"continual {verb} is the work of one process, and {started()} were started; several "
+                              f"can share continual {' or '.join(SHARED)}")
         if "-h" in rest or "--help" in rest:
             print(EXAMPLES[verb])
             return
@@ -88,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         VERBS[verb](rest)
     except Stopped as stop:
+        let_first_speak()
         Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
         sys.exit(128 + stop.number)
     except ContinualError as error:
@@ -106,6 +111,7 @@ def fail(error: ContinualError) -> None:
     """Print the message and exit with 2, or show the traceback where HYDRA_FULL_ERROR=1 asks for it."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
+    let_first_speak()
     # Names out of files may hold what a terminal obeys.
     told = re.sub("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]", lambda m: repr(m[0])[1:-1], f"error: {error}")
     Console(stderr=True).print(told, style="red", markup=False, highlight=False, soft_wrap=True)
@@ -143,8 +149,11 @@ def _work(verb: str, rest: Sequence[str]) -> None:
     from continual.run import run
 
     quiet()
-    {"run": run, "adapt": adapt}[verb](config, Console(stderr=True))
-    report.tables(Console(), Path(config.out))
+    with joined(config.device):
+        config.out = agreed(config.out)  # which may hold the time of day
+        {"run": run, "adapt": adapt}[verb](config, Console(stderr=True, quiet=not leads()))
+        if leads():
+            report.tables(Console(), Path(config.out))
 
 
 def _audit(rest: Sequence[str]) -> None:
@@ -185,3 +194,4 @@ VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
     "report": _report, "list": _list,
 }
 CONFIGURED = ("compare", "run", "adapt", "audit")
+SHARED = ("run", "adapt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from continual.parallel import leads
 
 
 def _cut(path: Path) -> bool:
@@ -53,11 +56,13 @@ def lines_of(name: str) -> Console:
 class Events:
     """An append-only log of JSON lines, and a progress bar fed by it.
 
-    `stage` counts from 0, the scoring before any training.
+    `stage` counts from 0, the scoring before any training. Of processes that share the work only one writes and shows.
     """
 
     def __init__(self, path: Path, console: Console) -> None:
         """Append to `path`; show on `console`."""
+        if not leads():
+            path, console = Path(os.devnull), Console(quiet=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.console, self.stage = console, 0
         self._file = path.open("a", encoding="utf-8")

@@ -17,10 +17,12 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from continual.data import Encoded
+from continual.dealing import deal
 from continual.errors import ConfigError, unknown
 from continual.loss import forward
 from continual.model import Model
 from continual.packing import Batch
+from continual.parallel import add_up, world
 from continual.rows import blocked
 from continual.weights import Weights, weights, zeros
 
@@ -46,10 +48,16 @@ def fisher(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
     Raises ConfigError for other labels.
     """
     draws = _draws(model, examples, labels, generator)
+    mine = deal([len(e.ids) for e in examples])
+    part = [examples[i] for i in mine], [draws[i] for i in mine]
     try:
-        return _together(model, examples, draws)
+        found = _together(model, *part)
     except _Entangled:
-        return _one_by_one(model, examples, draws)
+        found = _one_by_one(model, *part)
+    if world() > 1:
+        found = {n: f * (len(mine) / len(examples)) for n, f in found.items()}
+        add_up(list(found.values()))
+    return found
 
 
 def fisher_by_example(model: Model, examples: Sequence[Encoded], labels: str = "empirical",

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from continual.errors import ConfigError, ContinualError
+from continual.parallel import leads, most, started, wait
 from continual.reading import refuse_links_out
 
 
@@ -50,25 +51,43 @@ class Signals:
         if self.caught is not None:
             raise KeyboardInterrupt
         self.caught = number
-        print("\nstopping once this is kept; the same signal again stops at once", file=sys.stderr)
+        if leads():
+            print("\nstopping once this is kept; the same signal again stops at once", file=sys.stderr)
 
-    def leave(self, where: str, out: Path) -> None:
-        """Raise Stopped, with the command that goes on, if a signal came."""
-        if self.caught is not None:
-            raise Stopped(f"stopped {where}; nothing is lost. Go on with:\n  {again(out)}", self.caught)
+    def leave(self, where: str, out: Path, caught: int | None = None) -> None:
+        """Raise Stopped, with the command that goes on, if a signal came, here or to a process that shares the work.
+
+        `caught` is what all of them know of already, 0 for none.
+        """
+        caught = self.any()[0] if caught is None else caught
+        if caught:
+            wait()  # whoever keeps the work has kept it
+            raise Stopped(f"stopped {where}; nothing is lost. Go on with:\n  {again(out)}", caught)
+
+    def any(self, due: bool = False) -> tuple[int, bool]:
+        """The signal that came to any process, 0 for none, and whether something is due in any: the same in all."""
+        caught, is_due = most(self.caught or 0, due)
+        return caught, bool(is_due)
 
 
 def again(out: Path) -> str:
     """The command that was given, with the run's or comparison's folder."""
     words = [w for w in sys.argv[1:] if not w.startswith("out=")]
-    return shlex.join(["continual", *words, f"out={out}"])
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if started() > 1 else []
+    return shlex.join([*start, "continual", *words, f"out={out}"])
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process; raises ConfigError where another process has it."""
+    """Hold the folder's lock, which ends with the process; raises ConfigError where another process has it.
+
+    Of processes that share the work one holds it for all.
+    """
     import fcntl
 
+    if not leads():
+        yield
+        return
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; give a folder, new or of an unfinished run")
     out.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from continual.attention import flat_attention
+from continual.dealing import dealt
 from continual.model import Model
 from continual.packing import Batch
+from continual.parallel import summed
 from continual.probe import kernel
-from continual.weights import Weights
+from continual.weights import Weights, weights
 
 
 def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
@@ -77,12 +79,15 @@ def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequ
     """Back-propagate `loss` through the parts of a step, each by its share of the step's supervised tokens.
 
     The shares sum to 1, so the gradient is the whole step's, also of a term that does not depend on the data. A part
-    whose tokens all weigh nothing has no mean loss, and a share of 0: it is passed over.
+    whose tokens all weigh nothing has no mean loss, and a share of 0: it is passed over. Several processes take a part
+    of the parts each, and all have the whole step's gradient and loss.
     """
     tokens = sum(part.tokens for part in parts)
     total = torch.zeros((), device=parts[0].layout.device)
-    for part in (p for p in parts if p.tokens):
-        value = loss(model, part) * (part.tokens / tokens)
-        value.backward()  # type: ignore[no-untyped-call]
-        total += value.detach()
+    learned = [p for p in parts if p.tokens]
+    with summed(model.trained or list(weights(model).values()), total):
+        for part in dealt(learned, [p.length for p in learned]):
+            value = loss(model, part) * (part.tokens / tokens)
+            value.backward()  # type: ignore[no-untyped-call]
+            total += value.detach()
     return total

@@ -14,6 +14,7 @@ import torch
 from continual.data import Encoded
 from continual.errors import ConfigError, MissingError, listed, unknown
 from continual.packing import Batch, Layout
+from continual.parallel import leads, started
 from continual.probe import LastLayer, probe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,7 +25,8 @@ class Model:
     """A `transformers` (or `peft`) network, its tokenizer, and how its batches are laid out.
 
     `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16 by autocast. `last`
-    is its last layer where most of what that computes for unsupervised positions can be left out.
+    is its last layer where most of what that computes for unsupervised positions can be left out. `trained` is all that
+    the optimizer changes, also of the strategy's own, once there is one.
     """
 
     net: Any
@@ -33,6 +35,7 @@ class Model:
     context: int | None = None
     bf16: bool = False
     last: LastLayer | None = None
+    trained: Sequence[torch.Tensor] = ()
 
     def batch(self, examples: Sequence[Encoded]) -> Batch:
         """The examples as one batch for this model."""
@@ -43,6 +46,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """The named device, or for "auto" the best there is: cuda, then mps, then cpu; raises ConfigError without it."""
     there = [*(["cuda"] if torch.cuda.is_available() else []),
              *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name in ("auto", "cuda") and there[0] == "cuda" and started() > 1:
+        return torch.device("cuda", torch.cuda.current_device())  # named, for files are read to the first otherwise
     if name == "auto":
         return torch.device(there[0])
     if name.partition(":")[0] not in there:
@@ -107,7 +112,7 @@ def assemble(net: Any, tokenizer: Any, *, device: str = "auto", seed: int = 0, a
     if not layout.seq2seq:
         flat, made.last = probe(made.net)
         made.layout = replace(layout, flat=flat)
-        if not flat:
+        if not flat and leads():
             print(f"{config.model_type}: its attention cannot read several examples as one row; batches are padded",
                   file=sys.stderr)
     return made

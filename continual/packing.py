@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from continual.attention import Group, Row
 from continual.data import Encoded
+from continual.dealing import evenly
 from continual.rows import common_prefix, lay, turn
 
 
@@ -61,25 +63,31 @@ class Batch:
         return self.of([self.examples[i] for i in indices], [self.scale[i] for i in indices] if self.scale else ())
 
     def micro_batches(self) -> list[Batch]:
-        """This batch in parts of at most `layout.tokens` tokens, or single examples; like stays with like."""
-        rows = [e.ids for e in self.examples]
-        parts: list[list[int]] = [[]]
-        spent = 0
-        if self.layout.flat:
+        """This batch in parts of at most `layout.tokens` tokens, or single examples; like stays with like.
+
+        Where several processes share the work the parts are smaller, so that each has about as much to do.
+        """
+        rows, flat = [e.ids for e in self.examples], self.layout.flat
+        if flat:
             order = sorted(range(len(rows)), key=rows.__getitem__)
         else:
             order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for i in order:
-            part = parts[-1]
-            if self.layout.flat:
-                cost = spent + len(rows[i]) - (common_prefix(rows[part[-1]], rows[i]) if part else 0)
-            else:
-                cost = len(rows[i]) * (len(part) + 1)
-            if part and cost > self.layout.tokens:
-                parts.append([])
-                cost = len(rows[i])
-            parts[-1].append(i)
-            spent = cost
+        shared = [common_prefix(rows[i], rows[j]) for i, j in pairwise(order)] if flat else []
+
+        def cut(limit: int) -> list[list[int]]:
+            parts: list[list[int]] = [[]]
+            spent = 0
+            for k, i in enumerate(order):
+                part = parts[-1]
+                cost = spent + len(rows[i]) - (shared[k - 1] if part else 0) if flat else len(rows[i]) * (len(part) + 1)
+                if part and cost > limit:
+                    parts.append([])
+                    cost = len(rows[i])
+                parts[-1].append(i)
+                spent = cost
+            return parts
+
+        parts = evenly(cut, self.layout.tokens)
         return [self] if len(parts) == 1 else [self.pick(part) for part in parts]
 
     def by_task(self) -> dict[int, Batch]:
@@ -90,9 +98,17 @@ class Batch:
         return {t: self.pick(tasks[t]) for t in sorted(tasks)}
 
     @property
+    def length(self) -> int:
+        """How many tokens the examples have."""
+        return sum(len(e.ids) for e in self.examples)
+
+    @property
     def tokens(self) -> float:
         """The sum of the supervised tokens' weights: what a summed loss is divided by."""
-        return self._supervised[4]
+        if self.scale or self.layout.instruction_weight:
+            return self._supervised[4]
+        # Counted without laying out what another process may read; a causal model predicts nothing for a first token.
+        return float(sum(sum(e.response) - (e.response[0] and not self.layout.seq2seq) for e in self.examples))
 
     @property
     def targets(self) -> Tensor:

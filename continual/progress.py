@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from continual.data import Encoded
+from continual.dealing import dealt
 from continual.errors import DataError
 from continual.loss import nll
 from continual.model import Model
+from continual.parallel import add_up
 from continual.reading import is_number
 from continual.weights import Weights, snapshot
 
@@ -57,9 +59,12 @@ class Patience:
     def _loss(self) -> float:
         self.model.net.eval()
         batch = self.model.batch(self.dev)
-        total = sum(float(nll(self.model, micro)) * micro.tokens for micro in batch.micro_batches()) / batch.tokens
+        parts = batch.micro_batches()
+        total = torch.tensor(sum(float(nll(self.model, micro)) * micro.tokens
+                                 for micro in dealt(parts, [p.length for p in parts])), dtype=torch.float64)
+        add_up([total])
         self.model.net.train()
-        return total
+        return float(total) / batch.tokens
 
 
 @dataclass

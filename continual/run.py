@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from rich.console import Console
 
 from continual import build, checkpoint, report
 from continual.audit import audited, base_scored
+from continual.claim import claim
 from continual.data import Stream
-from continual.errors import ConfigError, DataError, brief, gathered
 from continual.events import Events
 from continual.files import file_name, write_whole
 from continual.interrupt import Signals, alone
 from continual.matrix import BASE, Matrix
 from continual.model import Model
+from continual.parallel import agreed, first, leads
 from continual.precision import settle
-from continual.reading import is_number, lines, parse, yaml_mapping
+from continual.reading import is_number, lines, parse
 from continual.score import Test, prepare, score
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
@@ -78,11 +78,13 @@ def run(config: DictConfig, console: Console) -> Matrix:
         claim(out, config)
         bench = set_up(config, out)
         with Events(out / "events.jsonl", console) as events, Signals() as signals:
-            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
+            with first():
+                settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
             matrix = stages(out, bench, events, signals)
-        checkpoint.prune(out, config.checkpoint.keep)  # again: a process that was killed may not have come to it
-        report.write(out)
-        (out / "finished").touch()
+        if leads():
+            checkpoint.prune(out, config.checkpoint.keep)  # again: a process that was killed may not have come to it
+            report.write(out)
+            (out / "finished").touch()
         return matrix
 
 
@@ -90,7 +92,9 @@ def stages(out: Path, bench: Bench, events: Events, signals: Signals) -> Matrix:
     """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before any training."""
     found = checkpoint.find(out)
     matrix = resume(out, bench, found, events)
-    audited(out, bench.config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit, events)
+    if leads():
+        audited(out, bench.config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit,
+                events)
     begun = events.stage
     for number in range(begun, len(bench.stream.stages) + 1):
         events.stage = number
@@ -115,42 +119,6 @@ def show_unfit(encoder: Encoder, events: Events) -> None:
 def stage_seed(seed: int, number: int) -> int:
     """Each stage's randomness starts anew from the run's seed, so that a resumed stage is the same stage."""
     return random.Random(f"{seed}/{number}").getrandbits(31)
-
-
-def claim(out: Path, config: DictConfig) -> None:
-    """Write the configuration, or check that the folder's run has the same one; raises ConfigError naming the keys."""
-    path = out / "config.yaml"
-    text = OmegaConf.to_yaml(config, resolve=True)
-    begun = any((out / name).exists() for name in ("events.jsonl", "matrix.json"))
-    if not path.exists() or not begun:  # a run that was refused may be given again, put right
-        write_whole(path, text)
-        return
-    before, now = (flat(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text)))
-    differ = [f"{k}: {before.get(k, 'absent')} there, {now.get(k, 'absent')} now"
-              for k in sorted(before.keys() | now.keys())
-              if before.get(k) != now.get(k) and k != "out" and not k.startswith("checkpoint.")]
-    if differ:
-        raise ConfigError(f"{out} holds a run with another configuration; give it the same keys to resume, or another "
-                          "out=\n  " + "\n  ".join(differ))
-
-
-def read_config(path: Path) -> DictConfig:
-    """The config.yaml of a run folder; raises DataError where it is damaged."""
-    told = yaml_mapping(path)
-    if asked := [key for key, value in flat(told).items() if "${" in f"{key}{value}"]:
-        raise DataError(gathered([f"{path}: found ${{...}} in {brief(key)}, expected values only: nothing that a run "
-                                  "folder asks for is looked up; write the value itself" for key in asked]))
-    try:
-        return OmegaConf.create(told)
-    except (OmegaConfBaseException, ValueError) as e:
-        raise DataError(f"{path} cannot be read: {str(e).splitlines()[0]}; restore it, or give another folder") from e
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else str(key)).items()}
 
 
 def finished(out: Path) -> Matrix | None:
@@ -197,12 +165,16 @@ class Keeper:
         every = self.bench.config.checkpoint
         due = every.every_steps is not None and step % every.every_steps == 0
         due |= every.every_seconds is not None and time.monotonic() - self.last >= every.every_seconds
-        if due or self.signals.caught is not None:
+        caught, due = self.signals.any(due)
+        if due or caught:
             self.save(f"-step-{step:08d}", self.matrix, progress())
-        self.signals.leave(f"after step {step} of stage {self.number}", self.out)
+        self.signals.leave(f"after step {step} of stage {self.number}", self.out, caught)
 
     def save(self, name: str, matrix: Matrix, progress: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, and remove what it makes superfluous."""
+        if not leads():
+            self.last = time.monotonic()
+            return
         folder = checkpoint.save(self.out / "checkpoints" / f"stage-{self.number:02d}{name}", self.bench.model,
                                  self.bench.strategy, matrix, progress)
         checkpoint.prune(self.out, self.bench.config.checkpoint.keep)
@@ -219,7 +191,8 @@ def train(out: Path, bench: Bench, matrix: Matrix, keeper: Keeper, within: Path 
         return checkpoint.progress(within, bench.model)
 
     number, stage = keeper.number, bench.stream.stages[keeper.number - 1]
-    shutil.rmtree(predictions(out, number), ignore_errors=True)  # of other weights, if there are any
+    if leads():
+        shutil.rmtree(predictions(out, number), ignore_errors=True)  # of other weights, if there are any
     task = bench.tokens.task(stage)
     show_unfit(bench.encoder, keeper.events)
     spent = learn(bench.model, task, bench.strategy, bench.recipe, seed=stage_seed(bench.config.seed, number),
@@ -237,10 +210,11 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Si
     spent = {"score_seconds": time.perf_counter() - began}
     matrix = replace(matrix.with_row(stage, row), cost=add_costs(matrix.cost, spent))
     events({"event": "score", "seconds": spent["score_seconds"], "scores": dict(zip(matrix.tasks, row, strict=True))})
-    matrix.save(out / "matrix.json")
+    if leads():
+        matrix.save(out / "matrix.json")
     events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average {sum(row) / len(row):.3f}"
                + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
-    if not number:
+    if not number and leads():
         base_scored(out, dict(zip(matrix.tasks, row, strict=True)), events)
     return matrix
 
@@ -256,11 +230,12 @@ def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> l
     for done, test in enumerate(bench.tests):
         events.bar("scoring", len(bench.tests), done, test.task)
         path = folder / f"{file_name(test.task)}.jsonl"
-        value = marked(path, test)
+        value = agreed(marked(path, test))
         if value is None:
             bench.strategy.route(bench.model, test.task)
             value, answers = score(bench.model, test, bench.config.score.batch_size)
-            write_whole(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers))
+            if leads():
+                write_whole(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers))
         row.append(value)
         signals.leave(f"while scoring after stage {events.stage}", folder.parents[1])
     events.clear()

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from continual.answer import answer, follow, read
 from continual.data import Encoded, Example, Task
+from continual.dealing import deal
 from continual.errors import ConfigError, DataError, unknown
 from continual.loss import token_nll
 from continual.model import Model
 from continual.packing import Batch
+from continual.parallel import apart, gather
 from continual.template import Encoder
 
 
@@ -169,8 +171,18 @@ def _by_pairs(model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[i
 
 
 def score(model: Model, test: Test, batch_size: int) -> tuple[float, list[dict[str, Any]]]:
-    """The task's score in [0, 1], the mean of its marks, and every prediction with its mark."""
-    rows = _perplexity(model, test) if test.metric == PERPLEXITY else _answers(model, test, batch_size)
+    """The task's score in [0, 1], the mean of its marks, and every prediction with its mark.
+
+    Several processes answer a part of the prompts each, and all have the whole.
+    """
+    mine = deal([len(e.ids) for e in test.encoded])
+    part = replace(test, examples=[test.examples[i] for i in mine], encoded=[test.encoded[i] for i in mine])
+    found: list[dict[str, Any]] = []
+    with apart():
+        if mine:
+            found = _perplexity(model, part) if test.metric == PERPLEXITY else _answers(model, part, batch_size)
+    told = {i: row for share in gather([*zip(mine, found, strict=True)]) for i, row in share}
+    rows = [told[i] for i in range(len(told))]
     return sum(r["score"] for r in rows) / len(rows), rows
 
 

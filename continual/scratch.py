@@ -19,6 +19,7 @@ from continual.data import Encoded, Example, Stream, Task
 from continual.errors import ConfigError
 from continual.events import Events
 from continual.model import Model, assemble, reader
+from continual.parallel import first
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
 from continual.template import Encoder
@@ -49,10 +50,11 @@ def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int,
     recipe = {"version": VERSION, **shape, "pretrain": dict(pretrain), "attention": attention, "seed": weights_seed,
               "text": _digest(corpus), "torch": torch.__version__}
     folder = cache() / "models" / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    if not folder.exists():
-        with _turn(folder):
-            if not folder.exists():
-                _build(folder, stream, corpus, shape, pretrain, attention, weights_seed, device)
+    with first():
+        if not folder.exists():
+            with _turn(folder):
+                if not folder.exists():
+                    _build(folder, stream, corpus, shape, pretrain, attention, weights_seed, device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)

@@ -16,6 +16,7 @@ from continual.data import Encoded, Task
 from continual.errors import ConfigError, DataError, TrainingError, gathered, mistyped, unknown
 from continual.model import Model
 from continual.packing import Batch
+from continual.parallel import compare
 from continual.progress import Patience, Progress
 from continual.strategy import Strategy
 from continual.weights import restore
@@ -106,6 +107,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     total, budget, began = recipe.total(len(task.train)), model.layout.tokens, time.perf_counter()
     patience = _patience(model, task, recipe)
     at = Progress(model, optimizer, _schedule(optimizer, recipe, total), patience)
+    model.trained = at.trained
     if progress:
         at.load(progress())
         began -= at.seconds
@@ -124,6 +126,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
         if patience and patience.spent:
             break
     _close(at, task)
+    compare(at.trained)
     strategy.end(model, task)
     spent = {"steps": at.step, "tokens": at.tokens, "train_seconds": time.perf_counter() - began,
              "skipped_steps": at.skipped}

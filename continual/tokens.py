@@ -23,6 +23,7 @@ from torch import Tensor
 from continual.data import Encoded, Example, Stream, Task
 from continual.errors import DataError, gathered
 from continual.files import write_whole
+from continual.parallel import first
 from continual.template import TEMPLATES, Encoder, columns, nothing_left
 
 SCHEMA = 1  # of the file and of how rows are encoded
@@ -90,10 +91,11 @@ def tokenise(path: Path, encoder: Encoder, stream: Stream, *, dev: bool) -> Toke
         for example in (*stage.train, *(stage.dev if dev else ())):
             place.setdefault(example, len(place))
     key = _key(encoder, place)
-    parts = _kept(path, key, encoder, len(place))
-    if parts is None:
-        _save(path, key, _make(encoder, stream, place))
-        parts = _open(path)[1]
+    with first():
+        parts = _kept(path, key, encoder, len(place))
+        if parts is None:
+            _save(path, key, _make(encoder, stream, place))
+            parts = _open(path)[1]
     return Tokens(encoder, stream, dev, place, parts, _ends(parts["rows"]))
 
 

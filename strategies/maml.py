@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from continual.data import Encoded
+from continual.dealing import dealt
 from continual.loss import accumulate, evaluated_at, nll
 from continual.model import Model
 from continual.packing import Batch
+from continual.parallel import add_up, alike
 from continual.weights import Weights, combine, restore, set_gradient, snapshot, weights, zeros
 from strategies.replay import Replay
 
@@ -91,14 +93,17 @@ class Reptile(Episodic):
         """Walk the inner loop of each episode from the same start, and leave the mean direction."""
         if not self.inner_steps:
             return super().backward(model, batch)
-        episodes, start, direction = self.episodes(batch), snapshot(model), zeros(model)
+        episodes = [e for e in self.episodes(batch) if e.tokens]
+        start, direction = snapshot(model), zeros(model)
         tokens, total = sum(e.tokens for e in episodes), torch.zeros((), device=batch.layout.device)
-        for episode in (e for e in episodes if e.tokens):
-            share = episode.tokens / tokens
-            total += share * self.walk(model, episode)
-            direction = combine(lambda d, s, w, share=share: d + share / self.inner_lr * (s - w), direction, start,
-                                weights(model))
-            restore(model, start)
+        with alike():
+            for episode in dealt(episodes, [e.length for e in episodes]):
+                share = episode.tokens / tokens
+                total += share * self.walk(model, episode)
+                direction = combine(lambda d, s, w, share=share: d + share / self.inner_lr * (s - w), direction, start,
+                                    weights(model))
+                restore(model, start)
+        add_up([*direction.values(), total])
         set_gradient(model, direction)
         return total
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A module imports only from layers below its own; those of one layer know nothing of one another.
 LAYERS = (
     ("errors", "files"),
-    ("reading",),
-    ("interrupt", "cells"),
+    ("reading", "parallel"),
+    ("interrupt", "cells", "dealing", "claim"),
     ("data",),
     ("attention", "rows"),
     ("flash", "flex"),
@@ -38,6 +38,7 @@ LAYERS = (
     ("adapt", "compare", "catalogue"),
     ("overrides",),
     ("cli",),
+    ("__main__",),
 )
 LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 

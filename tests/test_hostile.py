@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 from small import run, write_stream
 
 from continual import adapt, build, checkpoint, report
+from continual.claim import read_config
 from continual.errors import ConfigError, DataError
 from continual.files import file_name
-from continual.run import read_config
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for package in ("continual", "strategies", "streams", "conf", "benchmarks")
