@@ -6,7 +6,7 @@ Shapes: E examples, T positions, S supervised positions, L supervised positions 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -67,6 +67,30 @@ def fisher_by_example(model: Model, examples: Sequence[Encoded], labels: str = "
     The same generator draws the same labels in both.
     """
     return _one_by_one(model, examples, _draws(model, examples, labels, generator))
+
+
+def by_example(model: Model, examples: Sequence[Encoded], of: Callable[[Tensor, Batch], Tensor]) -> Iterator[Weights]:
+    """The gradient of `of`(logits, batch), a scalar, of each example alone, in their order.
+
+    The logits (S, V) are those that predict its response tokens.
+    """
+    live = weights(model)
+    for batch in (_batch(model, [e]) for e in examples):
+        grads = torch.autograd.grad(of(forward(model, batch), batch), list(live.values()), allow_unused=True)
+        yield {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(live.items(), grads, strict=True)}
+
+
+def sensitivity(model: Model, examples: Sequence[Encoded]) -> Weights:
+    """The mean over examples of the absolute gradient of the logits' squared norm (Aljundi et al. 2018, eq. 3).
+
+    One gradient an example, of the squared L2 norms summed over its response positions, and its absolute value taken
+    after that sum. Which tokens are right does not matter, but for those before a position.
+    """
+    total = zeros(model)
+    for grads in by_example(model, examples, lambda logits, _: logits.square().sum()):
+        for name, g in grads.items():
+            total[name] += g.abs() / len(examples)
+    return total
 
 
 def _draws(model: Model, examples: Sequence[Encoded], labels: str, generator: torch.Generator | None) -> Draws:

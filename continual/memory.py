@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from continual.data import Encoded
+from continual.data import Encoded, Task
 from continual.errors import ConfigError, unknown
 
 KINDS = ("balanced", "reservoir")
@@ -22,6 +22,11 @@ def reservoir(kept: list[Encoded], arrivals: Sequence[Encoded], capacity: int, s
             kept.append(example)
         elif (place := rng.randrange(n)) < capacity:
             kept[place] = example
+
+
+def chosen(task: Task[Encoded], n: int, seed: str) -> list[Encoded]:
+    """`n` of a task's training examples, or all where it has fewer; the same ones for the same seed."""
+    return random.Random(seed).sample(list(task.train), min(n, len(task.train)))
 
 
 @dataclass

@@ -54,3 +54,14 @@ def combine(f: Callable[..., Tensor], *terms: Weights) -> Weights:
     """`f` of the terms, parameter by parameter, without a graph."""
     with torch.no_grad():
         return {n: f(*(t[n] for t in terms)) for n in terms[0]}
+
+
+def flat(w: Weights) -> Tensor:
+    """All of it as one vector (P,)."""
+    return torch.cat([t.flatten() for t in w.values()])
+
+
+def unflat(row: Tensor, like: Weights) -> Weights:
+    """A vector (P,) as weights, in the names, shapes and precisions of others."""
+    parts = torch.split(row, [t.numel() for t in like.values()])
+    return {n: part.view_as(t).to(t.dtype) for (n, t), part in zip(like.items(), parts, strict=True)}

@@ -1,4 +1,4 @@
-"""A quadratic pull towards earlier weights. L2, EWC and online EWC differ in the importance of each weight."""
+"""A quadratic pull towards earlier weights. L2, EWC, online EWC and MAS differ in the importance of each weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from continual.data import Encoded, Task
-from continual.importance import fisher
+from continual.importance import fisher, sensitivity
+from continual.memory import chosen
 from continual.model import Model
 from continual.packing import Batch
 from continual.strategy import Strategy, memory
@@ -77,9 +78,8 @@ class EWC(L2):
         """The diagonal Fisher information of the task, at its end."""
         self.stages += 1
         seed = f"{self.seed}/{self.stages}"  # so that a resumed run draws the same
-        chosen = random.Random(seed).sample(list(task.train), min(self.examples, len(task.train)))
         generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-        return fisher(model, chosen, self.labels, generator)
+        return fisher(model, chosen(task, self.examples, seed), self.labels, generator)
 
     def consolidate(self, here: Weights, measured: Weights) -> None:
         """Complete the square: fold the new penalty into the one that stands for the earlier ones."""
@@ -109,3 +109,33 @@ class OnlineEWC(EWC):
         kept = self.importance or combine(torch.zeros_like, measured)
         self.importance = combine(lambda old, new: self.decay * (old + new), kept, measured)
         self.anchor = here
+
+
+@dataclass(kw_only=True)
+class Summed(L2):
+    """One pull to the last weights, with the importance of all tasks added up."""
+
+    def consolidate(self, here: Weights, measured: Weights) -> None:
+        """Add the task's importance, move the anchor here; no weight is pushed away."""
+        kept = self.importance or combine(torch.zeros_like, measured)
+        self.importance = combine(lambda old, new: (old + new).clamp(min=0), kept, measured)
+        self.anchor = here
+
+
+@dataclass(kw_only=True)
+class MAS(Summed):
+    """Memory aware synapses (Aljundi et al. 2018, eq. 3-4): how much each weight changes what the model says.
+
+    The importance is the mean absolute gradient of the logits' squared norm over `examples` of the task. The paper's
+    penalty has no 1/2: its lambda, 1 in all experiments, is half our `strength`.
+    """
+
+    strength: float = 2.0
+    examples: int = 100
+    seed: int = 0
+    stages: int = memory(int)
+
+    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+        """The logits' sensitivity to each weight, at the task's end."""
+        self.stages += 1
+        return sensitivity(model, chosen(task, self.examples, f"{self.seed}/{self.stages}"))

@@ -1,0 +1,70 @@
+"""Orthogonal gradient descent: steps leave the answers to remembered examples alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from continual.data import Encoded, Task
+from continual.importance import by_example
+from continual.memory import chosen
+from continual.model import Model
+from continual.packing import Batch
+from continual.strategy import Strategy, memory
+from continual.weights import flat, gradient, set_gradient, unflat
+
+
+@dataclass(kw_only=True)
+class OGD(Strategy):
+    """Orthogonal gradient descent, OGD-GTL (Farajtabar et al. 2020, algorithm 1).
+
+    Of `examples` of each task it keeps the gradient of the ground-truth logits, summed over an example's response
+    tokens, and takes from each later gradient what points along these directions. The paper keeps 200 a task. To first
+    order a step along the gradient leaves those logits as they are; an optimizer that scales each weight's step by
+    itself, as AdamW, turns it back in part.
+    """
+
+    examples: int = 200
+    seed: int = 0
+    stages: int = memory(int)
+    basis: Tensor = memory(lambda: torch.zeros(0, 0))  # (K, P): orthonormal directions
+
+    def backward(self, model: Model, batch: Batch) -> Tensor:
+        """Leave the part of the gradient that is orthogonal to every direction kept."""
+        loss = super().backward(model, batch)
+        if len(self.basis):
+            g = gradient(model)
+            set_gradient(model, unflat(apart(flat(g), self.basis), g))
+        return loss
+
+    def end(self, model: Model, task: Task[Encoded]) -> None:
+        """Keep the directions of some of the task's examples."""
+        super().end(model, task)
+        self.stages += 1
+        kept = chosen(task, self.examples, f"{self.seed}/{self.stages}")
+        for g in by_example(model, kept, _ground_truth):
+            self.basis = extended(self.basis, flat(g))
+
+
+def _ground_truth(logits: Tensor, batch: Batch) -> Tensor:
+    """The logits (S, V) of the right tokens, summed."""
+    return logits.gather(1, batch.targets[:, None]).sum()
+
+
+def apart(g: Tensor, basis: Tensor) -> Tensor:
+    """g (P,) less its projection on an orthonormal basis (K, P): algorithm 1, line 5."""
+    return g - (basis @ g) @ basis
+
+
+def extended(basis: Tensor, u: Tensor) -> Tensor:
+    """An orthonormal basis (K, P) with one more direction u (P,), unless it spans that already.
+
+    Gram-Schmidt, twice: once loses orthogonality to rounding (Giraud et al. 2005).
+    """
+    left = apart(apart(u, basis), basis) if len(basis) else u
+    if left.norm() <= 1e-4 * u.norm():
+        return basis
+    row = (left / left.norm())[None]
+    return torch.cat([basis, row]) if len(basis) else row
