@@ -105,7 +105,7 @@ class ReplayBuffer:
         return drawn
 
     def draw_by_task(self, n: int, odds: Mapping[int, float]) -> list[Encoded]:
-        """`n` examples: first their tasks are drawn, by these odds of each task index, then examples of each."""
+        """`n` examples: first their tasks are drawn, by these odds of each task index (none: 0), then theirs."""
         pools = self.by_task
-        times = Counter(self.rng.choices(list(pools), [odds[t] for t in pools], k=n) if pools else ())
+        times = Counter(self.rng.choices(list(pools), [odds.get(t, 0.0) for t in pools], k=n) if pools else ())
         return [e for t, k in times.items() for e in self.draw(k, pools[t])]

@@ -39,15 +39,16 @@ class InsCL(Replay):
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Measure how far each remembered task is from the new one."""
         trained, new = super().begin(model, task), instructions(task.train)
-        far = {t: distance(model, old, new) for t, old in self.instructions.items()}
+        there = self.buffer.by_task
+        far = {t: distance(model, old, new) for t, old in self.instructions.items() if t in there}
         total = sum(far.values())
-        self.shares = {t: d / total if total else 1 / len(far) for t, d in far.items()}
+        self.shares = {t: d / total if total > 1e-9 else 1 / len(far) for t, d in far.items()}
         self.notes |= {f"share/{task.columns[t]}": share for t, share in self.shares.items()}
         return trained
 
     def recall(self, n: int) -> Sequence[Encoded]:
         """Each task by its share."""
-        return self.buffer.draw_by_task(n, self.shares)
+        return self.buffer.draw_by_task(n, self.shares) if self.shares else super().recall(n)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Remember what the task's instructions were."""

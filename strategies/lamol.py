@@ -11,6 +11,7 @@ import torch
 from continual.answer import complete, sampled
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, DataError
+from continual.memory import ReplayBuffer
 from continual.model import Model
 from continual.packing import Batch
 from continual.rows import common_prefix, turn
@@ -93,13 +94,13 @@ class LAMOL(Rehearsal):
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Forget what was written; remember how each task's prompts begin, and its lengths."""
         super().end(model, task)
-        self.buffer.tasks = {}
         for t in {e.task for e in task.train}:
             rows = [e for e in task.train if e.task == t]
             prompts = sorted(e.ids[: turn(e)] for e in rows)
             begin = prompts[0][: common_prefix(prompts[0], prompts[-1])]
             self.tasks[t] = {"begin": list(begin), "prompt": max(map(len, prompts)),
                              "response": max(len(e.ids) - turn(e) for e in rows)}
+        self.buffer = ReplayBuffer(0, seed=self.seed + len(self.tasks))
 
 
 def unanswered(id: str, task: int, ids: Sequence[int]) -> Encoded:

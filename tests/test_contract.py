@@ -44,7 +44,7 @@ VARIANTS = [
     ("der", "der.beta=0", "der.top=5", "der.capacity=9", "der.minibatch=3"), ("der", "der.alpha=0"),
     ("lwf", "lwf.teacher=base", "lwf.top=5", "lwf.temperature=1.0"),
     ("hard_replay", "hard_replay.by=forgetting", "hard_replay.capacity=7"),
-    ("inscl", "inscl.capacity=7", "inscl.buffer_kind=reservoir"), ("lamol", "lamol.lm_weight=0", "lamol.share=0.5"),
+    ("inscl", "inscl.capacity=7", "inscl.buffer_kind=reservoir"), ("lamol", "lamol.lm_weight=1.0", "lamol.top_k=5"),
     ("replay,lwf",), ("lwf,der",), ("der,ewc",), ("lamol,l2",),
     ("replay,ewc",), ("ewc,maml",), ("maml,ewc",), ("reptile,l2",),
     ("multitask,online_ewc", "multitask.weighting=uncertainty"),
