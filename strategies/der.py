@@ -32,8 +32,8 @@ class DER(Strategy):
     """
 
     capacity: int = 500
-    alpha: float = 0.5
-    beta: float = 0.5
+    alpha: float = 0.1
+    beta: float = 1.0
     minibatch: int = 8
     top: int = 1024
     seed: int = 0
