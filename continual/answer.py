@@ -1,10 +1,9 @@
-"""Greedy answers: prompts are read as one flat row, what they share once, and answers that end leave the batch."""
+"""Answers: prompts are read as one flat row, what they share once, and answers that end leave the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,45 +16,86 @@ from continual.model import Model
 CPU_PASS = 1024  # tokens: what a longer pass computes falls out of a CPU's caches, and takes longer for it
 
 
-@torch.no_grad()
+# Chooses the next tokens (B,) by the logits (B, V) behind the prompts of these indices, for the so manieth time.
+Pick = Callable[[Tensor, Sequence[int], int], Tensor]
+
+
+def likeliest(logits: Tensor, prompts: Sequence[int], step: int) -> Tensor:
+    """Greedy decoding."""
+    return logits.argmax(-1)
+
+
+def sampled(top_k: int, draws: Tensor) -> Pick:
+    """Sampling from the `top_k` likeliest tokens, by numbers in [0, 1) for each prompt and step, (prompts, room).
+
+    What one prompt is given does not depend on the others.
+    """
+    def pick(logits: Tensor, prompts: Sequence[int], step: int) -> Tensor:
+        best, tokens = logits.double().topk(min(top_k, logits.shape[-1]))
+        up_to = best.softmax(-1).cumsum(-1)
+        level = draws[list(prompts), step, None].to(up_to) * up_to[:, -1:]
+        at = torch.searchsorted(up_to, level, right=True).clamp(max=up_to.shape[1] - 1)
+        return tokens.gather(1, at)[:, 0]
+
+    return pick
+
+
 def answer(model: Model, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy answers, each up to the end-of-sequence token; at most `batch_size` prompts are answered together."""
+    ids = complete(model, prompts, max_new_tokens, batch_size, model.tokenizer.eos_token_id)
+    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def complete(model: Model, prompts: Sequence[Encoded], room: int, batch_size: int, end: int,
+             pick: Pick = likeliest) -> list[list[int]]:
+    """At most `room` tokens behind each prompt, up to the token `end` and with it."""
     said = _from_flat_rows if model.layout.flat else _generated
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), prompts[i].ids))
-    answers = [""] * len(prompts)
+    found: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        ids = said(model, [prompts[i] for i in part], max_new_tokens)
-        for i, text in zip(part, model.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            answers[i] = text.strip()
-    return answers
+        for i, ids in zip(part, said(model, prompts, part, room, end, pick), strict=True):
+            found[i] = ids
+    return found
 
 
-def _generated(model: Model, prompts: Sequence[Encoded], room: int) -> Any:
-    """The answers' ids by `transformers`, from left-padded rows: for an encoder, or attention that is not ours."""
+def _generated(model: Model, prompts: Sequence[Encoded], part: Sequence[int], room: int, end: int,
+               pick: Pick) -> list[list[int]]:
+    """By `transformers`, from left-padded rows: for an encoder, or attention that is not ours."""
     from transformers import GenerationConfig
 
     pad, device = model.layout.pad, model.layout.device
-    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=room, pad_token_id=pad,
-                                eos_token_id=model.tokenizer.eos_token_id,
+    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=room, pad_token_id=pad, eos_token_id=end,
                                 decoder_start_token_id=model.layout.decoder_start)
-    longest = max(len(p.ids) for p in prompts)
-    ids = torch.tensor([[pad] * (longest - len(p.ids)) + [*p.ids] for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
+    asked = [prompts[i].ids for i in part]
+    longest = max(map(len, asked))
+    ids = torch.tensor([[pad] * (longest - len(p)) + [*p] for p in asked], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in asked], device=device)
+    before = 1 if model.layout.seq2seq else longest
+
+    def only(read: Tensor, scores: Tensor) -> Tensor:
+        chosen = pick(scores, part, read.shape[1] - before)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+    more = {} if pick is likeliest else {"logits_processor": [only]}
     with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
-        out = model.net.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    return out if model.layout.seq2seq else out[:, longest:]
+        out = model.net.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
+    rows: list[list[int]] = (out if model.layout.seq2seq else out[:, longest:]).tolist()
+    return [row[: row.index(end, first) + 1] if end in row[first:] else row
+            for row, first in ((row, int(model.layout.seq2seq)) for row in rows)]
 
 
-def _from_flat_rows(model: Model, prompts: Sequence[Encoded], room: int) -> list[list[int]]:
-    """The ids of each answer up to the end of sequence, and with it."""
-    device, end = model.layout.device, model.tokenizer.eos_token_id
-    cache = read(model, prompts, range(-1, room - 1))
-    said: list[list[int]] = [[] for _ in prompts]
+def _from_flat_rows(model: Model, prompts: Sequence[Encoded], part: Sequence[int], room: int, end: int,
+                    pick: Pick) -> list[list[int]]:
+    asked, device = [prompts[i] for i in part], model.layout.device
+    cache = read(model, asked, range(-1, room - 1))
+    said: list[list[int]] = [[] for _ in part]
     left = cache.order
-    tokens = torch.tensor([prompts[i].ids[-1] for i in left], device=device)
+    tokens = torch.tensor([asked[i].ids[-1] for i in left], device=device)
     while True:
-        tokens = follow(model, cache, tokens[:, None])[:, 0].argmax(-1)
+        logits = follow(model, cache, tokens[:, None])[:, 0]
+        tokens = pick(logits, [part[i] for i in left], cache.new.start)
         told = tokens.tolist()
         for i, token in zip(left, told, strict=True):
             said[i].append(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from continual.attention import flat_attention
+from continual.data import Encoded
 from continual.dealing import dealt
 from continual.model import Model
 from continual.packing import Batch
@@ -58,6 +60,50 @@ def token_nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
 def nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     """The weighted mean negative log-likelihood of the batch's supervised tokens, in nats; a scalar."""
     return (token_nll(model, batch, at) * batch.weight).sum() / batch.tokens
+
+
+@contextmanager
+def overheard(model: Model, batch: Batch) -> Iterator[Callable[[], Tensor]]:
+    """Gives the logits (S, V) that a forward pass of this very batch gave within it, or else those of one more pass.
+
+    A term that needs the logits of the loss beside it has them for nothing.
+    """
+    heard: list[Tensor] = []
+
+    def hear(_: Any, args: Any, inputs: dict[str, Any], out: Any) -> None:
+        if inputs.get("input_ids") is batch.inputs["input_ids"]:
+            heard.append(out.logits[0])
+
+    handle = model.net.register_forward_hook(hear, with_kwargs=True)
+    try:
+        yield lambda: heard[-1].float() if heard and model.bf16 else heard[-1] if heard else forward(model, batch)
+    finally:
+        handle.remove()
+
+
+def numbered(model: Model, examples: Sequence[Encoded]) -> Batch:
+    """The examples as a batch of their responses alone, each with its place among them as its id."""
+    return Batch(tuple(replace(e, id=str(i)) for i, e in enumerate(examples)), replace(model.layout,
+                                                                                      instruction_weight=0.0))
+
+
+@torch.no_grad()
+def responses(model: Model, examples: Sequence[Encoded], at: Weights | None = None) -> Iterator[
+        tuple[int, Tensor, Tensor]]:
+    """Of each example its index, its response tokens (S,), and the logits (S, V) that predict them, without dropout.
+
+    Examples run together as `layout.tokens` allows, in an order that follows from them alone.
+    """
+    training = model.net.training
+    model.net.eval()
+    try:
+        for part in numbered(model, examples).micro_batches() if examples else ():
+            counts = torch.bincount(part.example, minlength=len(part.examples)).tolist()
+            told = (torch.split(x, counts) for x in (part.targets, forward(model, part, at)))
+            for e, y, z in zip(part.examples, *told, strict=True):
+                yield int(e.id), y, z
+    finally:
+        model.net.train(training)
 
 
 def evaluated_at(model: Model, at: Weights, f: Callable[[], Tensor]) -> Tensor:

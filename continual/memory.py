@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, unknown
 
-KINDS = ("balanced", "reservoir")
+KINDS = ("balanced", "reservoir", "ranked")
+T = TypeVar("T")
 
 
-def reservoir(kept: list[Encoded], arrivals: Sequence[Encoded], capacity: int, seen: int, rng: random.Random) -> None:
+def reservoir(kept: list[T], arrivals: Sequence[T], capacity: int, seen: int, rng: random.Random) -> None:
     """Algorithm R (Vitter 1985): after it, `kept` is a uniform sample of all that was ever seen.
 
     `seen` is how many examples had passed before `arrivals`.
@@ -36,7 +39,8 @@ class ReplayBuffer:
     `capacity` of 1 or more is the number of examples in the whole buffer, below 1 the fraction of each task's training
     examples that is kept, at least one. A "balanced" buffer gives every task an equal part of the capacity, to within
     one example; a "reservoir" keeps a uniform sample of all examples seen, whichever task they came from. A fraction is
-    by its nature one reservoir a task, so both kinds agree there.
+    by its nature one reservoir a task, so both kinds agree there. A "ranked" buffer is balanced, and keeps of each task
+    not a uniform sample but the examples that stand first.
     """
 
     capacity: float
@@ -74,18 +78,20 @@ class ReplayBuffer:
         self.seen += len(examples)
 
     def _add_balanced(self, task: str, examples: Sequence[Encoded]) -> None:
-        """An equal part for each task: earlier ones give way at random."""
+        """An equal part for each task: earlier ones give way at random, or from the last one on."""
         quota = max(1, round(self.capacity * len(examples))) if self.capacity else 0
         if self.capacity >= 1:
             earlier = [name for name in self.tasks if name != task]
             parts, rest = divmod(int(self.capacity), len(earlier) + 1)  # the rest goes to the first tasks, one each
             for i, name in enumerate(earlier):
                 kept = self.tasks[name]
-                self.tasks[name] = self.rng.sample(kept, min(parts + (i < rest), len(kept)))
+                part = min(parts + (i < rest), len(kept))
+                self.tasks[name] = kept[:part] if self.kind == "ranked" else self.rng.sample(kept, part)
             quota = parts
         self.tasks.pop(task, None)
-        self.tasks[task] = []
-        reservoir(self.tasks[task], examples, quota, 0, self.rng)
+        self.tasks[task] = [*examples[:quota]] if self.kind == "ranked" else []
+        if self.kind != "ranked":
+            reservoir(self.tasks[task], examples, quota, 0, self.rng)
 
     @property
     def by_task(self) -> dict[int, list[Encoded]]:
@@ -102,3 +108,9 @@ class ReplayBuffer:
         while len(drawn) < n and pool:
             drawn += self.rng.sample(pool, min(n - len(drawn), len(pool)))
         return drawn
+
+    def draw_by_task(self, n: int, odds: Mapping[int, float]) -> list[Encoded]:
+        """`n` examples: first their tasks are drawn, by these odds of each task index (none: 0), then theirs."""
+        pools = self.by_task
+        times = Counter(self.rng.choices(list(pools), [odds.get(t, 0.0) for t in pools], k=n) if pools else ())
+        return [e for t, k in times.items() for e in self.draw(k, pools[t])]

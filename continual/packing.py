@@ -126,19 +126,25 @@ class Batch:
         weight = self._supervised[2]
         return weight if self.factor is None else weight * self.factor[self.task]
 
+    @property
+    def response(self) -> Tensor:
+        """(S,) whether each supervised position is a response's: a prompt's may have a weight too."""
+        return self._supervised[5]
+
     @cached_property
     def task(self) -> Tensor:
         """(S,) each supervised position's task index."""
         return torch.tensor([e.task for e in self.examples], device=self.layout.device)[self.example]
 
     @cached_property
-    def _supervised(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """Targets, examples, weights and positions in the model's flattened output, and the weights' sum."""
+    def _supervised(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor]:
+        """Targets, examples, weights and positions in the model's output, the weights' sum, and what is a response."""
         seq2seq, other = self.layout.seq2seq, self.layout.instruction_weight
         targets: list[int] = []
         owner: list[int] = []
         weight: list[float] = []
         at: list[int] = []
+        response: list[bool] = []
         for i, (e, home) in enumerate(zip(self.examples, self._laid[1], strict=True)):
             scale = self.scale[i] if self.scale else 1.0
             # A prompt without weight is passed over; a causal model predicts nothing for its first token.
@@ -150,9 +156,11 @@ class Batch:
                     owner.append(i)
                     weight.append(w * scale)
                     at.append(home.place(t - 1))
+                    response.append(e.response[t])
         device = self.layout.device
         tensors = [torch.tensor(x, dtype=torch.long, device=device) for x in (targets, owner, at)]
-        return tensors[0], tensors[1], torch.tensor(weight, device=device), tensors[2], sum(weight)
+        said = torch.tensor(response, device=device)
+        return tensors[0], tensors[1], torch.tensor(weight, device=device), tensors[2], sum(weight), said
 
     @property
     def at(self) -> Tensor:

@@ -89,9 +89,7 @@ class MultiTask(Replay):
         """With a temperature, the remembered tasks are drawn first, then an example of each."""
         if self.weighting != "temperature":
             return super().recall(n)
-        pools = self.buffer.by_task
-        odds = [self.sizes[t] ** (1 / self.temperature) for t in pools]
-        return [self.buffer.rng.choice(pools[t]) for t in self.buffer.rng.choices(list(pools), odds, k=n)]
+        return self.buffer.draw_by_task(n, {t: size ** (1 / self.temperature) for t, size in self.sizes.items()})
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The weighted loss, and the log variances' own term where they are learned."""

@@ -17,16 +17,13 @@ from continual.strategy import Strategy, memory
 
 
 @dataclass(kw_only=True)
-class Replay(Strategy):
-    """Experience replay (Robins 1995; Chaudhry et al. 2019, "On Tiny Episodic Memories").
+class Rehearsal(Strategy):
+    """Steps on new and remembered examples together; what is remembered, another class says.
 
     `share` of each optimizer step's examples come from the buffer, added to the step's new ones. Where that is no whole
     number, the rest is carried to the next step, so the stage's share is exact to within one example.
-    `capacity` and `buffer_kind` are those of `continual.memory.ReplayBuffer`.
     """
 
-    capacity: float = 0.1
-    buffer_kind: str = "balanced"
     share: float = 0.25
     seed: int = 0
     buffer: ReplayBuffer = memory(lambda: ReplayBuffer(0))
@@ -36,7 +33,7 @@ class Replay(Strategy):
         """Refuse a share that leaves no room for new examples."""
         if not 0 <= self.share < 1:
             raise ConfigError(f"replay share {self.share}: expected a number from 0 up to but not including 1")
-        self.buffer = ReplayBuffer(self.capacity, self.buffer_kind, self.seed)
+        self.buffer = ReplayBuffer(0, seed=self.seed)
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Nothing is owed from an earlier stage."""
@@ -59,6 +56,22 @@ class Replay(Strategy):
     def recall(self, n: int) -> Sequence[Encoded]:
         """The `n` remembered examples of this step."""
         return self.buffer.draw(n)
+
+
+@dataclass(kw_only=True)
+class Replay(Rehearsal):
+    """Experience replay (Robins 1995; Chaudhry et al. 2019, "On Tiny Episodic Memories").
+
+    `capacity` and `buffer_kind` are those of `continual.memory.ReplayBuffer`.
+    """
+
+    capacity: float = 0.1
+    buffer_kind: str = "balanced"
+
+    def __post_init__(self) -> None:
+        """Make the buffer."""
+        super().__post_init__()
+        self.buffer = ReplayBuffer(self.capacity, self.buffer_kind, self.seed)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Offer the task's examples to the buffer."""

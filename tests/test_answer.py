@@ -52,8 +52,9 @@ def cut(ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("kind", READ)
 def test_every_architecture_answers_as_generate_does(kind, dtype):
     net = made(READ[kind], dtype)
-    alone = [cut(answers._generated(net, [p], 12)[0].tolist()) for p in prompts()]
-    assert answers._from_flat_rows(net, prompts(), 12) == alone
+    padded = replace(net, layout=replace(net.layout, flat=False))
+    alone = [cut(answers.complete(padded, [p], 12, 1, END)[0]) for p in prompts()]
+    assert answers.complete(net, prompts(), 12, 128, END) == alone
     assert len({tuple(a) for a in alone}) > 5
 
 
@@ -68,7 +69,7 @@ def test_a_finished_answer_leaves_the_batch(monkeypatch):
         return positions
 
     monkeypatch.setattr(Cache, "next", counted)
-    said = answers._from_flat_rows(net, prompts(), 12)
+    said = answers.complete(net, prompts(), 12, 128, END)
     assert sizes == [sum(len(a) > t for a in said) for t in range(max(map(len, said)))]
     assert sizes[0] > sizes[-1] > 0
 

@@ -15,8 +15,8 @@ from continual.weights import gradient, restore, weights
 
 ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_configs holds them to that
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
-BUFFERED = {"replay", "multitask", "maml", "reptile", "gem", "agem"}
 SHORT = 6  # examples of a stage that need not learn anything well
+BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem"}
 MOST = "capacity=0.5"  # the embedded default's fraction would leave one example of these small tasks
 
 # What makes a strategy naive. A new configuration must say it here.
@@ -26,6 +26,8 @@ OFF = {
     "multitask": ("multitask.capacity=0",),
     "l2": ("l2.strength=0",), "ewc": ("ewc.strength=0",), "online_ewc": ("online_ewc.strength=0",),
     "maml": ("maml.capacity=0", "maml.inner_steps=0"), "reptile": ("reptile.capacity=0", "reptile.inner_steps=0"),
+    "der": ("der.capacity=0",), "lwf": ("lwf.strength=0",), "hard_replay": ("hard_replay.capacity=0",),
+    "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
     "gem": ("gem.capacity=0",), "agem": ("agem.capacity=0",), "ogd": ("ogd.examples=0",),
     "mas": ("mas.strength=0",), "si": ("si.strength=0",), "rwalk": ("rwalk.strength=0",),
@@ -41,6 +43,11 @@ VARIANTS = [
     ("multitask", "multitask.weighting=temperature", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"),
     ("multitask", "+multitask.weights={a:2,b:0.5}", "multitask.capacity=0.5"),
+    ("der", "der.beta=0", "der.top=5", "der.capacity=9", "der.minibatch=3"), ("der", "der.alpha=0"),
+    ("lwf", "lwf.teacher=base", "lwf.top=5", "lwf.temperature=1.0"),
+    ("hard_replay", "hard_replay.by=forgetting", "hard_replay.capacity=7"),
+    ("inscl", "inscl.capacity=7", "inscl.buffer_kind=reservoir"), ("lamol", "lamol.lm_weight=1.0", "lamol.top_k=5"),
+    ("replay,lwf",), ("lwf,der",), ("der,ewc",), ("lamol,l2",),
     ("replay,ewc",), ("ewc,maml",), ("maml,ewc",), ("reptile,l2",),
     ("multitask,online_ewc", "multitask.weighting=uncertainty"),
     ("gem", "gem.capacity=0.5", "gem.sample=null", "gem.share=0.25"), ("gem", "gem.capacity=7", "gem.margin=0"),

@@ -29,10 +29,15 @@ NAMES = ("a", "b", "c", "d")
 RECIPE = Recipe(lr=3e-3, epochs=2, batch_size=4)
 
 
+def spelled(ids, skip_special_tokens=False) -> str:
+    """What a tokenizer's `decode` would give."""
+    return " ".join(map(str, ids))
+
+
 def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", **layout) -> Model:
     """A network of two layers, hidden 32; transformers' Llama norms and rotates in float32 whatever its dtype."""
     net = network(kind, VOCABULARY, context=32, seed=seed).to(dtype)
-    tokenizer = SimpleNamespace(all_special_ids=[0, 1])
+    tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=spelled)
     flat, last = probe(net)
     made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": flat, **layout})
     return Model(net.eval(), tokenizer, made, context=32, last=last)

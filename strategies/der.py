@@ -1,0 +1,90 @@
+"""Dark experience replay: remembered examples keep the logits that they had, and the model is held to them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continual.errors import ConfigError
+from continual.loss import accumulate, forward, nll, numbered, responses
+from continual.memory import reservoir
+from continual.model import Model
+from continual.packing import Batch
+from continual.strategy import Strategy, memory
+
+
+@dataclass(kw_only=True)
+class DER(Strategy):
+    """Dark experience replay (Buzzega et al. 2020, eq. 5), and with `beta` above 0 DER++ (eq. 6).
+
+    The loss is that of the new examples, plus `alpha` times the mean squared distance between the logits of `minibatch`
+    remembered examples and those they had when they came into the buffer, plus `beta` times the loss of `minibatch`
+    others. The buffer is one reservoir of `capacity` examples over all that the steps bring, so logits are of the
+    weights along the way, and an example may be in it as it was at two times.
+
+    Logits are kept at response positions alone, in half precision (a relative error of at most 2^-11), and only the
+    `top` greatest of each position where the vocabulary has more; the mean is over what is kept. The mean over a
+    vocabulary rather than the sum of eq. 5 is that of the authors' implementation.
+    """
+
+    capacity: int = 500
+    alpha: float = 0.1
+    beta: float = 1.0
+    minibatch: int = 8
+    top: int = 1024
+    seed: int = 0
+    kept: list[dict[str, Any]] = memory(list)  # example, logits (S, K) and, of fewer than all, their columns (S, K)
+    seen: int = memory(int)
+    rng: random.Random = memory(random.Random)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work; seed the generator."""
+        if self.capacity < 0 or self.minibatch < 1 or self.top < 1 or min(self.alpha, self.beta) < 0:
+            raise ConfigError(f"DER with capacity {self.capacity}, minibatch {self.minibatch}, top {self.top}, alpha "
+                              f"{self.alpha} and beta {self.beta}: expected minibatch and top of at least 1, and no "
+                              "number below 0")
+        self.rng.seed(self.seed)
+
+    def backward(self, model: Model, batch: Batch) -> Tensor:
+        """The step's own gradient and those of the two terms; then the step's examples are offered to the buffer."""
+        total = super().backward(model, batch)
+        if self.kept and self.alpha:
+            drawn = self.draw()
+            far = accumulate(lambda model, part: self.alpha * distance(model, part, drawn), model,
+                             numbered(model, [r["example"] for r in drawn]).micro_batches())
+            total, self.notes["logits"] = total + far, float(far)
+        if self.kept and self.beta:
+            again = numbered(model, [r["example"] for r in self.draw()])
+            total = total + accumulate(lambda *at: self.beta * nll(*at), model, again.micro_batches())
+        self.remember(model, batch)
+        return total
+
+    def draw(self) -> list[dict[str, Any]]:
+        """Remembered examples, none twice."""
+        return self.rng.sample(self.kept, min(self.minibatch, len(self.kept)))
+
+    def remember(self, model: Model, batch: Batch) -> None:
+        """Offer the examples to the reservoir; those it takes are kept with the logits they have now."""
+        arrivals: list[dict[str, Any]] = [{"example": e} for e in batch.examples]
+        reservoir(self.kept, arrivals, self.capacity, self.seen, self.rng)
+        self.seen += len(arrivals)
+        new = [r for r in self.kept if "logits" not in r]
+        for i, _, logits in responses(model, [r["example"] for r in new]):
+            columns = None
+            if self.top < logits.shape[1]:
+                logits, columns = logits.topk(self.top)
+            new[i]["logits"] = logits.half().cpu().clone()
+            new[i]["columns"] = None if columns is None else columns.int().cpu().clone()
+
+
+def distance(model: Model, batch: Batch, kept: list[dict[str, Any]]) -> Tensor:
+    """The mean squared distance between the batch's logits and those kept; an example's id is its place in `kept`."""
+    ours, records = forward(model, batch), [kept[int(e.id)] for e in batch.examples]
+    theirs = torch.cat([r["logits"] for r in records]).to(ours)
+    if records[0]["columns"] is not None:
+        ours = ours.gather(1, torch.cat([r["columns"] for r in records]).to(ours.device).long())
+    return (ours - theirs).square().mean()

@@ -1,0 +1,90 @@
+"""Replay by instruction: the more a remembered task's instructions differ from the new one's, the more of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from continual.data import Encoded, Task
+from continual.model import Model
+from continual.rows import grouped, turn
+from continual.strategy import memory
+from strategies.replay import Replay
+
+SAMPLE = 128  # examples of a task whose instructions are looked at
+
+Instructions = list[tuple[list[int], int]]  # token ids, and how many examples have them
+
+
+@dataclass(kw_only=True)
+class InsCL(Replay):
+    """Instruction-based replay (Wang et al. 2024, section 3.1): of the replayed examples, task j has the share W_j.
+
+    W_j is the Wasserstein distance between the instructions of task j and of the new task, divided by the sum over all
+    remembered tasks. As in the authors' implementation the cost is the cosine distance and each instruction weighs as
+    often as it occurs. An instruction's embedding is the mean of the model's own input embeddings over its tokens,
+    instead of a sentence encoder's. What prompts have in common is their instruction; one that shares nothing with
+    others is its own. The paper's choice of examples by tags, which a larger model writes, has no part here.
+    """
+
+    instructions: dict[int, Instructions] = memory(dict)  # of each remembered task
+    shares: dict[int, float] = field(init=False, repr=False, default_factory=dict)  # what `begin` makes
+
+    def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
+        """Measure how far each remembered task is from the new one."""
+        trained, new = super().begin(model, task), instructions(task.train)
+        there = self.buffer.by_task
+        far = {t: distance(model, old, new) for t, old in self.instructions.items() if t in there}
+        total = sum(far.values())
+        self.shares = {t: d / total if total > 1e-9 else 1 / len(far) for t, d in far.items()}
+        self.notes |= {f"share/{task.columns[t]}": share for t, share in self.shares.items()}
+        return trained
+
+    def recall(self, n: int) -> Sequence[Encoded]:
+        """Each task by its share."""
+        return self.buffer.draw_by_task(n, self.shares) if self.shares else super().recall(n)
+
+    def end(self, model: Model, task: Task[Encoded]) -> None:
+        """Remember what the task's instructions were."""
+        super().end(model, task)
+        for t in {e.task for e in task.train}:
+            self.instructions[t] = instructions([e for e in task.train if e.task == t])
+
+
+def instructions(examples: Sequence[Encoded]) -> Instructions:
+    """What the prompts begin with together, and how many each; evenly from all examples."""
+    chosen = examples[:: -(-len(examples) // SAMPLE)]
+    found: Counter[tuple[int, ...]] = Counter()
+    for prefix, members in grouped(chosen):
+        found.update(chosen[i].ids[: prefix or max(1, turn(chosen[i]))] for i in members)
+    return [(list(ids), count) for ids, count in found.items()]
+
+
+@torch.no_grad()
+def distance(model: Model, old: Instructions, new: Instructions) -> float:
+    """The Wasserstein distance between the embedded instructions of two tasks, with cosine distance as the cost."""
+    words = model.net.get_input_embeddings().weight
+    a, b = (F.normalize(torch.stack([words[ids].mean(0) for ids, _ in side]).double(), dim=1) for side in (old, new))
+    return transport((1 - a @ b.T).clamp(min=0).cpu(), *(torch.tensor([n for _, n in side]) for side in (old, new)))
+
+
+def transport(cost: Tensor, a: Tensor, b: Tensor) -> float:
+    """The least of `cost` (I, J) that moves weights a (I,) onto b (J,), each scaled to sum 1: a linear programme."""
+    import numpy as np
+    from scipy.optimize import linprog
+    from scipy.sparse import eye_array, kron, vstack
+
+    i, j = cost.shape
+    leaves = kron(eye_array(i), np.ones((1, j)))  # of each row
+    arrives = kron(np.ones((1, i)), eye_array(j))  # in each column
+    weights = np.concatenate([(w.double() / w.sum()).numpy() for w in (a, b)])
+    # The constraints sum to the same on both sides: the last one follows from the others.
+    told = linprog(cost.double().numpy().ravel(), A_eq=vstack([leaves, arrives]).tocsr()[:-1], b_eq=weights[:-1],
+                   method="highs")
+    return float(told.fun)

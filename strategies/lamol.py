@@ -1,0 +1,113 @@
+"""Generative replay: the model also learns to write the tasks' prompts, and later writes and answers them itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from continual.answer import complete, sampled
+from continual.data import Encoded, Task
+from continual.errors import ConfigError, DataError
+from continual.memory import ReplayBuffer
+from continual.model import Model
+from continual.packing import Batch
+from continual.rows import common_prefix, turn
+from continual.strategy import memory
+from strategies.replay import Rehearsal
+
+TOGETHER = 128  # prompts written or answered at a time
+
+
+@dataclass(kw_only=True)
+class LAMOL(Rehearsal):
+    """Language modelling for lifelong language learning (Sun et al. 2020): no example of an earlier task is kept.
+
+    A step's loss is (L_QA + `lm_weight` L_LM) / (1 + `lm_weight`) (section 3.2): that of the responses, and that of the
+    prompts, each written after a start token, closed with it, and averaged over its own tokens. Before a stage the
+    model writes so many examples that `share` = gamma / (1 + gamma) of all are its own, equally many of each earlier
+    task (section 3.3): it goes on from the start token and what the task's prompts all begin with, which stands for the
+    paper's task token, sampling from the `top_k` likeliest tokens, and then answers what it wrote, greedily. What is
+    not closed in the length that the task's examples had is discarded. The start token is the padding token.
+    """
+
+    lm_weight: float = 0.25
+    top_k: int = 20
+    tasks: dict[int, dict[str, Any]] = memory(dict)  # of each: what its prompts begin with, and its longest lengths
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work."""
+        super().__post_init__()
+        if self.lm_weight < 0 or self.top_k < 1:
+            raise ConfigError(f"LAMOL with lm_weight {self.lm_weight} and top_k {self.top_k}: expected at least 0 and "
+                              "at least 1")
+
+    def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
+        """Write and answer examples of the earlier tasks."""
+        trained = super().begin(model, task)
+        if model.layout.seq2seq:
+            raise ConfigError("lamol writes prompts with the part of a model that reads them, which an encoder cannot; "
+                              "choose a causal model, or another strategy")
+        if any(model.layout.pad in e.ids[: turn(e)] for e in task.train):
+            raise DataError(f"a prompt of task {task.name!r} holds the padding token, with which lamol marks where "
+                            "prompts begin and end; give the tokenizer a padding token that no prompt holds")
+        wanted = round(len(task.train) * self.share / (1 - self.share))
+        training = model.net.training
+        model.net.eval()
+        self.buffer.tasks = {task.columns[t]: self.written(model, t, -(-wanted // len(self.tasks)))
+                             for t in self.tasks if wanted}
+        model.net.train(training)
+        if self.tasks:
+            self.notes["pseudo"] = len(self.buffer)
+        return trained
+
+    def written(self, model: Model, index: int, n: int) -> list[Encoded]:
+        """What is usable of `n` examples of a task that the model writes."""
+        told, mark, end = self.tasks[index], model.layout.pad, model.tokenizer.eos_token_id
+        generator = torch.Generator().manual_seed(self.buffer.rng.getrandbits(63))
+        starts = [unanswered(str(i), index, [mark, *told["begin"]]) for i in range(n)]
+        room = told["prompt"] - len(told["begin"]) + 1
+        draws = torch.rand(n, room, dtype=torch.float64, generator=generator)
+        said = complete(model, starts, room, TOGETHER, mark, sampled(self.top_k, draws))
+        asked = [unanswered(s.id, index, [*told["begin"], *ids[:-1]])
+                 for s, ids in zip(starts, said, strict=True) if ids[-1] == mark]
+        asked = [e for e in asked if e.ids]
+        answers = complete(model, asked, told["response"], TOGETHER, end)
+        return [replace(e, id=f"pseudo/{index}/{e.id}", ids=(*e.ids, *ids), text=read(model, [*e.ids, *ids]),
+                        response=(*e.response, *(True,) * len(ids)))
+                for e, ids in zip(asked, answers, strict=True) if ids[-1] == end]
+
+    def joined(self, batch: Batch) -> Batch:
+        """New and self-written examples, and the prompts of both to be written."""
+        batch = super().joined(batch)
+        if not self.lm_weight:
+            return batch
+        mark = batch.layout.pad
+        prompts = [replace(e, ids=(mark, *e.ids[: turn(e)], mark), response=(False, *(True,) * (turn(e) + 1)))
+                   for e in batch.examples]
+        weight = self.lm_weight * batch.tokens / batch.of(prompts).tokens
+        answers = batch.scale or (1.0,) * len(batch.examples)
+        return batch.of([*batch.examples, *prompts], [*answers, *(weight,) * len(prompts)])
+
+    def end(self, model: Model, task: Task[Encoded]) -> None:
+        """Forget what was written; remember how each task's prompts begin, and its lengths."""
+        super().end(model, task)
+        for t in {e.task for e in task.train}:
+            rows = [e for e in task.train if e.task == t]
+            prompts = sorted(e.ids[: turn(e)] for e in rows)
+            begin = prompts[0][: common_prefix(prompts[0], prompts[-1])]
+            self.tasks[t] = {"begin": list(begin), "prompt": max(map(len, prompts)),
+                             "response": max(len(e.ids) - turn(e) for e in rows)}
+        self.buffer = ReplayBuffer(0, seed=self.seed + len(self.tasks))
+
+
+def unanswered(id: str, task: int, ids: Sequence[int]) -> Encoded:
+    """A prompt."""
+    return Encoded(id, task, tuple(ids), (False,) * len(ids))
+
+
+def read(model: Model, ids: Sequence[int]) -> str:
+    """The text, for people who inspect a checkpoint."""
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,96 @@
+"""Learning without forgetting: on the new task's examples the model is held to what an earlier one would have said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continual.data import Encoded, Task
+from continual.errors import ConfigError, unknown
+from continual.loss import overheard, responses
+from continual.model import Model
+from continual.packing import Batch
+from continual.strategy import Strategy, memory
+from continual.weights import Weights, snapshot
+
+TEACHERS = ("previous", "base")
+Taught = tuple[Tensor, Tensor | None]  # log-probabilities (S, K), and of fewer than all their columns (S, K - 1)
+
+
+@dataclass(kw_only=True)
+class LwF(Strategy):
+    """Learning without forgetting (Li & Hoiem 2016, eq. 1 to 3), at response positions of the new task's examples.
+
+    The term is `strength` times the mean over the step's tokens of KL(teacher || model), both softened by
+    `temperature`: eq. 2's cross-entropy less the teacher's entropy, which has no gradient. The `teacher` is the model
+    as it was before the stage ("previous") or before the first ("base", whose trainable weights are kept). It answers
+    once, in `begin`, without dropout. Examples of other tasks, which another strategy may bring along, have no term.
+
+    Where the vocabulary has more than `top` tokens, the teacher's likeliest are told apart and all others count as one.
+    That divergence is exact for what it tells apart and never above the whole one.
+    """
+
+    strength: float = 1.0
+    temperature: float = 2.0
+    teacher: str = "previous"
+    top: int = 1024
+    base: Weights = memory(dict)
+    told: dict[tuple[int, str], Taught] = field(init=False, repr=False, default_factory=dict)  # what `begin` makes
+
+    def __post_init__(self) -> None:
+        """Refuse a teacher that does not exist and numbers that cannot work."""
+        if self.teacher not in TEACHERS:
+            raise ConfigError(unknown("teacher", self.teacher, TEACHERS))
+        if self.strength < 0 or not self.temperature > 0 or self.top < 1:
+            raise ConfigError(f"LwF with strength {self.strength}, temperature {self.temperature} and top {self.top}: "
+                              "expected a strength of at least 0, a temperature above it and a top of at least 1")
+
+    def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
+        """Ask the teacher for every example of the task."""
+        trained = super().begin(model, task)
+        self.told = {}
+        if self.strength:
+            if self.teacher == "base":
+                self.base = self.base or snapshot(model)
+            for i, _, logits in responses(model, task.train, self.base or None):
+                self.told[task.train[i].task, task.train[i].id] = self.asked(logits)
+        return trained
+
+    def asked(self, logits: Tensor) -> Taught:
+        """The softened distribution of logits (S, V), with the rest as the last of its columns where it is cut."""
+        whole = (logits / self.temperature).log_softmax(-1)
+        if self.top >= whole.shape[1]:
+            return whole.clone(), None
+        kept, columns = whole.topk(self.top)
+        return with_rest(kept), columns.int()
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """The task's loss and the divergence from the teacher."""
+        if not self.told:
+            return super().loss(model, batch)
+        with overheard(model, batch) as logits:
+            loss = super().loss(model, batch)
+        return loss + self.strength * self.divergence(batch, logits())
+
+    def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
+        """KL(teacher || model), a scalar: summed over the response tokens that were taught, by the step's tokens."""
+        keys = [(e.task, e.id) for e in batch.examples]
+        known = torch.tensor([k in self.told for k in keys], device=logits.device)
+        at = batch.response & known[batch.example]
+        if not at.any():
+            return logits.new_zeros(())
+        taught = [self.told[k] for k in keys if k in self.told]
+        p = torch.cat([t for t, _ in taught])
+        q = (logits[at] / self.temperature).log_softmax(-1)
+        if taught[0][1] is not None:
+            q = with_rest(q.gather(1, torch.cat([c for _, c in taught if c is not None]).long()))
+        return ((p.exp() * (p - q)).sum(-1) * batch.weight[at]).sum() / batch.tokens
+
+
+def with_rest(log_p: Tensor) -> Tensor:
+    """Log-probabilities (S, K) and, as one more, that of everything else."""
+    rest = 1 - log_p.exp().sum(-1, keepdim=True)
+    return torch.cat([log_p, rest.clamp(min=torch.finfo(log_p.dtype).eps).log()], -1)
