@@ -44,9 +44,8 @@ def compare(overrides: Sequence[str], configure: Callable[[str, Sequence[str]], 
     words.append(f"out={_quoted(str(out.absolute()))}")
     names = _check(words, [*fixed, "out"], configure)
     if launcher == "joblib" and not any(o.startswith("hydra.launcher.n_jobs=") for o in words):
-        from joblib import cpu_count
-
-        words.append(f"hydra.launcher.n_jobs={min(len(names), cpu_count())}")  # each gets its part of the threads
+        # Each gets its part of the threads.
+        words.append(f"hydra.launcher.n_jobs={min(len(names), os.cpu_count() or 1)}")
     (out / STOP).unlink(missing_ok=True)
     cells.plan(out, given, names)
     beside = launcher != HERE

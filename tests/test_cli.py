@@ -330,4 +330,4 @@ def test_adapt_builds_nothing_but_our_own_from_a_run_folder(refused, keys, tmp_p
     config = tmp_path / "run/config.yaml"
     config.write_text(config.read_text().replace("continual.model.hf", "os.system"))
     told = refused("adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}")
-    assert "asks for model._target_=os.system, which is not one of continual's" in told
+    assert "asks for model._target_='os.system', which is not one of continual's" in told
