@@ -26,6 +26,7 @@ are scored, and the scores are the retained-task matrix.
   continual compare [key=value ...]   strategies x seeds x orders over one stream, side by side
   continual run     [key=value ...]   one strategy over one stream
   continual adapt   [key=value ...]   one new task, from a checkpoint or a base model: its curve over steps and shots
+  continual plan    [key=value ...]   memory, FLOPs, hours and disk of a run, before it is begun
   continual report  PATH...           tables, report.html and curves.png again, from folders on disk
   continual list    [strategies|streams|models]   what there is
 
@@ -54,6 +55,12 @@ EXAMPLES = {
   continual adapt adapt.start=runs/maml/checkpoints/stage-03 stream.tasks=[NEW]
   continual adapt adapt.start=base stream.tasks=[NEW]                      the base model, to compare with
   continual adapt adapt.start=runs/maml stream=folder stream.path=DIR stream.tasks=[NEW] adapt.shots=[16,64]""",
+    "plan": """continual plan [key=value ...]: what a run with these keys would take, and what grows with its tasks.
+
+  continual plan strategy=ewc                              the default stream and model
+  continual plan stream=folder stream.path=DIR model=hf model.name=DIR strategy=replay plan.memory=80
+  continual plan model=hf model.name=docs/llama-3.1-8b plan.tasks=1000 plan.gpus=64 plan.flops=989e12
+  continual plan model=hf model.name=DIR plan.tasks=20 plan.examples=5000 plan.tokens=300 plan.response=8""",
     "report": """continual report PATH...: the tables, report.html and curves.png of runs, comparisons or adaptations.
 
   continual report runs/compare
@@ -139,6 +146,14 @@ def _work(verb: str, rest: Sequence[str]) -> None:
     report.tables(Console(), Path(config.out))
 
 
+def _plan(rest: Sequence[str]) -> None:
+    config = configure("plan", rest)
+    from continual.plan import plan, show
+
+    quiet()
+    show(plan(config), config, Console())
+
+
 def _compare(rest: Sequence[str]) -> None:
     from continual import compare
 
@@ -164,7 +179,7 @@ def _list(rest: Sequence[str]) -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "report": _report,
-    "list": _list,
+    "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "plan": _plan,
+    "report": _report, "list": _list,
 }
-CONFIGURED = ("compare", "run", "adapt")
+CONFIGURED = ("compare", "run", "adapt", "plan")

@@ -29,9 +29,9 @@ LAYERS = (
     ("reports.plots", "reports.versus"),
     ("reports.tables",),
     ("report", "events"),
-    ("build", "scratch"),
+    ("build", "scratch", "rehearse"),
     ("run",),
-    ("adapt", "compare", "catalogue"),
+    ("adapt", "compare", "catalogue", "plan"),
     ("overrides",),
     ("cli",),
 )
