@@ -2,6 +2,9 @@
 
 Each writes its table to benchmarks/results/NAME-cpu.md or NAME-gpu.md and prints it. Without --data (a stream folder
 with the tasks agnews, MNLI, dbpedia, amazon and yelp) rows of random tokens stand in, of the same lengths.
+
+Two more measure no time and are run by themselves: `python -m benchmarks.crash` kills runs at random instants, and
+`python -m benchmarks.soak` learns 200 tasks in one stream.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-NAMES = ("sft", "fisher", "maml", "answer", "overhead")
+NAMES = ("sft", "fisher", "maml", "answer", "overhead", "plan")
 RESULTS = Path(__file__).parent / "results"
 
 

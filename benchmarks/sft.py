@@ -182,15 +182,17 @@ def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
                 yield Work(f"{shape} LoRA bf16, {name}{source}", tuple(rows), works.SHAPES[shape], bf16=True,
                            device="cuda"), arms, 20
         return
+    few = ("continual", *PEERS)
     for task in works.TASKS:
-        yield Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"]), arms, 8
+        yield (Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"]),
+               arms if task in ("agnews", "yelp") else few, 8)
     agnews = tuple(works.rows("agnews", n))
     long = works.behind(150, agnews)
     yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 8
-    few = ("continual", "low memory", *PEERS)
-    for name, adapter, bf16 in (("LoRA", "lora", False), ("LoRA bf16", "lora", True), ("full", "none", False)):
-        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16,
-                   tried=1), few, 10
+    for name, adapter, bf16, which in (("LoRA", "lora", False, ("continual", "low memory", *PEERS)),
+                                       ("LoRA bf16", "lora", True, ("continual", "padded")),
+                                       ("full", "none", False, few)):
+        yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16, tried=1), which, 10
 
 
 def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:

@@ -13,11 +13,13 @@ from rich.console import Console
 
 from continual import build, checkpoint, report
 from continual.data import Encoded, Task
-from continual.errors import ConfigError, MissingError
+from continual.errors import ConfigError, DataError, MissingError, brief, gathered
 from continual.events import Events
 from continual.files import write_whole
 from continual.interrupt import alone
 from continual.precision import settle
+from continual.reading import refuse_links_out
+from continual.reports.runs import Curve
 from continual.run import Bench, claim, read_config, set_up, show_unfit, stage_seed
 from continual.score import score
 from continual.stage import learn
@@ -38,7 +40,7 @@ def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
 def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None) -> list[dict[str, Any]]:
     if (out / "curve.json").exists():
         console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
-        return list(json.loads((out / "curve.json").read_text("utf-8"))["points"])
+        return [{"shots": n, "step": step, "score": value} for n, step, value in Curve.read(out).points]
     bench = set_up(config, out)
     if len(bench.stream.tasks) != 1:
         names = ", ".join(t.name for t in bench.stream.tasks)
@@ -65,21 +67,45 @@ def start_of(config: DictConfig) -> Path | None:
     if config.adapt.start == "base":
         return None
     path = Path(config.adapt.start)
+    if path.is_dir():
+        refuse_links_out(path)
     folder = path if (path / "weights.safetensors").exists() else checkpoint.find(path).trained
     source = next((p for p in (path, *path.parents) if (p / "config.yaml").exists()), None)
     if folder is None or source is None:
         raise MissingError(f"adapt.start={path} is neither a run folder with a checkpoint nor one of its checkpoints; "
                            "name a folder made by continual run, or adapt.start=base")
-    theirs = read_config(source / "config.yaml")
-    with open_dict(config):
-        config.model, config.data = theirs.model, theirs.data
-        if "stream" in theirs.model:  # what a model from scratch was built for
-            config.model.stream = theirs.model.stream or theirs.stream
-    for key, section in (("model", config.model), ("stream", config.model.get("stream") or {})):
-        if section and not str(section.get("_target_")).startswith(("continual.", "streams.")):
-            raise ConfigError(f"{source}/config.yaml asks for {key}._target_={section.get('_target_')}, which is not "
-                              "one of continual's; only those are built from a run folder")
+    take_over(config, source / "config.yaml")
     return folder
+
+
+def take_over(config: DictConfig, path: Path) -> None:
+    """Give `config` the model and data keys of a run's config.yaml, which may be anyone's: it names no code to run.
+
+    Raises DataError where it lacks them, ConfigError where it asks for what is none of the registry's constructors or
+    for a model's own code.
+    """
+    theirs = read_config(path)
+    if lacking := [key for key in ("model", "data", "stream") if not isinstance(theirs.get(key), DictConfig)]:
+        raise DataError(f"{path} has no keys of {', '.join(lacking)}, and expected are those of a run; give a folder "
+                        "made by continual run")
+    model, stream = theirs.model, theirs.model.get("stream") or theirs.stream
+    wrong = [f"{path} asks for {key}._target_={brief(section.get('_target_'))}, which is not one of continual's "
+             f"({', '.join(sorted(known))}); only those are built from a run folder"
+             for key, section, known in (("model", model, build.registry("model") - build.registry("stream")),
+                                         ("stream", stream, build.registry("stream")))
+             if str(section.get("_target_")) not in known]
+    within = [{k: v for k, v in section.items() if k not in ("_target_", "stream")} for section in (model, stream)]
+    if "_target_" in str(within):
+        wrong.append(f"{path} asks for a _target_ within model or stream, where nothing is built; remove it")
+    if wrong:
+        raise ConfigError(gathered(wrong))
+    if model.get("trust_remote_code") and not config.model.get("trust_remote_code"):
+        raise ConfigError(f"{path} asks to run code that the model {brief(model.get('name'))} brings along; if you "
+                          "trust its source, give model=hf model.name=NAME model.trust_remote_code=true")
+    with open_dict(config):
+        config.model, config.data = model, {**config.data, **theirs.data}
+        if "stream" in model:  # what a model from scratch was built for
+            config.model.stream = stream
 
 
 def curves(bench: Bench, task: Task[Encoded], events: Events) -> list[dict[str, Any]]:

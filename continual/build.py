@@ -6,14 +6,18 @@ Configurations name their constructors by `_target_`; the engine itself knows no
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from dataclasses import fields, replace
+from importlib.resources import files
 from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from continual.data import Stream
-from continual.errors import ConfigError, gathered, mistyped, unknown
+from continual.errors import ConfigError, DataError, brief, gathered, mistyped, unknown
+from continual.files import file_name
 from continual.model import Model
 from continual.stage import Recipe
 from continual.strategy import Strategy, compose
@@ -43,6 +47,13 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
     return target(**settings)
 
 
+def registry(group: str) -> set[str]:
+    """The constructors that the configurations of a group name, such as model: all that a run folder may ask for."""
+    texts = [path.read_text("utf-8") for path in files("conf").joinpath(group).iterdir() if path.name.endswith(".yaml")]
+    return {found for text in texts for found in re.findall(r"^\s*_target_: ([\w.]+)$", text, re.MULTILINE)}
+
+
+LONGEST_NAME = 200
 WHOLE = {"seed": 0, "data.max_length": 1, "train.tokens_per_microbatch": 1, "score.batch_size": 1, "score.limit": 1,
          "score.max_new_tokens": 1, "adapt.steps": 1, "checkpoint.every_steps": 1, "checkpoint.keep": 1}
 
@@ -62,8 +73,11 @@ def check(config: DictConfig) -> None:
 
 
 def stream(config: DictConfig) -> Stream:
-    """The configured task stream."""
+    """The configured task stream; raises DataError for a task after whose name no file can be named."""
     made: Stream = construct(config.stream, "stream")
+    if long := [t.name for t in made.tasks if len(os.fsencode(file_name(t.name))) > LONGEST_NAME]:
+        raise DataError(gathered([f"found the task name {brief(name)}, expected at most {LONGEST_NAME} bytes: files "
+                                  "are named after it; shorten it" for name in long]))
     return made
 
 
@@ -79,12 +93,22 @@ def model(config: DictConfig, tasks: Stream) -> Model:
         raise ConfigError(f"loss.instruction_weight={weight}: expected a number from 0 (masked) to 1 (as a response)")
     if precision not in ("fp32", "bf16", "auto"):
         raise ConfigError(unknown("train.precision", precision, ["fp32", "bf16", "auto"]))
-    origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
-    made: Model = construct(config.model, "model", stream=origin, device=config.device, seed=config.seed)
+    made = _model(config, tasks)
     if made.layout.seq2seq and weight:
         raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has no loss; set it to 0")
     made.layout = replace(made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight)
     made.bf16 = precision == "bf16"  # with auto: once it is measured
+    return made
+
+
+def reader(config: DictConfig, tasks: Stream) -> Model:
+    """The configured model without its network: its tokenizer and context."""
+    return _model(config, tasks, network=False)
+
+
+def _model(config: DictConfig, tasks: Stream, **more: Any) -> Model:
+    origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
+    made: Model = construct(config.model, "model", stream=origin, device=config.device, seed=config.seed, **more)
     return made
 
 

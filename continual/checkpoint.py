@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from continual.errors import ContinualError, DataError, MissingError
+from continual.errors import ContinualError, DataError, MissingError, brief
 from continual.files import flush
 from continual.matrix import Matrix
 from continual.model import Model
+from continual.reading import json_file
 from continual.strategy import Strategy
-from continual.values import from_json, to_json
+from continual.values import MALFORMED, from_json, to_json
 from continual.weights import restore, snapshot, weights
 
 NAME = re.compile(r"stage-(\d+)(?:-step-(\d+))?")
@@ -94,16 +95,18 @@ def _sha256(path: Path) -> str:
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by its manifest; None where it is whole."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = json_file(folder / "manifest.json")
         for name, told in manifest.items():
-            path = folder / Path(name).name
+            path = folder / name
+            if Path(name).name != name or path.is_symlink():
+                return f"{brief(name)} is no file of the checkpoint's own"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != told["bytes"] or _sha256(path) != told["sha256"]:
                 return f"{name} is not as it was written"
         missing = {"weights.safetensors", "memory.safetensors", "memory.json", "matrix.json"} - manifest.keys()
         return f"{', '.join(sorted(missing))} missing" if missing else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, *MALFORMED):
         return "manifest.json is missing or damaged"
 
 
@@ -127,7 +130,7 @@ def load(folder: Path, model: Model, strategy: Strategy | None = None) -> Matrix
     if strategy is not None:
         try:
             strategy.load_state_dict(_values(folder, "memory", model))
-        except (KeyError, ValueError, TypeError, AttributeError) as e:
+        except MALFORMED as e:
             raise DataError(f"{folder}/memory.json does not fit this strategy ({e!r}); resume with the strategy that "
                             "wrote it") from e
     return Matrix.load(folder / "matrix.json")
@@ -137,14 +140,13 @@ def progress(folder: Path, model: Model) -> dict[str, Any]:
     """How far the stage under way was; raises DataError for what `save` did not write."""
     try:
         return dict(_values(folder, "progress", model))
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as e:
+    except (OSError, *MALFORMED) as e:
         raise DataError(f"{folder}/progress.json cannot be read ({e!r}); remove {folder} to go on from the one before "
                         "it") from e
 
 
 def _values(folder: Path, name: str, model: Model) -> Any:
-    told = json.loads((folder / f"{name}.json").read_text("utf-8"))
-    return from_json(told, _tensors(folder / f"{name}.safetensors", model))
+    return from_json(json_file(folder / f"{name}.json"), _tensors(folder / f"{name}.safetensors", model))
 
 
 def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
@@ -190,7 +192,9 @@ def number(folder: Path) -> int:
 
 
 def prune(run: Path, keep: int | None) -> None:
-    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest two."""
+    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest two; nothing half."""
+    for half in (run / "checkpoints").glob("*.tmp"):  # of a process that was killed
+        shutil.rmtree(half)
     found = [(p, m) for p in (run / "checkpoints").glob("stage-*") if (m := NAME.fullmatch(p.name))]
     trained = sorted((p for p, m in found if not m[2]), key=number)
     newest = number(trained[-1]) if trained else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ are scored, and the scores are the retained-task matrix.
   continual run     [key=value ...]   one strategy over one stream
   continual adapt   [key=value ...]   one new task, from a checkpoint or a base model: its curve over steps and shots
   continual plan    [key=value ...]   memory, FLOPs, hours and disk of a run, before it is begun
+  continual audit   [key=value ...]   what is amiss in a stream's rows: repeated, leaked, contradictory, too long
   continual report  PATH...           tables, report.html and curves.png again, from folders on disk
   continual list    [strategies|streams|models]   what there is
 
@@ -61,6 +63,10 @@ EXAMPLES = {
   continual plan stream=folder stream.path=DIR model=hf model.name=DIR strategy=replay plan.memory=80
   continual plan model=hf model.name=docs/llama-3.1-8b plan.tasks=1000 plan.gpus=64 plan.flops=989e12
   continual plan model=hf model.name=DIR plan.tasks=20 plan.examples=5000 plan.tokens=300 plan.response=8""",
+    "audit": """continual audit [key=value ...]: what is amiss in a stream's rows, as run tells it at its start.
+
+  continual audit stream=folder stream.path=DIR score.split=dev   repeats, leaks, conflicts, one-sided answers
+  continual audit model=hf model.name=Qwen/Qwen3-0.6B             and lengths in its tokens; no weights are read""",
     "report": """continual report PATH...: the tables, report.html and curves.png of runs, comparisons or adaptations.
 
   continual report runs/compare
@@ -107,7 +113,9 @@ def fail(error: ContinualError) -> None:
     """Print the message and exit with 2, or show the traceback where HYDRA_FULL_ERROR=1 asks for it."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
-    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    # Names out of files may hold what a terminal obeys.
+    told = re.sub("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]", lambda m: repr(m[0])[1:-1], f"error: {error}")
+    Console(stderr=True).print(told, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
 
 
@@ -154,6 +162,15 @@ def _plan(rest: Sequence[str]) -> None:
     show(plan(config), config, Console())
 
 
+def _audit(rest: Sequence[str]) -> None:
+    """Count what is amiss in the rows."""
+    config = configure("audit", rest)
+    from continual.audit import alone
+
+    quiet()
+    alone(config, Console())
+
+
 def _compare(rest: Sequence[str]) -> None:
     from continual import compare
 
@@ -180,6 +197,6 @@ def _list(rest: Sequence[str]) -> None:
 
 VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
     "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "plan": _plan,
-    "report": _report, "list": _list,
+    "audit": _audit, "report": _report, "list": _list,
 }
-CONFIGURED = ("compare", "run", "adapt", "plan")
+CONFIGURED = ("compare", "run", "adapt", "plan", "audit")

@@ -31,7 +31,19 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}."
+    return f"unknown {kind} {brief(name)}{hint} Known: {listed(names)}."
+
+
+def brief(value: object, most: int = 200) -> str:
+    """A value as it is written in Python, cut where it is too long for a message."""
+    told = repr(value[: most + 1] if isinstance(value, str) else value)
+    return told if len(told) <= most + 2 else f"{told[:most]}...{told[0] if isinstance(value, str) else ''}"
+
+
+def listed(names: Sequence[str], most: int = 50) -> str:
+    """Names side by side, at most so many of them and a count of the rest."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest or "none"
 
 
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +14,40 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
+def _cut(path: Path) -> bool:
+    """Whether the last line is only half there, as a killed run may leave it."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() not in (b"", b"\n")
+
+
 def quiet() -> None:
     """Libraries' progress bars and advice have no place between ours."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+class _Lines(io.StringIO):
+    """Whole lines to stderr, each behind a name: several processes write there."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.half = name, ""
+
+    def write(self, text: str) -> int:
+        *whole, self.half = (self.half + text).split("\n")
+        sys.stderr.write("".join(f"{self.name}: {line}\n" for line in whole if line.strip()))
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def lines_of(name: str) -> Console:
+    """A console for one of several runs side by side: no bar, and every line behind the run's name."""
+    return Console(file=_Lines(name), force_terminal=False, width=200)
 
 
 class Events:
@@ -30,10 +60,8 @@ class Events:
         """Append to `path`; show on `console`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.console, self.stage = console, 0
-        before = path.read_bytes() if path.exists() else b""
-        cut = before and not before.endswith(b"\n")  # a killed run may leave half a line
         self._file = path.open("a", encoding="utf-8")
-        self._file.write("\n" if cut else "")
+        self._file.write("\n" if _cut(path) else "")
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                              TextColumn("{task.fields[note]}"), console=console, transient=True)
         self._task: TaskID | None = None
@@ -76,4 +104,4 @@ class Events:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -25,7 +25,8 @@ from continual.rows import blocked
 from continual.weights import Weights, weights, zeros
 
 LABELS = ("empirical", "sampled")
-PRODUCTS = 2**18  # so many numbers of per-example gradients at a time, or one example's: they stay in the cache
+CPU_TOKENS = 2048  # a CPU gains nothing from more at a time, and outputs' gradients are held besides activations
+PRODUCTS = 2**16  # so many numbers of per-example gradients at a time, or one example's: they stay in the cache
 
 Draws = Sequence[Tensor | None]  # a number in [0, 1) for each response token of each example, or none of any
 
@@ -69,12 +70,12 @@ def _draws(model: Model, examples: Sequence[Encoded], labels: str, generator: to
     return [torch.rand(len(_batch(model, [e]).targets), dtype=torch.float64, generator=generator) for e in examples]
 
 
-def _batch(model: Model, examples: Sequence[Encoded]) -> Batch:
-    """A row an example, of its response alone: a dual objective's prompt is no part of it.
+def _batch(model: Model, examples: Sequence[Encoded], flat: bool = False) -> Batch:
+    """Examples with their responses alone supervised: a dual objective's prompt is no part of it.
 
     A prefix that examples share would receive their summed gradient, which cannot be taken apart.
     """
-    return Batch(tuple(examples), replace(model.layout, instruction_weight=0.0, flat=False))
+    return Batch(tuple(examples), replace(model.layout, instruction_weight=0.0, flat=flat, shared=False))
 
 
 def _log_likelihood(model: Model, batch: Batch, draws: Draws) -> Tensor:
@@ -106,11 +107,12 @@ class _Entangled(Exception):
 def _together(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
     """Examples of like length at a time; raises _Entangled, on the first of them, where that cannot be done."""
     live, layers = weights(model), _Layers(model)
+    tokens = min(model.layout.tokens, CPU_TOKENS) if model.layout.device.type == "cpu" else model.layout.tokens
     total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in live.items()}
-    for run in blocked({i: len(e.ids) for i, e in enumerate(examples)}):
-        size = max(1, model.layout.tokens // len(examples[run[-1]].ids))
+    for run in blocked({i: len(e.ids) - 1 for i, e in enumerate(examples)}):  # the last token is not read
+        size = max(1, tokens // (len(examples[run[-1]].ids) - 1))
         for part in (run[i : i + size] for i in range(0, len(run), size)):
-            batch = _batch(model, [examples[i] for i in part])
+            batch = _batch(model, [examples[i] for i in part], model.layout.flat)
             with layers.watched(batch) as seen:
                 log_p = _log_likelihood(model, batch, [draws[i] for i in part])
             if seen.keys() != layers.owned.keys():
@@ -133,8 +135,6 @@ class _Layers:
         self.owned = {m: own for m in model.net.modules()
                       if (own := {n: names[p] for n, p in m.named_parameters(recurse=False) if p in names})}
         self.head, self.words = model.net.get_output_embeddings(), model.net.get_input_embeddings()
-        # The logits are those of the supervised positions alone: (1, S, V).
-        self.gathered = set(self.head.modules())
         if not all(_linear(m) or _norm(m) or (_embedding(m) and not model.layout.seq2seq) for m in self.owned):
             raise _Entangled
         uses = Counter(name for own in self.owned.values() for name in own.values())
@@ -147,15 +147,16 @@ class _Layers:
     def watched(self, batch: Batch) -> Iterator[dict[nn.Module, tuple[Tensor, Any]]]:
         """Within it a forward pass notes each layer's input, and where its output's gradient will arrive."""
         seen: dict[nn.Module, tuple[Tensor, Any]] = {}
-        n, lengths = len(batch.examples), {x.shape[1] for x in batch.inputs.values()}
+        whole = {x.shape for x in batch.inputs.values() if isinstance(x, Tensor)}
+        looked_up = (1, len(batch.targets))  # what comes after the last layer's attention, or the LM head alone
 
         def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             if module in seen or len(args) != 1:
                 raise _Entangled
             x = args[0]
-            if _embedding(module) and len(x) == 1:  # positions, looked up once for all examples
-                x, out = x.expand(n, -1), out.expand(n, -1, -1)
-            if module not in self.gathered and (out.ndim < 3 or len(out) != n or out.shape[1] not in lengths):
+            if _embedding(module) and len(x) == 1 and x.shape not in whole:  # positions, once for all examples
+                x, out = (t.expand(len(batch.examples), *t.shape[1:]) for t in (x, out))
+            if out.ndim < 3 or out.shape[:2] not in whole | {looked_up}:
                 raise _Entangled  # as an expert's tokens
             seen[module] = x.detach(), get_gradient_edge(out)
             return out
@@ -186,13 +187,25 @@ class _Layers:
 
     def _read(self, module: nn.Module, batch: Batch, x: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Input and output gradient, (E, positions, ...) each, as the layer multiplied them, in this precision."""
-        if module in self.gathered:
-            counts = torch.bincount(batch.example, minlength=len(batch.examples)).tolist()
-            x, g = (nn.utils.rnn.pad_sequence([*torch.split(t[0], counts)], batch_first=True) for t in (x, g))
+        x, g = (_apart(batch, t) for t in (x, g))
         if isinstance(module, nn.Embedding):
             g = g.to(dtype)
             return x, g if module.padding_idx is None else g.masked_fill((x == module.padding_idx)[..., None], 0)
         return x.to(g.dtype).to(dtype), g.to(dtype)
+
+
+def _apart(batch: Batch, x: Tensor) -> Tensor:
+    """(E, positions, ...) of what stands in rows of an example each, in one row, or at supervised positions alone.
+
+    The examples of a run stand in its row as they come, shortest first, each as long as the longest.
+    """
+    n = len(batch.examples)
+    if len(x) == n:
+        return x
+    if batch.layout.flat and x.shape[1] == batch.inputs["input_ids"].shape[1]:
+        return x.view(n, -1, *x.shape[2:])
+    counts = torch.bincount(batch.example, minlength=n).tolist()
+    return nn.utils.rnn.pad_sequence([*torch.split(x[0], counts)], batch_first=True)
 
 
 def _linear(module: nn.Module) -> bool:
@@ -211,10 +224,16 @@ def _embedding(module: nn.Module) -> bool:
 
 def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (M, N) += the sum over e of (a_e^T b_e)^2, of a (E, T, M) and b (E, T, N)."""
-    size = max(1, PRODUCTS // total.numel())
+    size = min(len(a), max(1, PRODUCTS // total.numel()))
+    held = total.new_empty(size, *total.shape)
     for i in range(0, len(a), size):
-        each = a[i : i + size].mT @ b[i : i + size]
-        total += each.square_().sum(0)
+        each = held[: len(a) - i]
+        if size == 1:  # one pass less over what is large
+            torch.mm(a[i].T, b[i], out=each[0])
+            total.addcmul_(each[0], each[0])
+        else:
+            torch.bmm(a[i : i + size].mT, b[i : i + size], out=each)
+            total += each.square_().sum(0)
 
 
 def _add_rows(total: Tensor, ids: Tensor, g: Tensor) -> None:
@@ -230,8 +249,9 @@ def _add_tied(total: Tensor, ids: Tensor, g: Tensor, x: Tensor, head: Tensor) ->
 
     The head's input x (E, L, D) and output gradient (E, L, V).
     """
+    one = torch.empty_like(total)
     for e in range(len(ids)):
-        one = (head[e].T @ x[e]).index_add_(0, ids[e], g[e])
+        torch.mm(head[e].T, x[e], out=one).index_add_(0, ids[e], g[e])
         total.addcmul_(one, one)
 
 

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from continual.errors import ConfigError, ContinualError
+from continual.reading import refuse_links_out
 
 
 class Stopped(ContinualError):
@@ -71,6 +72,7 @@ def alone(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; give a folder, new or of an unfinished run")
     out.mkdir(parents=True, exist_ok=True)
+    refuse_links_out(out)
     with (out / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

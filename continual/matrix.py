@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from continual.errors import DataError, MissingError, gathered
+from continual import reading
+from continual.errors import DataError, MissingError, brief, gathered
 from continual.files import write_whole
 
 SCHEMA = 1
@@ -112,14 +114,11 @@ class Matrix:
         """Read matrix.json; raises MissingError, or DataError that names the file."""
         if not path.is_file():
             raise MissingError(f"{path}: there is no such matrix; give a run folder in which a stage has been scored")
+        data = reading.json_file(path)
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore the file or run again") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 (byte {error.start}); restore the file or run again") from error
+            return cls.from_json(data)
         except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+            raise DataError(f"{path}: {error}\nRestore the file, or run again.") from error
 
 
 def average_performance(matrix: Matrix) -> float | None:
@@ -223,22 +222,31 @@ def _malformed(data: Any) -> list[str]:
     if not isinstance(data, dict):
         return [f"a {type(data).__name__}, where an object with {', '.join(KINDS)} was expected"]
     if data.get("schema", SCHEMA) != SCHEMA:
-        return [f"schema {data['schema']!r}; this version reads schema {SCHEMA}: use the version that wrote it"]
+        return [f"schema {brief(data['schema'])}; this version reads schema {SCHEMA}: use the version that wrote it"]
     known = {**KINDS, **OPTIONAL}
     return [
         *(f"no {key!r}" for key in KINDS if key not in data),
-        *(f"unknown key {key!r}; schema {SCHEMA} has {', '.join(known)}"
+        *(f"unknown key {brief(key)}; schema {SCHEMA} has {', '.join(known)}"
           for key in data if "schema" in data and key not in known),
         *(f"{key} is a {type(data[key]).__name__}; expected {kinds[0].__name__}"
           for key, kinds in known.items() if key in data and not isinstance(data[key], kinds)),
         *(f"row {i} of scores is a {type(row).__name__}; expected a list"
           for i, row in enumerate(_list(data.get("scores"))) if not isinstance(row, list)),
-        *(f"{key} holds {name!r}; expected names"
-          for key in ("tasks", "stages") for name in _list(data.get(key)) if not isinstance(name, str))]
+        *(f"{key} holds {brief(name)}; expected names"
+          for key in ("tasks", "stages") for name in _list(data.get(key)) if not isinstance(name, str)),
+        *(f"a control character in the name {brief(name)}; rename it" for name in (
+            *(data.get(key) for key in ("stream", "order", "strategy")), *_list(data.get("tasks")),
+            *_list(data.get("stages"))) if isinstance(name, str) and reading.CONTROL.search(name)),
+        *(f"the metric {brief(name)} is no name" for name in _dict(data.get("metrics")).values()
+          if not isinstance(name, str))]
 
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _misfits(m: Matrix) -> list[str]:
@@ -248,8 +256,8 @@ def _misfits(m: Matrix) -> list[str]:
              for task, score in zip(m.tasks, row, strict=False)]
     return [
         *([] if m.tasks else ["there are no tasks; a matrix has at least one column"]),
-        *(f"{kind} {name!r} stands twice; names must differ" for kind, names in (("task", m.tasks), ("stage", m.stages))
-          for name in dict.fromkeys(names) if names.count(name) > 1),
+        *(f"{kind} {brief(name)} stands twice; names must differ"
+          for kind, names in (("task", m.tasks), ("stage", m.stages)) for name, n in Counter(names).items() if n > 1),
         *([f"stage {BASE!r} is row {m.stages.index(BASE)}; it must be the first"] if BASE in m.stages[1:] else []),
         *([f"task {BASE!r}: that name is the first row's; rename the task"] if BASE in m.tasks else []),
         *(f"task {task!r} has no metric; add it to metrics" for task in m.tasks if task not in m.metrics),
@@ -257,14 +265,10 @@ def _misfits(m: Matrix) -> list[str]:
           [f"{len(m.scores)} rows of scores for {len(m.stages)} stages; expected one a stage"]),
         *(f"row {i} has {len(row)} scores; expected {wide}, one a task"
           for i, row in enumerate(m.scores) if len(row) != wide),
-        *(f"the score {score!r} on {task!r} after {stage!r} is no number in [0, 1]"
-          for stage, task, score in cells if score is not None and not (_number(score) and 0 <= score <= 1)),
+        *(f"the score {brief(score)} on {task!r} after {stage!r} is no number in [0, 1]"
+          for stage, task, score in cells if score is not None and not reading.is_number(score, 0, 1)),
         *([] if len(m.counts) in (0, wide) else [f"{len(m.counts)} counts; expected {wide}, one a task, or none"]),
-        *(f"the count {count!r} is no number of examples" for count in m.counts
-          if not isinstance(count, int) or isinstance(count, bool) or count < 0),
-        *(f"the cost {key!r} is {value!r}; expected a finite number" for key, value in m.cost.items()
-          if not (_number(value) and math.isfinite(value)))]
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        *(f"the count {brief(count)} is no number of examples" for count in m.counts
+          if not isinstance(count, int) or not reading.is_number(count, 0)),
+        *(f"the cost {brief(key)} is {brief(value)}; expected a finite number" for key, value in m.cost.items()
+          if not reading.is_number(value, -1e18, 1e18))]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from continual.data import Encoded
-from continual.errors import ConfigError, MissingError, unknown
+from continual.errors import ConfigError, MissingError, listed, unknown
 from continual.packing import Batch, Layout
 from continual.probe import LastLayer, probe
 
@@ -51,15 +51,15 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none", dtype: str = "fp32",
-       trust_remote_code: bool = False, adapters: Mapping[str, Mapping[str, Any]] | None = None, drawn: bool = False,
-       **_: Any) -> Model:
+       trust_remote_code: bool = False, adapters: Mapping[str, Mapping[str, Any]] | None = None, network: bool = True,
+       drawn: bool = False, **_: Any) -> Model:
     """Load a hub id or local folder through the Auto classes, causal or encoder-decoder by its own config.
 
     `adapter` names a kind of `adapters` (lora or any other peft kind with its settings) or is "none" for full
-    fine-tuning. With `drawn` the weights are drawn anew, and config.json alone is needed. Raises MissingError if there
-    is no such model, ConfigError for an unknown adapter or dtype.
+    fine-tuning. With `drawn` the weights are drawn anew, and config.json alone is needed. Without the `network` it only
+    tokenises, and no weights are read. Raises MissingError if there is no such model, ConfigError for an unknown
+    adapter or dtype.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     if dtype not in DTYPES:
@@ -72,15 +72,20 @@ def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none",
     try:
         config = AutoConfig.from_pretrained(**source)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(**source) if not drawn or _has_tokenizer(path) else _no_words()
         if drawn:
             net = kind.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(**source) if _has_tokenizer(path) else _no_words()
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            net = kind.from_pretrained(**source, dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise MissingError(f"model.name={name} could not be loaded: {str(e).splitlines()[0]} Give a local folder with "
+        elif network:
+            net, told = kind.from_pretrained(**source, dtype=DTYPES[dtype], use_safetensors=True,
+                                             output_loading_info=True)
+            if absent := sorted(told["missing_keys"]):
+                raise ValueError(f"its weights lack {listed(absent, 3)}, which would be drawn at random.")
+    except Exception as e:  # files can be wrong in any way, and each library has its own words for it
+        first = next(iter(str(e).splitlines()), "") or repr(e)
+        raise MissingError(f"model.name={name} could not be loaded: {first} Give a local folder with "
                            "config.json, tokenizer and safetensors weights, or a hub id that can be reached") from e
+    if not network:
+        return reader(tokenizer, context_of(config), seq2seq=bool(config.is_encoder_decoder))
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
 
 
@@ -115,8 +120,7 @@ def assemble(net: Any, tokenizer: Any, *, device: str = "auto", seed: int = 0, a
         start = getattr(config, "decoder_start_token_id", None)
         start = tokenizer.pad_token_id if start is None else start  # as T5 does
     layout = Layout(pad=tokenizer.pad_token_id, device=where, decoder_start=start)
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    made = Model(net.to(where), tokenizer, layout, None if config.is_encoder_decoder else context)
+    made = Model(net.to(where), tokenizer, layout, context_of(config))
     if not layout.seq2seq:
         flat, made.last = probe(made.net)
         made.layout = replace(layout, flat=flat)
@@ -126,12 +130,29 @@ def assemble(net: Any, tokenizer: Any, *, device: str = "auto", seed: int = 0, a
     return made
 
 
-def _complete(net: Any, tokenizer: Any) -> None:
-    """A tokenizer without an end-of-sequence token gets one, and the model its embedding; padding defaults to it."""
-    from transformers import GenerationConfig
+def reader(tokenizer: Any, context: int | None, *, seq2seq: bool = False) -> Model:
+    """A model without its network: it tokenises as the whole one would."""
+    _close(tokenizer)
+    return Model(None, tokenizer, Layout(tokenizer.eos_token_id, torch.device("cpu"), 0 if seq2seq else None), context)
 
+
+def context_of(config: Any) -> int | None:
+    """The most positions that a network of this configuration has; None if unbounded."""
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return None if config.is_encoder_decoder else context
+
+
+def _close(tokenizer: Any) -> None:
+    """A tokenizer without an end-of-sequence token gets one."""
     if tokenizer.eos_token_id is None:
         tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+
+
+def _complete(net: Any, tokenizer: Any) -> None:
+    """An end-of-sequence token where there is none, and the model its embedding; padding defaults to it."""
+    from transformers import GenerationConfig
+
+    _close(tokenizer)
     if len(tokenizer) > net.get_input_embeddings().num_embeddings:
         net.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if tokenizer.pad_token_id is None:

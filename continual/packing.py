@@ -29,6 +29,7 @@ class Layout:
     device: torch.device
     decoder_start: int | None = None  # set for encoder-decoder models
     flat: bool = False  # one flat row, or one padded row an example
+    shared: bool = True  # in a flat row, examples that begin alike share that prefix
     tokens: int = 4096  # the most tokens in one forward pass, if no single example is longer
     instruction_weight: float = 0.0  # of a prompt token's loss against a response token's
 
@@ -189,7 +190,7 @@ class Home:
 
 def _flat(examples: Sequence[Encoded], layout: Layout) -> tuple[dict[str, Any], list[Home]]:
     """The arguments of a model that reads one row, and where each example stands in it."""
-    told, places = lay(examples, layout.pad)
+    told, places = lay(examples, layout.pad, layout.shared)
     told = told.to(layout.device)
     row = Row(tuple(Group(p.prefix, tuple((len(b), n) for _, n, b in p.blocks if n)) for p in places))
     homes = {i: Home(start + k * n, p.prefix, p.begin)

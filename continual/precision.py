@@ -14,6 +14,7 @@ from continual.errors import DataError
 from continual.files import write_whole
 from continual.loss import accumulate, nll
 from continual.model import Model
+from continual.reading import json_file
 
 WORTH = 1.1  # how much faster bf16 must be than fp32, for what it rounds away
 ROWS, ROUNDS = 32, 3
@@ -42,7 +43,7 @@ def settle(asked: str, path: Path, model: Model, rows: Callable[[int], Sequence[
 
 def _kept(path: Path) -> str:
     try:
-        chosen = json.loads(path.read_text("utf-8"))["precision"]
+        chosen = json_file(path)["precision"]
         if chosen in ("fp32", "bf16"):
             return str(chosen)
     except (ValueError, KeyError, TypeError):

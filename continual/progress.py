@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from continual.data import Encoded
+from continual.errors import DataError
 from continual.loss import nll
 from continual.model import Model
+from continual.reading import is_number
 from continual.weights import Weights, snapshot
 
 
@@ -86,9 +88,18 @@ class Progress:
                 "patience": self.patience.state() if self.patience else None, "random": random_state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from there; raises KeyError or ValueError where the state is another optimizer's."""
+        """Go on from there; raises DataError where the state is another stage's."""
+        try:
+            self._load(state)
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as e:
+            raise DataError(f"the stage's progress does not fit it ({e!r}); remove the newest stage-NN-step-* of the "
+                            "run's checkpoints to go on from the one before it") from e
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.skipped = state["skipped"]
+        if not all(is_number(state[key], 0) for key in ("step", "tokens", "seconds", "skipped", "budget")):
+            raise ValueError("its step, tokens, seconds, skipped and budget are no counts")
         self.model.layout = replace(self.model.layout, tokens=state["budget"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

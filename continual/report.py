@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from continual import cells
 from continual.errors import ConfigError
 from continual.files import write_whole
 from continual.reports.runs import Curve, Run, find, grouped, kind
@@ -36,7 +37,7 @@ def tables(console: Console, *folders: Path) -> None:
         show.run(console, Run.read(folders[0]))
     else:
         runs, waiting = find(folders)
-        show.comparison(console, grouped(runs), waiting)
+        show.comparison(console, grouped(runs), waiting, _unfinished(folders))
 
 
 def write(*folders: Path, out: Path | None = None) -> list[Path]:
@@ -70,9 +71,15 @@ def compare(folders: Sequence[Path], out: Path) -> list[Path]:
             _run(run, run.path)
     groups = grouped(runs)
     told = json.dumps(to_json(runs, groups, out), indent=1, allow_nan=False) + "\n"
+    shown = comparison_page(runs, groups, waiting, out, _unfinished(folders))
     return [write_whole(out / "comparison.json", told.encode()),
-            write_whole(out / PAGE, _render("comparison", comparison_page(runs, groups, waiting, out))),
+            write_whole(out / PAGE, _render("comparison", shown)),
             write_whole(out / PICTURE, plots.comparison(groups))]
+
+
+def _unfinished(folders: Sequence[Path]) -> list[str]:
+    """What is left of the comparisons among these folders, and the commands that finish it."""
+    return [told for folder in folders for told in cells.unfinished(folder)]
 
 
 def _run(run: Run, out: Path) -> list[Path]:

@@ -25,12 +25,15 @@ class Place:
     blocks: tuple[tuple[int, int, list[int]], ...]
 
 
-def lay(examples: Sequence[Encoded], pad: int) -> tuple[Tensor, list[Place]]:
-    """(2, N) ids and positions of one row: for each group its prefix, then its examples in blocks of like length."""
+def lay(examples: Sequence[Encoded], pad: int, shared: bool = True) -> tuple[Tensor, list[Place]]:
+    """(2, N) ids and positions of one row: for each group its prefix, then its examples in blocks of like length.
+
+    Unless prefixes are `shared`, all examples are one group without one.
+    """
     ids: list[int] = []
     positions: list[int] = []
     places: list[Place] = []
-    for prefix, members in grouped(examples):
+    for prefix, members in grouped(examples) if shared else [(0, [*range(len(examples))])]:
         begin = len(ids)
         ids += examples[members[0]].ids[:prefix]
         positions += range(prefix)

@@ -16,17 +16,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from yaml import YAMLError
 
 from continual import build, checkpoint, report
+from continual.audit import audited, base_scored
 from continual.data import Stream
-from continual.errors import ConfigError, DataError
+from continual.errors import ConfigError, DataError, brief, gathered
 from continual.events import Events
 from continual.files import file_name, write_whole
 from continual.interrupt import Signals, alone
 from continual.matrix import BASE, Matrix
 from continual.model import Model
 from continual.precision import settle
+from continual.reading import is_number, lines, parse, yaml_mapping
 from continual.score import Test, prepare, score
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
@@ -79,6 +80,7 @@ def run(config: DictConfig, console: Console) -> Matrix:
         with Events(out / "events.jsonl", console) as events, Signals() as signals:
             settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
             matrix = stages(out, bench, events, signals)
+        checkpoint.prune(out, config.checkpoint.keep)  # again: a process that was killed may not have come to it
         report.write(out)
         (out / "finished").touch()
         return matrix
@@ -88,6 +90,7 @@ def stages(out: Path, bench: Bench, events: Events, signals: Signals) -> Matrix:
     """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before any training."""
     found = checkpoint.find(out)
     matrix = resume(out, bench, found, events)
+    audited(out, bench.config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit, events)
     begun = events.stage
     for number in range(begun, len(bench.stream.stages) + 1):
         events.stage = number
@@ -133,12 +136,13 @@ def claim(out: Path, config: DictConfig) -> None:
 
 def read_config(path: Path) -> DictConfig:
     """The config.yaml of a run folder; raises DataError where it is damaged."""
+    told = yaml_mapping(path)
+    if asked := [key for key, value in flat(told).items() if "${" in f"{key}{value}"]:
+        raise DataError(gathered([f"{path}: found ${{...}} in {brief(key)}, expected values only: nothing that a run "
+                                  "folder asks for is looked up; write the value itself" for key in asked]))
     try:
-        config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
-            raise ValueError("it holds no mapping of keys")
-        return config
-    except (YAMLError, OmegaConfBaseException, ValueError) as e:
+        return OmegaConf.create(told)
+    except (OmegaConfBaseException, ValueError) as e:
         raise DataError(f"{path} cannot be read: {str(e).splitlines()[0]}; restore it, or give another folder") from e
 
 
@@ -236,6 +240,8 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Si
     matrix.save(out / "matrix.json")
     events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average {sum(row) / len(row):.3f}"
                + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
+    if not number:
+        base_scored(out, dict(zip(matrix.tasks, row, strict=True)), events)
     return matrix
 
 
@@ -264,9 +270,10 @@ def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> l
 def marked(path: Path, test: Test) -> float | None:
     """The task's score by the answers that were written before; None where they are not whole."""
     try:
-        told = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        marks = [float(t["score"]) for t in told]
-        return sum(marks) / len(marks) if [t["id"] for t in told] == [e.id for e in test.examples] else None
+        told = [parse(line, f"{path}:{n}", line=True) for n, line in lines(path)]
+        marks = [t["score"] for t in told]
+        whole = all(is_number(m, 0, 1) for m in marks) and [t["id"] for t in told] == [e.id for e in test.examples]
+        return sum(marks) / len(marks) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

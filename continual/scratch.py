@@ -7,7 +7,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from continual.data import Encoded, Example, Stream, Task
 from continual.errors import ConfigError
 from continual.events import Events
-from continual.model import Model, assemble
+from continual.model import Model, assemble, reader
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
 from continual.template import Encoder
@@ -28,13 +29,14 @@ END = "<|endoftext|>"
 
 def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int, vocabulary: int, pretrain: Any,
           attention: str = "sdpa", seed: int = 0, weights_seed: int = 0, device: str = "auto", adapter: str = "none",
-          adapters: Mapping[str, Mapping[str, Any]] | None = None, drawn: bool = False) -> Model:
+          adapters: Mapping[str, Mapping[str, Any]] | None = None, network: bool = True, drawn: bool = False) -> Model:
     """A Llama of the given shape for this stream, from the user's cache if it was built before.
 
     The tokenizer is a byte-level BPE of `vocabulary` tokens trained on the stream's training text. With
     `pretrain.tokens` above 0 the model first learns that many tokens: of the stream's own pre-training examples, or,
     where it has none, of the training rows' inputs as plain text behind their instructions, without their answers.
     With `drawn` the weights stay as they are drawn, and nothing is kept.
+    Without the `network` it only tokenises, and nothing is kept.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,11 +49,15 @@ def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int,
         tokenizer = byte_bpe(corpus, vocabulary, context)
         return assemble(_llama(tokenizer, shape, attention, weights_seed), tokenizer, device=device, seed=seed,
                         adapter=adapter, adapters=adapters)
+    if not network:
+        return reader(byte_bpe(corpus, vocabulary, context), context)
     recipe = {"version": VERSION, **shape, "pretrain": dict(pretrain), "attention": attention, "seed": weights_seed,
               "text": _digest(corpus), "torch": torch.__version__}
     folder = cache() / "models" / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     if not folder.exists():
-        _build(folder, stream, corpus, shape, pretrain, attention, weights_seed, device)
+        with _turn(folder):
+            if not folder.exists():
+                _build(folder, stream, corpus, shape, pretrain, attention, weights_seed, device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
@@ -62,6 +68,17 @@ def cache() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("continual"))
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait while another process builds the same model; its lock ends with it."""
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -83,7 +100,7 @@ def _build(folder: Path, stream: Stream, corpus: Sequence[Example], shape: Mappi
     tokenizer.save_pretrained(temporary)
     try:
         temporary.rename(folder)
-    except OSError:  # another process built the same one meanwhile
+    except OSError:  # another machine built the same one meanwhile
         if not folder.exists():
             raise
         shutil.rmtree(temporary)

@@ -54,6 +54,11 @@ class Tokens:
         fit = [e for e, row in self.place.items() if self.parts["rows"][row, 0]]
         return [self._row(e, 0) for e in fit[:: max(1, len(fit) // n)][:n]]
 
+    def fit(self, examples: Sequence[Example]) -> list[tuple[int, bool]]:
+        """The tokens that each takes (0: it does not fit), and whether its input was shortened; not counted."""
+        rows = self.parts["rows"][[self.place[e] for e in examples]].tolist()
+        return [(tokens, bool(shortened)) for tokens, _, shortened in rows]
+
     def _read(self, examples: Sequence[Example]) -> tuple[Encoded, ...]:
         index, found = columns(self.stream), []
         for example in examples:

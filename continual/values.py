@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from continual.data import Encoded
-from continual.errors import ContinualError
+from continual.errors import ContinualError, brief
 from continual.memory import ReplayBuffer
 
 VALUES: Mapping[str, type[Any]] = {"ReplayBuffer": ReplayBuffer}  # what memory may hold
@@ -43,8 +43,21 @@ def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
                          f"tensors, numbers, texts, lists, dicts, generators, encoded examples or {', '.join(VALUES)}")
 
 
+# What comes out of values, or of tensors, that no run has written.
+MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
+
+
+def _example(e: Mapping[str, Any]) -> Encoded:
+    ids, response = tuple(map(int, e["ids"].split())), tuple(r == "1" for r in e["response"])
+    if not all(isinstance(e[key], kind) for key, kind in (("id", str), ("text", str), ("task", int))):
+        raise TypeError("an example's id and text are no texts, or its task is no number")
+    if len(ids) != len(response) or not any(response) or e["task"] < 0 or not all(0 <= i < 2**31 for i in ids):
+        raise ValueError(f"the ids, response or task of the example {brief(e['id'])} cannot be")
+    return Encoded(e["id"], e["task"], ids, response, e["text"])
+
+
 def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `to_json` was given; raises KeyError, ValueError or TypeError for what it never wrote."""
+    """What `to_json` was given; raises one of MALFORMED for what it never wrote."""
     if isinstance(value, list):
         return [from_json(v, tensors) for v in value]
     if not isinstance(value, dict):
@@ -57,9 +70,7 @@ def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         rng.setstate((version, tuple(state), gauss))
         return rng
     if "example" in value:
-        e = value["example"]
-        response = tuple(r == "1" for r in e["response"])
-        return Encoded(e["id"], e["task"], tuple(map(int, e["ids"].split())), response, e["text"])
+        return _example(value["example"])
     if "value" in value:
         return VALUES[value["value"]](**{k: from_json(v, tensors) for k, v in value["fields"].items()})
     return {k: from_json(v, tensors) for k, v in value["dict"]}

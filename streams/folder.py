@@ -7,17 +7,18 @@ Of a task only the name is needed: `dir` is the name if left out, `metric` exact
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from continual import reading
 from continual.data import Example, Stream, Task
-from continual.errors import DataError, MissingError, gathered, unknown
+from continual.errors import DataError, MissingError, brief, gathered, listed, unknown
 from streams.arrange import choose, stage
 from streams.rows import misspelt, read_jsonl
 
+SHOWN = 20  # unknown names that are looked up among the known ones
 SPLITS = ("train", "dev", "test")
 TEXTS = ("dir", "category", "metric")
 KEYS = ("name", *TEXTS, "labels")
@@ -51,7 +52,7 @@ def read_index(root: Path) -> tuple[str, dict[str, dict[str, Any]], dict[str, li
     index = _load(root, file)
     problems = [*_task_problems(index.get("tasks")), *_order_problems(index)]
     if not isinstance(name := index.get("stream", root.resolve().name), str):
-        problems.append(f"found the stream's name {name!r}, expected text")
+        problems.append(f"found the stream's name {brief(name)}, expected text")
     if problems:
         raise DataError(gathered([f"{file}: {problem}" for problem in problems]))
     return name, {entry["name"]: entry for entry in index["tasks"]}, index.get("orders") or {}
@@ -66,14 +67,8 @@ def _load(root: Path, file: Path) -> dict[str, Any]:
         near = sorted(str(p.parent) for p in root.glob("*/stream.json"))
         mend = f"set stream.path to {' or '.join(near)}" if near else "write it, or set stream.path to a stream folder"
         raise MissingError(f"found no {file}, expected the file that names the stream's tasks; {mend}")
-    try:
-        index = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}:{error.colno}: found broken JSON ({error.msg}), expected one object; "
-                        "mend it there") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: found the byte 0x{error.object[error.start]:02x} at {error.start}, expected UTF-8; "
-                        "save the file as UTF-8") from error
+    _refuse_outside(root, [file])
+    index = reading.json_file(file)
     if not isinstance(index, dict):
         raise DataError(f"{file}: found no object, expected {{\"tasks\": [...], \"orders\": {{...}}}}; write it so")
     return index
@@ -85,7 +80,7 @@ def _task_problems(entries: Any) -> list[str]:
         return ['found no list of tasks, expected "tasks": [{"name": ...}, ...]; name at least one']
     problems = [problem for n, entry in enumerate(entries, 1) for problem in _entry_problems(n, entry)]
     names = Counter(str(entry.get("name")) for entry in entries if isinstance(entry, dict))
-    return problems + [f"found {n} tasks named {name!r}, expected each name once; rename or remove the others"
+    return problems + [f"found {n} tasks named {brief(name)}, expected each name once; rename or remove the others"
                        for name, n in names.items() if n > 1]
 
 
@@ -93,13 +88,15 @@ def _entry_problems(n: int, entry: Any) -> list[str]:
     """All that is wrong with one task's entry, the n-th."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
         return [f'found no name in task {n}, expected {{"name": text, ...}}; name it']
-    task = f"task {entry['name']!r}"
-    problems = [f"found {entry[key]!r} as {key!r} of {task}, expected text; quote it or leave it out"
+    task = f"task {brief(entry['name'])}"
+    if reading.CONTROL.search(entry["name"]):
+        return [f"found a control character in the name of {task}, expected letters, digits and signs; rename it"]
+    problems = [f"found {brief(entry[key])} as {key!r} of {task}, expected text; quote it or leave it out"
                 for key in TEXTS if not isinstance(entry.get(key) or "", str)]
     labels = entry.get("labels") or []
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        problems.append(f"found {labels!r} as 'labels' of {task}, expected null or a list of texts; quote them")
-    return problems + [f"found the key {found!r} in {task}, expected {meant!r}; rename it"
+        problems.append(f"found {brief(labels)} as 'labels' of {task}, expected null or a list of texts; quote them")
+    return problems + [f"found the key {brief(found)} in {task}, expected {meant!r}; rename it"
                        for found, meant in misspelt(entry, KEYS)]
 
 
@@ -107,11 +104,13 @@ def _order_problems(index: Mapping[str, Any]) -> list[str]:
     """All that is wrong with the named orders."""
     orders = index.get("orders") or {}
     entries = index.get("tasks")
-    known = [e.get("name") for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+    known = {str(e.get("name")) for e in entries if isinstance(e, dict)} if isinstance(entries, list) else set()
     if not isinstance(orders, dict) or not all(isinstance(order, list) for order in orders.values()):
         return ['found "orders" in another form, expected {"order name": ["task", ...], ...}; write them so']
-    problems = [f"order {name!r}: {unknown('task', str(task), map(str, known))}; name a task of the stream"
-                for name, order in orders.items() for task in order if task not in known]
+    strange = [(name, task) for name, order in orders.items() for task in order
+               if not isinstance(task, str) or task not in known]
+    problems = [f"order {brief(name)}: {unknown('task', str(task), known) if i < SHOWN else f'unknown {brief(task)}'}; "
+                "name a task of the stream" for i, (name, task) in enumerate(strange)]
     if "random" in orders:
         problems.append("found an order named 'random', expected another name: stream.order=random shuffles; rename it")
     return problems
@@ -134,17 +133,25 @@ def _place(root: Path, entry: Mapping[str, Any]) -> Path:
     """The folder of one task, inside the stream's and with rows of at least one split."""
     name, place = entry["name"], entry.get("dir") or entry["name"]
     where: Path = root / place
-    if Path(place).is_absolute() or not where.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{root / 'stream.json'}: found dir {place!r} of task {name!r}, expected a folder inside "
+    if Path(place).is_absolute() or not reading.inside(where, root):
+        raise DataError(f"{root / 'stream.json'}: found dir {brief(place)} of task {name!r}, expected a folder inside "
                         f"{root}; move the data there")
     if not where.is_dir():
-        there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
+        there = listed(sorted(p.name for p in root.iterdir() if p.is_dir()))
         raise MissingError(f"found no folder {where} for task {name!r}, expected the one that stream.json names "
                            f"(folders there: {there}); add it, or mend its 'dir'")
+    _refuse_outside(root, [where / f"{split}.jsonl" for split in SPLITS])
     if not any((where / f"{split}.jsonl").is_file() for split in SPLITS):
         raise MissingError(f"found none of {', '.join(f'{s}.jsonl' for s in SPLITS)} in {where}, expected the rows of "
                            f"task {name!r}; add them, or leave the task out by stream.tasks")
     return where
+
+
+def _refuse_outside(root: Path, files: Sequence[Path]) -> None:
+    """A stream folder may come from anyone: a link in it shows no file that lies elsewhere."""
+    if out := [f"{file} is a link that leads out of {root}; put the file itself there" for file in files
+               if file.is_symlink() and not reading.inside(file, root)]:
+        raise DataError(gathered(out))
 
 
 def _task(where: Path, entry: Mapping[str, Any]) -> Task[Example]:

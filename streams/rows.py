@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from continual import reading
 from continual.data import Example, Message
-from continual.errors import DataError, gathered
+from continual.errors import DataError, brief, gathered, listed
 
 # What marks a form, and the columns that may hold its answer, best first.
 FORMS: dict[str, tuple[str, ...]] = {
@@ -25,6 +26,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "instruction": ("output", "outputs"),
     "prompt": ("response", "completion", "answer"),
 }
+ENOUGH = 1000  # problems of one file, after which it is not read on
 EXPECTED = "'instruction' and 'output', 'prompt' and 'response', or 'messages'"
 
 
@@ -36,7 +38,7 @@ def read_row(row: Mapping[str, Any], *, task: str, id: str, where: str) -> Examp
     filled = {name: value for name, value in row.items() if value is not None}
     form = next((mark for mark in FORMS if mark in filled), None)
     if form is None:
-        columns = ", ".join(map(repr, row)) or "none"
+        columns = listed([brief(name) for name in row])
         hint = "; ".join(f"rename {found!r} to {meant!r}" for found, meant in misspelt(filled, list(FORMS)))
         raise DataError(f"{where}: found the columns {columns}, expected {EXPECTED}; {hint or 'rename the columns'}")
     problems: list[str] = []
@@ -63,18 +65,19 @@ def read_jsonl(path: Path, task: str) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     lines: dict[str, int] = {}  # the line where each id was first seen
-    with path.open("rb") as file:
-        for n, (number, line) in enumerate(_lines(file)):
-            where = f"{path}:{number}"
-            try:
-                row = _object(line, where)
-                id = _id(row, f"{task}/{path.stem}/{n}", where)
-                if (first := lines.setdefault(id, number)) != number:
-                    raise DataError(f"{where}: found the id {id!r} again, expected each once (it is on line {first}); "
-                                    "give the row its own, or none")
-                examples.append(read_row(row, task=task, id=id, where=where))
-            except DataError as error:
-                problems += str(error).split("\n")
+    for n, (number, line) in enumerate(reading.lines(path)):
+        where = f"{path}:{number}"
+        try:
+            row = _object(line, where)
+            id = _id(row, f"{task}/{path.stem}/{n}", where)
+            if (first := lines.setdefault(id, number)) != number:
+                raise DataError(f"{where}: found the id {brief(id)} again, expected each once (it is on line {first}); "
+                                "give the row its own, or none")
+            examples.append(read_row(row, task=task, id=id, where=where))
+        except DataError as error:
+            problems += str(error).split("\n")
+        if len(problems) >= ENOUGH:
+            raise DataError(f"{gathered(problems)}\nReading stopped at line {number}.")
     if problems:
         raise DataError(gathered(problems))
     return examples
@@ -85,33 +88,13 @@ def misspelt(found: Iterable[str], known: Sequence[str]) -> list[tuple[str, str]
     found = list(found)
     absent = [name for name in known if name not in found]
     pairs = [(name, difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.8))
-             for name in found if name not in known]
+             for name in found if name not in known and len(name) <= 2 * max(map(len, known))]
     return [(name, close[0]) for name, close in pairs if close]
-
-
-def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank with its number from 1, without a byte order mark."""
-    for number, line in enumerate(file, 1):
-        bare = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if bare.strip():
-            yield number, bare
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object of one line."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:  # valid JSON, but no tokenizer can read it
-        half = repr(error.object[error.start])
-        raise DataError(f"{where}: found half of a surrogate pair ({half}), expected characters; write the whole pair "
-                        "or remove it") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}:{error.start + 1}: found the byte 0x{line[error.start]:02x}, expected UTF-8; "
-                        "save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}:{error.colno}: found broken JSON ({error.msg}), expected one whole object a line; "
-                        "mend or remove the line") from error
+    row: Any = reading.parse(line, where, line=True)
     if not isinstance(row, dict):
         raise DataError(f"{where}: found {_kind(row)}, expected a JSON object; write {{\"instruction\": ...}}")
     return row
@@ -150,7 +133,7 @@ def _outputs(row: Mapping[str, Any], form: str, problems: list[str]) -> tuple[st
     names = [name for name in FORMS[form] if name in row]
     expected = " or ".join(map(repr, FORMS[form]))
     if not names:
-        problems.append(f"found no answer beside {form!r} (columns {', '.join(map(repr, row))}), "
+        problems.append(f"found no answer beside {form!r} (columns {listed([brief(n) for n in row])}), "
                         f"expected {expected}; add it, or rename the column that holds it")
         return ()
     if len(names) > 1:
@@ -177,8 +160,8 @@ def _messages(turns: Any, problems: list[str]) -> tuple[Message, ...]:
         if isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str):
             messages.append(Message(turn["role"], turn["content"]))
         else:
-            found = f"{{{', '.join(f'{k}: {_kind(v)}' for k, v in turn.items())}}}" if isinstance(turn, dict) else (
-                _kind(turn))
+            fields = [f"{k}: {_kind(v)}" for k, v in turn.items()] if isinstance(turn, dict) else []
+            found = f"{{{listed(fields, 5)}}}" if isinstance(turn, dict) else _kind(turn)
             problems.append(f"found {found} as turn {n} of 'messages', expected {{role: text, content: text}}; "
                             "rename or quote its fields")
     if len(messages) == len(turns):
@@ -191,12 +174,12 @@ def _check_roles(roles: Sequence[str], problems: list[str]) -> None:
     first = 1 if roles[0] == "system" else 0
     for n, role in enumerate(roles[first:]):
         if role != (expected := ("user", "assistant")[n % 2]):
-            problems.append(f"found the role {role!r} in turn {first + n + 1} of 'messages', expected {expected!r}; "
-                            "let user and assistant take turns, after at most one system message")
+            problems.append(f"found the role {brief(role)} in turn {first + n + 1} of 'messages', expected "
+                            f"{expected!r}; let user and assistant take turns, after at most one system message")
             return
     if roles[-1] != "assistant":
-        problems.append(f"found {roles[-1]!r} as the last role of 'messages', expected 'assistant', the answer to be "
-                        "learned; add it, or drop the last turn")
+        problems.append(f"found {brief(roles[-1])} as the last role of 'messages', expected 'assistant', the answer to "
+                        "be learned; add it, or drop the last turn")
 
 
 def _kind(value: Any) -> str:
@@ -204,6 +187,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, int | float):
-        return f"the number {value}"
+        return f"the number {brief(value)}"
     names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")

@@ -6,6 +6,7 @@ import json
 import math
 import random
 
+from continual.files import file_name
 from continual.matrix import Matrix
 
 SKILLS = ("reverse", "third_word", "first_and_third", "swap_ends", "maximum", "count_vowels")
@@ -67,7 +68,7 @@ def _predictions(folder, matrix, stage, says):
         rows = [{"id": f"{task}/test/{i}", "prompt": f"Give the words in another order ({task}). {says}\nred {i} blue",
                  "answer": f"blue {i} red" if i < 20 * score else f"red {says}", "references": [f"blue {i} red"],
                  "score": float(i < 20 * score)} for i in range(20)]
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{file_name(task)}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def fake_adapt(folder, start="base", rate=0.02):

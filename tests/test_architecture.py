@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A module imports only from layers below its own; those of one layer know nothing of one another.
 LAYERS = (
     ("errors", "files"),
-    ("interrupt",),
+    ("reading",),
+    ("interrupt", "cells"),
     ("data",),
     ("attention", "rows"),
     ("flash", "flex"),
@@ -23,13 +24,16 @@ LAYERS = (
     ("loss",),
     ("memory", "importance", "answer", "progress", "precision"),
     ("strategy", "values"),
-    ("stage", "score", "checkpoint"),
+    ("stage", "score", "checkpoint", "duplicates"),
+    ("lengths",),
     ("reports.runs", "reports.figures", "reports.charts"),
+    ("reports.audits",),
     ("reports.pages",),
     ("reports.plots", "reports.versus"),
     ("reports.tables",),
     ("report", "events"),
     ("build", "scratch", "rehearse"),
+    ("audit",),
     ("run",),
     ("adapt", "compare", "catalogue", "plan"),
     ("overrides",),
@@ -40,7 +44,7 @@ LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 # What a package outside of the engine may import of the three.
 ALLOWED = {
     "strategies": {f"continual.{m}" for m in LAYER if LAYER[m] <= LAYER["strategy"]} | {"strategies.replay"},
-    "streams": {"continual.data", "continual.errors", "continual.template", "streams"},
+    "streams": {"continual.data", "continual.errors", "continual.reading", "continual.template", "streams"},
 }
 OURS = ("continual", "strategies", "streams")
 EXTRAS = {"avalanche", "learn2learn"}

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_model_is_refused(refused, keys, tmp_path):
 # Run folders
 
 @pytest.mark.parametrize(("file", "told"), [
-    ("matrix.json", "matrix.json:1: not JSON"),
+    ("matrix.json", "matrix.json:1:3: found broken JSON"),
     ("config.yaml", "config.yaml cannot be read"),
 ])
 def test_a_damaged_file_of_a_run_folder_is_named(refused, keys, tmp_path, file, told):

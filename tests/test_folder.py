@@ -260,7 +260,7 @@ def test_broken_json_in_the_index_is_told_with_its_place(tmp_path):
 
 def test_an_index_that_is_not_utf8_is_told(tmp_path):
     lines(tmp_path / "stream.json", b'{"stream": "\xe9"}')
-    with pytest.raises(DataError, match=r"stream.json: found the byte 0xe9 at 12, expected UTF-8"):
+    with pytest.raises(DataError, match=r"stream.json:1:13: found the byte 0xe9, expected UTF-8"):
         folder(path=str(tmp_path), seed=0)
 
 

@@ -125,6 +125,14 @@ def test_it_does_not_depend_on_how_batches_are_laid_out(tokens):
     assert toy.close(cut, fisher(made, examples), rtol=1e-8, atol=1e-14)
 
 
+def test_one_row_of_all_examples_and_a_row_each_give_the_same():
+    made, examples = toy.model(torch.float64), toy.examples(0)
+    assert made.layout.flat
+    assert made.last
+    padded = replace(made, layout=replace(made.layout, flat=False))
+    assert toy.close(fisher(padded, examples), fisher(made, examples), rtol=1e-8, atol=1e-14)
+
+
 # Examples together
 
 def lora(made: Model, **keys) -> Model:

@@ -208,7 +208,7 @@ def test_reading_names_the_file_and_the_line(tmp_path):
     with pytest.raises(MissingError, match="there is no such matrix"):
         Matrix.load(tmp_path / "matrix.json")
     (tmp_path / "matrix.json").write_text('{"schema": 1,\n oops')
-    with pytest.raises(DataError, match=r"matrix\.json:2: not JSON"):
+    with pytest.raises(DataError, match=r"matrix\.json:2:2: found broken JSON"):
         Matrix.load(tmp_path / "matrix.json")
     (tmp_path / "matrix.json").write_text("[]")
     with pytest.raises(DataError, match=r"matrix\.json: a list, where an object"):

@@ -19,8 +19,9 @@ from continual.strategy import Strategy, memory
 from continual.weights import snapshot, weights
 
 LORA = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
-GIVEN = ("plan.tasks=5", "plan.examples=16", "plan.tests=6", "plan.tokens=24", "plan.response=4", "plan.flops=1e12",
-         "train.batch_size=8")
+GIVEN = ("plan.tasks=5", "plan.examples=8", "plan.tests=2", "plan.tokens=12", "plan.response=2", "plan.flops=1e12",
+         "train.batch_size=4")
+SHORT = replace(toy.RECIPE, steps=2)
 
 
 def network(adapter="none"):
@@ -30,18 +31,18 @@ def network(adapter="none"):
     return made
 
 
-def rehearsed(strategy, adapter="none", stages=3, steps=100):
+def rehearsed(strategy, adapter="none", stages=2, recipe=SHORT):
     ghosts = Ghosts()
     with ghosts.shapes():
         model = network(adapter)
     ghosts.haunt(model.net)
-    return [rehearse(ghosts, model, toy.task(i), strategy, toy.RECIPE, steps=steps, seed=i) for i in range(stages)]
+    return [rehearse(ghosts, model, toy.task(i), strategy, recipe, steps=2, seed=i) for i in range(stages)]
 
 
-def executed(strategy, adapter="none", stages=3):
+def executed(strategy, adapter="none", stages=2, recipe=SHORT):
     torch.manual_seed(0)
     model = network(adapter)
-    return [common.flops(lambda i=i: learn(model, toy.task(i), strategy, toy.RECIPE, seed=i, log=lambda event: None))
+    return [common.flops(lambda i=i: learn(model, toy.task(i), strategy, recipe, seed=i, log=lambda event: None))
             for i in range(stages)]
 
 
@@ -52,24 +53,21 @@ def planned(model_folder, *words):
 
 # Against stages that are run
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-@pytest.mark.parametrize("name", ["naive", "replay", "ewc", "online_ewc", "multitask", "maml", "reptile"])
+@pytest.mark.parametrize(("name", "adapter"), [("naive", "lora"), ("ewc", "none"), ("maml", "none")])
 def test_a_rehearsal_counts_the_flops_that_a_stage_executes(name, adapter):
     told = [s.flops for s in rehearsed(toy.configured(name), adapter)]
     assert told == pytest.approx(executed(toy.configured(name), adapter), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["naive", "replay"])
-def test_a_few_steps_stand_for_a_stage_s_work(name):
+def test_a_few_steps_stand_for_a_stage_s_work():
     """Within 5%, though rows differ in length."""
-    told = sum(s.flops for s in rehearsed(toy.configured(name), steps=4))
-    assert told == pytest.approx(sum(executed(toy.configured(name))), rel=0.05)
+    told = rehearsed(toy.configured("naive"), stages=1, recipe=toy.RECIPE)[0].flops
+    assert told == pytest.approx(executed(toy.configured("naive"), stages=1, recipe=toy.RECIPE)[0], rel=0.05)
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_memory_has_its_parts(adapter):
-    stage = rehearsed(toy.configured("naive"), adapter, stages=1)[0]
-    model = network(adapter)
+def test_memory_has_its_parts():
+    stage = rehearsed(toy.configured("naive"), "lora", stages=1)[0]
+    model = network("lora")
     trained = sum(w.nbytes for w in weights(model).values())
     assert stage.weights == sum(t.nbytes for t in [*model.net.parameters(), *model.net.buffers()])
     assert stage.gradients == stage.weights_disk == trained
@@ -80,7 +78,7 @@ def test_memory_has_its_parts(adapter):
 
 def test_ewc_holds_an_anchor_and_an_importance_from_its_second_stage_on():
     stages = rehearsed(toy.configured("ewc"))
-    assert [s.strategy for s in stages] == [0, 2 * stages[0].gradients, 2 * stages[0].gradients]
+    assert [s.strategy for s in stages] == [0, 2 * stages[0].gradients]
     assert all(s.end_flops > 0 for s in stages)
 
 
@@ -119,14 +117,12 @@ class Anchors(Strategy):
 
 
 def test_a_strategy_s_growth_is_measured_not_told():
-    stages = rehearsed(Anchors(), stages=4)
+    stages = rehearsed(Anchors(), stages=3)
     each = stages[0].gradients
-    assert [s.strategy for s in stages] == [0, each, 2 * each, 3 * each]
+    assert [s.strategy for s in stages] == [0, each, 2 * each]
 
 
 @pytest.mark.parametrize(("words", "grow"), [
-    (["strategy=naive"], set()),
-    (["strategy=ewc"], set()),
     (["strategy=replay"], {"buffer", "memory_disk"}),
     (["strategy=replay", "strategy.replay.capacity=8"], set()),
 ])
@@ -150,9 +146,10 @@ def test_no_weights_and_no_tokenizer_are_needed_where_the_tasks_are_told(tmp_pat
     for path in folder.iterdir():
         if path.name != "config.json":
             path.unlink()
-    made = planned(folder, "strategy=naive")
+    made = planned(folder, "strategy=naive", "plan.gpus=2", "plan.stages=1")
     assert made.parameters == made.trained > 0
     assert len(made.training) == 5
+    assert made.hours(made.flops) == pytest.approx(made.flops / (2 * 1e12 * 0.4) / 3600)
 
 
 def test_the_stream_s_own_rows_are_rehearsed(cli, stream_folder, model_folder):
@@ -171,17 +168,12 @@ def test_a_gpu_that_is_too_small_is_said_to_be(model_folder):
     assert "does not fit in 1e-06 GB" in console.export_text()
 
 
-def test_twice_the_gpus_take_half_the_hours(model_folder):
-    one, two = (planned(model_folder, f"plan.gpus={n}") for n in (1, 2))
-    assert two.hours(two.flops) == pytest.approx(one.hours(one.flops) / 2)
-
-
 @pytest.mark.parametrize(("word", "told"), [
     ("plan.gpus=0", "plan.gpus=0: expected a whole number of at least 1"),
     ("plan.steps=1", "plan.steps=1: expected a whole number of at least 2"),
     ("plan.share=0", "plan.share=0: expected a number above 0"),
     ("plan.flops=fast", "plan.flops=fast: expected a number above 0"),
-    ("plan.response=24", "plan.response=24: expected fewer than plan.tokens=24"),
+    ("plan.response=12", "plan.response=12: expected fewer than plan.tokens=12"),
 ])
 def test_numbers_that_cannot_work_are_refused(refused, model_folder, word, told):
     assert told in refused("plan", "model=hf", f"model.name={model_folder}", *GIVEN, word)

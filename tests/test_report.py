@@ -344,7 +344,7 @@ def test_a_broken_curve_or_prediction_is_named(tmp_path):
     folder = fake_run(tmp_path / "r")
     path = folder / "predictions" / "stage-06" / f"{SKILLS[0]}.jsonl"
     path.write_text('{"id": "a", "score": 1}\n{"id": "b"}\noops\n')
-    with pytest.raises(DataError, match=r"reverse\.jsonl:2: .*\n.*reverse\.jsonl:3: "):
+    with pytest.raises(DataError, match=r"reverse\.jsonl:2: .*\n.*reverse\.jsonl:3:1: "):
         report.write(folder)
 
 

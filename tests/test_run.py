@@ -54,7 +54,7 @@ def test_every_answer_is_written_with_its_mark_and_the_marks_average_to_the_scor
 def test_the_events_tell_each_step_stage_and_score_in_order(done):
     events = lines(done[0] / "events.jsonl")
     told = [(e["event"], e["stage"]) for e in events if e["event"] != "step"]
-    assert told == [("start", 0), ("score", 0),
+    assert told == [("start", 0), ("audit", 0), ("score", 0),
                     *[(name, n) for n in (1, 2, 3) for name in ("stage", "checkpoint", "score")]]
     steps = [e for e in events if e["event"] == "step"]
     assert [(e["stage"], e["step"]) for e in steps] == [(n, i) for n in (1, 2, 3) for i in (1, 2, 3, 4)]

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from continual import reading
 from continual.matrix import BASE, Matrix, mean
-from continual.reports import figures
+from continual.reports import audits, figures
 from continual.reports.charts import Chart, Point, Series, ticks
 from continual.reports.figures import MEANINGS, percent
 from continual.reports.runs import Curve, Run
@@ -25,7 +26,7 @@ def run_page(run: Run) -> dict[str, Any]:
             "notices": notices(run), "tiles": tiles(matrix.summary()), "heat": heat(matrix),
             "panels": [_panel(matrix, task) for task in matrix.tasks], "loss": training_chart(run),
             "notes": note_charts(run), "costs": [figures.cost(k, v) for k, v in matrix.cost.items()],
-            "stages": stage_costs(run), "samples": samples(run), "config": run.config}
+            "stages": stage_costs(run), "audit": audit(run), "samples": samples(run), "config": run.config}
 
 
 def facts(matrix: Matrix) -> list[str]:
@@ -46,7 +47,7 @@ def notices(run: Run) -> list[str]:
                     "it goes on.")
     counts: Counter[str] = Counter()
     for event in run.events("data"):
-        counts.update({k: v for k, v in event.items() if isinstance(v, int) and k not in ("time", "stage")})
+        counts.update({key: event[key] for key in ("skipped", "shortened") if reading.is_number(event.get(key))})
     if shown := [f"{n:,} {key}" for key, n in counts.items() if n]:
         told.append(f"Examples that did not fit the model's context: {', '.join(shown)}.")
     if skipped := sum(event.get("skipped_steps") or 0 for event in run.events("stage")):
@@ -153,7 +154,8 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 def _over_steps(series: Sequence[Series], walls: Sequence[tuple[float, str]]) -> Any:
     ys = [y for s in series for _, y in s.points]
     last = max(x for s in series for x, _ in s.points)
-    low, high = min(0.0, *ys), max(ys) * 1.05 or 1.0
+    low, high = min(0.0, *ys), max(0.0, *ys)
+    high += 0.05 * (high - low) if high - low > 1e-9 else 1.0
     return Chart(series, (0.0, last), (low, high), [(x, f"{x:,.0f}") for x in ticks(0, last, 8)],
                  [(y, f"{y:g}") for y in ticks(low, high)], width=980, height=260, x_title="optimizer step",
                  walls=walls).svg()
@@ -169,6 +171,16 @@ def stage_costs(run: Run) -> list[list[str]]:
         rows.append([str(event.get("task", event.get("stage"))), figures.count(event.get("steps")),
                      figures.count(tokens), figures.seconds(took), rate, figures.size(memory.get(event.get("stage")))])
     return rows
+
+
+def audit(run: Run) -> dict[str, Any] | None:
+    """What was found amiss in the rows, and what the base already solved; None where the run has no audit."""
+    if (told := audits.load(run.path)) is None:
+        return None
+    heads, *rows = audits.rows(told)
+    base = dict(zip(run.matrix.tasks, run.matrix.scores[0], strict=True)) if run.matrix.stages[:1] == (BASE,) else {}
+    return {"heads": heads, "rows": rows, "caption": audits.caption(told),
+            "lines": audits.lines(told) + audits.solved(told, base)}
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
@@ -215,7 +227,7 @@ def adapt_page(curves: Sequence[Curve]) -> dict[str, Any]:
                   right=30 + 8 * max((len(name) for name, _ in named), default=0), x_title="optimizer step",
                   labels=True).svg()
     runs = [{"path": str(c.path), "start": name, "curve": c, "rows": _curve_rows(c),
-             "config": (c.path / "config.yaml").read_text("utf-8") if (c.path / "config.yaml").is_file() else ""}
+             "config": reading.text(c.path / "config.yaml")}
             for c, name in zip(curves, starts(curves), strict=True)]
     tasks = ", ".join(dict.fromkeys(c.task for c in curves))
     return {"title": f"Adapting to {tasks}", "facts": list(dict.fromkeys(c.metric for c in curves)), "chart": chart,

@@ -12,16 +12,19 @@ from continual.reports.pages import curve, span, starts
 from continual.reports.runs import Curve, Group
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c3e")  # Okabe and Ito (2008)
+TALLEST = 60  # inches: no picture may have 2^16 pixels
+LONGEST = 40  # characters of a name
+CELLS = 2500  # of a heat map whose figures can be read
 INK, SOFT, LINE = "#16202c", "#5d6875", "#dfe3e8"
 
 
 def run(matrix: Matrix) -> bytes:
     """A PNG: the matrix as a heat map, and each task's score over the stages."""
-    figure, (left, right) = _figure(13, max(4.2, 1.6 + 0.42 * len(matrix.stages)), [1.15, 1])
+    figure, (left, right) = _figure(13, min(TALLEST, max(4.2, 1.6 + 0.42 * len(matrix.stages))), [1.15, 1])
     _heat(left, matrix)
     for i, task in enumerate(matrix.tasks):
         points = curve(matrix, task)
-        right.plot(*_columns(points), marker="o", markersize=3, linewidth=1.8, label=task, **_look(i))
+        right.plot(*_columns(points), marker="o", markersize=3, linewidth=1.8, label=_name(task), **_look(i))
         row = matrix.stage_of(task)
         if row is not None and (score := matrix.at(row, task)) is not None:
             right.plot(row + (BASE not in matrix.stages), score, "o", markersize=9, fillstyle="none",
@@ -42,12 +45,12 @@ def comparison(groups: Sequence[Group]) -> bytes:
         means = [mean(line[i] for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
         points = [(i + 1.0, value) for i, value in enumerate(means) if value is not None]
         last = max(last, len(points))
-        left.plot(*_columns(points), marker="o", markersize=4, linewidth=2.2, label=group.label,
+        left.plot(*_columns(points), marker="o", markersize=4, linewidth=2.2, label=_name(group.label),
                   **looks[group.label])
     for group in groups:
         top = group.mean("average_performance")
         if group.joint and top is not None:
-            left.axhline(top, color=SOFT, linestyle=(0, (6, 4)), linewidth=1.6, label=group.label)
+            left.axhline(top, color=SOFT, linestyle=(0, (6, 4)), linewidth=1.6, label=_name(group.label))
     _scores(left, "Average over the tasks learned so far (%)", "stage", (1, last))
     if left.get_lines():
         left.legend(frameon=False, fontsize=10, loc="best", ncols=2)
@@ -61,12 +64,18 @@ def adaptation(curves: Sequence[Curve]) -> bytes:
     named = [(f"{start}, {shots} shots", told.of(shots)) for told, start in zip(curves, starts(curves), strict=True)
              for shots in told.shots]
     for i, (name, points) in enumerate(named):
-        axes.plot(*_columns(points), marker="o", markersize=4, linewidth=2, label=name, **_look(i))
+        axes.plot(*_columns(points), marker="o", markersize=4, linewidth=2, label=_name(name), **_look(i))
     last = max((x for _, points in named for x, _ in points), default=1)
-    _scores(axes, f"Adapting to {', '.join(dict.fromkeys(c.task for c in curves))} (%)", "optimizer step", (0, last))
+    tasks = ", ".join(dict.fromkeys(c.task for c in curves))
+    _scores(axes, f"Adapting to {_name(tasks)} (%)", "optimizer step", (0, last))
     if named:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     return _png(figure)
+
+
+def _name(told: str) -> str:
+    """A name as it stands beside a line: of a length that leaves room for the lines, and not read as mathematics."""
+    return (told if len(told) <= LONGEST else f"{told[:LONGEST]}…").replace("$", r"\$")
 
 
 def _look(i: int) -> dict[str, str]:
@@ -81,14 +90,15 @@ def _heat(axes: Any, matrix: Matrix) -> None:
     values = [[float("nan") if s is None else s for s in row] for row in matrix.scores]
     axes.imshow(values, cmap=blues, vmin=0, vmax=1, aspect="auto")
     small = 9 if len(matrix.tasks) <= 9 else 6.5
-    for i, row in enumerate(matrix.scores):
+    for i, row in enumerate(matrix.scores if len(matrix.stages) * len(matrix.tasks) <= CELLS else ()):
         for j, score in enumerate(row):
             axes.text(j, i, percent(score), ha="center", va="center", fontsize=small,
                       color="white" if score is not None and score > 0.55 else INK)
             if matrix.tasks[j] == matrix.stages[i]:
                 axes.add_patch(_frame(j, i))
-    axes.set_xticks(range(len(matrix.tasks)), matrix.tasks, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(matrix.stages)), matrix.stages)
+    axes.set_xticks(range(len(matrix.tasks)), [*map(_name, matrix.tasks)], rotation=35, ha="right",
+                    rotation_mode="anchor")
+    axes.set_yticks(range(len(matrix.stages)), [*map(_name, matrix.stages)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{matrix.strategy} on {matrix.stream}: score (%) after each stage")
@@ -112,7 +122,7 @@ def _bars(axes: Any, groups: Sequence[Group], looks: dict[str, dict[str, str]]) 
         if fall is not None:
             axes.barh(y - 0.24, max(fall, 0), 0.2, facecolor="none", edgecolor=colour, hatch="/////")
             axes.text(max(fall, 0) + 0.02, y - 0.24, percent(fall), va="center", fontsize=8, color=SOFT)
-    axes.set_yticks(range(len(groups)), [group.label for group in reversed(groups)])
+    axes.set_yticks(range(len(groups)), [_name(group.label) for group in reversed(groups)])
     axes.set_xlim(0, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
     axes.tick_params(length=0)

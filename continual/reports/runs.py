@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from continual.errors import DataError, MissingError, gathered
+from continual import cells, reading
+from continual.errors import DataError, MissingError, brief, gathered
 from continual.files import file_name
 from continual.matrix import BASE, Matrix, mean
 
@@ -25,6 +26,7 @@ def kind(folder: Path) -> str:
     """`run`, `adapt` or `comparison`, told by the files; raises MissingError for any other folder."""
     if not folder.is_dir():
         raise MissingError(f"{folder}: there is no such folder; expected {EXPECTED}")
+    reading.refuse_links_out(folder)
     if (folder / "curve.json").is_file():
         return "adapt"
     if (folder / "matrix.json").is_file():
@@ -34,6 +36,8 @@ def kind(folder: Path) -> str:
     if (folder / "config.yaml").is_file():
         raise MissingError(f"{folder}: a run that has scored nothing yet (no matrix.json); wait for its first row, or "
                            "start it again with the same out=")
+    if left := cells.unfinished(folder):
+        raise MissingError(f"{folder}: nothing is scored yet; {' '.join(left)}")
     raise MissingError(f"{folder}: no run in it ({_held(folder)}); expected {EXPECTED}")
 
 
@@ -56,23 +60,21 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Raises MissingError or DataError, as Matrix.load does."""
-        return cls(path, Matrix.load(path / "matrix.json"))
+        """Raises MissingError or DataError, as Matrix.load does; also where no stage has been scored."""
+        matrix = Matrix.load(path / "matrix.json")
+        if not matrix.stages:
+            raise DataError(f"{path / 'matrix.json'}: no stage has been scored; start the run again with the same out=")
+        return cls(path, matrix)
 
     @cached_property
     def config(self) -> str:
         """The text of config.yaml, empty where there is none."""
-        return read_text(self.path / "config.yaml")
+        return reading.text(self.path / "config.yaml")
 
     @cached_property
     def settings(self) -> dict[str, str]:
         """Every key of config.yaml in dotted form, but those in which repetitions of one experiment differ."""
-        import yaml
-
-        try:
-            told = dict(_flat(yaml.safe_load(self.config) or {}))
-        except yaml.YAMLError as error:
-            raise DataError(f"{self.path / 'config.yaml'}: not YAML ({error}); restore the file") from error
+        told = dict(_flat(reading.yaml_mapping(self.path / "config.yaml")))
         return {key: value for key, value in told.items() if not REPEATED & {key.rpartition(".")[2]}}
 
     @cached_property
@@ -93,12 +95,11 @@ class Run:
         """Every answer to the task's test prompts after that stage; empty where none were written."""
         path = self.path / "predictions" / f"stage-{self.number(stage):02d}" / f"{file_name(task)}.jsonl"
         rows, problems = [], []
-        for line, text in enumerate(read_text(path).splitlines(), 1):
+        for number, line in reading.lines(path) if path.is_file() else ():
             try:
-                row = json.loads(text)
-                rows.append({**row, "score": float(row["score"]), "id": row["id"]})
-            except (ValueError, KeyError, TypeError) as error:
-                problems.append(f"{path}:{line}: no prediction with an id and a score ({error!r})")
+                rows.append(_prediction(reading.parse(line, f"{path}:{number}", line=True), f"{path}:{number}"))
+            except DataError as error:
+                problems.append(str(error))
         if problems:
             raise DataError(gathered(problems) + "\nRemove the file, or score the run again.")
         return rows
@@ -123,14 +124,18 @@ class Curve:
     def read(cls, path: Path) -> Curve:
         """Raises DataError where curve.json is not of schema 1."""
         file = path / "curve.json"
+        told = reading.json_file(file)
         try:
-            told = json.loads(read_text(file))
             if told["schema"] != 1:
-                raise ValueError(f"schema {told['schema']!r}; this version reads schema 1")
-            points = tuple(sorted((int(p["shots"]), int(p["step"]), float(p["score"])) for p in told["points"]))
-            if wrong := [p for p in points if not 0 <= p[2] <= 1]:
-                raise ValueError(f"scores outside [0, 1]: {wrong}")
-            return cls(path, told["task"], told["metric"], str(told["start"]), points)
+                raise ValueError(f"schema {brief(told['schema'])}; this version reads schema 1")
+            if strange := [key for key in ("task", "metric", "start") if not isinstance(told[key], str)
+                           or reading.CONTROL.search(told[key])]:
+                raise ValueError(f"{', '.join(strange)} should be text without control characters")
+            points = [(p["shots"], p["step"], p["score"]) for p in told["points"]]
+            if wrong := [p for p in points if not all(map(reading.is_number, p, (0, 0, 0), (1e12, 1e12, 1)))]:
+                raise ValueError(f"these are no shots, step and score in [0, 1]: {brief(wrong)}")
+            points = sorted((int(shots), int(step), float(score)) for shots, step, score in points)
+            return cls(path, told["task"], told["metric"], told["start"], tuple(points))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}: no curve of schema 1 ({error!r}); adapt again") from error
 
@@ -237,26 +242,49 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             raise DataError(f"{folder}: an adapt folder has a curve, not a matrix; compare it with adapt folders only")
         paths += [folder] if what == "run" else _children(folder)
         if what == "comparison":
-            waiting += [p.parent.name for p in sorted(folder.glob("*/config.yaml"))
-                        if not (p.parent / "matrix.json").is_file()]
+            begun = [p.parent.name for p in sorted(folder.glob("*/config.yaml"))
+                     if not (p.parent / "matrix.json").is_file()]
+            waiting += dict.fromkeys([*begun, *cells.waiting(folder)])
     return [Run.read(path) for path in dict.fromkeys(paths)], waiting
 
 
-def read_text(path: Path) -> str:
-    """The file's text, empty where there is no file."""
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def _prediction(row: Any, where: str) -> dict[str, Any]:
+    """A line of predictions, if it is one: an id, a score, and texts beside them."""
+    whole = isinstance(row, dict) and isinstance(row.get("id"), str | int) and reading.is_number(row.get("score"))
+    texts = whole and all(isinstance(row.get(key), str | None) for key in ("prompt", "answer"))
+    if not texts or not isinstance(row.get("references"), list | None):
+        raise DataError(f"{where}: no prediction with an id and a score, a prompt, an answer and a list of references")
+    return {**row, "score": float(row["score"])}
 
 
 def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of events.jsonl, and how many of its lines are broken."""
-    told, broken = [], 0
-    for line in read_text(folder / "events.jsonl").splitlines():
+    told, broken, path = [], 0, folder / "events.jsonl"
+    for number, line in reading.lines(path) if path.is_file() else ():
         try:
-            event = json.loads(line)
-            told.append({**event, "event": event["event"]})
-        except (ValueError, KeyError, TypeError):
+            event = reading.parse(line, f"{path}:{number}", line=True)
+            told += [event] if (whole := _is_event(event)) else []
+            broken += not whole
+        except DataError:
             broken += 1
     return told, broken
+
+
+# What the pages draw and write of an event, where it has them.
+NUMBERS = ("time", "stage", "step", "steps", "lr", "loss", "tokens", "seconds", "bytes", "memory_bytes")
+TEXTS = ("task", "split")
+
+
+def _is_event(event: Any) -> bool:
+    """Whether a line is an event whose parts are of their kinds."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    if event["event"] == "step" and event.get("step") is None:
+        return False
+    notes = event.get("notes") or {}
+    return (all(event.get(key) is None or reading.is_number(event[key]) for key in NUMBERS)
+            and all(isinstance(event.get(key), str | None) for key in TEXTS)
+            and isinstance(notes, dict) and all(map(reading.is_number, notes.values())))
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -62,7 +62,7 @@ def _summary(matrix: Matrix) -> Table:
     return table
 
 
-def comparison(console: Console, groups: Sequence[Group], waiting: Sequence[str]) -> None:
+def comparison(console: Console, groups: Sequence[Group], waiting: Sequence[str], left: Sequence[str] = ()) -> None:
     """One row a group: mean and spread over its finished runs; what is unfinished or has no room is told below."""
     console.print(Text("percent, mean ± standard deviation over seeds and orders", style="dim"))
     table = Table(box=None, padding=(0, 1))
@@ -81,6 +81,8 @@ def comparison(console: Console, groups: Sequence[Group], waiting: Sequence[str]
                        ("unfinished, and in no mean", half), ("nothing scored yet", list(waiting))):
         if told:
             console.print(Text(f"{what}: {', '.join(told)}", style="yellow"))
+    for text in left:
+        console.print(Text(text, style="yellow"), soft_wrap=True)
 
 
 def _head(name: str) -> str:

@@ -40,14 +40,15 @@ def columns(groups: Sequence[Group]) -> list[str]:
     return [name for name in COLUMNS if any(group.mean(name) is not None for group in groups)]
 
 
-def comparison_page(runs: Sequence[Run], groups: Sequence[Group], waiting: Sequence[str], out: Path) -> dict[str, Any]:
-    """The values of comparison.html.j2; links are relative to `out`."""
+def comparison_page(runs: Sequence[Run], groups: Sequence[Group], waiting: Sequence[str], out: Path,
+                    left: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of comparison.html.j2; links are relative to `out`, `left` says what is to be finished and how."""
     streams = ", ".join(dict.fromkeys(run.matrix.stream for run in runs))
     arms = [group for group in groups if not group.joint]
     looks: dict[str, int | str] = {group.label: i for i, group in enumerate(arms)}
     looks.update({group.label: "ceiling" for group in groups if group.joint})
     title = f"{len(arms)} strategies on {streams}" if len(arms) > 1 else f"Runs on {streams}"
-    return {"title": title, "facts": _facts(runs), "looks": looks, "notices": _notices(runs, waiting),
+    return {"title": title, "facts": _facts(runs), "looks": looks, "notices": [*_notices(runs, waiting), *left],
             "curves": _overlay(groups, looks), "plane": _plane(arms, looks),
             "names": [(name, MEANINGS[name]) for name in columns(groups)], "rows": _rows(groups),
             "heats": _heats(groups), **_panels(groups, looks), "runs": _links(groups, columns(groups), out)}

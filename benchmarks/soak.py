@@ -1,0 +1,145 @@
+"""One stream of 200 tiny tasks: memory, open files and the time of a step must not grow with the tasks behind.
+
+`python -m benchmarks.soak [--tasks 200] [--strategies NAME ...] [--out PATH]`. Each strategy runs in a process of its
+own: a small Llama, two steps a task, a checkpoint after each of which the newest two are kept, and after each stage the
+first eight tasks are scored. The resident memory, what of it Python's and torch's own allocations can grow by, and the
+open files are read after every task; the CPU time of a stage is the median of the ten tasks up to the one named.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import argparse
+import gc
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "soak-cpu.md"
+STRATEGIES = {"naive": [], "replay": ["strategy.replay.capacity=64"], "online_ewc": ["strategy.online_ewc.examples=8"]}
+SCORED = 8
+EARLY = 20  # what the last task is compared with: by then all code has run
+MOST = 1.05  # times the memory of that task
+WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "plum")
+
+
+def write_work(root: Path, tasks: int) -> list[str]:
+    """A stream of so many tasks and a small random Llama, written into `root`; returns the keys of a run on them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from continual.scratch import byte_bpe
+    from streams.folder import folder
+
+    names = [f"task{i:03d}" for i in range(tasks)]
+    for number, task in enumerate(names):
+        for split, n in (("train", 8), ("test", 2)):
+            path = root / "stream" / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"instruction": f"Say the word of {task}.", "input": f"{split} {i} {WORDS[(i + number) % 8]}",
+                     "output": WORDS[number % 8]} for i in range(n)]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "stream" / "stream.json").write_text(json.dumps({"tasks": [{"name": name} for name in names]}))
+    corpus = [e for t in folder(path=str(root / "stream"), seed=0).tasks for e in t.train]
+    tokenizer = byte_bpe(corpus, 400, 64)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    ).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return ["stream=folder", f"stream.path={root / 'stream'}", "model=hf", f"model.name={root / 'model'}", "device=cpu",
+            "train.steps=2", "train.batch_size=4", "train.log_every=1", "checkpoint.keep=2"]
+
+
+def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:
+    """Learn all tasks in this process; after each one what it holds and what it took."""
+    import torch
+    from rich.console import Console
+
+    from benchmarks.common import resident
+    from continual import cli
+    from continual.interrupt import Signals
+    from continual.run import Events, Keeper, add_row, empty, set_up, train
+
+    torch.set_num_threads(1)
+    cli.quiet()
+    out = root / strategy
+    config = cli.configure("run", [*write_work(root / f"{strategy}-work", tasks), f"strategy={strategy}",
+                                   *STRATEGIES[strategy], f"out={out}"])
+    bench = set_up(config, out)
+    bench = replace(bench, tests=bench.tests[:SCORED])
+    found, matrix = [], empty(bench)
+    with Events(out / "events.jsonl", Console(stderr=True, quiet=True)) as events, Signals() as signals:
+        for number in range(1, tasks + 1):
+            events.stage, began = number, time.thread_time()
+            matrix = train(out, bench, matrix, Keeper(out, bench, matrix, number, events, signals), None)
+            trained = time.thread_time()
+            matrix = add_row(out, bench, matrix, events, signals)
+            found.append({"train_ms": 1e3 * (trained - began), "score_ms": 1e3 * (time.thread_time() - trained),
+                          "files": len(os.listdir("/proc/self/fd")), "objects": len(gc.get_objects()),
+                          "resident": resident("VmRSS")})
+    return found
+
+
+def summary(strategy: str, told: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """The last task beside an early one."""
+    early, last = told[min(EARLY, len(told) // 2) - 1], told[-1]
+    times = {key: [statistics.median(t[key] for t in told[end - 10 : end]) for end in (min(EARLY, len(told) // 2),
+                                                                                       len(told))]
+             for key in ("train_ms", "score_ms")}
+    return {"strategy": strategy, "MB early": early["resident"] / 1e6, "MB last": last["resident"] / 1e6,
+            "ratio": last["resident"] / early["resident"],
+            "KB a task": (last["resident"] - early["resident"]) / 1e3 / (len(told) - min(EARLY, len(told) // 2)),
+            "objects": f"{early['objects']:.0f} -> {last['objects']:.0f}",
+            "files": f"{early['files']:.0f} -> {last['files']:.0f}",
+            "ms to train": f"{times['train_ms'][0]:.1f} -> {times['train_ms'][1]:.1f}",
+            "ms to score": f"{times['score_ms'][0]:.1f} -> {times['score_ms'][1]:.1f}"}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One row a strategy."""
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{v:.3f}" if k == "ratio" else f"{v:.1f}" if isinstance(v, float) else str(v)
+                                       for k, v in row.items()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what the command line asks for; exits with 1 where memory or open files grow."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=200, metavar="N")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES, metavar="NAME")
+    parser.add_argument("--out", type=Path, default=RESULT, metavar="PATH", help="where the table goes")
+    asked = parser.parse_args()
+    from benchmarks.common import machine
+
+    rows, grown, began = [], [], time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in asked.strategies:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                told = pool.apply(soak, (Path(folder), name, asked.tasks))
+            rows.append(summary(name, told))
+            early, last = told[min(EARLY, len(told) // 2) - 1], told[-1]
+            grown += [name] if rows[-1]["ratio"] > MOST or last["files"] > early["files"] else []
+    text = (f"# soak\n\n{__doc__.strip()}\n\n{asked.tasks} tasks, early: after task {min(EARLY, asked.tasks // 2)}. In "
+            f"{time.monotonic() - began:.0f} s on {machine()}.\n\n{table(rows)}")
+    asked.out.write_text(text)
+    print(text)
+    sys.exit(bool(grown))
+
+
+if __name__ == "__main__":
+    main()
