@@ -118,15 +118,15 @@ def _summed(made: Plan, work: Work, config: DictConfig) -> Plan:
     a_token = sum(s.flops for s in known[-2:]) / sum(s.tokens for s in known[-2:])
     grows = made.growth(lambda s: s.flops / s.tokens)
     later = [tokens * (a_token + grows * (i + 1)) for i, tokens in enumerate(work.tokens[len(known) :])]
+    training = [*(s.flops for s in known), *later]
+    made = replace(made, training=training)
     keep = min(config.checkpoint.keep or work.count, work.count)
     each = [made.last(lambda s: s.weights_disk + s.memory_disk) - i * made.growth(
         lambda s: s.weights_disk + s.memory_disk) for i in range(keep)]
     within = 2 * known[-1].progress_disk + 2 * max(each)  # of the stage under way
     rows = sum(_line(test) for test in work.tests) / len(work.tests) * work.asked
-    training = [*(s.flops for s in known), *later]
     steps = sum(s.steps for s in known) + known[-1].steps * len(later)
-    return replace(made, training=training, checkpoints=sum(each) + within, predictions=rows * (work.count + 1),
-                   steps=steps)
+    return replace(made, checkpoints=sum(each) + within, predictions=rows * (work.count + 1), steps=steps)
 
 
 def _line(test: Test) -> int:

@@ -96,6 +96,8 @@ class Ghosts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not tensors:
             return self._made(func, args, kwargs)
         if ghost:
+            if func is aten.index.Tensor:
+                args = (args[0], _places(args[1]))
             with self.fake:
                 out = func(*args, **kwargs)
         elif meta:
@@ -219,6 +221,15 @@ def scored(ghosts: Ghosts, model: Model, test: Test, batch_size: int) -> float:
     with ghosts:
         score(model, part, batch_size)
     return (ghosts.flops - before) * len(test.encoded) / len(part.encoded)
+
+
+def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with each real mask as the places where it holds: a ghost of a mask would not tell how many there are."""
+    found: list[Tensor | None] = []
+    for t in indices:
+        mask = t is not None and t.dtype == torch.bool and not isinstance(t, FakeTensor)
+        found += t.nonzero().unbind(-1) if mask and t is not None else [t]
+    return found
 
 
 def _held(value: Any) -> int:
