@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-NAMES = ("sft", "fisher", "maml", "answer", "overhead")
+NAMES = ("sft", "fisher", "maml", "answer", "overhead", "plan")
 RESULTS = Path(__file__).parent / "results"
 
 

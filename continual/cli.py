@@ -28,6 +28,7 @@ are scored, and the scores are the retained-task matrix.
   continual compare [key=value ...]   strategies x seeds x orders over one stream, side by side
   continual run     [key=value ...]   one strategy over one stream
   continual adapt   [key=value ...]   one new task, from a checkpoint or a base model: its curve over steps and shots
+  continual plan    [key=value ...]   memory, FLOPs, hours and disk of a run, before it is begun
   continual audit   [key=value ...]   what is amiss in a stream's rows: repeated, leaked, contradictory, too long
   continual report  PATH...           tables, report.html and curves.png again, from folders on disk
   continual list    [strategies|streams|models]   what there is
@@ -57,6 +58,12 @@ EXAMPLES = {
   continual adapt adapt.start=runs/maml/checkpoints/stage-03 stream.tasks=[NEW]
   continual adapt adapt.start=base stream.tasks=[NEW]                      the base model, to compare with
   continual adapt adapt.start=runs/maml stream=folder stream.path=DIR stream.tasks=[NEW] adapt.shots=[16,64]""",
+    "plan": """continual plan [key=value ...]: what a run with these keys would take, and what grows with its tasks.
+
+  continual plan strategy=ewc                              the default stream and model
+  continual plan stream=folder stream.path=DIR model=hf model.name=DIR strategy=replay plan.memory=80
+  continual plan model=hf model.name=docs/llama-3.1-8b plan.tasks=1000 plan.gpus=64 plan.flops=989e12
+  continual plan model=hf model.name=DIR plan.tasks=20 plan.examples=5000 plan.tokens=300 plan.response=8""",
     "audit": """continual audit [key=value ...]: what is amiss in a stream's rows, as run tells it at its start.
 
   continual audit stream=folder stream.path=DIR score.split=dev   repeats, leaks, conflicts, one-sided answers
@@ -156,6 +163,14 @@ def _work(verb: str, rest: Sequence[str]) -> None:
             report.tables(Console(), Path(config.out))
 
 
+def _plan(rest: Sequence[str]) -> None:
+    config = configure("plan", rest)
+    from continual.plan import plan, show
+
+    quiet()
+    show(plan(config), config, Console())
+
+
 def _audit(rest: Sequence[str]) -> None:
     """Count what is amiss in the rows."""
     config = configure("audit", rest)
@@ -190,8 +205,8 @@ def _list(rest: Sequence[str]) -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "audit": _audit,
-    "report": _report, "list": _list,
+    "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "plan": _plan,
+    "audit": _audit, "report": _report, "list": _list,
 }
-CONFIGURED = ("compare", "run", "adapt", "audit")
+CONFIGURED = ("compare", "run", "adapt", "plan", "audit")
 SHARED = ("run", "adapt")

@@ -57,12 +57,13 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none", dtype: str = "fp32",
        trust_remote_code: bool = False, adapters: Mapping[str, Mapping[str, Any]] | None = None, network: bool = True,
-       **_: Any) -> Model:
+       drawn: bool = False, **_: Any) -> Model:
     """Load a hub id or local folder through the Auto classes, causal or encoder-decoder by its own config.
 
     `adapter` names a kind of `adapters` (lora or any other peft kind with its settings) or is "none" for full
-    fine-tuning. Without the `network` it only tokenises, and no weights are read. Raises MissingError if there is no
-    such model, ConfigError for an unknown adapter or dtype.
+    fine-tuning. With `drawn` the weights are drawn anew, and config.json alone is needed. Without the `network` it only
+    tokenises, and no weights are read. Raises MissingError if there is no such model, ConfigError for an unknown
+    adapter or dtype.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -76,8 +77,10 @@ def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none",
     try:
         config = AutoConfig.from_pretrained(**source)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        if network:
+        tokenizer = AutoTokenizer.from_pretrained(**source) if not drawn or _has_tokenizer(path) else _no_words()
+        if drawn:
+            net = kind.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+        elif network:
             net, told = kind.from_pretrained(**source, dtype=DTYPES[dtype], use_safetensors=True,
                                              output_loading_info=True)
             if absent := sorted(told["missing_keys"]):
@@ -89,6 +92,20 @@ def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none",
     if not network:
         return reader(tokenizer, context_of(config), seq2seq=bool(config.is_encoder_decoder))
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
+
+
+def _has_tokenizer(path: str) -> bool:
+    """Whether a folder has one; a hub id does."""
+    return not Path(path).is_dir() or any(Path(path).glob("*token*"))
+
+
+def _no_words() -> Any:
+    """A tokenizer that knows an end of sequence only."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
 
 
 def assemble(net: Any, tokenizer: Any, *, device: str = "auto", seed: int = 0, adapter: str = "none",

@@ -30,12 +30,13 @@ END = "<|endoftext|>"
 
 def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int, vocabulary: int, pretrain: Any,
           attention: str = "sdpa", seed: int = 0, weights_seed: int = 0, device: str = "auto", adapter: str = "none",
-          adapters: Mapping[str, Mapping[str, Any]] | None = None, network: bool = True) -> Model:
+          adapters: Mapping[str, Mapping[str, Any]] | None = None, network: bool = True, drawn: bool = False) -> Model:
     """A Llama of the given shape for this stream, from the user's cache if it was built before.
 
     The tokenizer is a byte-level BPE of `vocabulary` tokens trained on the stream's training text. With
     `pretrain.tokens` above 0 the model first learns that many tokens: of the stream's own pre-training examples, or,
     where it has none, of the training rows' inputs as plain text behind their instructions, without their answers.
+    With `drawn` the weights stay as they are drawn, and nothing is kept.
     Without the `network` it only tokenises, and nothing is kept.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,6 +46,10 @@ def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int,
         raise ConfigError(f"model.hidden={hidden} is no multiple of model.heads={heads}; choose such a pair")
     tasks = sorted(stream.tasks, key=lambda t: t.name)  # one model whatever the order
     corpus = [*(e for t in tasks for e in t.train), *stream.pretraining]
+    if drawn:
+        tokenizer = byte_bpe(corpus, vocabulary, context)
+        return assemble(_llama(tokenizer, shape, attention, weights_seed), tokenizer, device=device, seed=seed,
+                        adapter=adapter, adapters=adapters)
     if not network:
         return reader(byte_bpe(corpus, vocabulary, context), context)
     recipe = {"version": VERSION, **shape, "pretrain": dict(pretrain), "attention": attention, "seed": weights_seed,

@@ -40,7 +40,7 @@ def test_help_loads_nothing_heavy():
     assert out.strip().endswith("set()")
 
 
-@pytest.mark.parametrize("line", [line for verb in ("run", "compare", "adapt", "audit")
+@pytest.mark.parametrize("line", [line for verb in ("run", "compare", "adapt", "audit", "plan")
                                   for line in EXAMPLES[verb].splitlines()[2:]])
 def test_the_examples_of_the_help_compose(line):
     from continual.cli import configure
@@ -78,7 +78,7 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
 # Names that are not there
 
 @pytest.mark.parametrize(("words", "told"), [
-    (["rn"], r"unknown command 'rn'; did you mean 'run'? Known: adapt, audit, compare, list, report, run."),
+    (["rn"], r"unknown command 'rn'; did you mean 'run'? Known: adapt, audit, compare, list, plan, report, run."),
     (["list", "strategis"], "unknown list 'strategis'; did you mean 'strategies'"),
     (["run", "strategy=replya"], "unknown strategy 'replya'; did you mean 'replay'"),
     (["run", "strategy=[naive,ewk]"], "unknown strategy 'ewk'; did you mean 'ewc'"),
