@@ -32,6 +32,9 @@ class Strategy:
 
     notes: dict[str, float] = field(init=False, repr=False, default_factory=dict)  # shown beside the step's loss
 
+    def __post_init__(self) -> None:
+        """Where those of composed strategies end: each calls `super()`'s."""
+
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """A task arrives: ready the model; return what the optimizer may change (parameters or parameter groups)."""
         return list(weights(model).values())

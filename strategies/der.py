@@ -43,6 +43,7 @@ class DER(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work; seed the generator."""
+        super().__post_init__()
         if self.capacity < 0 or self.minibatch < 1 or self.top < 1 or min(self.alpha, self.beta) < 0:
             raise ConfigError(f"DER with capacity {self.capacity}, minibatch {self.minibatch}, top {self.top}, alpha "
                               f"{self.alpha} and beta {self.beta}: expected minibatch and top of at least 1, and no "

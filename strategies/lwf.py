@@ -42,6 +42,7 @@ class LwF(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse a teacher that does not exist and numbers that cannot work."""
+        super().__post_init__()
         if self.teacher not in TEACHERS:
             raise ConfigError(unknown("teacher", self.teacher, TEACHERS))
         if self.strength < 0 or not self.temperature > 0 or self.top < 1:

@@ -31,6 +31,7 @@ class Rehearsal(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse a share that leaves no room for new examples."""
+        super().__post_init__()
         if not 0 <= self.share < 1:
             raise ConfigError(f"replay share {self.share}: expected a number from 0 up to but not including 1")
         self.buffer = ReplayBuffer(0, seed=self.seed)

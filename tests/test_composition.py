@@ -8,6 +8,8 @@ import toy
 from continual.errors import ConfigError
 from continual.strategy import Strategy, compose
 from strategies.anchor import EWC, L2, OnlineEWC
+from strategies.der import DER
+from strategies.lwf import LwF
 from strategies.maml import MAML, Reptile
 from strategies.multitask import MultiTask
 from strategies.replay import Replay
@@ -122,3 +124,8 @@ def test_maml_composes_with_weighted_tasks():
 def test_two_kinds_of_pull_are_refused_where_their_strengths_differ():
     with pytest.raises(ConfigError, match="share 'strength'"):
         compose(L2(strength=1.0), EWC(strength=2.0))
+
+
+def test_every_part_of_a_composition_checks_and_seeds_itself():
+    for parts in ((LwF(), DER(seed=3)), (DER(seed=3), LwF())):
+        assert compose(*parts).rng.getstate() == DER(seed=3).rng.getstate()
