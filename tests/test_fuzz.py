@@ -106,6 +106,7 @@ FLOODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_no_flood_fills_the_memory(name, tmp_path):
     for whole in FLOODS.values():
