@@ -50,27 +50,12 @@ class Kill:
 
 def write_work(root: Path) -> list[str]:
     """A stream of four tasks and a small random Llama, written into `root`; returns the keys of a run on them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from benchmarks.works import write_small
 
-    from continual.scratch import byte_bpe
-    from streams.folder import folder
-
-    for task in TASKS:
-        for split, n, offset in (("train", 24, 0), ("dev", 2, 24), ("test", 6, 26)):
-            path = root / "stream" / task / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(_row(task, i)) + "\n" for i in range(offset, offset + n)))
-    (root / "stream" / "stream.json").write_text(json.dumps({"tasks": [{"name": t} for t in TASKS]}))
-    corpus = [e for t in folder(path=str(root / "stream"), seed=0).tasks for e in t.train]
-    tokenizer = byte_bpe(corpus, 400, 64)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    ).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    return ["stream=folder", f"stream.path={root / 'stream'}", "model=hf", f"model.name={root / 'model'}", "device=cpu",
-            "model.adapter=lora", "train.epochs=6", "train.batch_size=6", "train.log_every=1", "train.lr=0.003",
-            "checkpoint.every_steps=2"]
+    parts = (("train", range(24)), ("dev", range(24, 26)), ("test", range(26, 32)))
+    rows = {task: {split: [_row(task, i) for i in part] for split, part in parts} for task in TASKS}
+    return [*write_small(root, rows), "model.adapter=lora", "train.epochs=6", "train.batch_size=6",
+            "train.log_every=1", "train.lr=0.003", "checkpoint.every_steps=2"]
 
 
 def _row(task: str, i: int) -> dict[str, str]:

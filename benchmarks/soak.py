@@ -15,7 +15,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import argparse
 import gc
-import json
 import multiprocessing
 import statistics
 import sys
@@ -36,29 +35,16 @@ WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "plum")
 
 def write_work(root: Path, tasks: int) -> list[str]:
     """A stream of so many tasks and a small random Llama, written into `root`; returns the keys of a run on them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from benchmarks.works import write_small
 
-    from continual.scratch import byte_bpe
-    from streams.folder import folder
+    rows = {f"task{i:03d}": {split: [_row(i, split, k) for k in range(n)] for split, n in (("train", 8), ("test", 2))}
+            for i in range(tasks)}
+    return [*write_small(root, rows), "train.steps=2", "train.batch_size=4", "train.log_every=1", "checkpoint.keep=2"]
 
-    names = [f"task{i:03d}" for i in range(tasks)]
-    for number, task in enumerate(names):
-        for split, n in (("train", 8), ("test", 2)):
-            path = root / "stream" / task / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [{"instruction": f"Say the word of {task}.", "input": f"{split} {i} {WORDS[(i + number) % 8]}",
-                     "output": WORDS[number % 8]} for i in range(n)]
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "stream" / "stream.json").write_text(json.dumps({"tasks": [{"name": name} for name in names]}))
-    corpus = [e for t in folder(path=str(root / "stream"), seed=0).tasks for e in t.train]
-    tokenizer = byte_bpe(corpus, 400, 64)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    ).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    return ["stream=folder", f"stream.path={root / 'stream'}", "model=hf", f"model.name={root / 'model'}", "device=cpu",
-            "train.steps=2", "train.batch_size=4", "train.log_every=1", "checkpoint.keep=2"]
+
+def _row(task: int, split: str, i: int) -> dict[str, str]:
+    return {"instruction": f"Say the word of task{task:03d}.", "input": f"{split} {i} {WORDS[(i + task) % 8]}",
+            "output": WORDS[task % 8]}
 
 
 def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:

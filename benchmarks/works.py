@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -97,6 +98,27 @@ def stepper(model: Model, groups: Sequence[Any], backward: Callable[[Model, Batc
         return loss
 
     return step
+
+
+def write_small(root: Path, rows: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]]) -> list[str]:
+    """A stream of these rows, by task and split, and a small random Llama for it, written into `root`; a run's keys."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from streams.folder import folder
+
+    stream = root / "stream"
+    for task, splits in rows.items():
+        (stream / task).mkdir(parents=True, exist_ok=True)
+        for split, told in splits.items():
+            (stream / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    (stream / "stream.json").write_text(json.dumps({"tasks": [{"name": task} for task in rows]}))
+    words = byte_bpe([e for t in folder(path=str(stream), seed=0).tasks for e in t.train], 400, 64)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=None, eos_token_id=words.eos_token_id)
+    ).save_pretrained(root / "model")
+    words.save_pretrained(root / "model")
+    return ["stream=folder", f"stream.path={stream}", "model=hf", f"model.name={root / 'model'}", "device=cpu"]
 
 
 @cache

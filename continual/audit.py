@@ -25,7 +25,7 @@ from continual.events import Events
 from continual.files import write_whole
 from continual.lengths import Fit, Lengths, fit, measure
 from continual.reports import audits
-from continual.score import METRICS, SPLITS, Test, normalise, prepare
+from continual.score import METRICS, SPLITS, Test, normalise
 from continual.template import Encoder
 
 FEW = 20  # answers at most, each ten times on average, make a task without labels a classification task
@@ -192,8 +192,7 @@ def alone(config: DictConfig, console: Console) -> Audit:
     else:
         reader = build.reader(config, stream)
         encoder = replace(build.encoder(config, reader), on_unfit="skip")
-        tests = [prepare(t, encoder, s.split, i, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit,
-                         how=s.how) for i, t in enumerate(stream.tasks) if getattr(t, s.split, ())]
+        tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks) if getattr(t, s.split, ())]
         told = _counted(config, stream, encoder, reader.context, tests, lambda rows: fit(encoder, rows))
     audits.show(console, told.to_json())
     return told

@@ -15,10 +15,11 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from continual.data import Stream
+from continual.data import Example, Stream, Task
 from continual.errors import ConfigError, DataError, brief, gathered, mistyped, unknown
 from continual.files import file_name
 from continual.model import Model
+from continual.score import Test, prepare
 from continual.stage import Recipe
 from continual.strategy import Strategy, compose
 from continual.template import Encoder
@@ -116,6 +117,13 @@ def encoder(config: DictConfig, made: Model) -> Encoder:
     """The configured template, for this model's tokenizer and context."""
     limit = min(config.data.max_length, made.context or config.data.max_length)
     return Encoder(made.tokenizer, config.data.template, limit, made.layout.seq2seq, config.data.on_unfit)
+
+
+def test(config: DictConfig, task: Task[Example], encoder: Encoder, index: int) -> Test:
+    """The task, column `index` of the matrix, ready to be scored as configured; raises as `score.prepare` does."""
+    s = config.score
+    return prepare(task, encoder, s.split, index, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit,
+                   how=s.how)
 
 
 def recipe(config: DictConfig) -> Recipe:

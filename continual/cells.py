@@ -10,6 +10,7 @@ from typing import Any
 
 from continual.errors import DataError
 from continual.files import write_whole
+from continual.reading import json_file
 
 PLAN = "cells.json"
 FAILED = "failed.txt"  # in a run's folder
@@ -36,7 +37,7 @@ def unfinished(out: Path) -> list[str]:
     """One text for each command that has runs to finish: which, why, and the command; raises DataError."""
     found = []
     for told in _plans(out):
-        if left := {name: state for name in told["cells"] if (state := _state(out / name))}:
+        if left := failures(out, told["cells"]):
             runs = "".join(f"\n  {name}: {state}" for name, state in left.items())
             found.append(f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis finishes them:\n  "
                          + command(out, told["words"]))
@@ -62,7 +63,7 @@ def _plans(out: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        told = json.loads(path.read_text("utf-8"))
+        told = json_file(path)
         plans = [{"words": list(map(str, t["words"])), "cells": list(map(str, t["cells"]))} for t in told["commands"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error!r}); remove it: the same continual compare writes it again"

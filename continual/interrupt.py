@@ -71,7 +71,7 @@ class Signals:
 
 
 def again(out: Path) -> str:
-    """The command that was given, with the run's or comparison's folder."""
+    """The command that was given, with the run's folder."""
     words = [w for w in sys.argv[1:] if not w.startswith("out=")]
     start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if started() > 1 else []
     return shlex.join([*start, "continual", *words, f"out={out}"])

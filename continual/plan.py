@@ -23,7 +23,7 @@ from continual.data import Encoded, Example, Stream, Task
 from continual.errors import ConfigError, gathered, mistyped
 from continual.model import Model
 from continual.rehearse import Ghosts, Stage, rehearse, scored
-from continual.score import Test, prepare
+from continual.score import Test
 from continual.template import columns
 
 LEAST = {"tasks": 1, "examples": 1, "tests": 1, "tokens": 2, "response": 1, "stages": 1, "steps": 2, "gpus": 1}
@@ -150,9 +150,8 @@ def _grown(ghosts: Ghosts, model: Model, config: DictConfig, work: Work, stages:
 
 def _streamed(config: DictConfig, model: Model, stream: Stream) -> Work:
     """The stream's own rows, in its order."""
-    encoder, names, s = build.encoder(config, model), columns(stream), config.score
-    tests = [prepare(t, encoder, s.split, i, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit,
-                     how=s.how) for i, t in enumerate(stream.tasks[: config.plan.stages])]
+    encoder, names = build.encoder(config, model), columns(stream)
+    tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks[: config.plan.stages])]
     stages = [encoder.task(t, names, dev=False) for t in stream.stages]
     return Work(stages[: config.plan.stages], tests, [sum(len(e.ids) for e in t.train) for t in stages],
                 len(stream.tasks))

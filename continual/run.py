@@ -28,7 +28,7 @@ from continual.model import Model
 from continual.parallel import agreed, first, leads
 from continual.precision import settle
 from continual.reading import is_number, lines, parse
-from continual.score import Test, prepare, score
+from continual.score import Test, score
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
 from continual.template import Encoder
@@ -56,9 +56,7 @@ def set_up(config: DictConfig, out: Path) -> Bench:
     stream = build.stream(config)
     model = build.model(config, stream)
     encoder = build.encoder(config, model)
-    s = config.score
-    tests = [prepare(t, encoder, s.split, i, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit,
-                     how=s.how) for i, t in enumerate(stream.tasks)]
+    tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]
     tokens = tokenise(out / "tokens.safetensors", encoder, stream, dev=recipe.patience is not None)
     return Bench(config, stream, model, strategy, recipe, encoder, tests, tokens)
 

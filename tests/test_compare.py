@@ -14,6 +14,7 @@ from continual import cells, scratch
 from continual.compare import PLUGINS
 from continual.errors import DataError
 from continual.matrix import Matrix
+from continual.reports import audits
 
 SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
 
@@ -201,3 +202,12 @@ def test_processes_that_need_the_same_scratch_model_build_it_once(tmp_path):
     kept = [p for p in (tmp_path / "cache/continual/models").iterdir() if p.suffix != ".lock"]
     assert len(kept) == 1
     assert (kept[0] / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["cells.json", "it/audit.json"])
+def test_a_file_that_is_nested_without_end_is_one_clear_error(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[" * 300_000)
+    with pytest.raises(DataError, match=name):
+        audits.load(path.parent) if "audit" in name else cells.waiting(tmp_path)

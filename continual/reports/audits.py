@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from continual.errors import DataError, gathered
+from continual.reading import json_file
 from continual.reports.figures import NONE, count, percent
 
 FILE = "audit.json"
@@ -27,7 +27,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        told: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        told: dict[str, Any] = json_file(path)
         if told["schema"] != 1:
             raise ValueError(f"schema {told['schema']!r}; this version reads schema 1")
         rows(told), lines(told), caption(told), solved(told, {})
