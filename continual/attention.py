@@ -79,6 +79,14 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     return torch.cat(out)[None], None
 
 
+def fused() -> bool:
+    """Whether fused kernels may serve, which have no second derivative.
+
+    Who wants one has switched them all off: `sdpa_kernel(SDPBackend.MATH)`, on a CPU too.
+    """
+    return bool(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
+
+
 def of_all_heads(heads: int, *states: Tensor) -> list[Tensor]:
     """Keys or values (b, K, n, D), each repeated for the query heads that share it -> (b, H, n, D)."""
     return [x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in states]

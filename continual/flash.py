@@ -34,8 +34,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     """
     windowed = sliding_window is not None and sliding_window < row.longest
     same = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
-    fused = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # on the CPU too
-    if windowed or softcap is not None or dropout or not same or not fused:
+    if windowed or softcap is not None or dropout or not same or not attention.fused():
         return attention.attend(module, query, key, value, attention_mask, row=row, scaling=scaling, dropout=dropout,
                                 sliding_window=sliding_window, softcap=softcap, **more)
     key, value = attention.of_all_heads(query.shape[1], key, value)

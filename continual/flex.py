@@ -44,13 +44,9 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
 
 
 def _serves(query: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether the kernel can do it: it has no dropout, and no second derivative.
-
-    Who wants the latter has switched all fused kernels off: `sdpa_kernel(SDPBackend.MATH)`.
-    """
+    """Whether the kernel can do it: it has no dropout, and no second derivative."""
     fits = query.dtype in DTYPES and all(16 <= x.shape[-1] <= 256 for x in (query, value))
-    fused: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
-    return not dropout and fused and (fits or not query.is_cuda)
+    return not dropout and attention.fused() and (fits or not query.is_cuda)
 
 
 @cache
