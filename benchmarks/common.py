@@ -60,7 +60,7 @@ def ratios(arm: str, peers: Sequence[str], took: Mapping[str, float], memory: Ma
     found: dict[str, float] = {}
     for peer in (p for p in peers if p in took and p != arm):
         found[peer] = took[peer] / took[arm]
-        if (ours := memory[arm]) and (theirs := memory[peer]):
+        if (ours := memory.get(arm)) and (theirs := memory.get(peer)):
             found[f"{peer} memory"] = ours / theirs
     return found
 
@@ -144,7 +144,9 @@ def peaks(loads: Mapping[str, tuple[Any, ...]], build: Callable[..., Step], step
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([build.__module__, "peft", "transformers"])
-    with ProcessPoolExecutor(1 if ASKED.gpu else 2, mp_context=context, max_tasks_per_child=1) as pool:
+    side = 1 if ASKED.gpu else 2
+    with ProcessPoolExecutor(side, mp_context=context, max_tasks_per_child=1, initializer=torch.set_num_threads,
+                             initargs=(max(1, torch.get_num_threads() // side),)) as pool:
         waiting = {name: pool.submit(peak, build, arguments, steps) for name, arguments in loads.items()}
         return {name: found.result() for name, found in waiting.items()}
 

@@ -54,7 +54,7 @@ def write_work(root: Path) -> list[str]:
 
     parts = (("train", range(24)), ("dev", range(24, 26)), ("test", range(26, 32)))
     rows = {task: {split: [_row(task, i) for i in part] for split, part in parts} for task in TASKS}
-    return [*write_small(root, rows), "model.adapter=lora", "train.epochs=6", "train.batch_size=6",
+    return [*write_small(root, rows), "model.adapter=lora", "train.epochs=3", "train.batch_size=6",
             "train.log_every=1", "train.lr=0.003", "checkpoint.every_steps=2"]
 
 

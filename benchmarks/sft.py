@@ -9,10 +9,11 @@ order of examples in every arm; an arm makes its batches within its step. The ar
 - trl: SFTTrainer on prompts and completions, the loss on completions only. trainer: transformers' Trainer, prompts
   labelled -100. Both log, save and evaluate nothing, and keep activations (no checkpointing).
 
-padded, trl and trainer run at their best micro-batch of 8, 16 and 32, accumulated to the same 32 examples. The losses
-of the first steps stand beside each arm; a run in which they differ by more than rounding fails. Peak share: the step's
-executed FLOPs a second against a large matrix product's in the same dtype, run in the same rounds. Memory is measured
-in a process of its own. "ratio to" is in examples a second.
+padded, trl and trainer run at their best micro-batch of 8, 16 and 32, accumulated to the same 32 examples; full
+fine-tuning at the one that was best with LoRA at the same size. The losses of the first steps stand beside each arm; a
+run in which they differ by more than rounding fails. Peak share: the step's executed FLOPs a second against a large
+matrix product's in the same dtype, run in the same rounds. Memory is measured in a process of its own. "ratio to" is in
+examples a second.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Work:
     bf16: bool = False
     device: str = "cpu"
     tried: int = 2  # steps of each candidate that choose a micro-batch
+    memory: bool = True  # whether it is measured too
 
     def model(self, **layout: Any) -> Model:
         """The model before its first step, its batches laid out so."""
@@ -167,8 +169,13 @@ def run() -> list[Row]:
     """All works; raises RuntimeError where two arms' losses differ by more than rounding."""
     found: list[Row] = []
     for work, arms, seconds in _works():
-        found += measure(work, arms, seconds)
+        found += measure(work, arms, seconds, _chosen(found) if work.adapter == "none" else {})
     return found
+
+
+def _chosen(rows: Sequence[Row]) -> dict[str, int]:
+    """The micro-batch at which each peer was best in the work before."""
+    return {r["arm"]: r["micro_batch"] for r in rows if r["micro_batch"]}
 
 
 def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
@@ -184,37 +191,42 @@ def _works() -> Iterator[tuple[Work, Sequence[str], float]]:
         return
     few = ("continual", *PEERS)
     for task in works.TASKS:
-        yield (Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"]),
-               arms if task in ("agnews", "yelp") else few, 8)
+        whole = task in ("agnews", "yelp")
+        yield (Work(f"3M LoRA, {task}{source}", tuple(works.rows(task, n)), works.SHAPES["3M"], memory=whole),
+               arms if whole else few, 8)
     agnews = tuple(works.rows("agnews", n))
     long = works.behind(150, agnews)
     yield Work(f"3M LoRA, 150-token instruction{source}", tuple(long), works.SHAPES["3M"]), arms, 8
     for name, adapter, bf16, which in (("LoRA", "lora", False, ("continual", "low memory", *PEERS)),
-                                       ("LoRA bf16", "lora", True, ("continual", "padded")),
-                                       ("full", "none", False, few)):
+                                       ("full", "none", False, few),
+                                       ("LoRA bf16", "lora", True, ("continual", "padded"))):
         yield Work(f"37M {name}, agnews{source}", agnews, works.SHAPES["37M"], adapter, bf16, tried=1), which, 10
 
 
-def measure(work: Work, arms: Sequence[str], seconds: float) -> list[Row]:
-    """The work's rows: every candidate's first steps, the best of each arm in rounds, then their memory."""
-    candidates = [(arm, micro) for arm in arms for micro in (MICRO if arm in PEERS else (None,))]
+def measure(work: Work, arms: Sequence[str], seconds: float, chosen: Mapping[str, int] | None = None) -> list[Row]:
+    """The work's rows: every candidate's first steps, the best of each arm in rounds, then their memory.
+
+    A peer whose micro-batch is `chosen` is not tried at others.
+    """
+    tried = {arm: [chosen[arm]] if chosen and arm in chosen else MICRO for arm in PEERS}
+    candidates = [(arm, micro) for arm in arms for micro in tried.get(arm, (None,))]
     losses: dict[Any, list[float]] = {c: [] for c in candidates}
     steps = {c: partial(_noted, build(*c, work), losses[c]) for c in candidates}
-    tried = interleaved(steps, seconds=0, least=work.tried, warmup=0)
+    first = interleaved(steps, seconds=0, least=work.tried, warmup=0)
     # A first step also builds what later ones use.
-    best = {arm: min((c for c in candidates if c[0] == arm), key=lambda c: min(tried[c])) for arm in arms}
+    best = {arm: min((c for c in candidates if c[0] == arm), key=lambda c: min(first[c])) for arm in arms}
     steps = {c: steps[c] for c in best.values()}
     dtype = torch.bfloat16 if work.bf16 else torch.float32
     product, product_flops = matmul(dtype, torch.device(work.device))
-    spent = interleaved({**{arm: steps[c] for arm, c in best.items()}, "matmul": product}, seconds=seconds, least=4,
-                        warmup=0)
+    spent = interleaved({**{arm: steps[c] for arm, c in best.items()}, "matmul": product}, seconds=seconds,
+                        least=CYCLE, warmup=0)
     top = product_flops / statistics.median(spent.pop("matmul"))
     _compare(losses, work)
     share = {arm: _rate(steps[best[arm]], work.tried, spent[arm]) / top for arm in arms if arm not in STOCK}
     steps.clear()
-    memory = peaks({arm: (*c, work) for arm, c in best.items()}, build)
+    memory = peaks({arm: (*c, work) for arm, c in best.items()} if work.memory else {}, build)
     tokens, took = sum(len(e.ids) for e in work.examples) / CYCLE, medians(spent)
-    return [row("sft", work.name, arm, took[arm], EXAMPLES, memory[arm],
+    return [row("sft", work.name, arm, took[arm], EXAMPLES, memory.get(arm),
                 ratios(arm, () if arm in PEERS else PEERS, took, memory),
                 tokens_per_s=tokens / took[arm], peak_share=share.get(arm), micro_batch=c[1],
                 first_losses=" ".join(f"{x:.4f}" for x in losses[c][:COMPARED])) for arm, c in best.items()]
