@@ -89,6 +89,9 @@ def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none",
         elif network:
             net, told = kind.from_pretrained(**source, dtype=DTYPES[dtype], use_safetensors=True,
                                              output_loading_info=True, **_held_in(quantize, dtype, device))
+            for module in net.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes packs what it answers with on a CPU,
+                    module.support_avx512bf16_for_cpu = False  # for good, and no gradient comes through that
             if absent := sorted(told["missing_keys"]):
                 raise ValueError(f"its weights lack {listed(absent, 3)}, which would be drawn at random.")
     except Exception as e:  # files can be wrong in any way, and each library has its own words for it

@@ -14,7 +14,7 @@ import torch
 import toy
 from rich.console import Console
 from safetensors.torch import save_file
-from test_contract import TABLE, make
+from test_contract import CONFIGS, make, sized
 from together import learned
 
 from continual import checkpoint, cli, parallel, sharding
@@ -23,9 +23,10 @@ from continual.model import adapt_with
 from continual.run import run
 from continual.stage import learn
 
-WITH_LORA = {"naive", "der", "lamol"}
-SHARDED = [(entry, lora) for entry in TABLE if make(*entry).shardable for lora in (False, True)
-           if not lora or (entry[0] in WITH_LORA and len(entry) <= 2)]
+# Every strategy that can as it is configured, two together, one with parameters of its own, and two with an adapter.
+MORE = [(("lwf,der",), False), (("multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"), False),
+        (("naive",), True), (("der",), True)]
+SHARDED = [*((entry, False) for entry in map(sized, CONFIGS) if make(*entry).shardable), *MORE]
 RECIPE = toy.Recipe(lr=3e-3, epochs=1, batch_size=4, patience=1)
 CUT = 3  # the step at which a stage is kept
 
