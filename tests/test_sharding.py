@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,13 @@ import toy
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small import lines, run
-from test_parallel import LIMIT, TORCHRUN, environment
+from test_parallel import LIMIT, started
 from together import learned
 
 from continual import build
 from continual.strategy import Strategy, compose
 
-KEYS = ("train.shard=true", "strategy=replay", "strategy.replay.capacity=6", "checkpoint.every_steps=1",
+KEYS = ("train.shard=true", "strategy=replay", "strategy.replay.capacity=6", "checkpoint.every_steps=2",
         "score.limit=3", "train.patience=2")
 
 
@@ -36,9 +35,9 @@ def sharded(whole, keys, tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
     shutil.copytree(whole[0] / "stage", out / "whole")
     cut(shutil.copytree(whole[0] / "run", out / "run"), 2)
-    done = subprocess.run([*TORCHRUN, shards.__file__, str(out), *keys, *KEYS], capture_output=True, text=True,
-                          env=environment(), timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
+    two = started(2, shards.__file__, str(out), *keys, *KEYS)
+    said = [process.communicate(timeout=LIMIT)[1] for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
     return out
 
 
