@@ -24,6 +24,7 @@ from continual.reading import refuse_links_out
 from continual.reports.runs import Curve
 from continual.run import Bench, set_up, show_unfit, stage_seed
 from continual.score import score
+from continual.sharding import collected
 from continual.stage import learn
 from continual.weights import restore, snapshot
 
@@ -58,8 +59,9 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
         points = curves(bench, task, events)
     curve = {"schema": 1, "task": task.name, "metric": bench.tests[0].metric, "start": str(folder or "base"),
              "points": points}
+    state = {n: collected(t) for n, t in bench.model.net.state_dict().items()} if bench.model.sharded else None
     if leads():
-        bench.model.net.save_pretrained(out / "model")
+        bench.model.net.save_pretrained(out / "model", state_dict=state)
         bench.model.tokenizer.save_pretrained(out / "model")
         write_whole(out / "curve.json", json.dumps(curve, indent=1))  # last: where it is, the rest is whole
         report.write(out)

@@ -110,6 +110,7 @@ def _from_flat_rows(model: Model, prompts: Sequence[Encoded], part: Sequence[int
 def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> Cache:
     """The prompts, read but for their last tokens; behind each there is room for tokens with these `parents`."""
     layers = model.net.config.get_text_config().num_hidden_layers
+    layers = 0 if model.sharded else layers  # a pass that ends early would leave weights gathered
     cache, most = Cache(prompts, model.layout.pad, parents, layers), model.layout.tokens
     for part in cache.passes(min(most, CPU_PASS) if model.layout.device.type == "cpu" else most):
         ids, positions = part.to(model.layout.device)

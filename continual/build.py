@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 from dataclasses import fields, replace
 from importlib.resources import files
 from typing import Any
@@ -18,8 +19,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from continual.data import Example, Stream, Task
 from continual.errors import ConfigError, DataError, brief, gathered, mistyped, unknown
 from continual.files import file_name
-from continual.model import Model
+from continual.model import Model, pick_device
+from continual.parallel import world
 from continual.score import Test, prepare
+from continual.sharding import shard
 from continual.stage import Recipe
 from continual.strategy import Strategy, compose
 from continual.template import Encoder
@@ -48,10 +51,16 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
     return target(**settings)
 
 
+def targets(group: str) -> dict[str, list[str]]:
+    """The constructors that each configuration of a group names, by the configuration's name."""
+    texts = {p.name.removesuffix(".yaml"): p.read_text("utf-8") for p in files("conf").joinpath(group).iterdir()
+             if p.name.endswith(".yaml")}
+    return {name: re.findall(r"^\s*_target_: ([\w.]+)$", text, re.MULTILINE) for name, text in sorted(texts.items())}
+
+
 def registry(group: str) -> set[str]:
     """The constructors that the configurations of a group name, such as model: all that a run folder may ask for."""
-    texts = [path.read_text("utf-8") for path in files("conf").joinpath(group).iterdir() if path.name.endswith(".yaml")]
-    return {found for text in texts for found in re.findall(r"^\s*_target_: ([\w.]+)$", text, re.MULTILINE)}
+    return {found for named in targets(group).values() for found in named}
 
 
 LONGEST_NAME = 200
@@ -87,18 +96,42 @@ def strategy(config: DictConfig) -> Strategy:
     return compose(*(construct(part, f"strategy.{name}") for name, part in config.strategy.items()))
 
 
+def refuse_shards(config: DictConfig, learner: Strategy) -> None:
+    """Raise ConfigError where train.shard=true cannot be had with what else is configured."""
+    if mistyped("bool", config.train.shard):
+        raise ConfigError(f"train.shard={config.train.shard}: expected true or false")
+    if not config.train.shard:
+        return
+    if not learner.shardable:
+        can = [name for name, (kind, *_) in targets("strategy").items() if get_object(kind).shardable]
+        raise ConfigError(f"strategy={'+'.join(map(str, config.strategy))} works on whole weights as it is configured, "
+                          "and with train.shard=true no process has them; set train.shard=false, or choose of "
+                          f"{', '.join(can)}")
+    if config.train.precision == "auto":
+        raise ConfigError("train.precision=auto is measured in one process, which a model in shards cannot be; set "
+                          "train.precision=fp32 or bf16, or train.shard=false")
+    if config.model.get("quantize", "none") != "none":
+        raise ConfigError(f"model.quantize={config.model.quantize} and train.shard=true cannot be had together; choose "
+                          "one of them")
+
+
 def model(config: DictConfig, tasks: Stream) -> Model:
-    """The configured model on its device, with the configured batch layout and precision."""
+    """The configured model on its device, or in shards on all, with the configured batch layout and precision."""
     weight, precision = config.loss.instruction_weight, config.train.precision
     if mistyped("float", weight) or not 0 <= weight <= 1:
         raise ConfigError(f"loss.instruction_weight={weight}: expected a number from 0 (masked) to 1 (as a response)")
     if precision not in ("fp32", "bf16", "auto"):
         raise ConfigError(unknown("train.precision", precision, ["fp32", "bf16", "auto"]))
-    made = _model(config, tasks)
+    shards = config.train.shard and world() > 1
+    made = _model(config, tasks, **({"device": "cpu"} if shards else {}))
     if made.layout.seq2seq and weight:
         raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has no loss; set it to 0")
     made.layout = replace(made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight)
     made.bf16 = precision == "bf16"  # with auto: once it is measured
+    if shards:
+        shard(made, pick_device(config.device))
+    elif config.train.shard:
+        print("train.shard=true: one process alone holds the whole model", file=sys.stderr)
     return made
 
 
@@ -109,7 +142,8 @@ def reader(config: DictConfig, tasks: Stream) -> Model:
 
 def _model(config: DictConfig, tasks: Stream, **more: Any) -> Model:
     origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
-    made: Model = construct(config.model, "model", stream=origin, device=config.device, seed=config.seed, **more)
+    made: Model = construct(config.model, "model", stream=origin, seed=config.seed,
+                            **{"device": config.device, **more})
     return made
 
 
@@ -129,7 +163,7 @@ def test(config: DictConfig, task: Task[Example], encoder: Encoder, index: int) 
 def recipe(config: DictConfig) -> Recipe:
     """The configured way to train a stage."""
     train: Any = OmegaConf.to_container(config.train, resolve=True)
-    keys = {k: v for k, v in train.items() if k not in ("tokens_per_microbatch", "precision")}
+    keys = {k: v for k, v in train.items() if k not in ("tokens_per_microbatch", "precision", "shard")}
     known = [f.name for f in fields(Recipe)]
     if strange := [unknown("key train", k, known) for k in keys if k not in known]:
         raise ConfigError(gathered(strange))

@@ -21,7 +21,9 @@ from continual.errors import ContinualError, DataError, MissingError, brief
 from continual.files import flush
 from continual.matrix import Matrix
 from continual.model import Model
+from continual.parallel import leads
 from continual.reading import json_file
+from continual.sharding import collected
 from continual.strategy import Strategy
 from continual.values import MALFORMED, from_json, to_json
 from continual.weights import restore, snapshot, weights
@@ -34,16 +36,19 @@ def save(folder: Path, model: Model, strategy: Strategy, matrix: Matrix, progres
          ) -> Path:
     """Write `folder` whole, with the stage's `progress` if it is under way; returns it.
 
-    Raises ContinualError, with nothing written, where the disk has not the space.
+    Of several processes the first writes, and where the model is in shards all must call. Raises ContinualError, with
+    nothing written, where the disk has not the space.
     """
     from safetensors import SafetensorError
 
     kept: dict[str, Tensor] = {}
     memory = {"memory.json": to_json(strategy.state_dict(), "memory", kept)}
-    tensors = {"weights": {n: w.contiguous().cpu() for n, w in snapshot(model).items()}, "memory": kept}
+    tensors = {"weights": {n: collected(w) for n, w in snapshot(model).items()}, "memory": kept}
     if progress is not None:
         tensors["progress"] = {}
         memory["progress.json"] = to_json(dict(progress), "progress", tensors["progress"])
+    if not leads():
+        return folder
     texts = {name: json.dumps(value, indent=1, ensure_ascii=False) for name, value in memory.items()}
     texts["matrix.json"] = json.dumps(matrix.to_json(), indent=1)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -154,7 +159,7 @@ def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path, device=str(model.layout.device))
+        return load_file(path, device="cpu" if model.sharded else str(model.layout.device))  # cut before it moves
     except SafetensorError as e:
         raise DataError(f"{path} is damaged ({e}); remove {path.parent} to go on from the one before it") from e
 

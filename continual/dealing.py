@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -10,23 +11,28 @@ from continual.parallel import rank, world
 T = TypeVar("T")
 
 
-def deal(sizes: Sequence[float]) -> list[int]:
-    """Which of the items of these sizes are this process's, in their order: to each about as much as to the others."""
+def deal(sizes: Sequence[float], *, level: bool = False) -> list[int]:
+    """Which of the items of these sizes are this process's, in their order: to each about as much as to the others.
+
+    With `level` each has as many, where their number is a multiple of the processes'.
+    """
     if world() == 1:
         return list(range(len(sizes)))
-    loads, mine = [0.0] * world(), []
+    loads, hands = [0.0] * world(), [list[int]() for _ in range(world())]
+    most = -(-len(sizes) // world()) if level else len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         to = loads.index(min(loads))
         loads[to] += sizes[i]
-        if to == rank():
-            mine.append(i)
-    return sorted(mine)
+        hands[to].append(i)
+        if len(hands[to]) == most:
+            loads[to] = math.inf
+    return sorted(hands[rank()])
 
 
-def dealt(items: Sequence[T], sizes: Sequence[float]) -> Iterator[T]:
+def dealt(items: Sequence[T], sizes: Sequence[float], *, level: bool = False) -> Iterator[T]:
     """This process's items, one after another; what is drawn at one by torch does not depend on who does which.
 
-    After the last one the generators are again the same on all processes.
+    After the last one the generators are again the same on all processes. With `level` as in `deal`.
     """
     if world() == 1:
         yield from items
@@ -34,7 +40,7 @@ def dealt(items: Sequence[T], sizes: Sequence[float]) -> Iterator[T]:
     import torch
 
     seed = int(torch.randint(2**62, ()))
-    for i in deal(sizes):
+    for i in deal(sizes, level=level):
         torch.manual_seed(seed + i)
         yield items[i]
     torch.manual_seed(seed)

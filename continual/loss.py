@@ -15,10 +15,12 @@ from torch.func import functional_call
 from continual.attention import flat_attention
 from continual.data import Encoded
 from continual.dealing import dealt
+from continual.errors import ConfigError
 from continual.model import Model
 from continual.packing import Batch
-from continual.parallel import summed
+from continual.parallel import summed, world
 from continual.probe import kernel
+from continual.sharding import at_once, in_shards
 from continual.weights import Weights, weights
 
 
@@ -28,6 +30,9 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     The hidden states of all other positions are dropped before the LM head, which costs more than a small model's body,
     and in a flat row already behind the last layer's attention.
     """
+    if at is not None and model.sharded:
+        raise ConfigError("a model in shards (train.shard=true) cannot be evaluated at other weights than its own; set "
+                          "train.shard=false, or choose another strategy")
     with ExitStack() as stack:
         if batch.layout.flat:
             stack.enter_context(flat_attention(model.net, kernel(batch.layout.device)))
@@ -126,14 +131,18 @@ def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequ
 
     The shares sum to 1, so the gradient is the whole step's, also of a term that does not depend on the data. A part
     whose tokens all weigh nothing has no mean loss, and a share of 0: it is passed over. Several processes take a part
-    of the parts each, and all have the whole step's gradient and loss.
+    of the parts each, and all have the whole step's gradient and loss; where the model is in shards, each has as many.
     """
     tokens = sum(part.tokens for part in parts)
     total = torch.zeros((), device=parts[0].layout.device)
-    learned = [p for p in parts if p.tokens]
-    with summed(model.trained or list(weights(model).values()), total):
-        for part in dealt(learned, [p.length for p in learned]):
-            value = loss(model, part) * (part.tokens / tokens)
+    learned = [(p, p.tokens / tokens) for p in parts if p.tokens]
+    if model.sharded and learned:
+        shortest = min((p for p, _ in learned), key=lambda p: p.length)
+        learned += [(shortest, 0.0)] * (-len(learned) % world())
+    leaves = [p for p in model.trained or weights(model).values() if not in_shards(p)]  # those in shards sum up by FSDP
+    with summed(leaves, total), at_once(model):
+        for part, share in dealt(learned, [p.length for p, _ in learned], level=model.sharded):
+            value = loss(model, part) * share
             value.backward()  # type: ignore[no-untyped-call]
             total += value.detach()
     return total

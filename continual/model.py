@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Model:
 
     `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16 by autocast. `last`
     is its last layer where most of what that computes for unsupervised positions can be left out. `trained` is all that
-    the optimizer changes, also of the strategy's own, once there is one.
+    the optimizer changes, also of the strategy's own, once there is one. If `sharded`, each process has a part of every
+    weight, and a pass takes all processes.
     """
 
     net: Any
@@ -36,6 +38,7 @@ class Model:
     bf16: bool = False
     last: LastLayer | None = None
     trained: Sequence[torch.Tensor] = ()
+    sharded: bool = False
 
     def batch(self, examples: Sequence[Encoded]) -> Batch:
         """The examples as one batch for this model."""
@@ -57,18 +60,21 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none", dtype: str = "fp32",
        trust_remote_code: bool = False, adapters: Mapping[str, Mapping[str, Any]] | None = None, network: bool = True,
-       drawn: bool = False, **_: Any) -> Model:
+       drawn: bool = False, quantize: str = "none", **_: Any) -> Model:
     """Load a hub id or local folder through the Auto classes, causal or encoder-decoder by its own config.
 
     `adapter` names a kind of `adapters` (lora or any other peft kind with its settings) or is "none" for full
-    fine-tuning. With `drawn` the weights are drawn anew, and config.json alone is needed. Without the `network` it only
-    tokenises, and no weights are read. Raises MissingError if there is no such model, ConfigError for an unknown
-    adapter or dtype.
+    fine-tuning. With `quantize="4bit"` the weights are held in 4 bits, and only an adapter trains. With `drawn` the
+    weights are drawn anew, and config.json alone is needed. Without the `network` it only tokenises, and no weights are
+    read. Raises MissingError if there is no such model, ConfigError for an unknown adapter or dtype and for what cannot
+    be held in 4 bits.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     if dtype not in DTYPES:
         raise ConfigError(unknown("model.dtype", dtype, DTYPES))
+    if quantize != "none":
+        _refuse_bits(quantize, adapter, drawn)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise MissingError(f"model.name={name}: no such folder; give a folder with config.json and safetensors "
                            "weights, or a hub id")
@@ -82,7 +88,10 @@ def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none",
             net = kind.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
         elif network:
             net, told = kind.from_pretrained(**source, dtype=DTYPES[dtype], use_safetensors=True,
-                                             output_loading_info=True)
+                                             output_loading_info=True, **_held_in(quantize, dtype, device))
+            for module in net.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes packs what it answers with on a CPU,
+                    module.support_avx512bf16_for_cpu = False  # for good, and no gradient comes through that
             if absent := sorted(told["missing_keys"]):
                 raise ValueError(f"its weights lack {listed(absent, 3)}, which would be drawn at random.")
     except Exception as e:  # files can be wrong in any way, and each library has its own words for it
@@ -92,6 +101,32 @@ def hf(*, name: str, device: str = "auto", seed: int = 0, adapter: str = "none",
     if not network:
         return reader(tokenizer, context_of(config), seq2seq=bool(config.is_encoder_decoder))
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
+
+
+def _refuse_bits(quantize: str, adapter: str, drawn: bool) -> None:
+    if quantize != "4bit":
+        raise ConfigError(unknown("model.quantize", quantize, ["none", "4bit"]))
+    if drawn:
+        raise ConfigError("model.quantize=4bit is not planned: continual plan counts weights as model.dtype has them; "
+                          "plan with model.quantize=none")
+    if adapter == "none":
+        raise ConfigError("model.quantize=4bit: weights in 4 bits cannot be trained; set model.adapter=lora, or "
+                          "model.quantize=none")
+    if missing := [name for name in ("bitsandbytes", "accelerate") if not find_spec(name)]:
+        raise ConfigError(f"model.quantize=4bit needs {' and '.join(missing)}; install the extra: uv sync --extra "
+                          f"quantize, or pip install {' '.join(missing)}")
+
+
+def _held_in(quantize: str, dtype: str, device: str) -> dict[str, Any]:
+    """How `transformers` is asked to hold the weights as it reads them."""
+    if quantize == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    # Normal floats with their scales quantized as well: QLoRA (Dettmers et al. 2023, sections 3 and 4).
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=DTYPES[dtype])
+    return {"quantization_config": how, "device_map": {"": pick_device(device)}}
 
 
 def _has_tokenizer(path: str) -> bool:

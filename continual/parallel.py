@@ -100,8 +100,21 @@ def _refuse(device: str, local: int, gpus: int) -> None:
 @contextmanager
 def apart() -> Iterator[None]:
     """Within it this process works for itself."""
+    with _among(1):
+        yield
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within it this process shares with all, even where it works for itself."""
+    with _among(started()):
+        yield
+
+
+@contextmanager
+def _among(count: int) -> Iterator[None]:
     global _world
-    before, _world = _world, 1
+    before, _world = _world, count
     try:
         yield
     finally:

@@ -184,6 +184,9 @@ def _task(index: int, n: int, tokens: int, response: int, tasks: int, words: int
 
 def _check(config: DictConfig) -> None:
     p = config.plan
+    if config.train.shard:
+        raise ConfigError("train.shard=true is not planned: continual plan counts devices that each hold the whole "
+                          "model; plan with train.shard=false, and see docs/scale.md for what shards divide")
     wrong = [f"plan.{key}={p[key]}: expected a whole number of at least {least}" for key, least in LEAST.items()
              if (p[key] is not None or key != "tasks") and (mistyped("int", p[key]) or p[key] < least)]
     wrong += [f"plan.{key}={p[key]}: expected a number above 0" for key in ("memory", "flops", "share")

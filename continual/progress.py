@@ -18,6 +18,7 @@ from continual.loss import nll
 from continual.model import Model
 from continual.parallel import add_up
 from continual.reading import is_number
+from continual.sharding import cut_as, in_step
 from continual.weights import Weights, snapshot
 
 
@@ -60,8 +61,9 @@ class Patience:
         self.model.net.eval()
         batch = self.model.batch(self.dev)
         parts = batch.micro_batches()
-        total = torch.tensor(sum(float(nll(self.model, micro)) * micro.tokens
-                                 for micro in dealt(parts, [p.length for p in parts])), dtype=torch.float64)
+        with in_step(self.model):
+            total = torch.tensor(sum(float(nll(self.model, micro)) * micro.tokens
+                                     for micro in dealt(parts, [p.length for p in parts])), dtype=torch.float64)
         add_up([total])
         self.model.net.train()
         return float(total) / batch.tokens
@@ -106,11 +108,19 @@ class Progress:
         if not all(is_number(state[key], 0) for key in ("step", "tokens", "seconds", "skipped", "budget")):
             raise ValueError("its step, tokens, seconds, skipped and budget are no counts")
         self.model.layout = replace(self.model.layout, tokens=state["budget"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._cut(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         if self.patience:
             self.patience.load(state["patience"])
         set_random_state(state["random"])
+
+    def _cut(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What the optimizer keeps of each parameter, in shards where that one is."""
+        if not self.model.sharded:
+            return state
+        kept = {i: {k: cut_as(t, self.trained[i]) if t.shape == self.trained[i].shape else t for k, t in own.items()}
+                for i, own in state["state"].items()}
+        return {**state, "state": kept}
 
 
 def random_state() -> dict[str, Any]:

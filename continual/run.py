@@ -53,6 +53,7 @@ def set_up(config: DictConfig, out: Path) -> Bench:
     """Build what the configuration names; raises ContinualError for whatever is wrong with it."""
     build.check(config)
     strategy, recipe = build.strategy(config), build.recipe(config)  # before anything that takes long
+    build.refuse_shards(config, strategy)
     stream = build.stream(config)
     model = build.model(config, stream)
     encoder = build.encoder(config, model)
@@ -170,14 +171,13 @@ class Keeper:
 
     def save(self, name: str, matrix: Matrix, progress: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, and remove what it makes superfluous."""
-        if not leads():
-            self.last = time.monotonic()
-            return
-        folder = checkpoint.save(self.out / "checkpoints" / f"stage-{self.number:02d}{name}", self.bench.model,
-                                 self.bench.strategy, matrix, progress)
-        checkpoint.prune(self.out, self.bench.config.checkpoint.keep)
-        self.events({"event": "checkpoint", "bytes": checkpoint.size(folder),
-                     "memory_bytes": checkpoint.size(folder, "memory.*")})
+        if leads() or self.bench.model.sharded:
+            folder = checkpoint.save(self.out / "checkpoints" / f"stage-{self.number:02d}{name}", self.bench.model,
+                                     self.bench.strategy, matrix, progress)
+        if leads():
+            checkpoint.prune(self.out, self.bench.config.checkpoint.keep)
+            self.events({"event": "checkpoint", "bytes": checkpoint.size(folder),
+                         "memory_bytes": checkpoint.size(folder, "memory.*")})
         self.last = time.monotonic()
 
 

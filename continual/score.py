@@ -22,6 +22,7 @@ from continual.loss import token_nll
 from continual.model import Model
 from continual.packing import Batch
 from continual.parallel import apart, gather
+from continual.sharding import in_step
 from continual.template import Encoder
 
 
@@ -178,7 +179,7 @@ def score(model: Model, test: Test, batch_size: int) -> tuple[float, list[dict[s
     mine = deal([len(e.ids) for e in test.encoded])
     part = replace(test, examples=[test.examples[i] for i in mine], encoded=[test.encoded[i] for i in mine])
     found: list[dict[str, Any]] = []
-    with apart():
+    with in_step(model), apart():
         if mine:
             found = _perplexity(model, part) if test.metric == PERPLEXITY else _answers(model, part, batch_size)
     told = {i: row for share in gather([*zip(mine, found, strict=True)]) for i, row in share}

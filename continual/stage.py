@@ -18,6 +18,7 @@ from continual.model import Model
 from continual.packing import Batch
 from continual.parallel import compare
 from continual.progress import Patience, Progress
+from continual.sharding import clip, in_shards
 from continual.strategy import Strategy
 from continual.weights import restore
 
@@ -126,7 +127,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
         if patience and patience.spent:
             break
     _close(at, task)
-    compare(at.trained)
+    compare([p for p in at.trained if not in_shards(p)])
     strategy.end(model, task)
     spent = {"steps": at.step, "tokens": at.tokens, "train_seconds": time.perf_counter() - began,
              "skipped_steps": at.skipped}
@@ -158,7 +159,7 @@ def _halve(model: Model, budget: int, log: Log) -> None:
 def _finite(loss: torch.Tensor, trained: Sequence[torch.Tensor], recipe: Recipe, task: Task[Encoded], step: int,
             examples: Sequence[Encoded], log: Log) -> bool:
     """Clip the gradient; whether it and the loss are finite. Raises TrainingError where they are not and must be."""
-    norm = torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
+    norm = clip(trained, recipe.clip or math.inf)
     if torch.isfinite(norm + loss):  # the one wait of a step: a weight that is not finite cannot be mended
         return True
     what = f"the loss is {loss.item()}" if not torch.isfinite(loss) else f"the gradient's norm is {norm.item()}"

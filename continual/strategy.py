@@ -32,6 +32,13 @@ class Strategy:
 
     notes: dict[str, float] = field(init=False, repr=False, default_factory=dict)  # shown beside the step's loss
 
+    shardable = True  # it asks a model for losses, answers and gradients' sums only, whose weights may be in shards
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """A method whose class does not say itself that it is shardable is taken not to be."""
+        super().__init_subclass__(**more)
+        cls.shardable = vars(cls).get("shardable", False) and all(getattr(b, "shardable", True) for b in cls.__bases__)
+
     def __post_init__(self) -> None:
         """Where those of composed strategies end: each calls `super()`'s."""
 
@@ -76,7 +83,8 @@ def compose(*parts: Strategy) -> Strategy:
     """
     kinds = list(dict.fromkeys(type(p) for p in parts))
     bases = tuple(k for k in kinds if not any(o is not k and issubclass(o, k) for o in kinds))
-    kind = bases[0] if len(bases) == 1 else dataclass(kw_only=True)(type("".join(b.__name__ for b in bases), bases, {}))
+    name, says = "".join(b.__name__ for b in bases), {"shardable": True}  # if all of them are
+    kind = bases[0] if len(bases) == 1 else dataclass(kw_only=True)(type(name, bases, says))
     settings: dict[str, Any] = {}
     for part in parts:
         for f in (f for f in fields(part) if f.init):

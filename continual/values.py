@@ -12,6 +12,7 @@ from torch import Tensor
 from continual.data import Encoded
 from continual.errors import ContinualError, brief
 from continual.memory import ReplayBuffer
+from continual.sharding import collected
 
 VALUES: Mapping[str, type[Any]] = {"ReplayBuffer": ReplayBuffer}  # what memory may hold
 
@@ -22,7 +23,7 @@ def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     Raises ContinualError for a value of a kind that no checkpoint can hold.
     """
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().contiguous().clone().cpu()
+        tensors[name] = collected(value).clone()
         return {"tensor": name}
     if isinstance(value, random.Random):
         return {"random": value.getstate()}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from continual.sharding import cut_as
+
 if TYPE_CHECKING:
     from continual.model import Model
 
@@ -31,7 +33,7 @@ def snapshot(model: Model) -> Weights:
 def restore(model: Model, saved: Weights) -> None:
     """Give the trainable parameters the `saved` values; raises KeyError where one is missing."""
     for n, p in weights(model).items():
-        p.copy_(saved[n])
+        p.copy_(cut_as(saved[n], p))
 
 
 def gradient(model: Model) -> Weights:

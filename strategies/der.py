@@ -31,6 +31,7 @@ class DER(Strategy):
     vocabulary rather than the sum of eq. 5 is that of the authors' implementation.
     """
 
+    shardable = True
     capacity: int = 500
     alpha: float = 0.1
     beta: float = 1.0

@@ -30,6 +30,7 @@ class HardReplay(Rehearsal):
     whose loss rises in one virtual step instead of since it was learned).
     """
 
+    shardable = True
     capacity: float = 0.1
     by: str = "loss"
     among: int = 2

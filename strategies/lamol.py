@@ -33,6 +33,7 @@ class LAMOL(Rehearsal):
     not closed in the length that the task's examples had is discarded. The start token is the padding token.
     """
 
+    shardable = True
     lm_weight: float = 0.25
     top_k: int = 20
     tasks: dict[int, dict[str, Any]] = memory(dict)  # of each: what its prompts begin with, and its longest lengths

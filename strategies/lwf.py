@@ -33,6 +33,7 @@ class LwF(Strategy):
     That divergence is exact for what it tells apart and never above the whole one.
     """
 
+    shardable = True
     strength: float = 1.0
     temperature: float = 2.0
     teacher: str = "previous"
@@ -48,6 +49,7 @@ class LwF(Strategy):
         if self.strength < 0 or not self.temperature > 0 or self.top < 1:
             raise ConfigError(f"LwF with strength {self.strength}, temperature {self.temperature} and top {self.top}: "
                               "expected a strength of at least 0, a temperature above it and a top of at least 1")
+        self.shardable = self.shardable and self.teacher == "previous"  # the base answers at other weights
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Ask the teacher for every example of the task."""

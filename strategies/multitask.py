@@ -31,6 +31,7 @@ class MultiTask(Replay):
     `uncertainty_lr` (Kendall et al. 2018, eq. 10, with the classification likelihood).
     """
 
+    shardable = True
     weighting: str = "fixed"
     weights: Mapping[str, float] | None = None
     temperature: float = 2.0

@@ -24,6 +24,7 @@ class Rehearsal(Strategy):
     number, the rest is carried to the next step, so the stage's share is exact to within one example.
     """
 
+    shardable = True
     share: float = 0.25
     seed: int = 0
     buffer: ReplayBuffer = memory(lambda: ReplayBuffer(0))
@@ -66,6 +67,7 @@ class Replay(Rehearsal):
     `capacity` and `buffer_kind` are those of `continual.memory.ReplayBuffer`.
     """
 
+    shardable = True
     capacity: float = 0.1
     buffer_kind: str = "balanced"
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("reading", "parallel"),
-    ("interrupt", "cells", "dealing", "claim"),
+    ("interrupt", "cells", "dealing", "claim", "sharding"),
     ("data",),
     ("attention", "rows"),
     ("flash", "flex"),

@@ -44,6 +44,16 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
+def started(count, *words):
+    """So many processes that know of each other, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
+                                             MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for rank in range(count)]
+
+
 # Every strategy
 
 @pytest.fixture(scope="module")
@@ -111,14 +121,8 @@ def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(whole, keys, tmp_pa
 
 
 def test_a_lost_process_ends_the_others_and_one_alone_goes_on_to_the_same_end(whole, keys, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     out = tmp_path / "lost"
-    words = [sys.executable, str(HERE / "together.py"), "die", "6", "run", *keys, *BOTH, f"out={out}"]
-    two = [subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-        for rank in (0, 1)]
+    two = started(2, str(HERE / "together.py"), "die", "6", "run", *keys, *BOTH, f"out={out}")
     told = [process.communicate(timeout=LIMIT)[1] for process in two]
     assert [process.returncode for process in two] == [2, -9], told
     assert "error: another of the 2 processes is lost" in told[0]

@@ -14,14 +14,16 @@ from safetensors.torch import save_file
 from test_contract import TABLE, make
 
 from continual import parallel
+from continual.sharding import whole
 from continual.stage import Recipe, learn
 
 RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=5, patience=2)
 
 
-def learned(entry) -> tuple[list[float], dict[str, torch.Tensor]]:
+def learned(entry, ready=lambda made: None) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The loss of each step of two stages, and all weights and memory after them."""
     made, strategy, losses = toy.model(torch.float64), make(*entry), []
+    ready(made)
 
     def log(event):
         losses.extend([event["loss"]] if event["event"] == "step" else [])
@@ -30,7 +32,7 @@ def learned(entry) -> tuple[list[float], dict[str, torch.Tensor]]:
         task = toy.Task(toy.NAMES[i], tuple(toy.examples(i, 8)), tuple(toy.examples(i, 5, seed=1)), columns=toy.NAMES)
         learn(made, task, strategy, toy.replace(RECIPE, log_every=1), seed=i, log=log)
     kept = {f"memory{path}": t for path, t in toy.memory_tensors(strategy).items()}
-    return losses, {n: t.contiguous() for n, t in {**toy.everything(made), **kept}.items()}
+    return losses, {n: whole(t).contiguous() for n, t in {**toy.everything(made), **kept}.items()}
 
 
 def learn_all(out: Path) -> None:
