@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from inspect import isfunction, unwrap
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -15,6 +16,8 @@ from continual.loss import accumulate, nll
 from continual.model import Model
 from continual.packing import Batch
 from continual.weights import weights
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def memory(factory: Callable[[], Any]) -> Any:
@@ -76,21 +79,61 @@ class Strategy:
                 setattr(self, name, state[name])
 
 
+def groups(trained: Sequence[Any]) -> list[dict[str, Any]]:
+    """What `begin` returned, as optimizer parameter groups alone: one for all parameters that were in none."""
+    given = [g for g in trained if isinstance(g, dict)]
+    return [*given, {"params": [p for p in trained if not isinstance(p, dict)]}]
+
+
+def instead(method: Method) -> Method:
+    """Mark a method that does all of its moment itself, and calls `super()`'s where it is switched off at most.
+
+    A method that never calls it needs no mark.
+    """
+    method.__dict__["instead"] = True
+    return method
+
+
 def compose(*parts: Strategy) -> Strategy:
     """One strategy that has the moments of all `parts`, in that order, and their hyper-parameters.
 
-    A part whose class another part inherits from is that part's own base, and is not listed twice.
+    A part whose class another part inherits from is that part's own base, and is not listed twice. Raises ConfigError
+    where a part would lose one of its methods to another, or they share a setting and ask for different values.
     """
     kinds = list(dict.fromkeys(type(p) for p in parts))
     bases = tuple(k for k in kinds if not any(o is not k and issubclass(o, k) for o in kinds))
     name, says = "".join(b.__name__ for b in bases), {"shardable": True}  # if all of them are
     kind = bases[0] if len(bases) == 1 else dataclass(kw_only=True)(type(name, bases, says))
-    settings: dict[str, Any] = {}
+    for reason in _lost(kind, kinds):
+        raise ConfigError(reason)
+    settings: dict[str, tuple[Any, str]] = {}
     for part in parts:
         for f in (f for f in fields(part) if f.init):
-            value = getattr(part, f.name)
-            if settings.setdefault(f.name, value) != value:
-                raise ConfigError(f"the composed strategies share {f.name!r} and ask for {settings[f.name]!r} and "
-                                  f"{value!r}; give both the same value, or choose one of them")
-    composed: Strategy = kind(**settings)
+            value, name = getattr(part, f.name), type(part).__name__
+            other, owner = settings.setdefault(f.name, (value, name))
+            if other != value:
+                raise ConfigError(f"{owner} and {name} share {f.name!r} and ask for {other!r} and {value!r}; give both "
+                                  "the same value, or choose one of them")
+    composed: Strategy = kind(**{name: value for name, (value, _) in settings.items()})
     return composed
+
+
+def _lost(kind: type[Strategy], listed: Sequence[type[Strategy]]) -> Iterator[str]:
+    """What a listed class has and nothing in the composed `kind` would ever call, one sentence each.
+
+    What a class has from its own bases it may replace, but not what such a base is listed for.
+    """
+    names = dict.fromkeys(n for k in kind.__mro__ for n, f in vars(k).items() if isfunction(f))
+    for name in (n for n in names if n == "__post_init__" or not n.startswith("__")):
+        owners = [k for k in kind.__mro__ if isfunction(vars(k).get(name))]
+        first = next((i for i, k in enumerate(owners) if _alone(vars(k)[name])), len(owners))
+        for owner in owners[first + 1 :]:
+            if owner is not Strategy and (owner in listed or not issubclass(owners[first], owner)):
+                by, lost = (next(k for k in listed if issubclass(k, o)).__name__ for o in (owners[first], owner))
+                mend = "choose one of them" if _alone(vars(owner)[name]) else f"list {lost} first"
+                yield f"{by} and {lost} cannot be composed so: {by}'s {name!r} takes the place of {lost}'s; {mend}"
+
+
+def _alone(method: Any) -> bool:
+    """Whether a method leaves nothing to its bases': it is marked so, or there is no `super()` in it."""
+    return "instead" in vars(method) or "__class__" not in unwrap(method).__code__.co_freevars

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from continual.data import Encoded
+from continual.data import Encoded, Task
 from continual.dealing import dealt
+from continual.errors import ConfigError, unknown
 from continual.loss import accumulate, evaluated_at, nll
 from continual.model import Model
 from continual.packing import Batch
-from continual.parallel import add_up, alike
-from continual.weights import Weights, combine, restore, set_gradient, snapshot, weights, zeros
+from continual.parallel import apart, summed
+from continual.strategy import groups, instead, memory
+from continual.weights import Weights, combine, flat, unflat, weights
 from strategies.replay import Replay
+
+ADAPTS, INNER = ("all", "head"), ("sgd", "meta_sgd")
 
 
 @dataclass(kw_only=True)
@@ -39,6 +47,31 @@ class Episodic(Replay):
         """The step's examples, task by task."""
         return list(self.joined(batch).by_task().values())
 
+    @instead
+    def backward(self, model: Model, batch: Batch) -> Tensor:
+        """The sum over episodes of what each leaves, by its share of the step's supervised tokens."""
+        if not self.inner_steps:
+            return super().backward(model, batch)
+        episodes = [e for e in self.episodes(batch) if e.tokens]
+        tokens, total = sum(e.tokens for e in episodes), torch.zeros((), device=batch.layout.device)
+        with summed(model.trained or list(weights(model).values()), total):
+            for episode in dealt(episodes, [e.length for e in episodes]):
+                with apart():
+                    total += self.episode(model, episode, episode.tokens / tokens)
+        return total
+
+    def episode(self, model: Model, episode: Batch, share: float) -> Tensor:
+        """Add `share` of one episode's direction to every `.grad`; that share of its loss."""
+        raise NotImplementedError
+
+    def judged(self, model: Model, at: Weights, batch: Batch, share: float) -> Tensor:
+        """Back-propagate `share` of the loss at the weights `at` to them, by micro-batches; that share of it.
+
+        The terms of strategies that this one is composed with have their part in it.
+        """
+        return accumulate(lambda model, part: share * evaluated_at(model, at, lambda: self.loss(model, part)), model,
+                          batch.micro_batches())
+
 
 @dataclass(kw_only=True)
 class MAML(Episodic):
@@ -47,77 +80,160 @@ class MAML(Episodic):
     Each task's examples are halved: `inner_steps` of SGD on the support half lead to fast weights, whose loss on the
     query half is minimised with respect to the weights before them. `second_order=False` takes the fast weights'
     gradient as that of the weights (section 5.2). An episode of a single example serves as both halves.
+
+    `adapts="head"` is ANIL (Raghu et al. 2020, section 4): all weights are meta-learned, and the inner loop changes the
+    head alone. That is the LM head where its weights are trained and not the input embedding's as well; else, as under
+    an adapter, what is trained in the last layer that has any trained weights.
+
+    `inner="meta_sgd"` is Meta-SGD (Li et al. 2017, algorithm 1): each weight that the inner loop changes has a rate of
+    its own in place of `inner_lr`, where it begins, learned by the same meta-gradient, with `rates_lr` as the
+    optimizer's learning rate. The paper takes the weights' one; its rates begin at random between 0.005 and 0.1.
+
+    No more than one micro-batch's graph is held at a time: the second order goes back through the inner loop step by
+    step, v <- v - H (rate * v) with the Hessian H of the support loss at the weights before the step; where rates are
+    learned, the gradient of those is -g * v with the step's gradient g.
     """
 
     second_order: bool = False
+    adapts: str = "all"
+    inner: str = "sgd"
+    rates_lr: float = 1e-3
+    rates: Tensor = memory(lambda: torch.zeros(0))  # (P,) of all weights that the inner loop changes, if learned
 
-    def backward(self, model: Model, batch: Batch) -> Tensor:
-        """The meta-gradient, the sum over episodes by their share of the step's supervised tokens."""
-        if not self.inner_steps:
-            return super().backward(model, batch)
-        return accumulate(self.loss, model, self.episodes(batch))
+    def __post_init__(self) -> None:
+        """Refuse what cannot be an inner loop."""
+        super().__post_init__()
+        for key, known in (("adapts", ADAPTS), ("inner", INNER)):
+            if getattr(self, key) not in known:
+                raise ConfigError(unknown(key, getattr(self, key), known))
 
-    def loss(self, model: Model, batch: Batch) -> Tensor:
-        """The query loss at fast weights of one episode; Strategy.loss with no inner step."""
-        outer = super().loss  # with the terms of strategies that this one is composed with
-        if not self.inner_steps:
-            return outer(model, batch)
-        n = len(batch.examples)
-        half = (n + 1) // 2
-        support, query = batch.pick(range(half)), batch.pick(range(half if n > 1 else 0, n))
+    def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
+        """Hand the rates to the optimizer, if they are learned."""
+        trained = super().begin(model, task)
+        if self.inner == "sgd" or not self.inner_steps:
+            return trained
+        start = self.rates.detach()
+        if not len(start):
+            start = flat({n: torch.full_like(w, self.inner_lr) for n, w in self.changed(model).items()})
+        self.rates = Parameter(start.to(model.layout.device))
+        return [*groups(trained), {"params": [self.rates], "lr": self.rates_lr, "weight_decay": 0}]
+
+    def changed(self, model: Model) -> Weights:
+        """The live weights that the inner loop changes."""
+        return weights(model) if self.adapts == "all" else head(model)
+
+    def episode(self, model: Model, episode: Batch, share: float) -> Tensor:
+        """The gradient of the query loss at the fast weights, as a function of the weights before them."""
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if self.second_order else nullcontext():
-            return evaluated_at(model, self.fast(model, support), lambda: outer(model, query))
+            return self.through(model, *self.split(episode), share)
 
-    def fast(self, model: Model, support: Batch) -> Weights:
-        """The weights after the inner loop, a function of the model's own."""
-        fast = weights(model)
-        for _ in range(self.inner_steps):
-            g = torch.autograd.grad(nll(model, support, fast), list(fast.values()), create_graph=self.second_order,
-                                    allow_unused=True)
-            fast = {n: w if d is None else w - self.inner_lr * d for (n, w), d in zip(fast.items(), g, strict=True)}
-        return fast
+    def split(self, episode: Batch) -> tuple[list[list[Batch]], Batch]:
+        """What each inner step learns from, in micro-batches, and what then judges."""
+        n = len(episode.examples)
+        half = (n + 1) // 2
+        support, query = episode.pick(range(half)), episode.pick(range(half if n > 1 else 0, n))
+        return [support.micro_batches()] * self.inner_steps, query
+
+    def through(self, model: Model, steps: Sequence[Sequence[Batch]], query: Batch, share: float) -> Tensor:
+        """Add `share` of the query loss's gradient through these inner steps; that share of the loss."""
+        changed, path = self.changed(model), []
+        still = {n: w.detach() for n, w in weights(model).items() if n not in changed}
+        rate = unflat(self.rates.detach(), changed) if len(self.rates) else {
+            n: w.new_full((), self.inner_lr) for n, w in changed.items()}
+        seed, at = int(torch.randint(2**62, ())), leaves(changed)
+        for i, parts in enumerate(steps):
+            torch.manual_seed(seed + i)
+            accumulate(partial(nll, at=still | at), model, parts)
+            g = taken(at)
+            if self.second_order or len(self.rates):
+                path.append((seed + i, parts, at, g))
+            at = leaves(combine(lambda w, r, g: w - r * g, at, rate, g))
+        loss = self.judged(model, at, query, share)
+        v = taken(at)
+        for again, parts, before, g in reversed(path):
+            if len(self.rates):
+                self.learn(combine(lambda g, v: -g * v, g, v))
+            if self.second_order:
+                torch.manual_seed(again)  # what was dropped out on the way there is so on the way back
+                v = combine(torch.add, v, bent(model, before, parts, combine(lambda r, v: -r * v, rate, v)))
+        add(changed, v)
+        return loss
+
+    def learn(self, g: Weights) -> None:
+        """Add to the rates' gradient."""
+        row = flat(g)
+        self.rates.grad = row if self.rates.grad is None else self.rates.grad + row
 
 
 @dataclass(kw_only=True)
 class Reptile(Episodic):
     """Reptile (Nichol et al. 2018, algorithm 2): the step points to where `inner_steps` of SGD lead from here.
 
-    Each task's examples are dealt to the inner steps; the gradient is (weights - fast weights) / inner_lr, averaged
-    over the tasks by their share of the step's supervised tokens.
+    Each task's examples are dealt to the inner steps; the gradient is (weights - fast weights) / inner_lr, which is the
+    sum of the inner gradients, averaged over the tasks by their share of the step's supervised tokens.
     """
 
     inner_steps: int = 4
 
-    def backward(self, model: Model, batch: Batch) -> Tensor:
-        """Walk the inner loop of each episode from the same start, and leave the mean direction."""
-        if not self.inner_steps:
-            return super().backward(model, batch)
-        episodes = [e for e in self.episodes(batch) if e.tokens]
-        start, direction = snapshot(model), zeros(model)
-        tokens, total = sum(e.tokens for e in episodes), torch.zeros((), device=batch.layout.device)
-        with alike():
-            for episode in dealt(episodes, [e.length for e in episodes]):
-                share = episode.tokens / tokens
-                total += share * self.walk(model, episode)
-                direction = combine(lambda d, s, w, share=share: d + share / self.inner_lr * (s - w), direction, start,
-                                    weights(model))
-                restore(model, start)
-        add_up([*direction.values(), total])
-        set_gradient(model, direction)
-        return total
-
-    def walk(self, model: Model, episode: Batch) -> Tensor:
-        """Move the model's weights by the inner loop; the mean loss on the way."""
-        k = min(self.inner_steps, len(episode.examples))
-        total = torch.zeros((), device=episode.layout.device)
+    def episode(self, model: Model, episode: Batch, share: float) -> Tensor:
+        """Walk the inner loop and add up its gradients; the mean loss on the way."""
+        n, at = len(episode.examples), leaves(weights(model))
+        k, total = min(self.inner_steps, n), torch.zeros((), device=episode.layout.device)
         for i in range(k):
-            live = list(weights(model).values())
-            loss = self.loss(model, episode.pick(range(i, len(episode.examples), k)))
-            grads = torch.autograd.grad(loss, live, allow_unused=True)
-            with torch.no_grad():
-                for w, g in zip(live, grads, strict=True):
-                    if g is not None:
-                        w -= self.inner_lr * g
-            total += loss.detach() / k
-        return total
+            total += self.judged(model, at, episode.pick(range(i, n, k)), share)
+            g = taken(at)
+            add(weights(model), g)
+            at = leaves(combine(lambda w, g: w - self.inner_lr / share * g, at, g))
+        return total / k
+
+
+def leaves(w: Weights) -> Weights:
+    """Weights of the same values, to which gradients can flow."""
+    return {n: t.detach().clone().requires_grad_() for n, t in w.items()}
+
+
+def taken(at: Weights) -> Weights:
+    """The leaves' gradients, zero where there is none; the leaves have none any more."""
+    found = {n: torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad for n, w in at.items()}
+    for w in at.values():
+        w.grad = None
+    return found
+
+
+def add(live: Weights, g: Weights) -> None:
+    """Add to every weight's gradient."""
+    for n, w in live.items():
+        w.grad = g[n] if w.grad is None else w.grad.add_(g[n])
+
+
+def bent(model: Model, at: Weights, parts: Sequence[Batch], v: Weights) -> Weights:
+    """H v, where H is the Hessian of the parts' mean loss at the leaves `at`: one backward pass through another's.
+
+    What the gradient at the leaves changes by with other weights, along v, is added to those weights' `.grad`.
+    """
+    def along(model: Model, part: Batch) -> Tensor:
+        g = torch.autograd.grad(nll(model, part, at), list(at.values()), create_graph=True, allow_unused=True)
+        return torch.stack([(d * v[n]).sum() for n, d in zip(at, g, strict=True) if d is not None]).sum()
+
+    accumulate(along, model, parts)
+    return taken(at)
+
+
+def head(model: Model) -> Weights:
+    """The LM head's live weights, if they are trained and its own, or else those of the last layer that has some.
+
+    Raises ConfigError where no weight of either is trained.
+    """
+    live = weights(model)
+    words, said = ({id(p) for p in part.parameters()}
+                   for part in (model.net.get_input_embeddings(), model.net.get_output_embeddings()))
+    if own := {n: w for n, w in live.items() if id(w) in said - words}:
+        return own
+    layers = {n: (m[1], int(m[2])) for n in live if (m := re.match(r"(.*?)\.(\d+)\.", n))}  # stack and number
+    if not layers:
+        raise ConfigError("adapts=head: no weight of the LM head's own and none of a layer is trained; choose "
+                          "another model.adapter, or adapts=all")
+    stack = [*layers.values()][-1][0]
+    last = max(number for s, number in layers.values() if s == stack)
+    return {n: live[n] for n, place in layers.items() if place == (stack, last)}

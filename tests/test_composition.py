@@ -6,12 +6,15 @@ import pytest
 import toy
 
 from continual.errors import ConfigError
-from continual.strategy import Strategy, compose
-from strategies.anchor import EWC, L2, OnlineEWC
+from continual.strategy import Strategy, compose, instead
+from continual.weights import flat, gradient
+from strategies.anchor import EWC, L2, MAS, OnlineEWC
 from strategies.der import DER
+from strategies.gem import GEM
 from strategies.lwf import LwF
 from strategies.maml import MAML, Reptile
 from strategies.multitask import MultiTask
+from strategies.path import SI
 from strategies.replay import Replay
 
 
@@ -99,9 +102,9 @@ def test_one_strategy_composed_with_nothing_keeps_its_settings():
 
 
 def test_settings_that_are_shared_must_agree():
-    with pytest.raises(ConfigError, match="share 'seed' and ask for 1 and 2"):
+    with pytest.raises(ConfigError, match="Replay and EWC share 'seed' and ask for 1 and 2"):
         compose(Replay(seed=1), EWC(seed=2))
-    with pytest.raises(ConfigError, match=r"share 'capacity' and ask for 5 and 0\.1"):
+    with pytest.raises(ConfigError, match=r"Replay and MAML share 'capacity' and ask for 5 and 0\.1"):
         compose(Replay(capacity=5), MAML())
 
 
@@ -121,9 +124,51 @@ def test_maml_composes_with_weighted_tasks():
     assert sum(strategy.notes.values()) == pytest.approx(1)
 
 
-def test_two_kinds_of_pull_are_refused_where_their_strengths_differ():
-    with pytest.raises(ConfigError, match="share 'strength'"):
-        compose(L2(strength=1.0), EWC(strength=2.0))
+# Lists that cannot compose
+
+@pytest.mark.parametrize(("parts", "told"), [
+    ((MAML(share=0), GEM()), "MAML and GEM cannot be composed so: MAML's 'backward' takes the place of GEM's; list GEM "
+                             "first"),
+    ((MAML(), SI()), "MAML and SI cannot be composed so: MAML's 'backward' takes the place of SI's; list SI first"),
+    ((MAML(), Reptile()), "MAML and Reptile cannot be composed so: MAML's 'episode' takes the place of Reptile's; "
+                          "choose one of them"),
+    ((EWC(), MAS()), "EWC and MAS cannot be composed so: EWC's 'measure' takes the place of MAS's; choose one of them"),
+    ((L2(), EWC()), "EWC and L2 cannot be composed so: EWC's 'measure' takes the place of L2's; choose one of them"),
+    ((EWC(), OnlineEWC()), "OnlineEWC and EWC cannot be composed so: OnlineEWC's 'consolidate' takes the place of"),
+], ids=lambda x: None if isinstance(x, str) else ",".join(type(p).__name__ for p in x))
+def test_a_list_in_which_one_would_lose_a_method_to_another_is_refused(parts, told):
+    with pytest.raises(ConfigError, match=told):
+        compose(*parts)
+
+
+def test_the_other_order_composes_where_it_says_so():
+    made, strategy = toy.model(), compose(GEM(capacity=8, share=0.5), MAML(capacity=8, share=0.5))
+    toy.train(made, strategy, 0, 1, 2)
+    made.net.zero_grad()
+    strategy.backward(made, made.batch(toy.examples(3, 4)))
+    own = flat(gradient(made))
+    for pool in strategy.pools():
+        assert flat(strategy.pull(made, made.batch(pool))) @ own > -1e-4
+
+
+@dataclass(kw_only=True)
+class Alone(Strategy):
+    """Takes a moment over, in a method that calls the others' only when it is switched off."""
+
+    on: bool = True
+
+    @instead
+    def end(self, model, task):
+        if not self.on:
+            super().end(model, task)
+
+
+def test_a_method_that_is_marked_counts_as_one_that_never_calls_the_others():
+    with pytest.raises(ConfigError, match="Alone and First cannot be composed so: Alone's 'end' takes the place of Fi"):
+        compose(Alone(), First())
+    strategy = compose(First(), Alone())
+    strategy.end(toy.model(), toy.task(0))
+    assert strategy.said == ["first"]
 
 
 def test_every_part_of_a_composition_checks_and_seeds_itself():

@@ -16,7 +16,8 @@ from continual.weights import gradient, restore, weights
 ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_configs holds them to that
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
 SHORT = 6  # examples of a stage that need not learn anything well
-BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem"}
+BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem",
+            "anil", "meta_sgd", "la_maml"}
 MOST = "capacity=0.5"  # the embedded default's fraction would leave one example of these small tasks
 
 # What makes a strategy naive. A new configuration must say it here.
@@ -26,6 +27,8 @@ OFF = {
     "multitask": ("multitask.capacity=0",),
     "l2": ("l2.strength=0",), "ewc": ("ewc.strength=0",), "online_ewc": ("online_ewc.strength=0",),
     "maml": ("maml.capacity=0", "maml.inner_steps=0"), "reptile": ("reptile.capacity=0", "reptile.inner_steps=0"),
+    "anil": ("anil.capacity=0", "anil.inner_steps=0"), "meta_sgd": ("meta_sgd.capacity=0", "meta_sgd.inner_steps=0"),
+    "la_maml": ("la_maml.capacity=0", "la_maml.inner_steps=0"),
     "der": ("der.capacity=0",), "lwf": ("lwf.strength=0",), "hard_replay": ("hard_replay.capacity=0",),
     "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
@@ -38,7 +41,9 @@ VARIANTS = [
     ("online_ewc", "online_ewc.decay=0.5"),
     ("maml", "maml.second_order=true", "maml.inner_steps=2", "maml.capacity=0.5"),
     ("maml", "maml.buffer_kind=reservoir", "maml.capacity=7"),
-    ("reptile", "reptile.inner_steps=1"),
+    ("reptile", "reptile.inner_steps=1"), ("gem,maml", "gem.share=0.25", "gem.capacity=0.2", "gem.sample=2"),
+    ("anil", "anil.second_order=true", "anil.inner=meta_sgd", "anil.inner_steps=2"),
+    ("meta_sgd", "meta_sgd.second_order=true"), ("la_maml", "la_maml.second_order=true", "la_maml.inner_steps=2"),
     ("multitask", "multitask.weighting=size", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=temperature", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"),
@@ -80,7 +85,8 @@ def after_one_stage(entry, dtype=torch.float32):
 
 @cache
 def one_stage(entry, dtype):
-    made, strategy = toy.model(dtype), make(*entry)
+    kind = "gpt2" if dtype == torch.float64 else "llama"  # which norms in float32 whatever its dtype
+    made, strategy = toy.model(dtype, kind=kind), make(*entry)
     toy.train(made, strategy, 0, n=SHORT)
     return made, strategy
 

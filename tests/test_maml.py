@@ -131,7 +131,7 @@ def test_it_equals_learn2learn_s_maml(first_order):
 
 def remembering(kind, *tasks: int, **keys):
     """A strategy that has all of these small tasks in memory."""
-    made, strategy = toy.model(torch.float64), kind(capacity=4.0 * len(tasks), **keys)
+    made, strategy = toy.model(torch.float64, kind="gpt2"), kind(capacity=4.0 * len(tasks), **keys)
     for t in tasks:
         strategy.begin(made, toy.task(t, 4))
         strategy.end(made, toy.task(t, 4))
@@ -194,3 +194,55 @@ def test_the_loss_that_is_reported_is_finite_and_near_the_plain_one(kind):
     made, chosen = toy.model(), toy.examples(0, 6)
     plain = Strategy().backward(made, made.batch(chosen)).item()
     assert kind(capacity=0, inner_lr=0.01).backward(made, made.batch(chosen)).item() == pytest.approx(plain, rel=0.1)
+
+
+KINDS = {"first order": (MAML, {}), "second order": (MAML, {"second_order": True}), "reptile": (Reptile, {})}
+every = pytest.mark.parametrize(("kind", "keys"), KINDS.values(), ids=KINDS)
+
+
+@every
+def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, keys):
+    made, strategy = remembering(kind, 0, share=0.5, inner_lr=INNER, inner_steps=3, **keys)
+    whole = step(made, deepcopy(strategy), toy.examples(1, 8))
+    for budget in (1, 8, 20):
+        small = toy.in_micro_batches(made, budget)
+        assert toy.close(step(small, deepcopy(strategy), toy.examples(1, 8)), whole)
+
+
+@every
+def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, keys):
+    made = toy.model(tokens=12)
+    read = []
+    made.net.register_forward_pre_hook(lambda _, args, inputs: read.append(inputs["input_ids"].numel()),
+                                       with_kwargs=True)
+    step(made, kind(capacity=0, inner_steps=2, **keys), toy.examples(0, 12))
+    assert len(read) > 8
+    assert max(read) <= 12
+
+
+def test_the_way_back_drops_out_what_the_way_there_did():
+    made, dropped = toy.model(kind="gpt2"), []
+    made.net.train()
+    made.net.transformer.h[0].mlp.dropout.register_forward_hook(lambda _, args, out: dropped.append(out == 0))
+    step(made, MAML(capacity=0, inner_steps=2, second_order=True), toy.examples(0, 4))
+    first, second, _, second_again, first_again = dropped
+    assert torch.equal(first, first_again)
+    assert torch.equal(second, second_again)
+    assert not torch.equal(first, second)
+
+
+@every
+def test_out_of_memory_within_an_episode_leaves_the_stage_as_if_it_had_not_been(kind, keys):
+    ends = []
+    for fail in (False, True):
+        made, calls = toy.model(torch.float64), []
+
+        def tight(_, args, made=made, calls=calls, fail=fail):
+            calls.append(1)
+            if fail and len(calls) == 3:
+                raise torch.OutOfMemoryError
+
+        made.net.register_forward_pre_hook(tight)
+        toy.train(made, kind(capacity=0, inner_steps=3, **keys), 0)
+        ends.append(toy.everything(made))
+    assert toy.close(*ends, rtol=1e-6, atol=1e-8)
