@@ -21,7 +21,7 @@ from continual.strategy import Strategy, memory
 
 @dataclass(kw_only=True)
 class MIGU(Strategy):
-    """Magnitude-based gradient updating (Du et al. 2024, section 3), from the second stage on as in the authors' code.
+    """Magnitude-based gradient updating (Du et al. 2024), from the second stage on as in the authors' code.
 
     Of each linear layer with trained weights, a LoRA's A and B each by itself, the outputs' absolute values are divided
     by their sum and added up over the step's tokens; only the `updated` part of the layer's neurons, those with the
@@ -79,12 +79,12 @@ def neurons(layer: Any) -> int:
 
 
 def keep(layer: nn.Module, loud: Tensor) -> None:
-    """Only these neurons keep their gradient."""
+    """Only these neurons keep their gradient: rows of a weight, or a transposed one's columns, and of a bias."""
+    heard = torch.zeros(neurons(layer), dtype=torch.bool, device=loud.device).index_fill_(0, loud, True)
     for p in layer.parameters(recurse=False):
         if p.grad is not None:
-            along = p.grad.ndim - 1 if not isinstance(layer, nn.Linear) else 0
-            shape = [-1 if d == along else 1 for d in range(p.grad.ndim)]
-            p.grad = p.grad * torch.zeros(neurons(layer), device=p.device).index_fill_(0, loud, 1).view(shape)
+            rows = p.ndim > 1 and isinstance(layer, nn.Linear)
+            p.grad = p.grad * (heard[:, None] if rows else heard)
 
 
 @contextmanager

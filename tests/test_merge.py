@@ -15,6 +15,7 @@ from continual.errors import ConfigError
 from continual.stage import learn
 from continual.strategy import Strategy, compose
 from continual.weights import combine, flat, restore, snapshot
+from strategies.anchor import L2
 from strategies.merge import EMA, TIES, Average, FisherMerge, TaskArithmetic
 
 SIZE = 40  # numbers of a model that is no network
@@ -104,6 +105,14 @@ def test_with_early_stopping_the_best_weights_are_merged():
     assert len(strategy.steps) < 18
     assert toy.same(snapshot(made), strategy.ended[0])
     assert not toy.same(strategy.ended[0], strategy.steps[-1])
+
+
+def test_what_is_listed_after_a_merge_sees_the_stage_s_own_weights_and_what_is_before_it_the_merged():
+    for parts, own in (((Average(), L2(), Seen()), True), ((L2(), Average(), Seen()), False)):
+        made, strategy = toy.model(), compose(*parts)
+        toy.train(made, strategy, 0, 1, n=6)
+        assert toy.same(strategy.anchor, strategy.ended[1] if own else snapshot(made))
+        assert not toy.same(strategy.ended[1], snapshot(made))
 
 
 @pytest.mark.parametrize("kind", [Average, FisherMerge, EMA, TaskArithmetic, TIES])

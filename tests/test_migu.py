@@ -77,6 +77,11 @@ def test_an_encoder_s_layers_are_masked_too_and_padding_does_not_count():
             assert 0 < rows <= round(0.3 * neurons(layer)), name
 
 
+def test_weights_in_bfloat16_have_gradients_in_bfloat16():
+    found = step(toy.model(torch.bfloat16), later(), toy.examples(1, 5))
+    assert {g.dtype for g in found.values()} == {torch.bfloat16}
+
+
 def test_the_first_stage_is_as_if_alone():
     made, plain, strategy = toy.model(), toy.model(), MIGU()
     toy.train(made, strategy, 0)
