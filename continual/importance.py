@@ -167,7 +167,7 @@ class _Layers:
         self.owned = {m: own for m in model.net.modules()
                       if (own := {n: names[p] for n, p in m.named_parameters(recurse=False) if p in names})}
         self.head, self.words = model.net.get_output_embeddings(), model.net.get_input_embeddings()
-        if not all(_linear(m) or _norm(m) or (_embedding(m) and not model.layout.seq2seq) for m in self.owned):
+        if not all(linear(m) or _norm(m) or (_embedding(m) and not model.layout.seq2seq) for m in self.owned):
             raise _Entangled
         uses = Counter(name for own in self.owned.values() for name in own.values())
         name = self.owned.get(self.words, {}).get("weight")
@@ -209,7 +209,7 @@ class _Layers:
                 _add_tied(to["weight"], x, g, *self._read(self.head, batch, *seen[self.head], g.dtype))
             elif _embedding(module):
                 _add_rows(to["weight"], x, g)
-            elif _linear(module):
+            elif linear(module):
                 if "weight" in to and not (module is self.head and self.tied):
                     _add_products(to["weight"], *((g, x) if type(module) is nn.Linear else (x, g)))
                 if "bias" in to:
@@ -240,8 +240,8 @@ def _apart(batch: Batch, x: Tensor) -> Tensor:
     return nn.utils.rnn.pad_sequence([*torch.split(x[0], counts)], batch_first=True)
 
 
-def _linear(module: nn.Module) -> bool:
-    """Exactly: a subclass may compute something else."""
+def linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, exactly: a subclass may compute something else."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"  # the linear layer of GPT-2, transposed
 
 

@@ -65,5 +65,27 @@ def flat(w: Weights) -> Tensor:
 
 def unflat(row: Tensor, like: Weights) -> Weights:
     """A vector (P,) as weights, in the names, shapes and precisions of others."""
+    return {n: part.to(like[n].dtype) for n, part in _parts(row, like).items()}
+
+
+def top(scores: Weights, fraction: float) -> Weights:
+    """True for this fraction of all values, the largest, rounded down but at least one."""
+    row = flat(scores)
+    chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
+    chosen[row.topk(max(1, int(fraction * len(row)))).indices] = True
+    return _parts(chosen, scores)
+
+
+def portion(part: Weights, whole: Weights) -> Weights:
+    """part / whole, and 1 where there is nothing of either."""
+    return combine(lambda p, s: torch.where(s > 0, p / s, torch.ones_like(s)), part, whole)
+
+
+def wide(w: Weights) -> Weights:
+    """In float32 at least: sums over stages lose too much in less."""
+    return {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in w.items()}
+
+
+def _parts(row: Tensor, like: Weights) -> Weights:
     parts = torch.split(row, [t.numel() for t in like.values()])
-    return {n: part.view_as(t).to(t.dtype) for (n, t), part in zip(like.items(), parts, strict=True)}
+    return {n: part.view_as(t) for (n, t), part in zip(like.items(), parts, strict=True)}

@@ -14,7 +14,13 @@ from continual.memory import chosen
 from continual.model import Model
 from continual.packing import Batch
 from continual.strategy import Strategy, memory
-from continual.weights import Weights, combine, snapshot, weights
+from continual.weights import Weights, combine, portion, snapshot, weights
+
+
+def task_fisher(model: Model, task: Task[Encoded], examples: int, labels: str, seed: str) -> Weights:
+    """The diagonal Fisher information of some of a task's training examples; a resumed run draws the same."""
+    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    return fisher(model, chosen(task, examples, seed), labels, generator)
 
 
 @dataclass(kw_only=True)
@@ -77,9 +83,7 @@ class EWC(L2):
     def measure(self, model: Model, task: Task[Encoded]) -> Weights:
         """The diagonal Fisher information of the task, at its end."""
         self.stages += 1
-        seed = f"{self.seed}/{self.stages}"  # so that a resumed run draws the same
-        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-        return fisher(model, chosen(task, self.examples, seed), self.labels, generator)
+        return task_fisher(model, task, self.examples, self.labels, f"{self.seed}/{self.stages}")
 
     def consolidate(self, here: Weights, measured: Weights) -> None:
         """Complete the square: fold the new penalty into the one that stands for the earlier ones."""
@@ -87,7 +91,7 @@ class EWC(L2):
             self.anchor, self.importance = here, measured
             return
         total = combine(torch.add, self.importance, measured)
-        part = combine(lambda f, s: torch.where(s > 0, f / s, torch.ones_like(s)), measured, total)
+        part = portion(measured, total)
         apart = combine(torch.sub, here, self.anchor)
         left_over = combine(lambda s, p, d: (s * p * d.square()).sum(), self.importance, part, apart)
         self.constant += float(torch.stack(list(left_over.values())).sum())
