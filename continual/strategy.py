@@ -1,8 +1,8 @@
-"""The strategy interface: plain sequential fine-tuning, and the five moments at which a method may depart from it."""
+"""The strategy interface: plain sequential fine-tuning, and the moments at which a method may depart from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -53,6 +53,13 @@ class Strategy:
     def route(self, model: Model, task: str) -> None:
         """`task` is about to be tested. To override this is to use the task's identity at test time."""
 
+    def dispatch(self, model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """A task's prompts, token ids each, are about to be answered: ready the model for some and yield their indices.
+
+        Those are answered before the next ones are asked for. What is here to decide by is each prompt alone.
+        """
+        yield range(len(prompts))
+
     def state_dict(self) -> dict[str, Any]:
         """The memory fields, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("memory")}
@@ -67,6 +74,11 @@ class Strategy:
                 now.data.copy_(state[name])
             else:
                 setattr(self, name, state[name])
+
+
+def groups(trained: list[Any]) -> list[dict[str, Any]]:
+    """What `begin` returned, as the optimizer's parameter groups."""
+    return [*(g for g in trained if isinstance(g, dict)), {"params": [p for p in trained if not isinstance(p, dict)]}]
 
 
 def compose(*parts: Strategy) -> Strategy:

@@ -14,7 +14,7 @@ from continual.data import Encoded, Task
 from continual.errors import ConfigError, unknown
 from continual.model import Model
 from continual.packing import Batch
-from continual.strategy import memory
+from continual.strategy import groups, memory
 from strategies.replay import Replay
 
 WEIGHTINGS = ("fixed", "size", "temperature", "uncertainty")
@@ -61,7 +61,7 @@ class MultiTask(Replay):
             return trained
         start = self.log_variance.detach() if len(self.log_variance) else torch.zeros(len(self.columns))
         self.log_variance = torch.nn.Parameter(start.to(model.layout.device))
-        return [*trained_groups(trained), {"params": [self.log_variance], "lr": self.uncertainty_lr, "weight_decay": 0}]
+        return [*groups(trained), {"params": [self.log_variance], "lr": self.uncertainty_lr, "weight_decay": 0}]
 
     def joined(self, batch: Batch) -> Batch:
         """New and remembered examples, each scaled so that the tasks' token means get their weights."""
@@ -98,9 +98,3 @@ class MultiTask(Replay):
         s = self.log_variance
         own = (batch.weight * s[batch.task]).sum() / batch.tokens / 2
         return super().loss(model, but(batch, factor=torch.exp(-s))) + own
-
-
-def trained_groups(trained: list[Any]) -> list[dict[str, Any]]:
-    """What another moment returned from `begin`, as optimizer parameter groups."""
-    groups = [g for g in trained if isinstance(g, dict)]
-    return [*groups, {"params": [p for p in trained if not isinstance(p, dict)]}]

@@ -9,14 +9,15 @@ import torch
 import toy
 
 from continual import checkpoint
-from continual.model import adapt_with
 from continual.strategy import Strategy
-from continual.weights import gradient, restore, weights
+from continual.weights import gradient, restore, weights, zeros
 
 ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_configs holds them to that
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
 SHORT = 6  # examples of a stage that need not learn anything well
 BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem"}
+LORA = {"incremental_lora", "olora", "slao"}  # they work on the factors of a LoRA
+SETTERS = {"per_task", "router", "slao"}  # to give the model other weights is what they are for
 MOST = "capacity=0.5"  # the embedded default's fraction would leave one example of these small tasks
 
 # What makes a strategy naive. A new configuration must say it here.
@@ -30,6 +31,9 @@ OFF = {
     "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
     "gem": ("gem.capacity=0",), "agem": ("agem.capacity=0",), "ogd": ("ogd.examples=0",),
+    "per_task": ("per_task.start=last",), "router": ("router.start=last",),
+    "incremental_lora": ("incremental_lora.rank=0",), "olora": ("olora.rank=0",),
+    "slao": ("slao.power=0", "slao.orthogonal=false"),
     "mas": ("mas.strength=0",), "si": ("si.strength=0",), "rwalk": ("rwalk.strength=0",),
 }
 VARIANTS = [
@@ -53,6 +57,8 @@ VARIANTS = [
     ("gem", "gem.capacity=0.5", "gem.sample=null", "gem.share=0.25"), ("gem", "gem.capacity=7", "gem.margin=0"),
     ("agem", "agem.capacity=7", "agem.buffer_kind=reservoir", "agem.sample=3"),
     ("ogd", "ogd.examples=3"), ("ogd,replay", "replay.capacity=0.5"), ("mas", "mas.examples=5"),
+    ("olora", "olora.rank=3", "olora.lambda_2=0.1"), ("slao", "slao.power=0"), ("slao", "slao.orthogonal=false"),
+    ("per_task,replay", "replay.capacity=0.5"), ("replay,olora", "replay.capacity=0.5", "olora.rank=2"),
     ("rwalk", "rwalk.every=1"), ("replay,si", "replay.capacity=0.5"),
 ]
 
@@ -60,7 +66,8 @@ VARIANTS = [
 def sized(name: str) -> tuple[str, ...]:
     """The strategy's own configuration, with a buffer that is not all but empty."""
     more = ("agem.sample=2",) if name == "agem" else ()  # the mean of more opposes no step here
-    return (name, f"{name}.{MOST}", *more) if name in BUFFERED else (name,)
+    small = (f"{name}.rank=2",) if name in ("incremental_lora", "olora") else ()  # that there is room for each task
+    return (name, f"{name}.{MOST}", *more) if name in BUFFERED else (name, *small)
 
 
 TABLE = [*map(sized, CONFIGS), *VARIANTS]
@@ -68,6 +75,11 @@ TABLE = [*map(sized, CONFIGS), *VARIANTS]
 
 def make(names: str, *keys: str) -> Strategy:
     return toy.configured(names, *(f"+strategy.{k[1:]}" if k.startswith("+") else f"strategy.{k}" for k in keys))
+
+
+def network(names: str, dtype=torch.float32):
+    """A model that all of these strategies can work with."""
+    return toy.model(dtype, lora=12 if LORA & set(names.split(",")) else 0)
 
 
 every = pytest.mark.parametrize("entry", TABLE, ids=" ".join)
@@ -80,14 +92,14 @@ def after_one_stage(entry, dtype=torch.float32):
 
 @cache
 def one_stage(entry, dtype):
-    made, strategy = toy.model(dtype), make(*entry)
+    made, strategy = network(entry[0], dtype), make(*entry)
     toy.train(made, strategy, 0, n=SHORT)
     return made, strategy
 
 
 @every
 def test_one_stage_lowers_the_loss(entry):
-    made, strategy = toy.model(), make(*entry)
+    made, strategy = network(entry[0]), make(*entry)
     before = toy.mean_loss(made.net, toy.examples(0)).item()
     toy.train(made, strategy, 0)
     assert toy.mean_loss(made.net, toy.examples(0)).item() < before - 0.1
@@ -95,7 +107,7 @@ def test_one_stage_lowers_the_loss(entry):
 
 @pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
-    off, naive = toy.model(), toy.model()
+    off, naive = network(names), network(names)
     toy.train(off, make(names, *OFF[names]), 0, 1)
     toy.train(naive, Strategy(), 0, 1)
     assert toy.same(toy.everything(off), toy.everything(naive))
@@ -103,7 +115,7 @@ def test_switched_off_it_is_naive_bit_for_bit(names):
 
 @pytest.mark.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
 def test_switched_on_it_is_not_naive(entry):
-    on, naive, strategy, plain = toy.model(), toy.model(), make(*entry), Strategy()
+    on, naive, strategy, plain = network(entry[0]), network(entry[0]), make(*entry), Strategy()
     for t in (0, 1, 2):  # a projection waits for tasks that oppose each other
         toy.train(on, strategy, t)
         toy.train(naive, plain, t)
@@ -117,7 +129,8 @@ def test_a_checkpoint_continues_bit_for_bit(entry, tmp_path):
     made, strategy = after_one_stage(entry)
     toy.train(made, strategy, 1, n=SHORT)
     checkpoint.save(tmp_path / "two", made, strategy, toy.matrix())
-    other, again = toy.model(seed=1), make(*entry)
+    other, again = network(entry[0]), make(*entry)
+    restore(other, zeros(other))
     checkpoint.load(tmp_path / "two", other, again)
     for net, continued in ((made, strategy), (other, again)):
         toy.train(net, continued, 2, n=SHORT)
@@ -159,7 +172,7 @@ def test_micro_batches_also_have_the_same_step_where_tasks_in_one_step_differ_in
     assert toy.close(got, gradient(made), rtol=1e-6, atol=1e-7)  # scales are float32
 
 
-@every
+@pytest.mark.parametrize("entry", [e for e in TABLE if not SETTERS & set(e[0].split(","))], ids=" ".join)
 def test_no_moment_moves_the_weights(entry):
     made, strategy = after_one_stage(entry)
     task = toy.task(1, SHORT)
@@ -172,6 +185,23 @@ def test_no_moment_moves_the_weights(entry):
     strategy.route(made, "a")
     strategy.end(made, task)
     assert toy.same(toy.everything(made), before)
+
+
+@pytest.mark.parametrize("entry", [e for e in TABLE if SETTERS & set(e[0].split(","))], ids=" ".join)
+def test_what_gives_the_model_other_weights_does_it_between_stages_only(entry):
+    made, strategy = after_one_stage(entry)
+    strategy.begin(made, toy.task(1, SHORT))
+    before, batch = toy.everything(made), made.batch(toy.examples(1, SHORT)[:5])
+    strategy.backward(made, batch)
+    strategy.loss(made, batch)
+    assert toy.same(toy.everything(made), before)
+
+
+@every
+def test_each_prompt_is_dispatched_once(entry):
+    made, strategy = after_one_stage(entry)
+    strategy.route(made, "b")
+    assert sorted(i for turn in strategy.dispatch(made, [[3, 4], [5], [3, 4]]) for i in turn) == [0, 1, 2]
 
 
 @every
@@ -189,9 +219,9 @@ def test_only_backward_leaves_gradients(entry):
 
 @every
 def test_the_optimizer_may_change_trainable_parameters_only(entry):
-    made, strategy = toy.model(), make(*entry)
+    made, strategy = network(entry[0]), make(*entry)
     made.net.get_input_embeddings().weight.requires_grad_(False)
-    made.net.model.layers[0].requires_grad_(False)
+    made.net.get_decoder().layers[0].requires_grad_(False)
     frozen = {n: p.clone() for n, p in made.net.named_parameters() if not p.requires_grad}
     returned = strategy.begin(made, toy.task(0))
     parts = [p for part in returned for p in (part["params"] if isinstance(part, dict) else [part])]
@@ -204,11 +234,9 @@ def test_the_optimizer_may_change_trainable_parameters_only(entry):
     assert all("layers.0" not in path and "embed" not in path for path in toy.memory_tensors(strategy))
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @every
 def test_an_adapter_trains_and_its_base_does_not(entry):
-    made = toy.model()
-    made.net = adapt_with(made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False)
+    made = toy.model(lora=12)
     before, live = toy.everything(made), set(weights(made))
     toy.train(made, make(*entry), 0, 1, n=SHORT)
     after = toy.everything(made)
