@@ -62,4 +62,5 @@ def basis(a: Tensor) -> Tensor:
     """An orthonormal basis of the space that the rows of A (R, in) span, of A's shape; R is at most `in`."""
     q, r = torch.linalg.qr(a.detach().flatten(1).T.to(torch.promote_types(a.dtype, torch.float32)))
     q *= torch.where(r.diagonal() < 0, -1, 1)
-    return q.T.reshape(a.shape).to(a.dtype)
+    rows: Tensor = q.T.reshape(a.shape).to(a.dtype)
+    return rows
