@@ -68,6 +68,13 @@ class IncrementalLoRA(Strategy):
                         g[self.block.stop :] = 0
         return loss
 
+    def end(self, model: Model, task: Task[Encoded]) -> None:
+        """See that no other block has moved: the later ones would be in use."""
+        super().end(model, task)
+        if self.rank and max(_in_use(b) for _, b in factors(model)) > self.block.stop:
+            raise ConfigError("a strategy that is listed beside this one moved other blocks than the task's, for its "
+                              "steps do not end here; list this one first")
+
 
 def _in_use(b: Tensor) -> int:
     """The columns of B (out, R) up to the last one that is not zero."""

@@ -13,9 +13,10 @@ from continual.data import Task
 from continual.errors import ConfigError
 from continual.lora import factors
 from continual.model import adapt_with
-from continual.strategy import Strategy
+from continual.strategy import Strategy, compose
 from continual.weights import gradient, restore, snapshot, weights
 from strategies.incremental import IncrementalLoRA
+from strategies.maml import Reptile
 from strategies.olora import OLoRA
 from strategies.slao import SLAO, basis
 
@@ -155,6 +156,12 @@ def test_a_new_strategy_goes_on_behind_the_blocks_that_are_in_use():
 def test_a_rank_below_0_is_refused():
     with pytest.raises(ConfigError, match="found -1 as the rank"):
         OLoRA(rank=-1)
+
+
+def test_a_strategy_that_steps_past_it_is_refused_and_one_behind_it_is_not():
+    toy.train(toy.model(lora=8), compose(IncrementalLoRA(rank=2), Reptile()), 0, n=4)
+    with pytest.raises(ConfigError, match="moved other blocks than the task's, for its steps do not end here; list"):
+        toy.train(toy.model(lora=8), compose(Reptile(), IncrementalLoRA(rank=2)), 0, n=4)
 
 
 # SLAO
