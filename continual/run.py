@@ -231,7 +231,8 @@ def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> l
         value = agreed(marked(path, test))
         if value is None:
             bench.strategy.route(bench.model, test.task)
-            value, answers = score(bench.model, test, bench.config.score.batch_size)
+            turns = bench.strategy.dispatch(bench.model, test.prompts)
+            value, answers = score(bench.model, test, bench.config.score.batch_size, turns)
             if leads():
                 write_whole(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers))
         row.append(value)

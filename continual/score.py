@@ -6,7 +6,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -17,11 +17,12 @@ from torch import Tensor
 from continual.answer import answer, follow, read
 from continual.data import Encoded, Example, Task
 from continual.dealing import deal
-from continual.errors import ConfigError, DataError, unknown
+from continual.errors import ConfigError, ContinualError, DataError, unknown
 from continual.loss import token_nll
 from continual.model import Model
 from continual.packing import Batch
 from continual.parallel import apart, gather
+from continual.rows import turn
 from continual.sharding import in_step
 from continual.template import Encoder
 
@@ -80,6 +81,15 @@ class Test:
     encoded: Sequence[Encoded]
     max_new_tokens: int
     labels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """What is asked, without any answer: the token ids of each prompt."""
+        return [e.ids[: turn(e)] if any(e.response) else e.ids for e in self.encoded]
+
+    def of(self, indices: Sequence[int]) -> Test:
+        """Some of the examples."""
+        return replace(self, examples=[self.examples[i] for i in indices], encoded=[self.encoded[i] for i in indices])
 
 
 def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, metric: str | None = None,
@@ -171,20 +181,35 @@ def _by_pairs(model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[i
     return told.view(len(prompts), -1)
 
 
-def score(model: Model, test: Test, batch_size: int) -> tuple[float, list[dict[str, Any]]]:
+def score(model: Model, test: Test, batch_size: int, turns: Iterable[Sequence[int]] | None = None
+          ) -> tuple[float, list[dict[str, Any]]]:
     """The task's score in [0, 1], the mean of its marks, and every prediction with its mark.
 
-    Several processes answer a part of the prompts each, and all have the whole.
+    The examples are answered in `turns`, each the indices of some of them, all together by default; what gives the
+    turns may change the model between them. Several processes answer a part of the prompts each, and all have the
+    whole. Raises ContinualError where the turns are not each example once.
     """
+    everyone = range(len(test.examples))
+    told: list[tuple[int, dict[str, Any]]] = []
+    for some in turns or [everyone]:
+        told += zip(some, _scored(model, test.of(some), batch_size), strict=True)
+    if sorted(i for i, _ in told) != [*everyone]:
+        raise ContinualError(f"of the {len(everyone)} prompts of task {test.task!r} {len(told)} were dispatched, and "
+                             "each must be once; the strategy's dispatch is wrong")
+    rows = [row for _, row in sorted(told, key=lambda each: each[0])]
+    return sum(r["score"] for r in rows) / len(rows), rows
+
+
+def _scored(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
+    """Every prediction with its mark."""
     mine = deal([len(e.ids) for e in test.encoded])
-    part = replace(test, examples=[test.examples[i] for i in mine], encoded=[test.encoded[i] for i in mine])
+    part = test.of(mine)
     found: list[dict[str, Any]] = []
     with in_step(model), apart():
         if mine:
             found = _perplexity(model, part) if test.metric == PERPLEXITY else _answers(model, part, batch_size)
     told = {i: row for share in gather([*zip(mine, found, strict=True)]) for i, row in share}
-    rows = [told[i] for i in range(len(told))]
-    return sum(r["score"] for r in rows) / len(rows), rows
+    return [told[i] for i in range(len(told))]
 
 
 def _answers(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:

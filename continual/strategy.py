@@ -1,4 +1,4 @@
-"""The strategy interface: plain sequential fine-tuning, and the five moments at which a method may depart from it."""
+"""The strategy interface: plain sequential fine-tuning, and the moments at which a method may depart from it."""
 
 from __future__ import annotations
 
@@ -62,6 +62,13 @@ class Strategy:
 
     def route(self, model: Model, task: str) -> None:
         """`task` is about to be tested. To override this is to use the task's identity at test time."""
+
+    def dispatch(self, model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """A task's prompts, token ids each, are about to be answered: ready the model for some and yield their indices.
+
+        Those are answered before the next ones are asked for. What is here to decide by is each prompt alone.
+        """
+        yield range(len(prompts))
 
     def state_dict(self) -> dict[str, Any]:
         """The memory fields, by name."""

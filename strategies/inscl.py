@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from continual.data import Encoded, Task
+from continual.instructions import Instructions, instructions
 from continual.model import Model
-from continual.rows import grouped, turn
 from continual.strategy import memory
 from strategies.replay import Replay
-
-SAMPLE = 128  # examples of a task whose instructions are looked at
-
-Instructions = list[tuple[list[int], int]]  # token ids, and how many examples have them
 
 
 @dataclass(kw_only=True)
@@ -55,15 +50,6 @@ class InsCL(Replay):
         super().end(model, task)
         for t in {e.task for e in task.train}:
             self.instructions[t] = instructions([e for e in task.train if e.task == t])
-
-
-def instructions(examples: Sequence[Encoded]) -> Instructions:
-    """What the prompts begin with together, and how many each; evenly from all examples."""
-    chosen = examples[:: -(-len(examples) // SAMPLE)]
-    found: Counter[tuple[int, ...]] = Counter()
-    for prefix, members in grouped(chosen):
-        found.update(chosen[i].ids[: prefix or max(1, turn(chosen[i]))] for i in members)
-    return [(list(ids), count) for ids, count in found.items()]
 
 
 @torch.no_grad()

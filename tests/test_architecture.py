@@ -18,10 +18,10 @@ LAYERS = (
     ("attention", "rows"),
     ("flash", "flex"),
     ("probe",),
-    ("packing", "matrix", "template"),
+    ("packing", "matrix", "template", "instructions"),
     ("model", "cache", "tokens"),
     ("weights",),
-    ("loss",),
+    ("loss", "lora"),
     ("memory", "importance", "answer", "progress", "precision"),
     ("strategy", "values"),
     ("stage", "score", "checkpoint", "duplicates"),
@@ -45,7 +45,7 @@ LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 # What a package outside of the engine may import of the three.
 ALLOWED = {
     "strategies": {f"continual.{m}" for m in LAYER if LAYER[m] <= LAYER["strategy"]}
-    | {"strategies.replay", "strategies.anchor", "strategies.maml"},
+    | {f"strategies.{base}" for base in ("replay", "anchor", "maml", "adapters", "incremental")},
     "streams": {"continual.data", "continual.errors", "continual.reading", "continual.template", "streams"},
 }
 OURS = ("continual", "strategies", "streams")

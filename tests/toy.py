@@ -18,7 +18,7 @@ from small import network
 from continual import build
 from continual.data import Encoded, Task
 from continual.matrix import Matrix
-from continual.model import Model
+from continual.model import Model, adapt_with
 from continual.packing import Layout
 from continual.probe import probe
 from continual.stage import Recipe, learn
@@ -34,9 +34,15 @@ def spelled(ids, skip_special_tokens=False) -> str:
     return " ".join(map(str, ids))
 
 
-def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", **layout) -> Model:
-    """A network of two layers, hidden 32; transformers' Llama norms and rotates in float32 whatever its dtype."""
+def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", lora: int = 0, **layout) -> Model:
+    """A network of two layers, hidden 32; transformers' Llama norms and rotates in float32 whatever its dtype.
+
+    With a rank for `lora` that is all that trains, at a scale that learns as fast as the whole network.
+    """
     net = network(kind, VOCABULARY, context=32, seed=seed).to(dtype)
+    if lora:
+        settings = {"r": lora, "lora_alpha": 16 * lora, "target_modules": "all-linear"}
+        net = adapt_with(net, "lora", {"lora": settings}, seq2seq=False)
     tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=spelled)
     flat, last = probe(net)
     made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": flat, **layout})
