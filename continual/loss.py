@@ -28,6 +28,7 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     The hidden states of all other positions are dropped before the LM head, which costs more than a small model's body,
     and in a flat row already behind the last layer's attention.
     """
+    model.fit(max(len(e.ids) for e in batch.examples) - 1)  # the last token is not read
     with ExitStack() as stack:
         if batch.layout.flat:
             stack.enter_context(flat_attention(model.net, kernel(batch.layout.device)))

@@ -1,6 +1,7 @@
 """What every strategy must keep to, over the table of all configurations and some of their variants."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 import toy
 
 from continual import checkpoint
-from continual.model import adapt_with
+from continual.loss import nll
+from continual.model import Model, adapt_with
 from continual.strategy import Strategy
 from continual.weights import gradient, restore, weights
 
@@ -30,8 +32,11 @@ OFF = {
     "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
     "gem": ("gem.capacity=0",), "agem": ("agem.capacity=0",), "ogd": ("ogd.examples=0",),
-    "mas": ("mas.strength=0",), "si": ("si.strength=0",), "rwalk": ("rwalk.strength=0",),
+    "progressive_prompts": ("progressive_prompts.most=1",),
+    "osf": ("osf.keep=0",), "mas": ("mas.strength=0",), "si": ("si.strength=0",), "rwalk": ("rwalk.strength=0",),
 }
+ADAPTED = {"progressive_prompts": toy.prompted}  # the model that is needed where not all of a network trains
+ANEW = {"progressive_prompts"}  # what begins a stage with other weights than the last one ended with
 VARIANTS = [
     ("replay", "replay.buffer_kind=reservoir", "replay.capacity=7", "replay.share=0.38"),
     ("ewc", "ewc.labels=sampled", "ewc.examples=5"),
@@ -53,7 +58,8 @@ VARIANTS = [
     ("gem", "gem.capacity=0.5", "gem.sample=null", "gem.share=0.25"), ("gem", "gem.capacity=7", "gem.margin=0"),
     ("agem", "agem.capacity=7", "agem.buffer_kind=reservoir", "agem.sample=3"),
     ("ogd", "ogd.examples=3"), ("ogd,replay", "replay.capacity=0.5"), ("mas", "mas.examples=5"),
-    ("rwalk", "rwalk.every=1"), ("replay,si", "replay.capacity=0.5"),
+    ("progressive_prompts", "progressive_prompts.most=2"), ("replay,progressive_prompts", "replay.capacity=0.5"),
+    ("osf", "osf.keep=0.9"), ("ewc,osf",), ("rwalk", "rwalk.every=1"), ("replay,si", "replay.capacity=0.5"),
 ]
 
 
@@ -70,6 +76,12 @@ def make(names: str, *keys: str) -> Strategy:
     return toy.configured(names, *(f"+strategy.{k[1:]}" if k.startswith("+") else f"strategy.{k}" for k in keys))
 
 
+def network(names: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
+    """The model that these strategies train. A checkpoint does not hold a base beside an adapter: it has one seed."""
+    adapted = [ADAPTED[name] for name in names.split(",") if name in ADAPTED]
+    return adapted[0](dtype) if adapted else toy.model(dtype, seed)
+
+
 every = pytest.mark.parametrize("entry", TABLE, ids=" ".join)
 
 
@@ -80,22 +92,24 @@ def after_one_stage(entry, dtype=torch.float32):
 
 @cache
 def one_stage(entry, dtype):
-    made, strategy = toy.model(dtype), make(*entry)
+    made, strategy = network(entry[0], dtype), make(*entry)
     toy.train(made, strategy, 0, n=SHORT)
     return made, strategy
 
 
 @every
 def test_one_stage_lowers_the_loss(entry):
-    made, strategy = toy.model(), make(*entry)
-    before = toy.mean_loss(made.net, toy.examples(0)).item()
-    toy.train(made, strategy, 0)
-    assert toy.mean_loss(made.net, toy.examples(0)).item() < before - 0.1
+    made, strategy = network(entry[0]), make(*entry)
+    before = nll(made, made.batch(toy.examples(0))).item()
+    # A prompt steers little of a network of random weights, and learns at other rates.
+    recipe, less = (replace(toy.RECIPE, lr=0.3, epochs=6), 1e-3) if made.layout.prefix else (toy.RECIPE, 0.1)
+    toy.train(made, strategy, 0, recipe=recipe)
+    assert nll(made, made.batch(toy.examples(0))).item() < before - less
 
 
 @pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
-    off, naive = toy.model(), toy.model()
+    off, naive = network(names), network(names)
     toy.train(off, make(names, *OFF[names]), 0, 1)
     toy.train(naive, Strategy(), 0, 1)
     assert toy.same(toy.everything(off), toy.everything(naive))
@@ -103,7 +117,7 @@ def test_switched_off_it_is_naive_bit_for_bit(names):
 
 @pytest.mark.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
 def test_switched_on_it_is_not_naive(entry):
-    on, naive, strategy, plain = toy.model(), toy.model(), make(*entry), Strategy()
+    on, naive, strategy, plain = network(entry[0]), network(entry[0]), make(*entry), Strategy()
     for t in (0, 1, 2):  # a projection waits for tasks that oppose each other
         toy.train(on, strategy, t)
         toy.train(naive, plain, t)
@@ -117,7 +131,7 @@ def test_a_checkpoint_continues_bit_for_bit(entry, tmp_path):
     made, strategy = after_one_stage(entry)
     toy.train(made, strategy, 1, n=SHORT)
     checkpoint.save(tmp_path / "two", made, strategy, toy.matrix())
-    other, again = toy.model(seed=1), make(*entry)
+    other, again = network(entry[0], seed=1), make(*entry)
     checkpoint.load(tmp_path / "two", other, again)
     for net, continued in ((made, strategy), (other, again)):
         toy.train(net, continued, 2, n=SHORT)
@@ -165,7 +179,9 @@ def test_no_moment_moves_the_weights(entry):
     task = toy.task(1, SHORT)
     before, batch = toy.everything(made), made.batch(toy.examples(1, SHORT)[:5])
     strategy.begin(made, task)
-    assert toy.same(toy.everything(made), before)
+    if not ANEW & set(entry[0].split(",")):
+        assert toy.same(toy.everything(made), before)
+    before = toy.everything(made)
     strategy.backward(made, batch)
     assert toy.same(toy.everything(made), before)
     strategy.loss(made, batch)
@@ -184,12 +200,13 @@ def test_only_backward_leaves_gradients(entry):
     strategy.end(made, task)
     assert all(g is None for g in toy.gradients(made).values())
     strategy.backward(made, made.batch(toy.examples(1, SHORT)[:5]))
-    assert all(g is not None and g.isfinite().all() for g in toy.gradients(made).values())
+    left = toy.gradients(made)
+    assert all(left[n] is not None and left[n].isfinite().all() for n in weights(made))
 
 
 @every
 def test_the_optimizer_may_change_trainable_parameters_only(entry):
-    made, strategy = toy.model(), make(*entry)
+    made, strategy = network(entry[0]), make(*entry)
     made.net.get_input_embeddings().weight.requires_grad_(False)
     made.net.model.layers[0].requires_grad_(False)
     frozen = {n: p.clone() for n, p in made.net.named_parameters() if not p.requires_grad}
@@ -207,15 +224,16 @@ def test_the_optimizer_may_change_trainable_parameters_only(entry):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @every
 def test_an_adapter_trains_and_its_base_does_not(entry):
-    made = toy.model()
-    made.net = adapt_with(made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False)
+    made = network(entry[0])
+    if len(weights(made)) == len(toy.everything(made)):
+        made.net = adapt_with(made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False)
     before, live = toy.everything(made), set(weights(made))
     toy.train(made, make(*entry), 0, 1, n=SHORT)
     after = toy.everything(made)
     moved = {n for n in after if not torch.equal(after[n], before[n])}
     assert moved
     assert moved <= live
-    assert all("lora" in n for n in moved)
+    assert all("lora" in n or "prompt_encoder" in n for n in moved)
 
 
 @every

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import toy
 from safetensors.torch import save_file
-from test_contract import TABLE, make
+from test_contract import TABLE, make, network
 
 from continual import parallel
 from continual.stage import Recipe, learn
@@ -21,7 +21,7 @@ RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=5, patience=2)
 
 def learned(entry) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The loss of each step of two stages, and all weights and memory after them."""
-    made, strategy, losses = toy.model(torch.float64), make(*entry), []
+    made, strategy, losses = network(entry[0], torch.float64), make(*entry), []
 
     def log(event):
         losses.extend([event["loss"]] if event["event"] == "step" else [])

@@ -18,7 +18,7 @@ from small import network
 from continual import build
 from continual.data import Encoded, Task
 from continual.matrix import Matrix
-from continual.model import Model
+from continual.model import Model, adapt_with
 from continual.packing import Layout
 from continual.probe import probe
 from continual.stage import Recipe, learn
@@ -41,6 +41,15 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama"
     flat, last = probe(net)
     made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": flat, **layout})
     return Model(net.eval(), tokenizer, made, context=32, last=last)
+
+
+def prompted(dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "llama", **layout) -> Model:
+    """The same model with so many virtual tokens, which alone train."""
+    made = model(dtype, kind=kind, **layout)
+    settings = {"num_virtual_tokens": tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    made.net = adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False).to(dtype).eval()
+    made.behind(())
+    return made
 
 
 def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
