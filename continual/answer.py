@@ -12,6 +12,7 @@ from continual.attention import flat_attention
 from continual.cache import Cache, Taken, cached
 from continual.data import Encoded
 from continual.model import Model
+from continual.rows import behind
 
 CPU_PASS = 1024  # tokens: what a longer pass computes falls out of a CPU's caches, and takes longer for it
 
@@ -51,6 +52,7 @@ def complete(model: Model, prompts: Sequence[Encoded], room: int, batch_size: in
              pick: Pick = likeliest) -> list[list[int]]:
     """At most `room` tokens behind each prompt, up to the token `end` and with it."""
     said = _from_flat_rows if model.layout.flat else _generated
+    model.fit(max((len(p.ids) for p in prompts), default=0) + room - 1)  # the last token is not read
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), prompts[i].ids))
     found: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
@@ -68,7 +70,7 @@ def _generated(model: Model, prompts: Sequence[Encoded], part: Sequence[int], ro
     pad, device = model.layout.pad, model.layout.device
     settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=room, pad_token_id=pad, eos_token_id=end,
                                 decoder_start_token_id=model.layout.decoder_start)
-    asked = [prompts[i].ids for i in part]
+    asked = [p.ids for p in behind(model.layout.prefix, [prompts[i] for i in part])]
     longest = max(map(len, asked))
     ids = torch.tensor([[pad] * (longest - len(p)) + [*p] for p in asked], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in asked], device=device)
@@ -111,7 +113,7 @@ def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> Ca
     """The prompts, read but for their last tokens; behind each there is room for tokens with these `parents`."""
     layers = model.net.config.get_text_config().num_hidden_layers
     layers = 0 if model.sharded else layers  # a pass that ends early would leave weights gathered
-    cache, most = Cache(prompts, model.layout.pad, parents, layers), model.layout.tokens
+    cache, most = Cache(behind(model.layout.prefix, prompts), model.layout.pad, parents, layers), model.layout.tokens
     for part in cache.passes(min(most, CPU_PASS) if model.layout.device.type == "cpu" else most):
         ids, positions = part.to(model.layout.device)
         with suppress(Taken):

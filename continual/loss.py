@@ -33,6 +33,7 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     if at is not None and model.sharded:
         raise ConfigError("a model in shards (train.shard=true) cannot be evaluated at other weights than its own; set "
                           "train.shard=false, or choose another strategy")
+    model.fit(max(len(e.ids) for e in batch.examples) - 1)  # the last token is not read
     with ExitStack() as stack:
         if batch.layout.flat:
             stack.enter_context(flat_attention(model.net, kernel(batch.layout.device)))

@@ -17,6 +17,7 @@ from continual.errors import ConfigError, MissingError, listed, unknown
 from continual.packing import Batch, Layout
 from continual.parallel import leads, started
 from continual.probe import LastLayer, probe
+from continual.virtual import prompted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,6 +44,23 @@ class Model:
     def batch(self, examples: Sequence[Encoded]) -> Batch:
         """The examples as one batch for this model."""
         return Batch(tuple(examples), self.layout)
+
+    def behind(self, fixed: Sequence[torch.Tensor], *, live: bool = True) -> None:
+        """Read examples behind the virtual tokens that train, if `live`, and then these (n, H) each, which do not.
+
+        Raises ConfigError for a model that has none.
+        """
+        if (virtual := getattr(self.net, "virtual", None)) is None:
+            raise ConfigError("this model has no virtual tokens; give it some with model.adapter=prompt_tuning")
+        self.layout = replace(self.layout, prefix=virtual.behind(fixed, live=live))
+
+    def fit(self, tokens: int, virtual: int | None = None) -> None:
+        """Raise ConfigError where so many tokens have no positions behind the virtual ones, those of now or so many."""
+        before = len(self.layout.prefix) if virtual is None else virtual
+        if before and self.context is not None and before + tokens > self.context:
+            raise ConfigError(f"{tokens} tokens of an example stand behind {before} virtual ones, and the model has "
+                              f"{self.context} positions; lower model.adapters.prompt_tuning.num_virtual_tokens or "
+                              "data.max_length, or choose a model with a longer context")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -161,6 +179,9 @@ def assemble(net: Any, tokenizer: Any, *, device: str = "auto", seed: int = 0, a
         start = tokenizer.pad_token_id if start is None else start  # as T5 does
     layout = Layout(pad=tokenizer.pad_token_id, device=where, decoder_start=start)
     made = Model(net.to(where), tokenizer, layout, context_of(config))
+    if hasattr(made.net, "virtual"):
+        made.behind(())
+        layout = made.layout
     if not layout.seq2seq:
         flat, made.last = probe(made.net)
         made.layout = replace(layout, flat=flat)
@@ -217,12 +238,13 @@ def adapt_with(net: Any, kind: str, adapters: dict[str, Any], *, seq2seq: bool) 
     task_type = peft.TaskType.SEQ_2_SEQ_LM if seq2seq else peft.TaskType.CAUSAL_LM
     try:
         config = peft.get_peft_config({"peft_type": kind.upper(), "task_type": task_type, **settings})
-        if config.is_prompt_learning:
-            raise ValueError("it adds virtual tokens, which shift the positions of the response")
+        virtual = config.peft_type == peft.PeftType.PROMPT_TUNING
+        if config.is_prompt_learning and not virtual:
+            raise ValueError("it adds more than embeddings of virtual tokens, as prompt_tuning does")
         with warnings.catch_warnings():
             # peft asks transformers by a name that it is about to lose, and tells what it has itself put right.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but .* Setting fan_in_fan_out to True")
-            return peft.get_peft_model(net, config)
+            return prompted(net, config, seq2seq=seq2seq) if virtual else peft.get_peft_model(net, config)
     except (ValueError, TypeError, KeyError) as e:
         raise ConfigError(f"model.adapter={kind} cannot be used: {e}; see model.adapters.{kind}") from e

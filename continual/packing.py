@@ -20,7 +20,7 @@ from torch import Tensor
 from continual.attention import Group, Row
 from continual.data import Encoded
 from continual.dealing import evenly
-from continual.rows import common_prefix, lay, turn
+from continual.rows import behind, common_prefix, lay, turn
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Layout:
     shared: bool = True  # in a flat row, examples that begin alike share that prefix
     tokens: int = 4096  # the most tokens in one forward pass, if no single example is longer
     instruction_weight: float = 0.0  # of a prompt token's loss against a response token's
+    prefix: tuple[int, ...] = ()  # the virtual tokens that stand before every example
 
     @property
     def seq2seq(self) -> bool:
@@ -67,7 +68,7 @@ class Batch:
 
         Where several processes share the work the parts are smaller, so that each has about as much to do.
         """
-        rows, flat = [e.ids for e in self.examples], self.layout.flat
+        rows, flat = [e.ids for e in self.whole], self.layout.flat
         if flat:
             order = sorted(range(len(rows)), key=rows.__getitem__)
         else:
@@ -97,6 +98,11 @@ class Batch:
             tasks.setdefault(e.task, []).append(i)
         return {t: self.pick(tasks[t]) for t in sorted(tasks)}
 
+    @cached_property
+    def whole(self) -> Sequence[Encoded]:
+        """The examples as they are read, behind the layout's prefix."""
+        return behind(self.layout.prefix, self.examples)
+
     @property
     def length(self) -> int:
         """How many tokens the examples have."""
@@ -108,7 +114,7 @@ class Batch:
         if self.scale or self.layout.instruction_weight:
             return self._supervised[4]
         # Counted without laying out what another process may read; a causal model predicts nothing for a first token.
-        return float(sum(sum(e.response) - (e.response[0] and not self.layout.seq2seq) for e in self.examples))
+        return float(sum(sum(e.response) - (e.response[0] and not self.layout.seq2seq) for e in self.whole))
 
     @property
     def targets(self) -> Tensor:
@@ -145,10 +151,10 @@ class Batch:
         weight: list[float] = []
         at: list[int] = []
         response: list[bool] = []
-        for i, (e, home) in enumerate(zip(self.examples, self._laid[1], strict=True)):
+        for i, (e, home) in enumerate(zip(self.whole, self._laid[1], strict=True)):
             scale = self.scale[i] if self.scale else 1.0
             # A prompt without weight is passed over; a causal model predicts nothing for its first token.
-            first = turn(e) if seq2seq else 1 if other else max(1, turn(e))
+            first = turn(e) if seq2seq else max(1, len(self.layout.prefix) if other else turn(e))
             for t in range(first, len(e.ids)):
                 w = 1.0 if e.response[t] else other
                 if w:
@@ -180,18 +186,18 @@ class Batch:
         where no real token can see it: no mask is needed.
         """
         if self.layout.flat:
-            return _flat(self.examples, self.layout)
+            return _flat(self.whole, self.layout)
         start = self.layout.decoder_start
         if start is None:
-            ids = self._padded([e.ids[:-1] for e in self.examples])
+            ids = self._padded([e.ids[:-1] for e in self.whole])
             return {"input_ids": ids}, [Home(i * ids.shape[1]) for i in range(len(ids))]
-        sources = [e.ids[: turn(e)] for e in self.examples]
+        sources = [e.ids[: turn(e)] for e in self.whole]
         lengths = torch.tensor([len(s) for s in sources], device=self.layout.device)
         ids = self._padded(sources)
         mask = torch.arange(ids.shape[1], device=self.layout.device) < lengths[:, None]
-        decoder = self._padded([(start, *e.ids[turn(e) : -1]) for e in self.examples])
+        decoder = self._padded([(start, *e.ids[turn(e) : -1]) for e in self.whole])
         return ({"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder},
-                [Home(i * decoder.shape[1] + 1 - turn(e)) for i, e in enumerate(self.examples)])
+                [Home(i * decoder.shape[1] + 1 - turn(e)) for i, e in enumerate(self.whole)])
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,6 +122,14 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low
+
+
+def behind(prefix: tuple[int, ...], examples: Sequence[Encoded]) -> Sequence[Encoded]:
+    """The examples with these tokens before their prompts."""
+    if not prefix:
+        return examples
+    nothing = (False,) * len(prefix)
+    return [replace(e, ids=prefix + e.ids, response=nothing + e.response) for e in examples]
 
 
 def turn(e: Encoded) -> int:

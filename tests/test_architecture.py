@@ -15,7 +15,7 @@ LAYERS = (
     ("reading", "parallel"),
     ("interrupt", "cells", "dealing", "claim", "sharding"),
     ("data",),
-    ("attention", "rows"),
+    ("attention", "rows", "virtual"),
     ("flash", "flex"),
     ("probe",),
     ("packing", "matrix", "template", "instructions"),

@@ -119,6 +119,8 @@ KINDS = {
     "l2": ["strategy=l2"], "learned weights": ["strategy=multitask", "strategy.multitask.weighting=uncertainty"],
     "a-gem": ["strategy=agem", "strategy.agem.sample=3"], "gem": ["strategy=gem", "strategy.gem.sample=2"],
     "ogd": ["strategy=ogd"], "mas": ["strategy=mas"], "si": ["strategy=si"],
+    "progressive prompts": ["strategy=progressive_prompts", "model.adapter=prompt_tuning", "train.lr=0.1"],
+    "osf": ["strategy=osf"],
     "rwalk": ["strategy=rwalk", "strategy.rwalk.every=3"],
     "der": ["strategy=der", "strategy.der.capacity=15"], "lwf": ["strategy=lwf"],
     "lwf to the base": ["strategy=lwf", "strategy.lwf.teacher=base", "strategy.lwf.top=9"],

@@ -49,6 +49,15 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama"
     return Model(net.eval(), tokenizer, made, context=32, last=last)
 
 
+def prompted(dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "llama", **layout) -> Model:
+    """The same model with so many virtual tokens, which alone train."""
+    made = model(dtype, kind=kind, **layout)
+    settings = {"num_virtual_tokens": tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    made.net = adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False).to(dtype).eval()
+    made.behind(())
+    return made
+
+
 def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
     """Prompts of one to six tokens, responses of one to four that say what the task is: the prompt's first token + k.
 

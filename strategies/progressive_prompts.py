@@ -1,0 +1,83 @@
+"""Progressive prompts: a task learns virtual tokens of its own, behind which those of the earlier tasks stand still."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continual.data import Encoded, Task
+from continual.errors import ConfigError
+from continual.model import Model
+from continual.strategy import Strategy, memory
+from continual.weights import restore, snapshot, weights
+
+
+@dataclass(kw_only=True)
+class ProgressivePrompts(Strategy):
+    """Progressive prompts (Razdaibiedina et al. 2023, section 3): task k is learned behind [P_k, ..., P_1].
+
+    P_k alone trains, of a model with `model.adapter=prompt_tuning`: no other weight changes, and what an earlier task
+    is answered behind, [P_j, ..., P_1], never does. As in the authors' code a new prompt starts as the embeddings of
+    random words. Their reparameterisation by a residual MLP, which is thrown away after a task, has no part here.
+
+    At `most` so many prompts are learned, null: one a stage. After that the newest trains on, and its tasks share it.
+    A task that has not been learned is answered behind all prompts there are.
+    """
+
+    most: int | None = None
+    seed: int = 0
+    prompts: list[Tensor] = memory(list)  # P_1, P_2, ...: (n, H) each
+    reach: dict[str, int] = memory(dict)  # of each learned task, how many of them it has
+
+    def __post_init__(self) -> None:
+        """Refuse a number of prompts that cannot be."""
+        super().__post_init__()
+        if self.most is not None and self.most < 1:
+            raise ConfigError(f"progressive prompts with most={self.most}: expected at least 1, or null")
+
+    def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
+        """The earlier prompts stand still, and a new one starts."""
+        still = self.still()
+        model.behind(still[::-1])
+        if still and len(still) == len(self.prompts):
+            restore(model, self.drawn(model, f"{self.seed}/{len(still)}"))
+        self.refuse_overflow(model, task)
+        return super().begin(model, task)  # last: a part of a composition may look at the model
+
+    def still(self) -> list[Tensor]:
+        """The prompts that the stage does not change."""
+        return self.prompts if self.most is None else self.prompts[: self.most - 1]
+
+    @torch.no_grad()
+    def drawn(self, model: Model, seed: str) -> dict[str, Tensor]:
+        """A prompt (n, H) of random words, each as likely, under its name among the weights."""
+        words, rng = model.net.get_input_embeddings(), random.Random(seed)
+        return {name: words(torch.tensor(rng.choices(range(words.num_embeddings), k=len(w)), device=w.device))
+                for name, w in weights(model).items()}
+
+    def refuse_overflow(self, model: Model, task: Task[Encoded]) -> None:
+        """Raise ConfigError now where the prompts of all tasks to come would leave no room for examples like these."""
+        coming = len(set(task.columns) - learned(task) - self.reach.keys())
+        count = min(len(self.still()) + 1 + coming, self.most or len(task.columns))
+        n = sum(len(w) for w in weights(model).values())
+        model.fit(max(len(e.ids) for e in task.train) - 1, count * n)
+
+    def end(self, model: Model, task: Task[Encoded]) -> None:
+        """Keep the prompt."""
+        super().end(model, task)
+        self.prompts = [*self.still(), *snapshot(model).values()]
+        self.reach |= dict.fromkeys(learned(task), len(self.prompts))
+
+    def route(self, model: Model, task: str) -> None:
+        """Behind the task's own prompt and those before it; behind all where it has none."""
+        super().route(model, task)
+        model.behind(self.prompts[: self.reach.get(task)][::-1], live=False)
+
+
+def learned(task: Task[Encoded]) -> set[str]:
+    """The names of the tasks that a stage's examples are of."""
+    return {task.columns[e.task] for e in task.train}
