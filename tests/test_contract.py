@@ -30,6 +30,8 @@ OFF = {
     "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
     "gem": ("gem.capacity=0",), "agem": ("agem.capacity=0",), "ogd": ("ogd.examples=0",),
+    "asft": ("asft.strength=0", "asft.dynamic=false"), "sdft": ("sdft.strength=0",),
+    "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=0"),
     "mas": ("mas.strength=0",), "si": ("si.strength=0",), "rwalk": ("rwalk.strength=0",),
 }
 VARIANTS = [
@@ -53,14 +55,22 @@ VARIANTS = [
     ("gem", "gem.capacity=0.5", "gem.sample=null", "gem.share=0.25"), ("gem", "gem.capacity=7", "gem.margin=0"),
     ("agem", "agem.capacity=7", "agem.buffer_kind=reservoir", "agem.sample=3"),
     ("ogd", "ogd.examples=3"), ("ogd,replay", "replay.capacity=0.5"), ("mas", "mas.examples=5"),
+    ("multitask", "multitask.conflicts=project", "multitask.capacity=0.5"),
+    ("multitask", "multitask.conflicts=project", "multitask.weighting=uncertainty", "multitask.capacity=0.5"),
+    ("sdft", "sdft.strength=0.9", "sdft.rate=0.5"), ("replay,sdft", "replay.capacity=0.5"), ("asft,si",),
+    ("avalanche", "avalanche.plugin=EWCPlugin", "+avalanche.args={ewc_lambda:100,mode:online,decay_factor:0.5}"),
+    ("avalanche", "avalanche.plugin=MASPlugin"),
+    ("avalanche", "avalanche.plugin=RWalkPlugin", "+avalanche.args.delta_t=1"),
+    ("avalanche", "avalanche.plugin=GEMPlugin", "+avalanche.args={patterns_per_experience:4,memory_strength:0.5}"),
     ("rwalk", "rwalk.every=1"), ("replay,si", "replay.capacity=0.5"),
 ]
+NEEDED = {"avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=1000")}
 
 
 def sized(name: str) -> tuple[str, ...]:
     """The strategy's own configuration, with a buffer that is not all but empty."""
     more = ("agem.sample=2",) if name == "agem" else ()  # the mean of more opposes no step here
-    return (name, f"{name}.{MOST}", *more) if name in BUFFERED else (name,)
+    return (name, f"{name}.{MOST}", *more) if name in BUFFERED else (name, *NEEDED.get(name, ()))
 
 
 TABLE = [*map(sized, CONFIGS), *VARIANTS]
