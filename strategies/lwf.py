@@ -1,4 +1,4 @@
-"""Learning without forgetting: on the new task's examples the model is held to what an earlier one would have said."""
+"""Distillation: on the new task's examples the model is held to what an earlier one would have said. LwF and ASFT."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from continual.data import Encoded, Task
@@ -31,6 +32,10 @@ class LwF(Strategy):
 
     Where the vocabulary has more than `top` tokens, the teacher's likeliest are told apart and all others count as one.
     That divergence is exact for what it tells apart and never above the whole one.
+
+    With `dynamic` the loss of each token of the step is weighed by the probability p that the model gives it, a factor
+    without a gradient: dynamic fine-tuning (DFT, Wu et al. 2025). With the term beside it, from the base and at
+    temperature 1, that is anchored supervised fine-tuning (ASFT, Zhu et al. 2025).
     """
 
     shardable = True
@@ -38,6 +43,7 @@ class LwF(Strategy):
     temperature: float = 2.0
     teacher: str = "previous"
     top: int = 1024
+    dynamic: bool = False
     base: Weights = memory(dict)
     told: dict[tuple[int, str], Taught] = field(init=False, repr=False, default_factory=dict)  # what `begin` makes
 
@@ -72,11 +78,13 @@ class LwF(Strategy):
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The task's loss and the divergence from the teacher."""
-        if not self.told:
+        if not self.told and not self.dynamic:
             return super().loss(model, batch)
         with overheard(model, batch) as logits:
             loss = super().loss(model, batch)
-        return loss + self.strength * self.divergence(batch, logits())
+        if self.dynamic:
+            loss = loss + damped(batch, logits())
+        return loss + self.strength * self.divergence(batch, logits()) if self.told else loss
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
         """KL(teacher || model), a scalar: summed over the response tokens that were taught, by the step's tokens."""
@@ -91,6 +99,12 @@ class LwF(Strategy):
         if taught[0][1] is not None:
             q = with_rest(q.gather(1, torch.cat([c for _, c in taught if c is not None]).long()))
         return ((p.exp() * (p - q)).sum(-1) * batch.weight[at]).sum() / batch.tokens
+
+
+def damped(batch: Batch, logits: Tensor) -> Tensor:
+    """What weighing each token's loss by its probability p changes of the mean: that of (p - 1) times it, a scalar."""
+    loss = F.cross_entropy(logits, batch.targets, reduction="none")
+    return (((-loss.detach()).exp() - 1) * loss * batch.weight).sum() / batch.tokens
 
 
 def with_rest(log_p: Tensor) -> Tensor:

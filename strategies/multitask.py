@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as but
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, unknown
+from continual.loss import accumulate
 from continual.model import Model
 from continual.packing import Batch
 from continual.strategy import groups, memory
+from continual.weights import Weights, flat, gradient, set_gradient, unflat, weights
 from strategies.replay import Replay
 
 WEIGHTINGS = ("fixed", "size", "temperature", "uncertainty")
+CONFLICTS = ("keep", "project")
 
 
 @dataclass(kw_only=True)
@@ -29,6 +33,9 @@ class MultiTask(Replay):
     tasks are drawn in proportion to size^(1 / `temperature`) (Raffel et al. 2020, section 3.5.2). "uncertainty":
     equal weights times exp(-s_t), plus s_t / 2, with a log variance s_t a task that is learned along at
     `uncertainty_lr` (Kendall et al. 2018, eq. 10, with the classification likelihood).
+
+    `conflicts` says what becomes of tasks whose gradients oppose each other. "keep": they are added up. "project":
+    each gives way before it is, PCGrad (Yu et al. 2020, algorithm 1), which costs a second pass over the step.
     """
 
     shardable = True
@@ -36,15 +43,19 @@ class MultiTask(Replay):
     weights: Mapping[str, float] | None = None
     temperature: float = 2.0
     uncertainty_lr: float = 0.01
+    conflicts: str = "keep"
     sizes: dict[int, int] = memory(dict)
     columns: list[str] = memory(list)
     log_variance: Tensor = memory(lambda: torch.zeros(0))
+    step: list[Batch] = field(init=False, repr=False, default_factory=list)  # its examples, a batch for each task
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a weighting."""
         super().__post_init__()
         if self.weighting not in WEIGHTINGS:
             raise ConfigError(unknown("weighting", self.weighting, WEIGHTINGS))
+        if self.conflicts not in CONFLICTS:
+            raise ConfigError(unknown("conflicts", self.conflicts, CONFLICTS))
         if not self.temperature > 0 or any(w < 0 for w in (self.weights or {}).values()):
             raise ConfigError("a multitask temperature must be above 0, and no weight below it")
 
@@ -64,6 +75,24 @@ class MultiTask(Replay):
         self.log_variance = torch.nn.Parameter(start.to(model.layout.device))
         return [*groups(trained), {"params": [self.log_variance], "lr": self.uncertainty_lr, "weight_decay": 0}]
 
+    def backward(self, model: Model, batch: Batch) -> Tensor:
+        """The weighted step; where conflicts are projected, what that changes of the tasks' gradients is added."""
+        loss = super().backward(model, batch)
+        if self.conflicts == "project" and len(parts := self.step) > 1:
+            own, learned = gradient(model), self.log_variance.grad
+            tokens = sum(part.tokens for part in parts)
+            each = torch.stack([part.tokens / tokens * flat(self.slope(model, part)) for part in parts])
+            set_gradient(model, unflat(flat(own) + (surgery(each, self.buffer.rng) - each).sum(0), own))
+            self.log_variance.grad = learned
+        return loss
+
+    def slope(self, model: Model, part: Batch) -> Weights:
+        """The gradient of one task's mean loss."""
+        for w in (*weights(model).values(), self.log_variance):
+            w.grad = None
+        accumulate(self.loss, model, part.micro_batches())
+        return gradient(model)
+
     def joined(self, batch: Batch) -> Batch:
         """New and remembered examples, each scaled so that the tasks' token means get their weights."""
         batch = super().joined(batch)
@@ -75,7 +104,9 @@ class MultiTask(Replay):
             share = {t: w / (sum(raw.values()) or 1) for t, w in raw.items()}
         self._note(share)
         scale = {t: share[t] * batch.tokens / n for t, n in tokens.items()}
-        return batch.of(batch.examples, [scale[e.task] for e in batch.examples])
+        batch = batch.of(batch.examples, [scale[e.task] for e in batch.examples])
+        self.step = [part for part in batch.by_task().values() if part.tokens]
+        return batch
 
     def _weight(self, task: int) -> float:
         if self.weighting == "fixed":
@@ -99,3 +130,14 @@ class MultiTask(Replay):
         s = self.log_variance
         own = (batch.weight * s[batch.task]).sum() / batch.tokens / 2
         return super().loss(model, but(batch, factor=torch.exp(-s))) + own
+
+
+def surgery(gradients: Tensor, rng: random.Random) -> Tensor:
+    """Each row of (T, P), less what of it goes against any other row, taken in a random order."""
+    freed = gradients.clone()
+    for i, g in enumerate(freed):
+        for j in rng.sample(range(len(freed)), len(freed)):
+            other = gradients[j]
+            if j != i and (along := g @ other) < 0:
+                g -= along / (other @ other) * other
+    return freed

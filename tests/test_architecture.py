@@ -22,7 +22,7 @@ LAYERS = (
     ("model", "cache", "tokens"),
     ("weights",),
     ("loss", "lora"),
-    ("memory", "importance", "answer", "progress", "precision"),
+    ("memory", "importance", "answer", "progress", "precision", "interop"),
     ("strategy", "values"),
     ("stage", "score", "checkpoint", "duplicates"),
     ("lengths",),

@@ -18,7 +18,8 @@ from continual.strategy import Strategy
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 HYDRA = {"defaults", "hydra", "_target_"}  # Hydra's own, told in its manual
-NEEDED = {"folder": ["stream.path=x"], "hub": ["stream.datasets={a:{path:x}}"], "hf": ["model.name=x"]}
+NEEDED = {"folder": ["stream.path=x"], "hub": ["stream.datasets={a:{path:x}}"], "hf": ["model.name=x"],
+          "avalanche": ["strategy.avalanche.plugin=RWalkPlugin"]}
 
 
 def group(name: str) -> list[str]:
@@ -39,7 +40,7 @@ def _hydra_stays_clean():
 
 @pytest.mark.parametrize("name", group("strategy"))
 def test_every_strategy_config_makes_its_strategy(name):
-    config = toy.config(f"strategy=[{name}]")
+    config = toy.config(f"strategy=[{name}]", *NEEDED.get(name, []))
     made = build.strategy(config)
     assert isinstance(made, Strategy)
     target = get_object(config.strategy[name]["_target_"])

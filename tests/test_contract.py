@@ -42,6 +42,8 @@ OFF = {
     "per_task": ("per_task.start=last",), "router": ("router.start=last",),
     "incremental_lora": ("incremental_lora.rank=0",), "olora": ("olora.rank=0",),
     "slao": ("slao.power=0", "slao.orthogonal=false"),
+    "asft": ("asft.strength=0", "asft.dynamic=false"), "sdft": ("sdft.strength=0",),
+    "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=0"),
     "mas": ("mas.strength=0",), "si": ("si.strength=0",), "rwalk": ("rwalk.strength=0",),
     "average": ("average.blend=0",), "fisher_merge": ("fisher_merge.blend=0",), "ema": ("ema.blend=0",),
     "task_arithmetic": ("task_arithmetic.blend=0",), "ties": ("ties.blend=0",),
@@ -79,7 +81,15 @@ VARIANTS = [
     ("replay,task_arithmetic", "replay.capacity=0.5"), ("sparse,der", "sparse.fraction=0.3"), ("migu,replay",),
     ("sparse", "sparse.fraction=0.05", "sparse.avoid=0.3", "sparse.labels=sampled"),
     ("progressive_prompts", "progressive_prompts.most=2"), ("replay,progressive_prompts", "replay.capacity=0.5"),
-    ("osf", "osf.keep=0.9"), ("ewc,osf",), ("rwalk", "rwalk.every=1"), ("replay,si", "replay.capacity=0.5"),
+    ("osf", "osf.keep=0.9"), ("ewc,osf",),
+    ("multitask", "multitask.conflicts=project", "multitask.capacity=0.5"),
+    ("multitask", "multitask.conflicts=project", "multitask.weighting=uncertainty", "multitask.capacity=0.5"),
+    ("sdft", "sdft.strength=0.9", "sdft.rate=0.5"), ("replay,sdft", "replay.capacity=0.5"), ("asft,si",),
+    ("avalanche", "avalanche.plugin=EWCPlugin", "+avalanche.args={ewc_lambda:100,mode:online,decay_factor:0.5}"),
+    ("avalanche", "avalanche.plugin=MASPlugin"),
+    ("avalanche", "avalanche.plugin=RWalkPlugin", "+avalanche.args.delta_t=1"),
+    ("avalanche", "avalanche.plugin=GEMPlugin", "+avalanche.args={patterns_per_experience:4,memory_strength:0.5}"),
+    ("rwalk", "rwalk.every=1"), ("replay,si", "replay.capacity=0.5"),
 ]
 
 
@@ -88,7 +98,8 @@ def sized(name: str) -> tuple[str, ...]:
     # The mean of more opposes no step here; a stage of a few steps leaves no trace in a slow average or few weights;
     # a small rank leaves room for each task.
     more = {"agem": ("agem.sample=2",), "ema": ("ema.decay=0.5",), "sparse": ("sparse.fraction=0.2",),
-            "incremental_lora": ("incremental_lora.rank=2",), "olora": ("olora.rank=2",)}.get(name, ())
+            "incremental_lora": ("incremental_lora.rank=2",), "olora": ("olora.rank=2",),
+            "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=1000")}.get(name, ())
     return (name, *((f"{name}.{MOST}",) if name in BUFFERED else ()), *more)
 
 

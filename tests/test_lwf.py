@@ -146,6 +146,35 @@ def test_a_stronger_term_stays_nearer_to_what_the_teacher_says():
     assert found[2] < found[1] < found[0]
 
 
+def by_hand(made, strategy, before, examples):
+    """ASFT as its authors compute it, from the logits at every response position."""
+    batch = made.batch(examples)
+    q, p = (forward(made, batch, at).log_softmax(-1) for at in (None, before))
+    loss = F.cross_entropy(q, batch.targets, reduction="none")
+    weight = q.exp().gather(1, batch.targets[:, None])[:, 0].detach()
+    return (weight * loss + strategy.strength * F.kl_div(q, p.exp(), reduction="none").sum(-1)).mean()
+
+
+def test_asft_is_its_authors_loss_and_gradient():
+    """DFT's weights, each token's own probability, and the forward divergence from the base (Zhu et al. 2025)."""
+    made, strategy, before = taught(strength=0.3, temperature=1.0, teacher="base", dynamic=True, top=toy.VOCABULARY)
+    found = []
+    for loss in (strategy.loss(made, made.batch(toy.examples(0))), by_hand(made, strategy, before, toy.examples(0))):
+        made.net.zero_grad()
+        loss.backward()
+        found.append((loss.item(), gradient(made)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert toy.close(found[0][1], found[1][1], rtol=1e-6, atol=1e-9)
+
+
+def test_dynamic_fine_tuning_needs_no_teacher():
+    made, strategy = toy.model(torch.float64), LwF(strength=0.0, dynamic=True)
+    strategy.begin(made, toy.task(0))
+    assert strategy.told == {}
+    assert strategy.loss(made, made.batch(toy.examples(0))).item() == pytest.approx(
+        by_hand(made, strategy, None, toy.examples(0)).item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(("wrong", "told"), [
     ({"teacher": "bases"}, "did you mean 'base'"), ({"strength": -1}, "LwF with"), ({"temperature": 0}, "LwF with"),
     ({"top": 0}, "LwF with")])

@@ -1,16 +1,21 @@
 """What each task weighs in a step: fixed, by size, by temperature in the draws, or learned."""
 
+import random
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
 import toy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from continual import checkpoint
 from continual.errors import ConfigError
 from continual.stage import Recipe, learn
-from continual.weights import gradient
-from strategies.multitask import MultiTask
+from continual.strategy import Strategy
+from continual.weights import flat, gradient
+from strategies.multitask import MultiTask, surgery
 
 SIZES = {0: 4, 1: 12, 2: 8}
 
@@ -148,6 +153,72 @@ def test_log_variances_are_in_the_checkpoint_and_learned_on(tmp_path):
     assert again.log_variance[0] != strategy.log_variance[0]
 
 
+# Conflicts
+
+def gave_way(gradients: torch.Tensor, order: list[list[int]]) -> torch.Tensor:
+    """Algorithm 1 of Yu et al. (2020), the others of each task in a given order."""
+    found = []
+    for i, others in enumerate(order):
+        g = gradients[i].clone()
+        for j in others:
+            if torch.dot(g, gradients[j]) < 0:
+                g = g - torch.dot(g, gradients[j]) / torch.dot(gradients[j], gradients[j]) * gradients[j]
+        found.append(g)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_surgery_is_the_paper_s_algorithm(tasks):
+    rows = torch.randn(tasks, 20, generator=torch.Generator().manual_seed(tasks), dtype=torch.float64)
+    rng = random.Random(0)
+    order = [[j for j in rng.sample(range(tasks), tasks) if j != i] for i in range(tasks)]
+    assert torch.allclose(surgery(rows, random.Random(0)), gave_way(rows, order))
+
+
+@given(st.integers(0, 999))
+def test_of_two_tasks_neither_opposes_the_other_s_gradient_any_more(seed):
+    rows = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    freed = surgery(rows, random.Random(0))
+    assert (freed @ rows.T > -1e-12).all()
+    if rows[0] @ rows[1] >= 0:
+        assert torch.equal(freed, rows)
+
+
+def test_a_step_with_conflicts_projected_is_the_sum_of_the_tasks_gradients_after_surgery():
+    made, strategy = remembering(weights={"a": 2.0}, conflicts="project")
+    toy.train(made, Strategy(), 0, 1, recipe=Recipe(lr=5e-3, epochs=20, batch_size=8))  # and the third opposes them
+    plain, batch = deepcopy(strategy), made.batch(toy.examples(2, 8))
+    step = {t: list(p.examples) for t, p in deepcopy(strategy).joined(batch).by_task().items()}
+    each, share = [], {0: 0.5, 1: 0.25, 2: 0.25}
+    for t, chosen in step.items():
+        made.net.zero_grad()
+        (share[t] * toy.mean_loss(made.net, chosen)).backward()
+        each.append(flat(gradient(made)))
+    found = []
+    for conflicts in ("project", "keep"):
+        own = deepcopy(plain)
+        own.conflicts = conflicts
+        made.net.zero_grad()
+        own.backward(made, batch)
+        found.append(flat(gradient(made)))
+    rng = deepcopy(plain)
+    rng.joined(batch)
+    expected = surgery(torch.stack(each), rng.buffer.rng).sum(0)
+    assert torch.allclose(found[0], expected, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found[1], sum(each), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-7), "no tasks oppose each other here"
+
+
+def test_learned_weights_have_their_own_gradient_whether_or_not_conflicts_are_projected():
+    found = []
+    for conflicts in ("keep", "project"):
+        made, strategy = remembering(weighting="uncertainty", conflicts=conflicts)
+        strategy.backward(made, made.batch(toy.examples(2, 8)))
+        found.append(strategy.log_variance.grad.tolist())
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    assert any(found[0])
+
+
 def test_tasks_of_weight_zero_are_left_out_of_training():
     made, strategy = toy.model(), MultiTask(weights={"a": 0.0})
     before = toy.everything(made)
@@ -161,7 +232,8 @@ def test_a_weight_for_a_task_that_the_stream_has_not_is_refused():
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"weighting": "sizes"}, "did you mean 'size'"), ({"temperature": 0}, "temperature must be above 0"),
+    ({"weighting": "sizes"}, "did you mean 'size'"), ({"conflicts": "projects"}, "did you mean 'project'"),
+    ({"temperature": 0}, "temperature must be above 0"),
     ({"weights": {"a": -1}}, "no weight below it"),
 ])
 def test_what_cannot_be_a_weighting_is_refused(keys, message):
