@@ -99,8 +99,8 @@ def sized(name: str) -> tuple[str, ...]:
     # a small rank leaves room for each task.
     more = {"agem": ("agem.sample=2",), "ema": ("ema.decay=0.5",), "sparse": ("sparse.fraction=0.2",),
             "incremental_lora": ("incremental_lora.rank=2",), "olora": ("olora.rank=2",),
-            "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=1000")}.get(name, ())
-    return (name, *((f"{name}.{MOST}",) if name in BUFFERED else ()), *more)
+            "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=1000")}
+    return (name, *((f"{name}.{MOST}",) if name in BUFFERED else ()), *more.get(name, ()))
 
 
 TABLE = [*map(sized, CONFIGS), *VARIANTS]
