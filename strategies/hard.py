@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 
@@ -30,6 +31,7 @@ class HardReplay(Rehearsal):
     whose loss rises in one virtual step instead of since it was learned).
     """
 
+    stores: ClassVar[str] = "E examples; by forgetting also 2 numbers each"
     capacity: float = 0.1
     by: str = "loss"
     among: int = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,6 +33,8 @@ class LAMOL(Rehearsal):
     not closed in the length that the task's examples had is discarded. The start token is the padding token.
     """
 
+    stores: ClassVar[str] = "T beginnings of prompts"
+    costs: ClassVar[str] = "1 / (1 - share), and its prompts are learned too; a stage begins by writing"
     lm_weight: float = 0.25
     top_k: int = 20
     tasks: dict[int, dict[str, Any]] = memory(dict)  # of each: what its prompts begin with, and its longest lengths

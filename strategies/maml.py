@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class MAML(Episodic):
     gradient as that of the weights (section 5.2). An episode of a single example serves as both halves.
     """
 
+    costs: ClassVar[str] = "(1 + inner_steps) / 2 / (1 - share)"
     second_order: bool = False
 
     def backward(self, model: Model, batch: Batch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +24,8 @@ class Rehearsal(Strategy):
     number, the rest is carried to the next step, so the stage's share is exact to within one example.
     """
 
+    stores: ClassVar[str] = "E examples"
+    costs: ClassVar[str] = "1 / (1 - share)"
     share: float = 0.25
     seed: int = 0
     buffer: ReplayBuffer = memory(lambda: ReplayBuffer(0))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("reading", "parallel"),
-    ("interrupt", "cells", "dealing", "claim"),
+    ("interrupt", "cells", "dealing", "claim", "outside"),
     ("data",),
     ("attention", "rows"),
     ("flash", "flex"),
@@ -25,7 +25,8 @@ LAYERS = (
     ("memory", "importance", "answer", "progress", "precision"),
     ("strategy", "values"),
     ("stage", "score", "checkpoint", "duplicates"),
-    ("lengths",),
+    ("lengths", "toy"),
+    ("testing",),
     ("reports.runs", "reports.figures", "reports.charts"),
     ("reports.audits",),
     ("reports.pages",),

@@ -1,6 +1,5 @@
 """What every strategy must keep to, over the table of all configurations and some of their variants."""
 
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -8,14 +7,12 @@ import pytest
 import torch
 import toy
 
-from continual import checkpoint
-from continual.model import adapt_with
+from continual import testing
 from continual.strategy import Strategy
-from continual.weights import gradient, restore, weights
+from continual.weights import gradient
 
 ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_configs holds them to that
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
-SHORT = 6  # examples of a stage that need not learn anything well
 BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem"}
 MOST = "capacity=0.5"  # the embedded default's fraction would leave one example of these small tasks
 
@@ -73,32 +70,21 @@ def make(names: str, *keys: str) -> Strategy:
 every = pytest.mark.parametrize("entry", TABLE, ids=" ".join)
 
 
-def after_one_stage(entry, dtype=torch.float32):
-    """A model and a strategy that remembers a task, for each caller its own copy."""
-    return deepcopy(one_stage(entry, dtype))
-
-
 @cache
-def one_stage(entry, dtype):
-    made, strategy = toy.model(dtype), make(*entry)
-    toy.train(made, strategy, 0, n=SHORT)
-    return made, strategy
+def subject(entry) -> testing.Subject:
+    """What its first stage leaves is learned once for all rules."""
+    return testing.Subject(lambda: make(*entry))
 
 
+@pytest.mark.parametrize("rule", testing.RULES, ids=lambda rule: rule.__name__)
 @every
-def test_one_stage_lowers_the_loss(entry):
-    made, strategy = toy.model(), make(*entry)
-    before = toy.mean_loss(made.net, toy.examples(0)).item()
-    toy.train(made, strategy, 0)
-    assert toy.mean_loss(made.net, toy.examples(0)).item() < before - 0.1
+def test_every_strategy_keeps_every_rule(entry, rule):
+    rule(subject(entry))
 
 
 @pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
-    off, naive = toy.model(), toy.model()
-    toy.train(off, make(names, *OFF[names]), 0, 1)
-    toy.train(naive, Strategy(), 0, 1)
-    assert toy.same(toy.everything(off), toy.everything(naive))
+    testing.switched_off_it_is_naive(testing.Subject(lambda: make(names, *OFF[names])))
 
 
 @pytest.mark.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
@@ -110,38 +96,6 @@ def test_switched_on_it_is_not_naive(entry):
         if t and not toy.same(toy.everything(on), toy.everything(naive)):
             return
     pytest.fail("it never departs from naive")
-
-
-@every
-def test_a_checkpoint_continues_bit_for_bit(entry, tmp_path):
-    made, strategy = after_one_stage(entry)
-    toy.train(made, strategy, 1, n=SHORT)
-    checkpoint.save(tmp_path / "two", made, strategy, toy.matrix())
-    other, again = toy.model(seed=1), make(*entry)
-    checkpoint.load(tmp_path / "two", other, again)
-    for net, continued in ((made, strategy), (other, again)):
-        toy.train(net, continued, 2, n=SHORT)
-    assert toy.same(toy.everything(other), toy.everything(made))
-    checkpoint.save(tmp_path / "live", made, strategy, toy.matrix())
-    checkpoint.save(tmp_path / "resumed", other, again, toy.matrix())
-    assert toy.saved(tmp_path / "live") == toy.saved(tmp_path / "resumed")
-
-
-@every
-def test_micro_batches_do_not_change_the_step(entry):
-    made, strategy = after_one_stage(entry, torch.float64)
-    found, learned = [], []
-    for n in (1000, 2, 5):
-        own = deepcopy(strategy)
-        own.begin(made, toy.task(1))
-        made.net.zero_grad()
-        small = toy.in_micro_batches(made, n)
-        own.backward(small, small.batch(toy.examples(1)[:7]))
-        found.append(gradient(made))
-        if getattr(own, "weighting", "") == "uncertainty":  # its own parameters are float32
-            learned.append({"log_variance": own.log_variance.grad})
-    assert all(toy.close(g, found[0]) for g in found[1:])
-    assert all(toy.close(g, learned[0], rtol=1e-5, atol=1e-7) for g in learned)
 
 
 def test_micro_batches_also_have_the_same_step_where_tasks_in_one_step_differ_in_weight():
@@ -157,74 +111,3 @@ def test_micro_batches_also_have_the_same_step_where_tasks_in_one_step_differ_in
     made.net.zero_grad()
     Strategy().backward(made, made.batch(toy.examples(1)[:3]))
     assert toy.close(got, gradient(made), rtol=1e-6, atol=1e-7)  # scales are float32
-
-
-@every
-def test_no_moment_moves_the_weights(entry):
-    made, strategy = after_one_stage(entry)
-    task = toy.task(1, SHORT)
-    before, batch = toy.everything(made), made.batch(toy.examples(1, SHORT)[:5])
-    strategy.begin(made, task)
-    assert toy.same(toy.everything(made), before)
-    strategy.backward(made, batch)
-    assert toy.same(toy.everything(made), before)
-    strategy.loss(made, batch)
-    strategy.route(made, "a")
-    strategy.end(made, task)
-    assert toy.same(toy.everything(made), before)
-
-
-@every
-def test_only_backward_leaves_gradients(entry):
-    made, strategy = after_one_stage(entry)
-    task = toy.task(1, SHORT)
-    made.net.zero_grad()
-    strategy.begin(made, task)
-    strategy.loss(made, made.batch(toy.examples(1, SHORT)[:5]))
-    strategy.end(made, task)
-    assert all(g is None for g in toy.gradients(made).values())
-    strategy.backward(made, made.batch(toy.examples(1, SHORT)[:5]))
-    assert all(g is not None and g.isfinite().all() for g in toy.gradients(made).values())
-
-
-@every
-def test_the_optimizer_may_change_trainable_parameters_only(entry):
-    made, strategy = toy.model(), make(*entry)
-    made.net.get_input_embeddings().weight.requires_grad_(False)
-    made.net.model.layers[0].requires_grad_(False)
-    frozen = {n: p.clone() for n, p in made.net.named_parameters() if not p.requires_grad}
-    returned = strategy.begin(made, toy.task(0))
-    parts = [p for part in returned for p in (part["params"] if isinstance(part, dict) else [part])]
-    assert {id(p) for p in parts} >= {id(p) for p in weights(made).values()}
-    assert all(p.requires_grad for p in parts)
-    toy.train(made, strategy, 0, 1, n=SHORT)
-    now = dict(made.net.named_parameters())
-    assert toy.same({n: now[n] for n in frozen}, frozen)
-    assert all(now[n].grad is None for n in frozen)
-    assert all("layers.0" not in path and "embed" not in path for path in toy.memory_tensors(strategy))
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-@every
-def test_an_adapter_trains_and_its_base_does_not(entry):
-    made = toy.model()
-    made.net = adapt_with(made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False)
-    before, live = toy.everything(made), set(weights(made))
-    toy.train(made, make(*entry), 0, 1, n=SHORT)
-    after = toy.everything(made)
-    moved = {n for n in after if not torch.equal(after[n], before[n])}
-    assert moved
-    assert moved <= live
-    assert all("lora" in n for n in moved)
-
-
-@every
-def test_memory_holds_no_live_tensors(entry):
-    made, strategy = after_one_stage(entry)
-    live = {p.untyped_storage().data_ptr() for p in made.net.parameters()}
-    held = toy.memory_tensors(strategy)
-    assert all(t.grad_fn is None for t in held.values())
-    assert not live & {t.untyped_storage().data_ptr() for t in held.values() if t.numel()}
-    before = deepcopy(held)
-    restore(made, {n: w + 1 for n, w in weights(made).items()})
-    assert toy.same(toy.memory_tensors(strategy), before)
