@@ -37,7 +37,7 @@ from continual.template import columns
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- strategies -->\n", "<!-- /strategies -->"
 HEADS = ("strategy", "stores", "here", "a step takes", "here", "old data", "task identity in training", "in tests")
-STEPS, ROUNDS = 5, 12
+STEPS, ROUNDS = 5, 25
 
 
 def main() -> None:
