@@ -28,6 +28,11 @@ def command(out: Path, words: Sequence[str]) -> str:
     return shlex.join(["continual", "compare", *words, f"out={out}"])
 
 
+def commands(out: Path) -> list[str]:
+    """The commands that made what is in a comparison's folder."""
+    return [command(out, told["words"]) for told in _plans(out)]
+
+
 def waiting(out: Path) -> list[str]:
     """The planned runs that have scored nothing yet."""
     return sorted({n for told in _plans(out) for n in told["cells"] if not (out / n / "matrix.json").is_file()})

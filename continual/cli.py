@@ -31,7 +31,7 @@ are scored, and the scores are the retained-task matrix.
   continual plan    [key=value ...]   memory, FLOPs, hours and disk of a run, before it is begun
   continual audit   [key=value ...]   what is amiss in a stream's rows: repeated, leaked, contradictory, too long
   continual report  PATH...           tables, report.html and curves.png again, from folders on disk
-  continual list    [strategies|streams|models]   what there is
+  continual list    [strategies|streams|models] [json=true]   what there is
 
 Keys: stream=NAME  strategy=NAME or strategy=[A,B]  model=NAME  seed=N  device=auto|cpu|cuda|mps  out=DIR
       train.*  loss.*  data.*  score.*  strategy.NAME.*  stream.*  model.*
@@ -74,7 +74,8 @@ EXAMPLES = {
   continual report runs/a runs/b runs/c out=runs/abc       a comparison of finished runs""",
     "list": """continual list [strategies|streams|models]: what there is, one line each.
 
-  continual list strategies""",
+  continual list strategies                                those of installed packages too
+  continual list strategies json=true                      for machines""",
 }
 
 
@@ -135,7 +136,7 @@ def configure(verb: str, overrides: Sequence[str]) -> DictConfig:
 
     with initialize_config_module("conf", version_base=None):
         try:
-            config: DictConfig = compose(verb, list(overrides))
+            config = words.composed(verb, overrides, compose)
             words.resolved(config)
         except (HydraException, OmegaConfBaseException) as error:
             raise words.explained(error, verb, overrides, compose) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,13 +19,17 @@ from continual import cells
 from continual.errors import ConfigError, ContinualError
 from continual.files import write_whole
 from continual.interrupt import Signals, Stopped
+from continual.reading import yaml_mapping
 
 LAUNCHER = "hydra/launcher"
 HERE = "basic"  # the launcher that does one run after another, in this process
 PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "slurm": "submitit",
            "ray": "ray", "ray_cluster": "ray"}  # of each launcher
+BEST = "optimization_results.yaml"  # what a search found
 STOP = ".stop"  # in the comparison's folder, with the signal's number: no further run begins
 NAMED = ("strategy", "seed")  # a run's folder always says these
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # every combination; another sweeper searches
+OURS = ("strategies", "tuned", "spaces")  # a comparison's own keys, which its runs do not have
 
 
 def compare(overrides: Sequence[str], configure: Callable[[str, Sequence[str]], DictConfig]) -> None:
@@ -37,34 +41,44 @@ def compare(overrides: Sequence[str], configure: Callable[[str, Sequence[str]], 
     launcher = _launcher(overrides)
     config = configure("compare", [_first(o) for o in overrides])
     out, given = Path(config.out), [o for o in overrides if not o.startswith("out=")]
-    words = [*given]
+    sweeper = _sweeper(given)
+    told = {**(sweeper.params or {}), **_space(config)}
+    words = [*given, *(f"{key}={value}" for key, value in told.items() if not _sets(given, key))]
     for key, value in zip(NAMED, (config.strategies, config.seed), strict=True):
-        words += [] if any(o.startswith(f"{key}=") for o in words) else [f"{key}={value}"]
+        words += [] if _sets(words, key) else [f"{key}={value}"]
     fixed = [key for o in words if not _sweeps(o) and (key := o.split("=")[0]) not in NAMED]
     words.append(f"out={_quoted(str(out.absolute()))}")
-    names = _check(words, [*fixed, "out"], configure)
+    searches = sweeper._target_ != BASIC
+    if searches and not any(_sweeps(word) and word.split("=")[0] not in NAMED for word in words):
+        raise ConfigError(f"a search needs something to look through, and of {', '.join(config.strategy)} nothing is "
+                          "told; give a range, such as 'strategy.NAME.KEY=tag(log,interval(0.01,10))'")
+    names = [] if searches else _check(words, [*fixed, "out"], configure)
     if launcher == "joblib" and not any(o.startswith("hydra.launcher.n_jobs=") for o in words):
         # Each gets its part of the threads.
-        words.append(f"hydra.launcher.n_jobs={min(len(names), os.cpu_count() or 1)}")
+        words.append(f"hydra.launcher.n_jobs={min(len(names) or sweeper.n_jobs, os.cpu_count() or 1)}")
     (out / STOP).unlink(missing_ok=True)
-    cells.plan(out, given, names)
+    if not searches:  # which runs a search will do is not known before
+        cells.plan(out, given, names)
     beside = launcher != HERE
     with _Noted(out) if beside else nullcontext():
         trouble = _sweep([*words, f"hydra.job.config.override_dirname.exclude_keys={[*fixed, 'out']}"])
     if number := _stopped(out):
         raise Stopped("stopped; nothing is lost. Go on with:\n  " + cells.command(out, given), number)
-    _tell(out, given, names, trouble)
+    _tell(out, given, names or [p.parent.name for p in sorted(out.glob(f"*/{cells.FAILED}"))], trouble)
 
 
-def cell(config: DictConfig) -> None:
-    """One run of the comparison, in this process or wherever the launcher puts it; what fails is left in its folder."""
+def cell(config: DictConfig) -> float | None:
+    """One run of the comparison, in this process or wherever the launcher puts it; what fails is left in its folder.
+
+    What a search maximises: the average performance.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
     folder, name = Path(config.out), _folder(hydra.job.override_dirname)
     beside = hydra.runtime.choices[LAUNCHER] != HERE
     if _stopped(folder):
-        return
+        return None
     from continual.events import lines_of, quiet
     from continual.run import run
 
@@ -72,13 +86,15 @@ def cell(config: DictConfig) -> None:
     out = folder / name
     with open_dict(config):
         config.out = str(out)
-        del config["strategies"]
+        _tune(config, {o.split("=")[0].lstrip("+") for o in hydra.overrides.task})
+        for key in OURS:
+            del config[key]
     console = lines_of(name) if beside else Console(stderr=True)
     if not beside:
         console.rule(escape(name), align="left")
     (out / cells.FAILED).unlink(missing_ok=True)
     try:
-        run(config, console)
+        return run(config, console).summary()["average_performance"]
     except Stopped as stop:
         if not beside:
             write_whole(folder / STOP, str(stop.number))
@@ -88,6 +104,15 @@ def cell(config: DictConfig) -> None:
         told = str(error) if isinstance(error, ContinualError) else f"{type(error).__name__}: {error}"
         write_whole(out / cells.FAILED, told + "\n")
         console.print(f"error: {told}", style="red", markup=False, highlight=False)
+    return None
+
+
+def _tune(config: DictConfig, given: Collection[str]) -> None:
+    """The strategies' tuned settings, but for the keys that are given."""
+    for name, values in config.tuned.items():
+        for key, value in values.items():
+            if name in config.strategy and f"strategy.{name}.{key}" not in given:
+                config.strategy[name][key] = value
 
 
 class _Noted(Signals):
@@ -145,6 +170,10 @@ def _tell(out: Path, words: Sequence[str], names: Sequence[str], trouble: Except
     written = report.write(out) if any(out.glob("*/matrix.json")) else []
     if written:
         report.tables(Console(), out)
+    if (best := out / BEST).is_file():
+        told = yaml_mapping(best)
+        print(f"best: {' '.join(f'{k}={v}' for k, v in told['best_params'].items())}, with an average performance of "
+              f"{told['best_value']:.3f}")
     print("\n".join(f"wrote {p}" for p in written))
     if left := cells.failures(out, names):
         what = "failed" if all(told.startswith("failed") for told in left.values()) else "are not finished"
@@ -153,6 +182,25 @@ def _tell(out: Path, words: Sequence[str], names: Sequence[str], trouble: Except
                           f"{cells.command(out, words)}{why}\n" + "\n".join(f"{n}: {t}" for n, t in left.items()))
     if trouble:
         raise trouble
+
+
+def _sweeper(words: Sequence[str]) -> DictConfig:
+    """Hydra's sweeper as configured, an experiment's sweeps among its `params`."""
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("conf", version_base=None):
+        sweeper: DictConfig = compose("compare", [_first(w) for w in words], return_hydra_config=True).hydra.sweeper
+    return sweeper
+
+
+def _space(config: DictConfig) -> dict[str, str]:
+    """What a search looks through for these strategies, by key."""
+    return {f"strategy.{name}.{key}": value for name in config.strategy
+            for key, value in config.spaces.get(name, {}).items()}
+
+
+def _sets(words: Sequence[str], key: str) -> bool:
+    return any(word.startswith(f"{key}=") for word in words)
 
 
 def _launcher(overrides: Sequence[str]) -> str:
@@ -185,7 +233,9 @@ def _first(override: str) -> str:
     if not _sweeps(override):
         return override
     parsed = OverridesParser.create().parse_override(override)
-    return f"{parsed.get_key_element()}={next(iter(parsed.sweep_string_iterator()))}"
+    least = getattr(parsed.value(), "start", None) if parsed.is_interval_sweep() else next(iter(
+        parsed.sweep_string_iterator()))
+    return f"{parsed.get_key_element()}={least}"
 
 
 def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[[str, Sequence[str]], DictConfig]

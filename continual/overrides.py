@@ -8,6 +8,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from continual.catalogue import choices
 from continual.errors import ConfigError, unknown
+from continual.outside import register
+
+
+def composed(verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> DictConfig:
+    """The verb's configuration; a strategy that it lacks is looked for in other packages."""
+    from hydra.errors import MissingConfigException
+
+    while True:
+        try:
+            return compose(verb, list(overrides))
+        except MissingConfigException as error:
+            group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
+            if group != "strategy" or not register(choice):
+                raise
 
 
 def resolved(config: DictConfig) -> None:
@@ -19,8 +33,12 @@ def resolved(config: DictConfig) -> None:
 def explained(error: Exception, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> ConfigError:
     """The error in our words: an unknown choice or key with the nearest valid names, else Hydra's first line."""
     group, _, choice = str(getattr(error, "missing_cfg_file", "") or "").rpartition("/")
+    if group.startswith("hydra/"):
+        kind = group.split("/")[1]
+        return ConfigError(f"{group}={choice} is none of Hydra's own, and needs hydra-{choice}-{kind}, which is not "
+                           f"installed: pip install hydra-{choice}-{kind}")
     if group:
-        return ConfigError(unknown(group, choice, [name for name, _ in choices(group)]))
+        return ConfigError(unknown(group, choice, [c.name for c in choices(group)]))
     key = getattr(error.__cause__, "full_key", None)
     if key:
         return ConfigError(unknown("key", str(key), _siblings(str(key), verb, overrides, compose)))

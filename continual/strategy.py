@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import isfunction, unwrap
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -33,6 +33,10 @@ class Strategy:
     by inheriting from several. Memory holds values: never live tensors, never positions in a data set.
     """
 
+    # What its memory keeps between stages, and what a step takes beside naive's on as many new examples, for people:
+    # P trainable weights, E remembered examples, S response tokens of one, T tasks, V vocabulary; numbers are bytes.
+    stores: ClassVar[str] = "nothing"
+    costs: ClassVar[str] = "1"
     notes: dict[str, float] = field(init=False, repr=False, default_factory=dict)  # shown beside the step's loss
 
     shardable = True  # it asks a model for losses, answers and gradients' sums only, whose weights may be in shards

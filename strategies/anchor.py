@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class L2(Strategy):
     The baseline "L2" of Kirkpatrick et al. (2017, figure 2).
     """
 
+    stores: ClassVar[str] = "8 P"
+    costs: ClassVar[str] = "1 + O(P)"
     strength: float = 1.0
     anchor: Weights = memory(dict)
     importance: Weights = memory(dict)

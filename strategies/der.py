@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class DER(Strategy):
     """
 
     shardable = True
+    stores: ClassVar[str] = "E examples, (2 V or 6 top) S E"
+    costs: ClassVar[str] = "1 + 2 minibatch / batch"
     capacity: int = 500
     alpha: float = 0.1
     beta: float = 1.0

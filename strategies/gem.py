@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class GEM(Replay):
     experiments have 0.5 on every stream, and 256 remembered examples a task.
     """
 
+    costs: ClassVar[str] = "1 + T sample / batch + O(T P)"
     share: float = 0.0
     sample: int | None = None
     margin: float = 0.5
@@ -66,6 +68,7 @@ class AGEM(GEM):
     larger images, of memories as large.
     """
 
+    costs: ClassVar[str] = "1 + sample / batch + O(P)"
     sample: int | None = 256
     margin: float = field(init=False, default=0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 
@@ -31,6 +32,7 @@ class HardReplay(Rehearsal):
     """
 
     shardable = True
+    stores: ClassVar[str] = "E examples; by forgetting also 2 numbers each"
     capacity: float = 0.1
     by: str = "loss"
     among: int = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ class InsCL(Replay):
     others is its own. The paper's choice of examples by tags, which a larger model writes, has no part here.
     """
 
+    stores: ClassVar[str] = "E examples and at most 128 T instructions"
     instructions: dict[int, Instructions] = memory(dict)  # of each remembered task
     shares: dict[int, float] = field(init=False, repr=False, default_factory=dict)  # what `begin` makes
 

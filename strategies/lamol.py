@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,6 +34,8 @@ class LAMOL(Rehearsal):
     """
 
     shardable = True
+    stores: ClassVar[str] = "T beginnings of prompts"
+    costs: ClassVar[str] = "1 / (1 - share), and its prompts are learned too; a stage begins by writing"
     lm_weight: float = 0.25
     top_k: int = 20
     tasks: dict[int, dict[str, Any]] = memory(dict)  # of each: what its prompts begin with, and its longest lengths

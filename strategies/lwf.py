@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,8 @@ class LwF(Strategy):
     """
 
     shardable = True
+    stores: ClassVar[str] = "nothing; 4 P with the base as teacher"
+    costs: ClassVar[str] = "1 + O(V) a response token; a stage begins with one pass"
     strength: float = 1.0
     temperature: float = 2.0
     teacher: str = "previous"

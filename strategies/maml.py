@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,6 +94,7 @@ class MAML(Episodic):
     learned, the gradient of those is -g * v with the step's gradient g.
     """
 
+    costs: ClassVar[str] = "(1 + inner_steps) / 2 / (1 - share)"
     second_order: bool = False
     adapts: str = "all"
     inner: str = "sgd"

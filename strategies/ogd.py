@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class OGD(Strategy):
     itself, as AdamW, turns it back in part.
     """
 
+    stores: ClassVar[str] = "4 P examples T"
+    costs: ClassVar[str] = "1 + O(P examples T)"
     examples: int = 200
     seed: int = 0
     stages: int = memory(int)

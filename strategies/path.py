@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class SI(Summed):
     permuted MNIST, where their c, half our `strength`, is 0.1.
     """
 
+    stores: ClassVar[str] = "8 P; 24 P within a stage"
+    costs: ClassVar[str] = "1 + O(P)"
     strength: float = 0.2
     damping: float = 0.1
     omega: Weights = memory(dict)
@@ -86,6 +88,8 @@ class RWalk(SI):
     alpha is the paper's, the damping that of the authors' code. Its lambda is half our `strength`.
     """
 
+    stores: ClassVar[str] = "16 P; 36 P within a stage"
+    costs: ClassVar[str] = "1 + O(P) + a Fisher of the step / every"
     strength: float = 2.0
     damping: float = 1e-3
     alpha: float = 0.9

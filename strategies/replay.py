@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ class Rehearsal(Strategy):
     """
 
     shardable = True
+    stores: ClassVar[str] = "E examples"
+    costs: ClassVar[str] = "1 / (1 - share)"
     share: float = 0.25
     seed: int = 0
     buffer: ReplayBuffer = memory(lambda: ReplayBuffer(0))

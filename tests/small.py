@@ -10,6 +10,7 @@ import torch
 
 from continual.data import Encoded, Example
 from continual.model import assemble
+from continual.toy import llama
 
 WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "plum")
 TASKS = ("first", "last", "loud")
@@ -93,7 +94,7 @@ def network(kind: str, vocabulary: int, context: int = 128, seed: int = 0):
     shape = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
              "max_position_embeddings": context, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
     if kind == "llama":
-        return tf.LlamaForCausalLM(tf.LlamaConfig(**shape, intermediate_size=64, num_key_value_heads=2))
+        return llama(vocabulary, context, seed)
     if kind == "qwen3":
         return tf.Qwen3ForCausalLM(tf.Qwen3Config(**shape, intermediate_size=64, num_key_value_heads=1, head_dim=16))
     if kind == "gpt2":

@@ -1,27 +1,24 @@
 """What every strategy must keep to, over the table of all configurations and some of their variants."""
 
-from copy import deepcopy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 import toy
 
-from continual import checkpoint
-from continual.loss import nll
+from continual import rules
 from continual.model import Model
 from continual.strategy import Strategy
-from continual.weights import gradient, restore, weights, zeros
+from continual.weights import gradient
 
 ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_configs holds them to that
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
-SHORT = 6  # examples of a stage that need not learn anything well
 BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem",
             "anil", "meta_sgd", "la_maml"}
 LORA = {"incremental_lora", "olora", "slao"}  # they work on the factors of a LoRA
-# To give the model other weights between stages is what they are for.
+MOMENTS = ("begin", "end", "route")  # at which to give the model other weights is what some are for:
 SETTERS = {"per_task", "router", "slao", "progressive_prompts", "average", "fisher_merge", "ema", "task_arithmetic",
            "ties"}
 MOST = "capacity=0.5"  # the embedded default's fraction would leave one example of these small tasks
@@ -110,89 +107,65 @@ def make(names: str, *keys: str) -> Strategy:
     return toy.configured(names, *(f"+strategy.{k[1:]}" if k.startswith("+") else f"strategy.{k}" for k in keys))
 
 
+def kind_of(names: str) -> str:
+    """What of a model the strategies need to train: all of it, a LoRA, or virtual tokens."""
+    asked = {*names.split(",")}
+    return "prompts" if "progressive_prompts" in asked else "lora" if LORA & asked else "all"
+
+
+def of_kind(kind: str, dtype: torch.dtype = torch.float32) -> Model:
+    """A model of which this is trained."""
+    base = "gpt2" if dtype == torch.float64 else "llama"  # which norms in float32 whatever its dtype
+    return toy.prompted(dtype, kind=base) if kind == "prompts" else toy.model(
+        dtype, kind=base, lora=12 if kind == "lora" else 0)
+
+
 def network(names: str, dtype: torch.dtype = torch.float32) -> Model:
     """A model that all of these strategies can work with."""
-    asked, kind = {*names.split(",")}, "gpt2" if dtype == torch.float64 else "llama"  # Llama norms in float32 always
-    if "progressive_prompts" in asked:
-        return toy.prompted(dtype, kind=kind)
-    return toy.model(dtype, kind=kind, lora=12 if LORA & asked else 0)
+    return of_kind(kind_of(names), dtype)
 
 
 every = pytest.mark.parametrize("entry", TABLE, ids=" ".join)
 
 
-def after_one_stage(entry, dtype=torch.float32):
-    """A model and a strategy that remembers a task, for each caller its own copy."""
-    return deepcopy(one_stage(entry, dtype))
-
-
 @cache
-def one_stage(entry, dtype):
-    made, strategy = network(entry[0], dtype), make(*entry)
-    toy.train(made, strategy, 0, n=SHORT)
-    return made, strategy
+def subject(entry) -> rules.Subject:
+    """What its first stage leaves is learned once for all rules."""
+    made = rules.Subject(lambda: make(*entry), MOMENTS if SETTERS & {*entry[0].split(",")} else (),
+                           partial(network, entry[0]))
+    if "progressive_prompts" in entry[0]:  # a prompt steers little of a network of random weights
+        made.recipe, made.falls = replace(toy.RECIPE, lr=0.3, epochs=6), 1e-3
+    return made
 
 
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
 @every
-def test_one_stage_lowers_the_loss(entry):
-    made, strategy = network(entry[0]), make(*entry)
-    before = nll(made, made.batch(toy.examples(0))).item()
-    # A prompt steers little of a network of random weights, and learns at other rates.
-    recipe, less = (replace(toy.RECIPE, lr=0.3, epochs=6), 1e-3) if made.layout.prefix else (toy.RECIPE, 0.1)
-    toy.train(made, strategy, 0, recipe=recipe)
-    assert nll(made, made.batch(toy.examples(0))).item() < before - less
+def test_every_strategy_keeps_every_rule(entry, rule):
+    rule(subject(entry))
 
 
 @pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
-    off, naive = network(names), network(names)
-    toy.train(off, make(names, *OFF[names]), 0, 1)
-    toy.train(naive, Strategy(), 0, 1)
-    assert toy.same(toy.everything(off), toy.everything(naive))
+    rules.switched_off_it_is_naive(rules.Subject(lambda: make(names, *OFF[names]), model=partial(network, names)))
+
+
+@cache
+def naive(kind, *sizes):
+    """The parameters after a stage of each size under plain fine-tuning."""
+    made = of_kind(kind)
+    for t, n in enumerate(sizes):
+        toy.train(made, Strategy(), t, n=n)
+    return toy.everything(made)
 
 
 @pytest.mark.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
 def test_switched_on_it_is_not_naive(entry):
-    on, naive, strategy, plain = network(entry[0]), network(entry[0]), make(*entry), Strategy()
-    for t in (0, 1, 2):  # a projection waits for tasks that oppose each other
+    on, strategy = subject(entry).after_one_stage()
+    for t in (1, 2, 3):  # a projection waits for tasks that oppose each other
         toy.train(on, strategy, t)
-        toy.train(naive, plain, t)
-        if t and not toy.same(toy.everything(on), toy.everything(naive)):
+        if not toy.same(toy.everything(on), naive(kind_of(entry[0]), toy.SHORT, *[12] * t)):
             return
     pytest.fail("it never departs from naive")
-
-
-@every
-def test_a_checkpoint_continues_bit_for_bit(entry, tmp_path):
-    made, strategy = after_one_stage(entry)
-    toy.train(made, strategy, 1, n=SHORT)
-    checkpoint.save(tmp_path / "two", made, strategy, toy.matrix())
-    other, again = network(entry[0]), make(*entry)
-    restore(other, zeros(other))
-    checkpoint.load(tmp_path / "two", other, again)
-    for net, continued in ((made, strategy), (other, again)):
-        toy.train(net, continued, 2, n=SHORT)
-    assert toy.same(toy.everything(other), toy.everything(made))
-    checkpoint.save(tmp_path / "live", made, strategy, toy.matrix())
-    checkpoint.save(tmp_path / "resumed", other, again, toy.matrix())
-    assert toy.saved(tmp_path / "live") == toy.saved(tmp_path / "resumed")
-
-
-@every
-def test_micro_batches_do_not_change_the_step(entry):
-    made, strategy = after_one_stage(entry, torch.float64)
-    found, learned = [], []
-    for n in (1000, 2, 5):
-        own = deepcopy(strategy)
-        own.begin(made, toy.task(1))
-        made.net.zero_grad()
-        small = toy.in_micro_batches(made, n)
-        own.backward(small, small.batch(toy.examples(1)[:7]))
-        found.append(gradient(made))
-        if getattr(own, "weighting", "") == "uncertainty":  # its own parameters are float32
-            learned.append({"log_variance": own.log_variance.grad})
-    assert all(toy.close(g, found[0]) for g in found[1:])
-    assert all(toy.close(g, learned[0], rtol=1e-5, atol=1e-7) for g in learned)
 
 
 def test_micro_batches_also_have_the_same_step_where_tasks_in_one_step_differ_in_weight():
@@ -208,92 +181,3 @@ def test_micro_batches_also_have_the_same_step_where_tasks_in_one_step_differ_in
     made.net.zero_grad()
     Strategy().backward(made, made.batch(toy.examples(1)[:3]))
     assert toy.close(got, gradient(made), rtol=1e-6, atol=1e-7)  # scales are float32
-
-
-@pytest.mark.parametrize("entry", [e for e in TABLE if not SETTERS & set(e[0].split(","))], ids=" ".join)
-def test_no_moment_moves_the_weights(entry):
-    made, strategy = after_one_stage(entry)
-    task = toy.task(1, SHORT)
-    before, batch = toy.everything(made), made.batch(toy.examples(1, SHORT)[:5])
-    strategy.begin(made, task)
-    assert toy.same(toy.everything(made), before)
-    strategy.backward(made, batch)
-    assert toy.same(toy.everything(made), before)
-    strategy.loss(made, batch)
-    strategy.route(made, "a")
-    strategy.end(made, task)
-    assert toy.same(toy.everything(made), before)
-
-
-@pytest.mark.parametrize("entry", [e for e in TABLE if SETTERS & set(e[0].split(","))], ids=" ".join)
-def test_what_gives_the_model_other_weights_does_it_between_stages_only(entry):
-    made, strategy = after_one_stage(entry)
-    strategy.begin(made, toy.task(1, SHORT))
-    before, batch = toy.everything(made), made.batch(toy.examples(1, SHORT)[:5])
-    strategy.backward(made, batch)
-    strategy.loss(made, batch)
-    assert toy.same(toy.everything(made), before)
-
-
-@every
-def test_each_prompt_is_dispatched_once(entry):
-    made, strategy = after_one_stage(entry)
-    strategy.route(made, "b")
-    assert sorted(i for turn in strategy.dispatch(made, [[3, 4], [5], [3, 4]]) for i in turn) == [0, 1, 2]
-
-
-@every
-def test_only_backward_leaves_gradients(entry):
-    made, strategy = after_one_stage(entry)
-    task = toy.task(1, SHORT)
-    made.net.zero_grad()
-    strategy.begin(made, task)
-    strategy.loss(made, made.batch(toy.examples(1, SHORT)[:5]))
-    strategy.end(made, task)
-    assert all(g is None for g in toy.gradients(made).values())
-    strategy.backward(made, made.batch(toy.examples(1, SHORT)[:5]))
-    left = toy.gradients(made)
-    assert all(left[n] is not None and left[n].isfinite().all() for n in weights(made))
-
-
-@every
-def test_the_optimizer_may_change_trainable_parameters_only(entry):
-    made, strategy = network(entry[0]), make(*entry)
-    made.net.get_input_embeddings().weight.requires_grad_(False)
-    made.net.get_decoder().layers[0].requires_grad_(False)
-    frozen = {n: p.clone() for n, p in made.net.named_parameters() if not p.requires_grad}
-    returned = strategy.begin(made, toy.task(0))
-    parts = [p for part in returned for p in (part["params"] if isinstance(part, dict) else [part])]
-    assert {id(p) for p in parts} >= {id(p) for p in weights(made).values()}
-    assert all(p.requires_grad for p in parts)
-    toy.train(made, strategy, 0, 1, n=SHORT)
-    now = dict(made.net.named_parameters())
-    assert toy.same({n: now[n] for n in frozen}, frozen)
-    assert all(now[n].grad is None for n in frozen)
-    assert all("layers.0" not in path and "embed" not in path for path in toy.memory_tensors(strategy))
-
-
-@every
-def test_an_adapter_trains_and_its_base_does_not(entry):
-    made = network(entry[0])
-    if len(weights(made)) == len(toy.everything(made)):
-        made = toy.model(lora=12)
-    before, live = toy.everything(made), set(weights(made))
-    toy.train(made, make(*entry), 0, 1, n=SHORT)
-    after = toy.everything(made)
-    moved = {n for n in after if not torch.equal(after[n], before[n])}
-    assert moved
-    assert moved <= live
-    assert all("lora" in n or "prompt_encoder" in n for n in moved)
-
-
-@every
-def test_memory_holds_no_live_tensors(entry):
-    made, strategy = after_one_stage(entry)
-    live = {p.untyped_storage().data_ptr() for p in made.net.parameters()}
-    held = toy.memory_tensors(strategy)
-    assert all(t.grad_fn is None for t in held.values())
-    assert not live & {t.untyped_storage().data_ptr() for t in held.values() if t.numel()}
-    before = deepcopy(held)
-    restore(made, {n: w + 1 for n, w in weights(made).items()})
-    assert toy.same(toy.memory_tensors(strategy), before)

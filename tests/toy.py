@@ -1,13 +1,10 @@
-"""A language model of a few thousand weights and seeded tasks of random tokens, for tests of strategies."""
+"""The toy model and tasks of `continual.toy`, and what tests of strategies measure them by."""
 
 from __future__ import annotations
 
-import random
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from hydra import compose as compose_config
@@ -15,38 +12,34 @@ from hydra import initialize_config_module
 from omegaconf import DictConfig
 from small import network
 
-from continual import build
+from continual import build, toy
 from continual.data import Encoded, Task
-from continual.matrix import Matrix
 from continual.model import Model, adapt_with
-from continual.packing import Layout
-from continual.probe import probe
-from continual.stage import Recipe, learn
 from continual.strategy import Strategy
+from continual.toy import (
+    NAMES,
+    RECIPE,
+    SHORT,
+    VOCABULARY,
+    close,
+    everything,
+    examples,
+    gradients,
+    in_micro_batches,
+    matrix,
+    memory_tensors,
+    same,
+    task,
+    train,
+)
 
-VOCABULARY = 64
-NAMES = ("a", "b", "c", "d")
-RECIPE = Recipe(lr=3e-3, epochs=2, batch_size=4)
+__all__ = ["NAMES", "RECIPE", "SHORT", "VOCABULARY", "Task", "close", "everything", "examples", "gradients",
+           "in_micro_batches", "matrix", "memory_tensors", "replace", "same", "task", "train"]
 
 
-def spelled(ids, skip_special_tokens=False) -> str:
-    """What a tokenizer's `decode` would give."""
-    return " ".join(map(str, ids))
-
-
-def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", lora: int = 0, **layout) -> Model:
-    """A network of two layers, hidden 32; transformers' Llama norms and rotates in float32 whatever its dtype.
-
-    With a rank for `lora` that is all that trains, at a scale that learns as fast as the whole network.
-    """
-    net = network(kind, VOCABULARY, context=32, seed=seed).to(dtype)
-    if lora:
-        settings = {"r": lora, "lora_alpha": 16 * lora, "target_modules": "all-linear"}
-        net = adapt_with(net, "lora", {"lora": settings}, seq2seq=False)
-    tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=spelled)
-    flat, last = probe(net)
-    made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": flat, **layout})
-    return Model(net.eval(), tokenizer, made, context=32, last=last)
+def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", **more) -> Model:
+    """A network of two layers, hidden 32, of this architecture."""
+    return toy.model(dtype, net=network(kind, VOCABULARY, context=toy.CONTEXT, seed=seed), **more)
 
 
 def prompted(dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "llama", **layout) -> Model:
@@ -56,31 +49,6 @@ def prompted(dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "l
     made.net = adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False).to(dtype).eval()
     made.behind(())
     return made
-
-
-def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
-    """Prompts of one to six tokens, responses of one to four that say what the task is: the prompt's first token + k.
-
-    Their lengths differ, so that means over examples and over tokens do.
-    """
-    rng = random.Random(f"{seed}/{task}")
-    found = []
-    for i in range(n):
-        prompt = [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(1, 6))]
-        response = [(prompt[0] + 7 * task + j) % (VOCABULARY - 2) + 2 for j in range(rng.randint(1, 4))]
-        mask = (False,) * len(prompt) + (True,) * len(response)
-        found.append(Encoded(f"{NAMES[task]}/{i}", task, (*prompt, *response), mask, f"task {NAMES[task]}, row {i}"))
-    return found
-
-
-def task(index: int, n: int = 12) -> Task[Encoded]:
-    return Task(NAMES[index], tuple(examples(index, n)), columns=NAMES)
-
-
-def train(made: Model, strategy: Strategy, *indices: int, n: int = 12, recipe: Recipe = RECIPE) -> None:
-    """A stage for each task index."""
-    for i in indices:
-        learn(made, task(i, n), strategy, recipe, seed=i, log=lambda event: None)
 
 
 @cache
@@ -93,36 +61,6 @@ def config(*overrides: str) -> DictConfig:
 def configured(names: str, *overrides: str) -> Strategy:
     """The strategy of these configs, such as "replay" or "replay,ewc"."""
     return build.strategy(config(f"strategy=[{names}]", *overrides))
-
-
-def matrix() -> Matrix:
-    return Matrix("toy", "given", "s", 0, NAMES, dict.fromkeys(NAMES, "exact_match"), (), ())
-
-
-def everything(made: Model) -> dict[str, torch.Tensor]:
-    """A copy of every parameter, frozen or not."""
-    return {n: p.detach().clone() for n, p in made.net.named_parameters()}
-
-
-def gradients(made: Model) -> dict[str, torch.Tensor | None]:
-    """A copy of every parameter's gradient."""
-    return {n: None if p.grad is None else p.grad.clone() for n, p in made.net.named_parameters()}
-
-
-def same(one: dict, other: dict) -> bool:
-    """Whether two {name: tensor} agree bit for bit."""
-    def equal(a, b):
-        return a is b if a is None or b is None else torch.equal(a, b)
-
-    return one.keys() == other.keys() and all(equal(one[n], other[n]) for n in one)
-
-
-def close(one: dict, other: dict, rtol: float = 1e-9, atol: float = 1e-10) -> bool:
-    return one.keys() == other.keys() and all(torch.allclose(one[n], other[n], rtol, atol) for n in one)
-
-
-def in_micro_batches(made: Model, tokens: int) -> Model:
-    return replace(made, layout=replace(made.layout, tokens=tokens))
 
 
 def log_likelihood(net, e: Encoded) -> torch.Tensor:
@@ -143,19 +81,3 @@ def no_fused_attention():
 
     with sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-def memory_tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
-    """Every tensor in the strategy's memory, by its path."""
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            return {path: value}
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        return {k: v for key, part in items for k, v in walk(part, f"{path}/{key}").items()}
-
-    return walk(strategy.state_dict(), "")
-
-
-def saved(folder: Path) -> tuple[str, bytes]:
-    """What a checkpoint holds of a strategy."""
-    return (folder / "memory.json").read_text("utf-8"), (folder / "memory.safetensors").read_bytes()

@@ -1,0 +1,135 @@
+"""The leaderboard: what comparisons came to, with 95% intervals, as docs/leaderboard.md.
+
+`python -m benchmarks.leaderboard DIR ...` writes it from comparison folders, which `continual compare` made, a table
+for each stream; what people have written under its last heading stays. `python -m benchmarks.leaderboard --tuned DIR
+...` prints what searches (`continual compare experiment=tune`) found, as the key `tuned` of
+conf/experiment/leaderboard.yaml.
+
+Intervals are Student's, over the runs of a strategy: mean +- t(0.975, n - 1) s / sqrt(n).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import machine
+from continual import cells, reading
+from continual.matrix import mean
+from continual.reports.figures import MEANINGS, NONE, percent, seconds, size
+from continual.reports.runs import Group, Run, find, grouped
+
+COLUMNS = ("average_performance", "forgetting", "backward_transfer", "forward_transfer", "learning_accuracy")
+PATH = Path(__file__).parents[1] / "docs" / "leaderboard.md"
+SAID = "\n## What the figures say\n"
+FLOOR, CEILINGS = "naive", ("joint", "per_task")
+
+
+def main() -> None:
+    """Write or print what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.leaderboard", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of continual compare")
+    parser.add_argument("--tuned", action="store_true", help="they are searches: print what they found")
+    parser.add_argument("--to", type=Path, default=PATH, metavar="PATH", help="another file than docs/leaderboard.md")
+    asked = parser.parse_args()
+    if asked.tuned:
+        print(tuned(asked.folders))
+    else:
+        said = asked.to.read_text().partition(SAID)[2] if asked.to.is_file() else "\n"
+        asked.to.write_text(page(asked.folders) + SAID + said)
+        print(f"wrote {asked.to}")
+
+
+def page(folders: Sequence[Path]) -> str:
+    """What docs/leaderboard.md holds of figures."""
+    runs, waiting = find(folders)
+    streams: dict[str, list[Run]] = {}
+    for run in runs:
+        streams.setdefault(run.matrix.stream, []).append(run)
+    commands = "\n".join(command for folder in folders for command in cells.commands(folder))
+    left = f"\nNot finished, and in no mean: {', '.join(waiting)}.\n" if waiting else ""
+    again = " ".join(map(str, folders))
+    return (f"# Leaderboard\n\nMade by\n\n```bash\n{commands}\npython -m benchmarks.leaderboard {again}\n```\n\n"
+            f"on {machine()}. Scores are in percent, on the {' and '.join(sorted(_splits(runs)))} rows: the mean over "
+            "the runs and its 95% interval. A ceiling learns all tasks at once (joint) or each with weights of its own "
+            "(per_task); the floor does nothing against forgetting. Seconds are those of a run, training and scoring "
+            f"together; stored is the strategy's memory in its last checkpoint.\n{left}\n"
+            + "\n".join(f"## {stream}\n\n{_facts(those)}\n\n{table(grouped(those))}" for stream, those in
+                        streams.items()))
+
+
+def _splits(runs: Sequence[Run]) -> set[str]:
+    return {run.settings.get("score.split", "test") for run in runs}
+
+
+def _facts(runs: Sequence[Run]) -> str:
+    """What was run."""
+    seeds = sorted({str(run.matrix.seed) for run in runs})
+    orders = sorted({run.matrix.order for run in runs})
+    return (f"{len({task for run in runs for task in run.matrix.tasks})} tasks; orders {', '.join(orders)}; seeds "
+            f"{', '.join(seeds)}.")
+
+
+def table(groups: Sequence[Group]) -> str:
+    """A row a strategy: ceilings, then by average performance; the best of the others in bold."""
+    ranked = sorted(groups, key=lambda g: (g.label not in CEILINGS, -(g.mean(COLUMNS[0]) or -1)))
+    heads = ["strategy", "runs", *(f"{MEANINGS[name].title} {MEANINGS[name].arrow}" for name in COLUMNS), "seconds",
+             "stored"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    arms = [g for g in ranked if g.label not in (FLOOR, *CEILINGS)]
+    best = {name: _best([g.mean(name) for g in arms], MEANINGS[name].better == "higher") for name in COLUMNS}
+    for g in ranked:
+        kind = " (floor)" if g.label == FLOOR else " (ceiling)" if g.label in CEILINGS else ""
+        cells = [_cell(g, name, best[name] if g in arms else None) for name in COLUMNS]
+        lines.append("| " + " | ".join([f"{g.label}{kind}", str(g.done), *cells, seconds(g.mean("seconds")),
+                                        size(stored(g))]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _best(values: Sequence[float | None], higher: bool) -> float | None:
+    known = [value for value in values if value is not None]
+    return (max if higher else min)(known) if len(known) > 1 else None
+
+
+def _cell(group: Group, name: str, best: float | None) -> str:
+    """The mean and its interval."""
+    value, half = group.mean(name), interval([v for v in group.values(name) if v is not None])
+    told = percent(value, MEANINGS[name].signed) + ("" if half is None or value is None else f" ± {100 * half:.1f}")
+    return f"**{told}**" if best is not None and value == best else told or NONE
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the width of the mean's 95% interval; None of fewer than two values."""
+    from scipy.stats import t
+
+    n = len(values)
+    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+
+
+def stored(group: Group) -> float | None:
+    """The bytes of the strategy's memory at the end, in the mean over the runs; None where a run does not say."""
+    last = [run.events("checkpoint")[-1:] for run in group.runs if run.matrix.finished]
+    return mean(events[0].get("memory_bytes") if events else None for events in last)
+
+
+def tuned(folders: Sequence[Path]) -> str:
+    """What each search found, a line of YAML each with the score that it had."""
+    lines = ["tuned:"]
+    for folder in folders:
+        told = reading.yaml_mapping(folder / "optimization_results.yaml")
+        found: dict[str, dict[str, str]] = {}
+        for key, value in told["best_params"].items():
+            _, name, setting = key.split(".", 2)
+            found.setdefault(name, {})[setting] = json.dumps(value)
+        lines += [f"  {name}: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}  # {told['best_value']:.3f}"
+                  for name, keys in found.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

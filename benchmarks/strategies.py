@@ -1,0 +1,137 @@
+"""What each strategy keeps, what its step costs, and what it has to be told: the README's table of them.
+
+`python -m benchmarks.strategies [NAME ...] [--to PATH]`. What a strategy stores and costs as a formula is what its
+class says; the rest is measured, on the embedded stream and its small model, after five short stages and at the end of
+a sixth: the bytes of the memory in a checkpoint, the CPU time of a step beside naive's on the same new examples (the
+two in turn, medians), whether examples of earlier tasks are kept, and whether the strategy learns something else where
+examples do not say of which task they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from benchmarks import works
+from benchmarks.common import Step
+from continual import build, checkpoint, toy
+from continual.catalogue import KEY, Choice, choices
+from continual.cli import configure
+from continual.data import Encoded, Task
+from continual.memory import ReplayBuffer
+from continual.reports.figures import size
+from continual.stage import learn
+from continual.strategy import Strategy
+from continual.template import columns
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- strategies -->\n", "<!-- /strategies -->"
+HEADS = ("strategy", "stores", "here", "a step takes", "here", "old data", "task identity in training", "in tests")
+STEPS, ROUNDS = 5, 25
+
+
+def main() -> None:
+    """Measure the named strategies, all by default, and write their rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.strategies", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all if none is given; others keep their rows")
+    parser.add_argument("--to", type=Path, default=README, metavar="PATH", help="a file with the table's two marks")
+    asked = parser.parse_args()
+    known = rows(asked.to.read_text())
+    for choice in choices("strategy"):
+        if not asked.names or choice.name in asked.names:
+            known[choice.name] = measured(choice)
+            print(known[choice.name], flush=True)
+    asked.to.write_text(written(asked.to.read_text(), known))
+
+
+def rows(text: str) -> dict[str, str]:
+    """The lines of the table that a file holds, by the strategy's name."""
+    table = text.partition(BEGIN)[2].partition(END)[0]
+    return {found[1]: found[0] for found in re.finditer(r"^\| `(\w+)` \|.*$", table, re.MULTILINE)}
+
+
+def written(text: str, known: dict[str, str]) -> str:
+    """The file with these lines as its table, those of strategies that there no longer are left out."""
+    before, _, rest = text.partition(BEGIN)
+    there = {c.name for c in choices("strategy")}
+    lines = [_line(HEADS), "|---" * len(HEADS) + "|", *(known[name] for name in sorted(there & known.keys()))]
+    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{KEY}.\n\n{END}{rest.partition(END)[2]}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def measured(choice: Choice, *words: str) -> str:
+    """A strategy's line; `words` are further keys of the run."""
+    config = configure("run", [f"strategy=[{choice.name}]", "device=cpu", *words])
+    stream = build.stream(config)
+    model, strategy = build.model(config, stream), build.strategy(config)
+    encoder, names = build.encoder(config, model), columns(stream)
+    tasks = [encoder.task(stage, names, dev=False) for stage in stream.stages]
+    recipe = replace(build.recipe(config), steps=STEPS)
+    for i, task in enumerate(tasks[:-1]):
+        learn(model, task, strategy, recipe, seed=i, log=lambda event: None)
+    ratio = step_ratio(model, strategy, tasks[-1], config)
+    strategy.end(model, tasks[-1])
+    with tempfile.TemporaryDirectory() as place:
+        folder = checkpoint.save(Path(place, "stage-01"), model, strategy, toy.matrix())
+        bytes_ = checkpoint.size(folder, "memory.*") if any(strategy.state_dict().values()) else 0
+    old = keeps_examples(strategy.state_dict()) or any(len({e.task for e in task.train}) > 1 for task in tasks)
+    return _line([f"`{choice.name}`", choice.facts["stores"], size(bytes_) if bytes_ else "0", choice.facts["costs"],
+                  f"{ratio:.2f}", "yes" if old else "no", identity(choice, config),
+                  "yes" if "route" in choice.moments else "no"])
+
+
+def step_ratio(model: Any, strategy: Strategy, task: Task[Encoded], config: DictConfig) -> float:
+    """The CPU time of the strategy's step over naive's, each on the same new examples."""
+    n = config.train.batch_size
+    batches = [task.train[i : i + n] for i in range(0, len(task.train) - n + 1, n)]
+    arms: list[Step] = []
+    for made, plan in ((model, strategy), (deepcopy(model), Strategy())):
+        arms.append(works.stepper(made, plan.begin(made, task), plan.backward, batches * ROUNDS))
+    spent: list[list[float]] = [[], []]
+    for _ in range(ROUNDS):
+        for took, step in zip(spent, arms, strict=True):
+            began = time.thread_time()
+            step()
+            took.append(time.thread_time() - began)
+    ours, naive = (statistics.median(took[2:]) for took in spent)
+    return ours / naive
+
+
+def keeps_examples(value: Any) -> bool:
+    """Whether a memory value holds examples."""
+    if isinstance(value, ReplayBuffer):
+        return len(value) > 0
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, Encoded) or any(map(keeps_examples, parts))
+
+
+def identity(choice: Choice, config: DictConfig) -> str:
+    """What a strategy has to know of tasks while it trains: nothing, where they end, or of which one an example is."""
+    if not {"begin", "end"} & {*choice.moments}:
+        return "no"
+    told, untold = toy.model(), toy.model()
+    one, other = build.strategy(config), build.strategy(config)
+    for i in range(3):
+        toy.train(told, one, i)
+        task = toy.task(i)
+        learn(untold, replace(task, train=[replace(e, task=0) for e in task.train]), other, toy.RECIPE, seed=i,
+              log=lambda event: None)
+    return "boundaries" if toy.same(toy.everything(told), toy.everything(untold)) else "of each example"
+
+
+if __name__ == "__main__":
+    main()
