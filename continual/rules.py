@@ -1,4 +1,4 @@
-"""The rules that every strategy keeps to, each tried on a network of a few thousand weights and tasks of random tokens."""
+"""The rules that every strategy keeps to, each tried on a network of a few thousand weights and random tasks."""
 
 from __future__ import annotations
 
