@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,8 @@ from types import SimpleNamespace
 import torch
 from hydra import compose as compose_config
 from hydra import initialize_config_module
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 from small import network
 
 from continual import build
@@ -23,9 +25,11 @@ from continual.packing import Layout
 from continual.probe import probe
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
+from continual.values import to_json
 
 VOCABULARY = 64
 NAMES = ("a", "b", "c", "d")
+CONF = Path(__file__).parents[1] / "conf" / "strategy"
 RECIPE = Recipe(lr=3e-3, epochs=2, batch_size=4)
 
 
@@ -76,8 +80,13 @@ def config(*overrides: str) -> DictConfig:
 
 
 def configured(names: str, *overrides: str) -> Strategy:
-    """The strategy of these configs, such as "replay" or "replay,ewc"."""
-    return build.strategy(config(f"strategy=[{names}]", *overrides))
+    """The strategy of these configs, such as "replay" or "replay,ewc"; their files alone are read, which is quick."""
+    made = OmegaConf.create({"seed": 0, "strategy": {}})
+    for name in names.split(","):
+        made.strategy.merge_with(OmegaConf.load(CONF / f"{name}.yaml"))
+    for told in OverridesParser.create().parse_overrides(list(overrides)):
+        OmegaConf.update(made, told.key_or_group, told.value(), force_add=told.is_add())
+    return build.strategy(made)
 
 
 def matrix() -> Matrix:
@@ -141,6 +150,8 @@ def memory_tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
     return walk(strategy.state_dict(), "")
 
 
-def saved(folder: Path) -> tuple[str, bytes]:
-    """What a checkpoint holds of a strategy."""
-    return (folder / "memory.json").read_text("utf-8"), (folder / "memory.safetensors").read_bytes()
+def remembered(strategy: Strategy) -> tuple[str, dict[str, bytes]]:
+    """What a checkpoint would hold of a strategy, to the bit."""
+    tensors: dict[str, torch.Tensor] = {}
+    told = json.dumps(to_json(strategy.state_dict(), "memory", tensors))
+    return told, {n: t.reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in tensors.items()}
