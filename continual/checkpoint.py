@@ -115,15 +115,16 @@ def fault(folder: Path) -> str | None:
         return "manifest.json is missing or damaged"
 
 
-def load(folder: Path, model: Model, strategy: Strategy | None = None) -> Matrix:
+def load(folder: Path, model: Model, strategy: Strategy | None = None, *, found: bool = False) -> Matrix:
     """Give the model, and the strategy if there is one, what `save` wrote; returns the matrix of that time.
 
+    A folder that `find` has `found` was read and found whole, and is not looked through again.
     Raises MissingError for a folder that is no checkpoint, DataError for one that is damaged or does not fit this model
     or strategy.
     """
     if not folder.is_dir():
         raise MissingError(f"{folder}: there is no such checkpoint; name a folder such as RUN/checkpoints/stage-01")
-    if problem := fault(folder):
+    if not found and (problem := fault(folder)):
         raise DataError(f"{folder} is no whole checkpoint: {problem}; name another, or remove it to go on from the one "
                         "before it")
     saved = _tensors(folder / "weights.safetensors", model)
@@ -151,7 +152,8 @@ def progress(folder: Path, model: Model) -> dict[str, Any]:
 
 
 def _values(folder: Path, name: str, model: Model) -> Any:
-    return from_json(json_file(folder / f"{name}.json"), _tensors(folder / f"{name}.safetensors", model))
+    words = model.net.get_input_embeddings().num_embeddings
+    return from_json(json_file(folder / f"{name}.json"), _tensors(folder / f"{name}.safetensors", model), words)
 
 
 def _tensors(path: Path, model: Model) -> dict[str, Tensor]:

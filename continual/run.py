@@ -131,7 +131,7 @@ def resume(out: Path, bench: Bench, found: checkpoint.Found, events: Events) -> 
         events.say(f"a damaged checkpoint is passed over, and an older one used: {told}")
     matrix = empty(bench)
     if found.trained:
-        matrix = checkpoint.load(found.trained, bench.model, bench.strategy)
+        matrix = checkpoint.load(found.trained, bench.model, bench.strategy, found=True)
         events.stage = checkpoint.number(found.trained)
     if newest := found.within or found.trained:
         events.say(f"resuming {out} from {newest.name}")
@@ -185,7 +185,7 @@ def train(out: Path, bench: Bench, matrix: Matrix, keeper: Keeper, within: Path 
     """Learn one stage, from its beginning or from a checkpoint within it, and keep it; the matrix has its costs."""
     def go_on() -> dict[str, Any]:
         assert within
-        checkpoint.load(within, bench.model, bench.strategy)
+        checkpoint.load(within, bench.model, bench.strategy, found=True)
         return checkpoint.progress(within, bench.model)
 
     number, stage = keeper.number, bench.stream.stages[keeper.number - 1]

@@ -48,19 +48,21 @@ def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 
 
-def _example(e: Mapping[str, Any]) -> Encoded:
+def _example(e: Mapping[str, Any], words: int) -> Encoded:
     ids, response = tuple(map(int, e["ids"].split())), tuple(r == "1" for r in e["response"])
     if not all(isinstance(e[key], kind) for key, kind in (("id", str), ("text", str), ("task", int))):
         raise TypeError("an example's id and text are no texts, or its task is no number")
-    if len(ids) != len(response) or not any(response) or e["task"] < 0 or not all(0 <= i < 2**31 for i in ids):
+    if len(ids) != len(response) or not any(response) or e["task"] < 0:
         raise ValueError(f"the ids, response or task of the example {brief(e['id'])} cannot be")
+    if not all(0 <= i < words for i in ids):
+        raise ValueError(f"the example {brief(e['id'])} has ids that are not among the model's {words:,}")
     return Encoded(e["id"], e["task"], ids, response, e["text"])
 
 
-def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `to_json` was given; raises one of MALFORMED for what it never wrote."""
+def from_json(value: Any, tensors: Mapping[str, Tensor], words: int) -> Any:
+    """What `to_json` was given, of examples whose ids are below `words`; raises one of MALFORMED for anything else."""
     if isinstance(value, list):
-        return [from_json(v, tensors) for v in value]
+        return [from_json(v, tensors, words) for v in value]
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
@@ -71,7 +73,7 @@ def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         rng.setstate((version, tuple(state), gauss))
         return rng
     if "example" in value:
-        return _example(value["example"])
+        return _example(value["example"], words)
     if "value" in value:
-        return VALUES[value["value"]](**{k: from_json(v, tensors) for k, v in value["fields"].items()})
-    return {k: from_json(v, tensors) for k, v in value["dict"]}
+        return VALUES[value["value"]](**{k: from_json(v, tensors, words) for k, v in value["fields"].items()})
+    return {k: from_json(v, tensors, words) for k, v in value["dict"]}

@@ -158,7 +158,8 @@ class Avalanche(Strategy):
         self.pending = {"mbatch": mbatch, "loss": self.host.loss}
         if any(self.heard(event) for event in LATER):
             self.pending["gradient"] = gradient(model)
-        return self.pending["loss"]
+        loss: Tensor = self.pending["loss"]
+        return loss
 
     def settle(self, model: Model) -> None:
         """Tell of the last step's update. Where that was skipped for its gradient, no weight has moved."""

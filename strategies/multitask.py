@@ -58,6 +58,7 @@ class MultiTask(Replay):
             raise ConfigError(unknown("conflicts", self.conflicts, CONFLICTS))
         if not self.temperature > 0 or any(w < 0 for w in (self.weights or {}).values()):
             raise ConfigError("a multitask temperature must be above 0, and no weight below it")
+        self.shardable = self.shardable and self.conflicts == "keep"  # whole gradients are projected
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Count the tasks' sizes; hand the log variances to the optimizer where they are learned."""

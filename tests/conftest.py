@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 from small import write_model, write_stream
 
 # One thread, here and in the processes that tests start: bits are only the same for the same number of threads, and
@@ -13,6 +14,8 @@ from small import write_model, write_stream
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network for anything must fail
+settings.register_profile("ours", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("ours")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,13 +1,9 @@
-"""What test_sharding starts as two processes: `OUT KEYS...`, all that is learned there with a model in shards.
-
-It starts once, for that takes longer than what is then done.
-"""
+"""What test_sharding does in two processes: all that is learned there with a model in shards."""
 
 from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -92,8 +88,3 @@ def adapted(keys: list[str], shard: str) -> list[str]:
     left = [k for k in keys if not k.startswith(("checkpoint.", "train.shard="))]
     return [*left, f"train.shard={shard}", "stream.tasks=[first]", "adapt.start=base", "adapt.steps=4", "adapt.at=[2]",
             "adapt.shots=[4]", "model.adapter=lora"]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])

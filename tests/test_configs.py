@@ -66,7 +66,7 @@ def test_an_arrangement_is_the_naive_strategy_on_another_stream(name):
 
 
 def test_strategies_are_listed_to_be_composed():
-    made = toy.configured("replay,ewc", "strategy.ewc.strength=5", "strategy.replay.share=0.1")
+    made = build.strategy(toy.config("strategy=[replay,ewc]", "strategy.ewc.strength=5", "strategy.replay.share=0.1"))
     assert type(made).__name__ == "ReplayEWC"
     assert (made.strength, made.share) == (5, 0.1)
 

@@ -329,7 +329,10 @@ CHECKPOINT = {
         "the ids, response or task of the example 'e' cannot be"),
     "memory: an example of negative ids": (
         "memory.json", '{"example": {"id": "e", "task": 0, "text": "x", "ids": "-1 2", "response": "01"}}',
-        "the ids, response or task of the example 'e' cannot be"),
+        "the example 'e' has ids that are not among the model's 64"),
+    "memory: an example of ids beyond the vocabulary": (
+        "memory.json", '{"example": {"id": "e", "task": 0, "text": "x", "ids": "1 64", "response": "01"}}',
+        "the example 'e' has ids that are not among the model's 64"),
     "memory: another buffer": (
         "memory.json", '{"value": "ReplayBuffer", "fields": {"capacity": "all"}}', "does not fit"),
     "matrix: cut off": ("matrix.json", "{", "matrix.json:1:2: found broken JSON"),

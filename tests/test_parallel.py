@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import apart
 import pytest
 import torch
 import toy
@@ -16,16 +17,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from small import encoded, lines, run
 from test_contract import TABLE
-from together import learned
+from together import learn_all, learned
 
 from continual import dealing, parallel
 from continual.packing import Batch, Layout
 
-HERE = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 BOTH = ("strategy=[replay,ewc]", "strategy.ewc.strength=10", "strategy.replay.capacity=6", "strategy.ewc.examples=6",
         "checkpoint.every_steps=1")
-LIMIT = 900  # seconds, after which something hangs
 
 
 @pytest.fixture
@@ -39,30 +37,14 @@ def of(monkeypatch):
     return pretend
 
 
-def environment(**more):
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    return {**os.environ, "PYTHONPATH": path, **more}
-
-
-def started(count, *words):
-    """So many processes that know of each other, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
-                                             MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for rank in range(count)]
-
-
 # Every strategy
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """What two processes came to: for each entry of the contract's table, and by rank, losses and tensors."""
     out = tmp_path_factory.mktemp("together")
-    done = subprocess.run([*TORCHRUN, str(HERE / "together.py"), "learn", str(out)], capture_output=True, text=True,
-                          env=environment(), timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
+    told = [process.ended() for process in apart.two(out, learn_all, out)]
+    assert [code for code, _ in told] == [0, 0], told
 
     def read(i, rank):
         with safe_open(out / f"{i}-{rank}.safetensors", framework="pt") as file:
@@ -106,27 +88,56 @@ def whole(keys, tmp_path_factory):
     return out
 
 
-def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(whole, keys, tmp_path):
+def torchrun(folder, *words):
+    """The exit code and what is said, by the launcher itself."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+                           "continual", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, timeout=apart.LIMIT)
+    return done.returncode, done.stdout
+
+
+def forked(folder, *words):
+    """The same of processes that are started as the launcher would."""
+    told = [process.ended() for process in apart.two(folder, apart.command, *words)]
+    return max(code for code, _ in told), "".join(said for _, said in told)
+
+
+@pytest.mark.parametrize("launch", [forked, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(launch, whole, keys, tmp_path):
     out = shutil.copytree(whole, tmp_path / "two")
     (out / "finished").unlink()
     for path in ("predictions/stage-01", "predictions/stage-02", "predictions/stage-03", "checkpoints/stage-02",
                  "checkpoints/stage-03"):
         shutil.rmtree(out / path)
-    done = subprocess.run([*TORCHRUN, "-m", "continual", "run", *keys, *BOTH, f"out={out}"], capture_output=True,
-                          text=True, env=environment(), timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("resuming") == 1, "one process speaks"
-    assert done.stdout.count("Learning accuracy") == 1
+    code, said = launch(tmp_path, "run", *keys, *BOTH, f"out={out}")
+    assert code == 0, said
+    assert said.count("resuming") == 1, "one process speaks"
+    assert said.count("Learning accuracy") == 1
     assert_alike(out, whole)
+
+
+def die(step: int, *words: str) -> None:
+    """The command line, whose process of rank 1 is gone in the middle of its so-manieth step, as if killed."""
+    from continual import stage
+
+    gradient, calls = stage._gradient, []
+
+    def step_or_end(*args):
+        calls.append(1)
+        if len(calls) == step and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gradient(*args)
+
+    stage._gradient = step_or_end
+    apart.command(*words)
 
 
 def test_a_lost_process_ends_the_others_and_one_alone_goes_on_to_the_same_end(whole, keys, tmp_path):
     out = tmp_path / "lost"
-    two = started(2, str(HERE / "together.py"), "die", "6", "run", *keys, *BOTH, f"out={out}")
-    told = [process.communicate(timeout=LIMIT)[1] for process in two]
-    assert [process.returncode for process in two] == [2, -9], told
-    assert "error: another of the 2 processes is lost" in told[0]
-    assert "goes on after the last checkpoint, also with another number of processes" in told[0]
+    told = [process.ended() for process in apart.two(tmp_path, die, 6, "run", *keys, *BOTH, f"out={out}")]
+    assert [code for code, _ in told] == [2, -signal.SIGKILL], told
+    assert "error: another of the 2 processes is lost" in told[0][1]
+    assert "goes on after the last checkpoint, also with another number of processes" in told[0][1]
     _, said = run(out, keys, *BOTH)
     assert f"resuming {out} from stage-02-step-" in said
     assert_alike(out, whole)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
+import apart
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,12 +17,12 @@ from small import TASKS, lines, run
 
 from continual import checkpoint
 from continual.errors import ConfigError, ContinualError, DataError, MissingError
+from continual.events import Events
 from continual.interrupt import alone
 from continual.matrix import Matrix
 
 BOTH = ("strategy=[replay,ewc]", "strategy.ewc.strength=10", "strategy.replay.capacity=6", "strategy.ewc.examples=6",
         "checkpoint.every_steps=1")
-MAIN = [sys.executable, "-c", "from continual.cli import main; main()", "run"]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,14 @@ def test_a_run_continues_after_its_last_trained_stage_to_the_same_end(done, copy
     _, said = run(copy, keys, *BOTH)
     assert f"resuming {copy} from stage-0{stage}" in said
     assert_same(done, copy)
+
+
+def test_each_file_of_a_checkpoint_is_looked_through_once(copy, keys, monkeypatch):
+    rewind(copy, 2)
+    told, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, how: told.append(file.name) or digest(file, how))
+    run(copy, keys, *BOTH)
+    assert told.count(str(copy / "checkpoints/stage-02/weights.safetensors")) == 1
 
 
 def test_a_task_that_has_its_answers_is_not_asked_again(done, copy, keys):
@@ -146,17 +156,15 @@ KINDS = {
 def test_every_strategy_goes_on_within_a_stage_to_the_same_end(kind, keys, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     told = [*keys, "checkpoint.every_steps=2", *KINDS[kind]]
-    run(whole, told)
-    saved = checkpoint.save
+    save = checkpoint.save
 
-    def die(folder, *more, **named):
+    def leave_a_copy(folder, *more, **named):
         if folder.name == "stage-02":
-            raise KeyboardInterrupt
-        return saved(folder, *more, **named)
+            shutil.copytree(whole, cut)
+        return save(folder, *more, **named)
 
-    monkeypatch.setattr(checkpoint, "save", die)
-    with pytest.raises(KeyboardInterrupt):
-        run(cut, told)
+    monkeypatch.setattr(checkpoint, "save", leave_a_copy)
+    run(whole, told)
     monkeypatch.undo()
     torch.manual_seed(99)
     _, said = run(cut, told)
@@ -178,60 +186,45 @@ def test_how_often_checkpoints_are_written_may_change_when_a_run_goes_on(done, c
 
 # Killed, as a process of its own
 
-def started(out, keys):
-    return subprocess.Popen([*MAIN, *keys, f"out={out}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def leaves(number: int, when: dict, *words: str) -> None:
+    """The command line, which sends itself this signal as soon as it has told an event like this one."""
+    tell = Events.__call__
 
+    def tell_and_leave(self, event):
+        tell(self, event)
+        told = {"stage": self.stage, **event}
+        if when.items() <= told.items():
+            os.kill(os.getpid(), number)
 
-def wait_for(process, out, when):
-    """Until the run tells an event like this one."""
-    for _ in range(12_000):
-        text = (out / "events.jsonl").read_text() if (out / "events.jsonl").exists() else ""
-        events = [json.loads(line) for line in text.split("\n")[:-1]]
-        if any(all(e.get(k) == v for k, v in when.items()) for e in events):
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-
-
-LONG = [*BOTH, "train.epochs=40"]
-
-
-@pytest.fixture(scope="module")
-def long(keys, tmp_path_factory):
-    out = tmp_path_factory.mktemp("long") / "whole"
-    run(out, keys, *LONG)
-    return out
+    Events.__call__ = tell_and_leave
+    apart.command(*words)
 
 
 @pytest.mark.parametrize("when", [
-    {"event": "step", "stage": 2, "step": 20}, {"event": "stage", "stage": 1}, {"event": "checkpoint", "stage": 3},
+    {"event": "step", "stage": 2, "step": 2}, {"event": "stage", "stage": 1}, {"event": "checkpoint", "stage": 3},
 ], ids=["within a stage", "at a stage's end", "at a checkpoint"])
-def test_a_killed_process_given_again_ends_bit_for_bit_as_if_it_had_not_been(when, keys, long, tmp_path):
+def test_a_killed_process_given_again_ends_bit_for_bit_as_if_it_had_not_been(when, keys, done, tmp_path):
     out = tmp_path / "killed"
-    process = started(out, [*keys, *LONG])
-    wait_for(process, out, when)
-    process.kill()
-    process.communicate()
+    killed = apart.Apart(tmp_path / "said", leaves, signal.SIGKILL, when, "run", *keys, *BOTH, f"out={out}")
+    assert killed.ended()[0] == -signal.SIGKILL
     assert not (out / "finished").exists()
-    run(out, keys, *LONG)
-    assert_same(long, out)
+    run(out, keys, *BOTH)
+    assert_same(done, out)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(number, code, keys, long, tmp_path):
-    out = tmp_path / "stopped"
-    process = started(out, [*keys, *BOTH[:-1], "train.epochs=40"])
-    wait_for(process, out, {"event": "step", "stage": 2, "step": 20})
-    process.send_signal(number)
-    _, said = process.communicate()
-    assert process.returncode == code
+def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(number, code, keys, done, tmp_path):
+    out, when = tmp_path / "stopped", {"event": "step", "stage": 2, "step": 2}
+    stopped = apart.Apart(tmp_path / "said", leaves, number, when, "run", *keys, *BOTH[:-1], f"out={out}")
+    ended, said = stopped.ended()
+    assert ended == code, said
     assert "nothing is lost. Go on with:\n  continual run " in said
     assert said.rstrip().endswith(f"out={out}")
     assert "Traceback" not in said
     last = lines(out / "events.jsonl")[-1]
     assert (last["event"], last["stage"]) == ("checkpoint", 2)
-    run(out, keys, *LONG)
-    assert_same(long, out)
+    run(out, keys, *BOTH)
+    assert_same(done, out)
 
 
 # Faults
@@ -294,24 +287,27 @@ def test_a_full_disk_is_seen_before_anything_is_written(keys, tmp_path, monkeypa
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def limited(most: int, *words: str) -> None:
+    """The command line where no file may be larger than this."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, -1))
+    apart.command(*words)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file size limits as on Linux")
 def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothing_finished_is_lost(keys, tmp_path):
-    limited = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1)); from continual.cli import main; main()")
-    told = subprocess.run([sys.executable, "-c", limited, "run", *keys, f"out={tmp_path}"], capture_output=True,
-                          text=True)
-    assert (told.returncode, "Traceback" in told.stderr) == (2, False)
-    assert "error: " in told.stderr
-    assert len(list((tmp_path / "predictions/stage-00").iterdir())) == len(TASKS)
-    matrix, _ = run(tmp_path, keys)
+    out = tmp_path / "run"
+    code, said = apart.Apart(tmp_path / "said", limited, 60_000, "run", *keys, f"out={out}").ended()
+    assert (code, "Traceback" in said) == (2, False)
+    assert "error: " in said
+    assert len(list((out / "predictions/stage-00").iterdir())) == len(TASKS)
+    matrix, _ = run(out, keys)
     assert matrix.finished
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a folder that nobody may write in")
-def test_a_folder_that_cannot_be_written_is_one_clear_error(keys):
-    told = subprocess.run([*MAIN, *keys, "out=/proc/continual"], capture_output=True, text=True)
-    assert (told.returncode, "Traceback" in told.stderr) == (2, False)
-    assert "see that the folder can be written" in told.stderr
+def test_a_folder_that_cannot_be_written_is_one_clear_error(refused, keys):
+    assert "see that the folder can be written" in refused("run", *keys, "out=/proc/continual")
 
 
 def test_a_second_process_in_the_same_folder_is_refused(keys, tmp_path):

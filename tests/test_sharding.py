@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import apart
 import pytest
 import shards
 import toy
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small import lines, run
-from test_parallel import LIMIT, started
 from together import learned
 
 from continual import build
@@ -35,9 +35,8 @@ def sharded(whole, keys, tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
     shutil.copytree(whole[0] / "stage", out / "whole")
     cut(shutil.copytree(whole[0] / "run", out / "run"), 2)
-    two = started(2, shards.__file__, str(out), *keys, *KEYS)
-    said = [process.communicate(timeout=LIMIT)[1] for process in two]
-    assert [process.returncode for process in two] == [0, 0], said
+    told = [process.ended() for process in apart.two(out, shards.main, out, [*keys, *KEYS])]
+    assert [code for code, _ in told] == [0, 0], told
     return out
 
 

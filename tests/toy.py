@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from hydra import compose as compose_config
 from hydra import initialize_config_module
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 from small import network
 
 from continual import build, toy
@@ -35,6 +37,7 @@ from continual.toy import (
 
 __all__ = ["NAMES", "RECIPE", "SHORT", "VOCABULARY", "Task", "close", "everything", "examples", "gradients",
            "in_micro_batches", "matrix", "memory_tensors", "replace", "same", "task", "train"]
+CONF = Path(__file__).parents[1] / "conf" / "strategy"
 
 
 def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", **more) -> Model:
@@ -59,8 +62,13 @@ def config(*overrides: str) -> DictConfig:
 
 
 def configured(names: str, *overrides: str) -> Strategy:
-    """The strategy of these configs, such as "replay" or "replay,ewc"."""
-    return build.strategy(config(f"strategy=[{names}]", *overrides))
+    """The strategy of these configs, such as "replay" or "replay,ewc"; their files alone are read, which is quick."""
+    made = OmegaConf.create({"seed": 0, "strategy": {}})
+    for name in names.split(","):
+        made.strategy.merge_with(OmegaConf.load(CONF / f"{name}.yaml"))
+    for told in OverridesParser.create().parse_overrides(list(overrides)):
+        OmegaConf.update(made, told.key_or_group, told.value(), force_add=told.is_add())
+    return build.strategy(made)
 
 
 def log_likelihood(net, e: Encoded) -> torch.Tensor:
