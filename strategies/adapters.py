@@ -55,7 +55,7 @@ class Adapters(Strategy):
 class PerTask(Adapters):
     """One adapter a task, chosen by the task's name: the ceiling that methods without it are held against.
 
-    So LoRA is meant to be used (Hu et al. 2022, section 4.2: tasks are switched by exchanging BA); in continual
+    So LoRA is meant to be used (Hu et al. 2022, section 4.1: tasks are switched by exchanging BA); in continual
     learning it is the baseline PerTaskFT of Wang et al. (2023), and forgets nothing. A task that no stage has learned
     is answered by what its adapter would start from.
     """

@@ -15,12 +15,12 @@ from strategies.incremental import IncrementalLoRA
 
 @dataclass(kw_only=True)
 class OLoRA(IncrementalLoRA):
-    """O-LoRA (Wang et al. 2023, section 3.2): incremental LoRA and a loss for what is not orthogonal.
+    """O-LoRA (Wang et al. 2023, arXiv 2310.14152): incremental LoRA and a loss for what is not orthogonal.
 
-    The loss adds lambda_1 * sum_i |A_i A_t^T|, all entries' absolute values over every earlier task i and every module,
-    and lambda_2 * the norms of the task's own A_t and B_t. So is the authors' code; the paper's equation squares the
-    entries. The paper takes the rows of A for the directions that a task's gradients have. Defaults of the authors'
-    scripts; their other choices, a scale lora_alpha / r of 4 and a learning rate of 1e-3, are keys of model and train.
+    The rows of A stand for the directions that a task's gradients have. The loss adds lambda_1 * sum_i |A_i A_t^T|, all
+    entries' absolute values over every earlier task i and every module, and lambda_2 * the norms of the task's own A_t
+    and B_t, as the authors' code does. The defaults are those of their scripts, which train at a rate of 1e-3: the
+    pull has the same size however small an entry is, so at a much higher rate A jitters, and nothing is learned.
     """
 
     lambda_1: float = 0.5

@@ -23,12 +23,12 @@ CLOSE = 1e-6  # of two cosines that differ by less, neither is nearer
 class Router(Adapters):
     """One adapter a task, chosen for each prompt alone: the one whose instruction is nearest to the prompt's beginning.
 
-    The retrieval of LoraRetriever (Zhao et al. 2024, section 4.1: the nearest adapter by the cosine between
-    embeddings), with the instructions of a task as its prototypes instead of the mean of some examples, and the mean of
-    the model's own input embeddings, at the weights before the first stage, instead of a sentence encoder's. The prompt
-    is compared with an instruction of L tokens by its first L. Of equally near ones the longest counts, for it says
-    most: what all prompts of a task have in common may be the beginning of another's. Without any adapter yet, the
-    model answers as it is.
+    The retrieval of LoraRetriever (Zhao et al. 2024: the nearest adapter by the cosine between embeddings), with the
+    instructions of a task as its prototypes instead of the mean of some examples, and the mean of the model's own input
+    embeddings, at the weights before the first stage, instead of a sentence encoder's. The prompt is compared with an
+    instruction of L tokens by its first L. Of equally near ones the longest counts, for it says most: what all prompts
+    of a task have in common may begin another's too. A prompt of a task that no stage has learned also goes to the
+    nearest one; before the first stage the model answers as it is.
     """
 
     instructions: dict[str, list[list[int]]] = memory(dict)  # of each adapter
