@@ -151,7 +151,7 @@ def likelihoods(model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple
     """
     if not model.layout.flat:
         return _by_pairs(model, prompts, labels)
-    model.fit(max(len(p.ids) for p in prompts) + max(map(len, labels)) - 1)
+    model.fit(max((len(p.ids) for p in prompts), default=0) + max(map(len, labels)) - 1)
     tree: dict[tuple[int, ...], int] = {}  # each beginning of a label that another token follows, parents first
     paths = [(j, tree.setdefault(ids[:t], len(tree)), ids[t]) for j, ids in enumerate(labels) for t in range(len(ids))]
     owner, at, token = torch.tensor(paths, device=model.layout.device).T

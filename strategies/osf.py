@@ -83,12 +83,12 @@ def matrices(model: Model) -> Weights:
 def strongest(w: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """U (M, k) and V (N, k): the left and right singular vectors of w (M, N) with the largest singular values.
 
-    k is the share of min(M, N), rounded down as peft does, without those whose singular value is 0.
+    k is the share of min(M, N), rounded down as peft does; a vector whose singular value is 0 is 0 itself.
     """
     u, s, vt = torch.linalg.svd(w.to(torch.promote_types(w.dtype, torch.float32)), full_matrices=False)
     there = s > s[0] * max(w.shape) * torch.finfo(s.dtype).eps  # as torch.linalg.matrix_rank
-    k = min(int(min(w.shape) * share), int(there.sum()))
-    return u[:, :k].to(w.dtype), vt[:k].T.to(w.dtype)
+    k = int(min(w.shape) * share)
+    return (u * there)[:, :k].to(w.dtype), (vt.T * there)[:, :k].to(w.dtype)
 
 
 def beside(d: Tensor, u: Tensor, v: Tensor) -> Tensor:

@@ -123,6 +123,12 @@ def test_a_strategy_s_growth_is_measured_not_told():
     assert [s.strategy for s in stages] == [0, each, 2 * each]
 
 
+def test_each_task_s_prompt_is_kept(model_folder):
+    made = planned(model_folder, "model.adapter=prompt_tuning", "strategy=progressive_prompts")
+    assert made.growth(lambda s: s.strategy) == 5 * 32 * 4
+    assert made.trained == 5 * 32
+
+
 def test_only_a_buffer_without_a_bound_is_said_to_grow(model_folder):
     free, bound = (planned(model_folder, "strategy=replay", f"strategy.replay.capacity={n}") for n in ("0.9", "8"))
     for made in (free, bound):
