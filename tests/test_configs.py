@@ -124,7 +124,8 @@ def test_every_command_s_config_composes(verb):
 @pytest.mark.parametrize("name", group("train"))
 def test_every_train_config_makes_a_recipe(name):
     config = toy.config(f"train={name}")
-    keys = {*inspect.signature(type(build.recipe(config))).parameters, "tokens_per_microbatch", "precision"}
+    keys = {*inspect.signature(type(build.recipe(config))).parameters, "tokens_per_microbatch", "precision",
+            "shard"}
     assert set(config.train) <= keys
 
 
