@@ -19,8 +19,8 @@ class OLoRA(IncrementalLoRA):
 
     The rows of A stand for the directions that a task's gradients have. The loss adds lambda_1 * sum_i |A_i A_t^T|, all
     entries' absolute values over every earlier task i and every module, and lambda_2 * the norms of the task's own A_t
-    and B_t, as the authors' code does. The defaults are those of their scripts, which train at a rate of 1e-3: the
-    pull has the same size however small an entry is, so at a much higher rate A jitters, and nothing is learned.
+    and B_t, as the authors' code does. The defaults are those of their scripts, which train large models at a rate of
+    1e-3: the pull is as strong for a small entry as for a large one, and at a higher rate A jitters and learns nothing.
     """
 
     lambda_1: float = 0.5

@@ -70,7 +70,7 @@ VARIANTS = [
     ("gem", "gem.capacity=0.5", "gem.sample=null", "gem.share=0.25"), ("gem", "gem.capacity=7", "gem.margin=0"),
     ("agem", "agem.capacity=7", "agem.buffer_kind=reservoir", "agem.sample=3"),
     ("ogd", "ogd.examples=3"), ("ogd,replay", "replay.capacity=0.5"), ("mas", "mas.examples=5"),
-    ("olora", "olora.rank=3", "olora.lambda_2=0.1"), ("slao", "slao.power=0"), ("slao", "slao.orthogonal=false"),
+    ("olora", "olora.rank=3", "olora.lambda_2=0.1"), ("slao", "slao.power=0"),
     ("per_task,replay", "replay.capacity=0.5"), ("replay,olora", "replay.capacity=0.5", "olora.rank=2"),
     ("average", "average.begin_at=own", "average.blend=0.5"),
     ("fisher_merge", "fisher_merge.begin_at=base", "fisher_merge.labels=empirical"),
