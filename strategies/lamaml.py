@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,12 +31,14 @@ class LaMAML(MAML):
     takes (b)'s gradient to be that at the last weights, as `second_order=False` does.
 
     The paper steps on one example at a time and fills its memory as they come; here it is filled at a task's end. Its
-    authors' code starts alpha at 0.1 with a rate of 0.25 on CIFAR-100 and takes 5 inner steps there.
+    authors' code starts alpha at 0.1 with a rate of 0.25 on CIFAR-100, takes 5 inner steps there, and clips either
+    gradient to norm 1: the `clip`, before alpha scales the weights' one.
     """
 
     inner_lr: float = 0.1
     inner_steps: int = 5
     rates_lr: float = 0.25
+    clip: float | None = 1.0
     inner: str = field(init=False, default="meta_sgd")
     adapts: str = field(init=False, default="all")
     new: int = field(init=False, repr=False, default=0)  # of the step's examples, which come first
@@ -65,6 +68,8 @@ class LaMAML(MAML):
         """Move the rates, then leave the step that they give."""
         loss = super().backward(model, batch)
         if self.inner_steps and (g := self.rates.grad) is not None:
+            for clipped in ([self.rates], [*weights(model).values()]):
+                torch.nn.utils.clip_grad_norm_(clipped, self.clip or math.inf)
             with torch.no_grad():
                 self.rates -= self.rates_lr * torch.where(g.isfinite(), g, 0)  # the step is skipped where it is not
             self.rates.grad = None  # the optimizer has no part in it

@@ -26,6 +26,7 @@ from continual.weights import Weights, combine, flat, unflat, weights
 from strategies.replay import Replay
 
 ADAPTS, INNER = ("all", "head"), ("sgd", "meta_sgd")
+GRAPH = 3  # so many times what a forward pass leaves behind, a gradient's own graph is
 
 
 @dataclass(kw_only=True)
@@ -89,9 +90,10 @@ class MAML(Episodic):
     its own in place of `inner_lr`, where it begins, learned by the same meta-gradient, with `rates_lr` as the
     optimizer's learning rate. The paper takes the weights' one; its rates begin at random between 0.005 and 0.1.
 
-    No more than one micro-batch's graph is held at a time: the second order goes back through the inner loop step by
-    step, v <- v - H (rate * v) with the Hessian H of the support loss at the weights before the step; where rates are
-    learned, the gradient of those is -g * v with the step's gradient g.
+    The second order goes back through the inner loop step by step, v <- v - H (rate * v) with the Hessian H of the
+    support loss at the weights before the step; where rates are learned, their gradient is -g * v with the step's
+    gradient g. The graphs of the last steps are kept for that while they fit `train.tokens_per_microbatch`; those of
+    the steps before are made once more, a micro-batch at a time.
     """
 
     costs: ClassVar[str] = "(1 + inner_steps) / 2 / (1 - share)"
@@ -145,19 +147,25 @@ class MAML(Episodic):
         seed, at = int(torch.randint(2**62, ())), leaves(changed)
         for i, parts in enumerate(steps):
             torch.manual_seed(seed + i)
-            accumulate(partial(nll, at=still | at), model, parts)
-            g = taken(at)
+            left = GRAPH * sum(part.length for later in steps[i:] for part in later)
+            if held := self.second_order and left <= model.layout.tokens and any(part.tokens for part in parts):
+                g = slope(model, at, parts)
+            else:
+                accumulate(partial(nll, at=still | at), model, parts)
+                g = taken(at)
             if self.second_order or len(self.rates):
-                path.append((seed + i, parts, at, g))
+                path.append((seed + i, parts, at, g, held))
             at = leaves(combine(lambda w, r, g: w - r * g, at, rate, g))
         loss = self.judged(model, at, query, share)
         v = taken(at)
-        for again, parts, before, g in reversed(path):
+        while path:  # so that a graph is free once it has been gone through
+            again, parts, before, g, held = path.pop()
             if len(self.rates):
                 self.learn(combine(lambda g, v: -g * v, g, v))
             if self.second_order:
                 torch.manual_seed(again)  # what was dropped out on the way there is so on the way back
-                v = combine(torch.add, v, bent(model, before, parts, combine(lambda r, v: -r * v, rate, v)))
+                turn = combine(lambda r, v: -r * v, rate, v)
+                v = combine(torch.add, v, bent(model, before, parts, turn, g if held else None))
         add(changed, v)
         return loss
 
@@ -208,16 +216,26 @@ def add(live: Weights, g: Weights) -> None:
         w.grad = g[n] if w.grad is None else w.grad.add_(g[n])
 
 
-def bent(model: Model, at: Weights, parts: Sequence[Batch], v: Weights) -> Weights:
-    """H v, where H is the Hessian of the parts' mean loss at the leaves `at`: one backward pass through another's.
+def slope(model: Model, at: Weights, parts: Sequence[Batch]) -> Weights:
+    """The gradient of the parts' mean loss at the leaves `at`, to go back through."""
+    tokens = sum(part.tokens for part in parts)
+    loss = torch.stack([nll(model, part, at) * (part.tokens / tokens) for part in parts if part.tokens]).sum()
+    found = torch.autograd.grad(loss, list(at.values()), create_graph=True, materialize_grads=True)
+    return dict(zip(at, found, strict=True))
+
+
+def bent(model: Model, at: Weights, parts: Sequence[Batch], v: Weights, g: Weights | None) -> Weights:
+    """H v, where H is the Hessian of the parts' mean loss at the leaves `at`, from the gradient `g` if it is there.
 
     What the gradient at the leaves changes by with other weights, along v, is added to those weights' `.grad`.
     """
-    def along(model: Model, part: Batch) -> Tensor:
-        g = torch.autograd.grad(nll(model, part, at), list(at.values()), create_graph=True, allow_unused=True)
-        return torch.stack([(d * v[n]).sum() for n, d in zip(at, g, strict=True) if d is not None]).sum()
+    def along(g: Weights) -> Tensor:
+        return torch.stack([(d * v[n]).sum() for n, d in g.items()]).sum()
 
-    accumulate(along, model, parts)
+    if g is None:
+        accumulate(lambda model, part: along(slope(model, at, [part])), model, parts)
+    else:
+        along(g).backward()  # type: ignore[no-untyped-call]
     return taken(at)
 
 

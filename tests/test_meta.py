@@ -130,7 +130,8 @@ def test_an_inner_loop_that_does_not_exist_is_refused(key, value):
 
 @pytest.mark.parametrize("second_order", [False, True])
 def test_la_maml_moves_the_rates_first_and_then_leaves_the_step_that_they_give(second_order):
-    made, strategy = remembering(LaMAML, 0, 1, share=0.5, inner_steps=3, second_order=second_order)
+    made, strategy = remembering(LaMAML, 0, 1, share=0.5, inner_steps=3, second_order=second_order,
+                                 clip=None)
     strategy.begin(made, toy.task(2))
     rates = {n: r - 0.3 for n, r in scattered(made).items()}  # some are negative
     strategy.rates.data.copy_(flat(rates))
@@ -146,7 +147,7 @@ def test_la_maml_moves_the_rates_first_and_then_leaves_the_step_that_they_give(s
 
 
 def test_a_stage_of_la_maml_is_plain_descent_with_the_rates():
-    made, strategy, chosen = toy.model(torch.float64), LaMAML(capacity=0, inner_steps=2), toy.examples(0)
+    made, strategy, chosen = toy.model(torch.float64), LaMAML(capacity=0, inner_steps=2, clip=None), toy.examples(0)
     net, rates = deepcopy(made.net), {n: torch.full_like(w, 0.1) for n, w in weights(made).items()}
     order = random.Random(0).sample(range(12), 12)
     for batch in ([chosen[i] for i in order[s : s + 4]] for s in (0, 4, 8)):
@@ -158,6 +159,17 @@ def test_a_stage_of_la_maml_is_plain_descent_with_the_rates():
     recipe = Recipe(lr=7.0, epochs=1, batch_size=4, schedule="constant", clip=None, weight_decay=0.5)
     learn(made, toy.task(0), strategy, recipe, seed=0, log=lambda event: None)
     assert toy.close(dict(made.net.named_parameters()), dict(net.named_parameters()), rtol=1e-3, atol=1e-5)
+
+
+def test_la_maml_clips_the_gradients_before_the_rates_scale_them():
+    made, ends = toy.model(torch.float64), {}
+    for clip in (0.01, None):
+        strategy = LaMAML(capacity=0, rates_lr=1.0, clip=clip)
+        strategy.begin(made, toy.task(0))
+        got = flat(step(made, strategy, toy.examples(0, 6)))
+        ends[clip] = (strategy.rates - 0.1).norm(), (got / strategy.rates.clamp(min=1e-9)).norm()
+    assert min(ends[None]) > 0.02
+    assert max(ends[0.01]) < 0.01 + 1e-6
 
 
 def test_la_maml_s_rates_stay_finite_where_a_step_is_skipped():
