@@ -155,10 +155,10 @@ class Avalanche(Strategy):
         self.host.loss.backward()
         self.host.loss = self.host.loss.detach()
         self.tell(model, "after_backward", "before_update")
-        self.pending = {"mbatch": mbatch, "loss": self.host.loss}
+        loss: Tensor = self.host.loss
+        self.pending = {"mbatch": mbatch, "loss": loss}
         if any(self.heard(event) for event in LATER):
             self.pending["gradient"] = gradient(model)
-        loss: Tensor = self.pending["loss"]
         return loss
 
     def settle(self, model: Model) -> None:

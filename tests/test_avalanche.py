@@ -1,6 +1,7 @@
 """Avalanche's plugins inside our stage: beside our own strategies, beside Avalanche's own loop, and what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,6 +272,8 @@ class Watcher(core.SupervisedPlugin):
 def test_each_of_avalanche_s_plugins_is_hosted_or_refused_with_its_reason():
     there = {n for n, k in vars(plugins).items() if isinstance(k, type) and issubclass(k, core.SupervisedPlugin)}
     assert there - {"SupervisedPlugin"} == HOSTED.keys() | REFUSED.keys()
+    told = (Path(__file__).parents[1] / "docs" / "avalanche.md").read_text("utf-8")
+    assert all(f"`{name}`" in told for name in there - {"SupervisedPlugin"})
 
 
 @pytest.mark.parametrize("name", REFUSED)
