@@ -175,7 +175,7 @@ class Cache:
             while waiting and (count := left // waiting[-1].length or int(not self.reading)):
                 piece, rest = waiting.pop().cut(count)
                 self.reading.append(piece)
-                left -= piece.stop - piece.start
+                left = max(0, left - (piece.stop - piece.start))  # a piece alone may be longer
                 if rest.rows:
                     waiting.append(rest)
             self.layer, self.masks = 0, Row(())
