@@ -71,6 +71,9 @@ class Seen(SimpleNamespace):
             raise Lacking(self._refused("sets", key))
         self.__dict__[key] = value
 
+    def __deepcopy__(self, memo: Any) -> Seen:
+        return self  # it says what is there now, and is made anew in each stage
+
     def _refused(self, does: str, key: str) -> str:
         plugin, name, _ = self.__dict__.get("_told", ("", "", ()))
         known = ", ".join(k for k in self.__dict__ if not k.startswith("__") and k != "_told")
@@ -177,7 +180,6 @@ class Avalanche(Strategy):
         self.settle(model)
         self.tell(model, "after_training_epoch", "after_training_exp", "after_training")
         cleared(model)
-        self.host = None
 
     def heard(self, event: str) -> bool:
         """Whether the plugin has this callback."""

@@ -74,7 +74,8 @@ class SDFT(Strategy):
         total = super().backward(model, batch)
         if not self.strength:
             return total
-        self.teacher = combine(lambda w, t: self.rate * w + (1 - self.rate) * t, weights(model), self.teacher)
+        here = weights(model)
+        self.teacher = combine(lambda w, t: self.rate * w + (1 - self.rate) * t, here, self.teacher or here)
         own = self.answered(model, batch.examples)
         shown = [shown_first(e, y) for e, y in zip(batch.examples, own, strict=True)]
         far = accumulate(lambda model, part: self.strength * self.divergence(model, part, shown), model,

@@ -91,8 +91,8 @@ def test_no_pass_reads_more_tokens_than_were_asked_for_unless_a_single_prompt_do
     assert read([(1, 2), (1, 2)], 16)[1] == [2]
     rows = [tuple(range(i, i + n)) for i, n in enumerate((5, 5, 5, 4, 5, 33))]
     assert read(rows, 18)[1] == [16, 4, 32]
-    shared = [(*range(10, 30), i, 7) for i in range(3)]
-    assert read(shared, 5)[1] == [20, 3], "a prefix longer than a pass is read alone, and reading goes on"
+    shared = [(*range(10, 110), i, 7) for i in range(9)]
+    assert read(shared, 5)[1] == [100, 5, 4], "a prefix longer than a pass is read alone, and reading goes on"
 
 
 def test_prompts_are_kept_in_few_blocks_whose_padding_is_bounded():
