@@ -139,15 +139,22 @@ def flops(step: Step) -> int:
 def peaks(loads: Mapping[str, tuple[Any, ...]], build: Callable[..., Step], steps: int = 2) -> dict[str, int | None]:
     """The peak memory above the loaded model of `build(*arguments)` and a few of its steps, each in its own process.
 
-    `build` must be importable. The processes, two at a time, are forked from one that has imported the peers and run
-    nothing.
+    `build` must be importable.
+    """
+    return apart({name: (peak, build, arguments, steps) for name, arguments in loads.items()}, build.__module__,
+                 1 if ASKED.gpu else 2)
+
+
+def apart(calls: Mapping[str, tuple[Any, ...]], module: str, at_once: int = 1) -> dict[str, Any]:
+    """What each call, an importable function and its arguments, returns in a process of its own.
+
+    The processes are forked from one that has imported the peers and run nothing.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([build.__module__, "peft", "transformers"])
-    side = 1 if ASKED.gpu else 2
-    with ProcessPoolExecutor(side, mp_context=context, max_tasks_per_child=1, initializer=torch.set_num_threads,
-                             initargs=(max(1, torch.get_num_threads() // side),)) as pool:
-        waiting = {name: pool.submit(peak, build, arguments, steps) for name, arguments in loads.items()}
+    context.set_forkserver_preload([module, "peft", "transformers"])
+    with ProcessPoolExecutor(at_once, mp_context=context, max_tasks_per_child=1, initializer=torch.set_num_threads,
+                             initargs=(max(1, torch.get_num_threads() // at_once),)) as pool:
+        waiting = {name: pool.submit(*call) for name, call in calls.items()}
         return {name: found.result() for name, found in waiting.items()}
 
 
