@@ -3,8 +3,9 @@
 Each writes its table to benchmarks/results/NAME-cpu.md or NAME-gpu.md and prints it. Without --data (a stream folder
 with the tasks agnews, MNLI, dbpedia, amazon and yelp) rows of random tokens stand in, of the same lengths.
 
-Two more measure no time and are run by themselves: `python -m benchmarks.crash` kills runs at random instants, and
-`python -m benchmarks.soak` learns 200 tasks in one stream.
+More are run by themselves: `python -m benchmarks.crash` kills runs at random instants, `python -m benchmarks.soak`
+learns 200 tasks in one stream, `python -m benchmarks.strategies` measures the README's table of strategies, and
+`python -m benchmarks.leaderboard DIR` writes docs/leaderboard.md from a comparison.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def every_moment_calls_super(s: Subject) -> None:
     """Composed with another strategy, it lets that one's begin, loss and end come once each, a loss at every step."""
     composed: Any = compose(s.make(), toy.Counting())
     train(toy.model(), composed, 0, n=SHORT)
-    rule, seen = every_moment_calls_super, composed.seen
+    rule, seen = every_moment_calls_super, composed.reached
     _expect(seen["__post_init__"] == 1, rule, "the __post_init__ of a strategy composed with it never came",
             "call super().__post_init__() in its __post_init__")
     for moment in ("begin", "end"):

@@ -124,24 +124,24 @@ def memory_tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
 class Counting(Strategy):
     """Naive, and counts which of its moments are reached where it is composed with another strategy."""
 
-    seen: Counter[str] = field(init=False, repr=False, default_factory=Counter)
+    reached: Counter[str] = field(init=False, repr=False, default_factory=Counter)
 
     def __post_init__(self) -> None:
         """Count it."""
         super().__post_init__()
-        self.seen["__post_init__"] += 1
+        self.reached["__post_init__"] += 1
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Count it."""
-        self.seen["begin"] += 1
+        self.reached["begin"] += 1
         return super().begin(model, task)
 
     def loss(self, model: Model, batch: Batch) -> torch.Tensor:
         """Count it."""
-        self.seen["loss"] += 1
+        self.reached["loss"] += 1
         return super().loss(model, batch)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Count it."""
-        self.seen["end"] += 1
+        self.reached["end"] += 1
         super().end(model, task)
