@@ -161,7 +161,9 @@ def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path, device="cpu" if model.sharded else str(model.layout.device))  # cut before it moves
+        found = load_file(path, device="cpu" if model.sharded else str(model.layout.device))  # cut before it moves
+        # A file's bytes stand anywhere, and the last bit of a product may depend on where: copies stand as torch's do.
+        return {n: t.clone() for n, t in found.items()}
     except SafetensorError as e:
         raise DataError(f"{path} is damaged ({e}); remove {path.parent} to go on from the one before it") from e
 
