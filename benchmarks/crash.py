@@ -34,6 +34,12 @@ from pathlib import Path
 RESULT = Path(__file__).parent / "results" / "crash-cpu.md"
 STRATEGIES = Path(__file__).parents[1] / "conf" / "strategy"
 COMPOSED = "[replay,ewc]"
+# What a strategy needs beside its own configuration.
+KEYS = {
+    "avalanche": ["strategy.avalanche.plugin=SynapticIntelligencePlugin", "+strategy.avalanche.args.si_lambda=1"],
+    "incremental_lora": ["strategy.incremental_lora.rank=2"], "olora": ["strategy.olora.rank=2"],
+    "progressive_prompts": ["model.adapter=prompt_tuning"],
+}
 TASKS = ("first", "last", "loud", "both")
 WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "plum")
 AIMS = ("any", "checkpoint", "any", "scoring", "any", "report")
@@ -214,7 +220,7 @@ class Told:
 
 def survive(root: Path, strategy: str, keys: Sequence[str], kills: int, rng: random.Random) -> Told:
     """Kill runs so many times, and let the last one end; raises RuntimeError where a run cannot go on."""
-    keys, whole = [*keys, f"strategy={strategy}"], root / "whole"
+    keys, whole = [*keys, f"strategy={strategy}", *KEYS.get(strategy, [])], root / "whole"
     began = time.monotonic()
     finish(start(whole, keys), whole)
     took = time.monotonic() - began
@@ -274,10 +280,9 @@ def main() -> None:
             root.mkdir()
             told.append(survive(root, name, keys, asked.kills, random.Random(f"{asked.seed}/{name}")))
             print(f"{name}: {told[-1].kills} kills, {told[-1].equal} of {told[-1].runs} runs equal", flush=True)
-    text = (f"# crash\n\n{__doc__.strip()}\n\nIn {time.monotonic() - began:.0f} s, seed {asked.seed}, on {machine()}."
-            f"\n\n{table(told)}")
-    asked.out.write_text(text)
-    print(text)
+            asked.out.write_text(f"# crash\n\n{__doc__.strip()}\n\nIn {time.monotonic() - began:.0f} s, seed "
+                                 f"{asked.seed}, on {machine()}.\n\n{table(told)}")
+    print(asked.out.read_text())
     sys.exit(any(t.equal < t.runs for t in told))
 
 
