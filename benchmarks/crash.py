@@ -34,12 +34,6 @@ from pathlib import Path
 RESULT = Path(__file__).parent / "results" / "crash-cpu.md"
 STRATEGIES = Path(__file__).parents[1] / "conf" / "strategy"
 COMPOSED = "[replay,ewc]"
-# What a strategy needs beside its own configuration.
-KEYS = {
-    "avalanche": ["strategy.avalanche.plugin=SynapticIntelligencePlugin", "+strategy.avalanche.args.si_lambda=1"],
-    "incremental_lora": ["strategy.incremental_lora.rank=2"], "olora": ["strategy.olora.rank=2"],
-    "progressive_prompts": ["model.adapter=prompt_tuning"],
-}
 TASKS = ("first", "last", "loud", "both")
 WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "plum")
 AIMS = ("any", "checkpoint", "any", "scoring", "any", "report")
@@ -220,7 +214,9 @@ class Told:
 
 def survive(root: Path, strategy: str, keys: Sequence[str], kills: int, rng: random.Random) -> Told:
     """Kill runs so many times, and let the last one end; raises RuntimeError where a run cannot go on."""
-    keys, whole = [*keys, f"strategy={strategy}", *KEYS.get(strategy, [])], root / "whole"
+    from benchmarks.works import NEEDED
+
+    keys, whole = [*keys, f"strategy={strategy}", *NEEDED.get(strategy, [])], root / "whole"
     began = time.monotonic()
     finish(start(whole, keys), whole)
     took = time.monotonic() - began

@@ -75,7 +75,8 @@ def _line(cells: Sequence[str]) -> str:
 
 def measured(choice: Choice, *words: str) -> str:
     """A strategy's line; `words` are further keys of the run."""
-    config = configure("run", [f"strategy=[{choice.name}]", "device=cpu", *words])
+    needed = works.NEEDED.get(choice.name, [])
+    config = configure("run", [f"strategy=[{choice.name}]", "device=cpu", *needed, *words])
     stream = build.stream(config)
     model, strategy = build.model(config, stream), build.strategy(config)
     encoder, names = build.encoder(config, model), columns(stream)

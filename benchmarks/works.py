@@ -25,6 +25,13 @@ VOCABULARY, CONTEXT, LIMIT = 8192, 1024, 512
 LR, CLIP = 1e-3, 1.0
 TASKS = ("agnews", "MNLI", "dbpedia", "amazon", "yelp")
 LORA = {"lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}}
+# What a strategy needs of a run beside its own configuration.
+NEEDED = {
+    "avalanche": ["strategy.avalanche.plugin=SynapticIntelligencePlugin", "+strategy.avalanche.args.si_lambda=1"],
+    "incremental_lora": ["model.adapter=lora", "strategy.incremental_lora.rank=1"],
+    "olora": ["model.adapter=lora", "strategy.olora.rank=1"], "slao": ["model.adapter=lora"],
+    "progressive_prompts": ["model.adapter=prompt_tuning"],
+}
 # Tokens by an 8k BPE trained on the five tasks' training rows (cut at 512): the instruction, then deciles of the
 # inputs and quintiles of the responses.
 LENGTHS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, unknown
@@ -23,6 +23,7 @@ class Adapters(Strategy):
     checkpoint's own weights are the adapter of the stage that it ends: `adapt.start` names the one to go on from.
     """
 
+    stores: ClassVar[str] = "4 P (T + 1)"
     start: str = "base"
     base: Weights = memory(dict)  # before the first stage
     adapters: dict[str, Weights] = memory(dict)  # by stage

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hydra.utils import get_object
@@ -104,6 +104,8 @@ class Avalanche(Strategy):
     were, also where a plugin only moves them to the CPU that they are on.
     """
 
+    stores: ClassVar[str] = "what the plugin keeps"
+    costs: ClassVar[str] = "1 + what the plugin does"
     plugin: str
     args: Mapping[str, Any] | None = None
     mb_size: int = 1

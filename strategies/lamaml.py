@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class LaMAML(MAML):
     gradient to norm 1: the `clip`, before alpha scales the weights' one.
     """
 
+    stores: ClassVar[str] = "E examples and 4 P"
+    costs: ClassVar[str] = "(2 + inner_steps) / 2 / (1 - share)"
     inner_lr: float = 0.1
     inner_steps: int = 5
     rates_lr: float = 0.25

@@ -96,6 +96,7 @@ class MAML(Episodic):
     the steps before are made once more, a micro-batch at a time.
     """
 
+    stores: ClassVar[str] = "E examples; 4 P more with learned rates"
     costs: ClassVar[str] = "(1 + inner_steps) / 2 / (1 - share)"
     second_order: bool = False
     adapts: str = "all"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Average(Merge):
     averaging (CoMA, Marouf et al. 2024) with 1/t as the weight of stage t, which makes all stages weigh alike.
     """
 
+    stores: ClassVar[str] = "4 P; 8 P where stages begin elsewhere"
     mean: Weights = memory(dict)
     total: Weights = memory(dict)  # of what the stages' weights were weighted by
 
@@ -103,6 +104,8 @@ class FisherMerge(Average):
     stays as it is. Where each stage begins at the merged weights it is CoFiMA (Marouf et al. 2024).
     """
 
+    stores: ClassVar[str] = "8 P; 12 P where stages begin elsewhere"
+    costs: ClassVar[str] = "1; a Fisher a stage"
     examples: int = 100
     labels: str = "sampled"
     seed: int = 0
@@ -124,6 +127,8 @@ class EMA(Merge):
     on from its own weights, and knows nothing of the mean. 0.99 is the authors' momentum.
     """
 
+    stores: ClassVar[str] = "8 P"
+    costs: ClassVar[str] = "1 + O(P)"
     begin_at: str = "own"
     decay: float = 0.99
     mean: Weights = memory(dict)
@@ -199,6 +204,7 @@ class TaskArithmetic(Vectors):
     0.4 is what Yadav et al. (2023) take from the authors for when there is nothing to tune it on.
     """
 
+    stores: ClassVar[str] = "8 P"
     scale: float = 0.4
     total: Weights = memory(dict)
 
@@ -217,6 +223,7 @@ class TIES(Vectors):
     vectors themselves are not kept. 20% and a scale of 1 are the paper's for when there is nothing to tune them on.
     """
 
+    stores: ClassVar[str] = "16 P"
     density: float = 0.2
     up: Weights = memory(dict)  # sums of the positive and of the negative values kept, and how many these are
     down: Weights = memory(dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class MIGU(Strategy):
     change its mask; the authors' are all, padding included. AdamW's momentum still moves what an earlier step let by.
     """
 
+    stores: ClassVar[str] = "one flag"
+    costs: ClassVar[str] = "1 + O(P)"
     updated: float = 0.3
     later: bool = memory(bool)  # a stage is over
     sums: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)  # of the step under way

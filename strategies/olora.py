@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class OLoRA(IncrementalLoRA):
     1e-3: the pull is as strong for a small entry as for a large one, and at a higher rate A jitters and learns nothing.
     """
 
+    costs: ClassVar[str] = "1 + O(rank P)"
     lambda_1: float = 0.5
     lambda_2: float = 0.0
 

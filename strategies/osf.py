@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class OSF(Strategy):
     train freely, as do directions that do nothing: of an adapter, whose factors are matrices too, those still at zero.
     """
 
+    stores: ClassVar[str] = "nothing"
+    costs: ClassVar[str] = "1 + two projections of each matrix; an SVD a stage"
     keep: float = 0.5
     held: dict[str, tuple[Tensor, Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class ProgressivePrompts(Strategy):
     A task that has not been learned is answered behind all prompts there are.
     """
 
+    stores: ClassVar[str] = "4 P T"
+    costs: ClassVar[str] = "1 + T virtual prompts to read"
     most: int | None = None
     seed: int = 0
     prompts: list[Tensor] = memory(list)  # P_1, P_2, ...: (n, H) each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class Router(Adapters):
     nearest one; before the first stage the model answers as it is.
     """
 
+    stores: ClassVar[str] = "4 P (T + 1) and T instructions"
     instructions: dict[str, list[list[int]]] = memory(dict)  # of each adapter
 
     def end(self, model: Model, task: Task[Encoded]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class SDFT(Strategy):
     `strength` is that loss's share, the rest is the usual one's. The paper's is 1, of models that learn in context.
     """
 
+    stores: ClassVar[str] = "4 P"
+    costs: ClassVar[str] = "3 and answering its prompts"
     strength: float = 0.5
     rate: float = 0.01
     seed: int = 0

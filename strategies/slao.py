@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class SLAO(Strategy):
     what it has learned with. `power=0` does not merge, and `orthogonal=False` goes on from A itself.
     """
 
+    stores: ClassVar[str] = "at most 8 P"
     power: float = 0.5
     orthogonal: bool = True
     tuned: list[list[Tensor]] = memory(list)  # of each module the last task's A and B

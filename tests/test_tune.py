@@ -14,7 +14,11 @@ from continual.reports.runs import Run, find, grouped
 SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
 FLOOR_AND_CEILING = {"naive", "joint"}
 # Strategies that are not on the leaderboard, and why.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE = {
+    **dict.fromkeys(("incremental_lora", "olora", "slao"), "they train a LoRA, and the others the whole model"),
+    "progressive_prompts": "it trains virtual tokens alone, at a rate of their own",
+    "avalanche": "it is whatever plugin is named",
+}
 
 
 def params(experiment: str) -> dict[str, str]:
