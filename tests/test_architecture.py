@@ -45,7 +45,7 @@ LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 # What a package outside of the engine may import of the three.
 ALLOWED = {
     "strategies": {f"continual.{m}" for m in LAYER if LAYER[m] <= LAYER["strategy"]}
-    | {"strategies.replay", "strategies.anchor", "strategies.maml"},
+    | {"strategies.replay", "strategies.anchor"},
     "streams": {"continual.data", "continual.errors", "continual.reading", "continual.template", "streams"},
 }
 OURS = ("continual", "strategies", "streams")

@@ -17,7 +17,7 @@ ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_confi
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
 SHORT = 6  # examples of a stage that need not learn anything well
 BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem",
-            "anil", "meta_sgd", "la_maml"}
+            "anil", "meta_sgd"}
 MOST = "capacity=0.5"  # the embedded default's fraction would leave one example of these small tasks
 
 # What makes a strategy naive. A new configuration must say it here.
@@ -28,7 +28,6 @@ OFF = {
     "l2": ("l2.strength=0",), "ewc": ("ewc.strength=0",), "online_ewc": ("online_ewc.strength=0",),
     "maml": ("maml.capacity=0", "maml.inner_steps=0"), "reptile": ("reptile.capacity=0", "reptile.inner_steps=0"),
     "anil": ("anil.capacity=0", "anil.inner_steps=0"), "meta_sgd": ("meta_sgd.capacity=0", "meta_sgd.inner_steps=0"),
-    "la_maml": ("la_maml.capacity=0", "la_maml.inner_steps=0"),
     "der": ("der.capacity=0",), "lwf": ("lwf.strength=0",), "hard_replay": ("hard_replay.capacity=0",),
     "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
@@ -43,7 +42,7 @@ VARIANTS = [
     ("maml", "maml.buffer_kind=reservoir", "maml.capacity=7"),
     ("reptile", "reptile.inner_steps=1"), ("gem,maml", "gem.share=0.25", "gem.capacity=0.2", "gem.sample=2"),
     ("anil", "anil.second_order=true", "anil.inner=meta_sgd", "anil.inner_steps=2"),
-    ("meta_sgd", "meta_sgd.second_order=true"), ("la_maml", "la_maml.second_order=true", "la_maml.inner_steps=2"),
+    ("meta_sgd", "meta_sgd.second_order=true"),
     ("multitask", "multitask.weighting=size", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=temperature", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"),
