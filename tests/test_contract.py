@@ -16,7 +16,7 @@ from continual.weights import gradient
 ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_configs holds them to that
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
 BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem",
-            "anil", "meta_sgd", "la_maml"}
+            "anil", "meta_sgd"}
 LORA = {"incremental_lora", "olora", "slao"}  # they work on the factors of a LoRA
 MOMENTS = ("begin", "end", "route")  # at which to give the model other weights is what some are for:
 SETTERS = {"per_task", "router", "slao", "progressive_prompts", "average", "fisher_merge", "ema", "task_arithmetic",
@@ -31,7 +31,6 @@ OFF = {
     "l2": ("l2.strength=0",), "ewc": ("ewc.strength=0",), "online_ewc": ("online_ewc.strength=0",),
     "maml": ("maml.capacity=0", "maml.inner_steps=0"), "reptile": ("reptile.capacity=0", "reptile.inner_steps=0"),
     "anil": ("anil.capacity=0", "anil.inner_steps=0"), "meta_sgd": ("meta_sgd.capacity=0", "meta_sgd.inner_steps=0"),
-    "la_maml": ("la_maml.capacity=0", "la_maml.inner_steps=0"),
     "der": ("der.capacity=0",), "lwf": ("lwf.strength=0",), "hard_replay": ("hard_replay.capacity=0",),
     "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
@@ -55,7 +54,7 @@ VARIANTS = [
     ("maml", "maml.buffer_kind=reservoir", "maml.capacity=7"),
     ("reptile", "reptile.inner_steps=1"), ("gem,maml", "gem.share=0.25", "gem.capacity=0.2", "gem.sample=2"),
     ("anil", "anil.second_order=true", "anil.inner=meta_sgd", "anil.inner_steps=2"),
-    ("meta_sgd", "meta_sgd.second_order=true"), ("la_maml", "la_maml.second_order=true", "la_maml.inner_steps=2"),
+    ("meta_sgd", "meta_sgd.second_order=true"),
     ("multitask", "multitask.weighting=size", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=temperature", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"),
@@ -91,11 +90,10 @@ VARIANTS = [
 
 def sized(name: str) -> tuple[str, ...]:
     """The strategy's own configuration, with a buffer that is not all but empty."""
-    # The mean of more opposes no step here; a stage of a few steps leaves no trace in a slow average, few weights
-    # or small steps; a small rank leaves room for each task.
+    # The mean of more opposes no step here; a stage of a few steps leaves no trace in a slow average or few weights;
+    # a small rank leaves room for each task.
     more = {"agem": ("agem.sample=2",), "ema": ("ema.decay=0.5",), "sparse": ("sparse.fraction=0.2",),
             "incremental_lora": ("incremental_lora.rank=2",), "olora": ("olora.rank=2",),
-            "la_maml": ("la_maml.clip=10",),
             "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=1000")}
     return (name, *((f"{name}.{MOST}",) if name in BUFFERED else ()), *more.get(name, ()))
 

@@ -1,18 +1,15 @@
-"""ANIL by hand, Meta-SGD against learn2learn, La-MAML's step and stage by hand."""
+"""ANIL by hand, Meta-SGD against learn2learn."""
 
-import random
 from copy import deepcopy
 
 import pytest
 import torch
 import toy
-from test_maml import INNER, halves, remembering, step
+from test_maml import INNER, halves, step
 
 from continual.errors import ConfigError
 from continual.model import adapt_with
-from continual.stage import Recipe, learn
-from continual.weights import flat, unflat, weights
-from strategies.lamaml import LaMAML
+from continual.weights import flat, weights
 from strategies.maml import MAML, head
 
 
@@ -124,57 +121,3 @@ def test_meta_sgd_begins_as_maml_and_learns_its_rates():
 def test_an_inner_loop_that_does_not_exist_is_refused(key, value):
     with pytest.raises(ConfigError, match=f"unknown {key} '{value}'"):
         MAML(**{key: value})
-
-
-# La-MAML
-
-@pytest.mark.parametrize("second_order", [False, True])
-def test_la_maml_moves_the_rates_first_and_then_leaves_the_step_that_they_give(second_order):
-    made, strategy = remembering(LaMAML, 0, 1, share=0.5, inner_steps=3, second_order=second_order,
-                                 clip=None)
-    strategy.begin(made, toy.task(2))
-    rates = {n: r - 0.3 for n, r in scattered(made).items()}  # some are negative
-    strategy.rates.data.copy_(flat(rates))
-    new = toy.examples(2, 5)
-    every = list(deepcopy(strategy).joined(made.batch(new)).examples)
-    assert len(every) == 10
-    g, slope = looked_ahead(made.net, [new[0::3], new[1::3], new[2::3]], every, rates, second_order)
-    got = step(made, strategy, new)
-    moved = unflat(strategy.rates.detach(), rates)
-    assert toy.close(moved, {n: rates[n] - 0.25 * slope[n] for n in rates}, rtol=1e-4, atol=1e-6)
-    assert toy.close(got, {n: moved[n].clamp(min=0) * g[n] for n in g}, rtol=1e-4, atol=1e-6)
-    assert any((moved[n] < 0).any() for n in moved)
-
-
-def test_a_stage_of_la_maml_is_plain_descent_with_the_rates():
-    made, strategy, chosen = toy.model(torch.float64), LaMAML(capacity=0, inner_steps=2, clip=None), toy.examples(0)
-    net, rates = deepcopy(made.net), {n: torch.full_like(w, 0.1) for n, w in weights(made).items()}
-    order = random.Random(0).sample(range(12), 12)
-    for batch in ([chosen[i] for i in order[s : s + 4]] for s in (0, 4, 8)):
-        g, slope = looked_ahead(net, [batch[0::2], batch[1::2]], batch, rates, second_order=False)
-        rates = {n: r - 0.25 * slope[n] for n, r in rates.items()}
-        with torch.no_grad():
-            for n, w in net.named_parameters():
-                w -= rates[n].clamp(min=0) * g[n]
-    recipe = Recipe(lr=7.0, epochs=1, batch_size=4, schedule="constant", clip=None, weight_decay=0.5)
-    learn(made, toy.task(0), strategy, recipe, seed=0, log=lambda event: None)
-    assert toy.close(dict(made.net.named_parameters()), dict(net.named_parameters()), rtol=1e-3, atol=1e-5)
-
-
-def test_la_maml_clips_the_gradients_before_the_rates_scale_them():
-    made, ends = toy.model(torch.float64), {}
-    for clip in (0.01, None):
-        strategy = LaMAML(capacity=0, rates_lr=1.0, clip=clip)
-        strategy.begin(made, toy.task(0))
-        got = flat(step(made, strategy, toy.examples(0, 6)))
-        ends[clip] = (strategy.rates - 0.1).norm(), (got / strategy.rates.clamp(min=1e-9)).norm()
-    assert min(ends[None]) > 0.02
-    assert max(ends[0.01]) < 0.01 + 1e-6
-
-
-def test_la_maml_s_rates_stay_finite_where_a_step_is_skipped():
-    made, strategy = toy.model(), LaMAML(capacity=0)
-    strategy.begin(made, toy.task(0))
-    next(made.net.parameters()).data[:] = torch.nan
-    assert not step(made, strategy, toy.examples(0, 4))["lm_head.weight"].isfinite().all()
-    assert (strategy.rates == 0.1).all()
