@@ -111,7 +111,7 @@ def test_evaluators_and_loggers_of_avalanche_s_tell_what_our_matrix_tells(ready)
     square = metrics.acc_matrix.AccuracyMatrixPluginMetric()
     evaluator = EvaluationPlugin(metrics.forgetting_metrics(stream=True), metrics.bwt_metrics(stream=True), square,
                                  loggers=[TextLogger(said)])
-    made_of = loop(made, "Naive", 0.02, train_mb_size=4, train_epochs=6, evaluator=evaluator)
+    made_of = loop(made, "Naive", 0.005, train_mb_size=4, train_epochs=15, evaluator=evaluator)
     tests = [[e.dataset[i] for i in range(4)] for e in ready[0].test_stream]
     for experience in ready[0].train_stream:
         made_of.train(experience)
