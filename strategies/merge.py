@@ -74,7 +74,7 @@ class Merge(Strategy):
 class Average(Merge):
     """The mean of all stages' weights (Wortsman et al. 2022, "Model soups"), each a stage of one model's life.
 
-    A running mean, weighted by what `measure` gives. Where each stage begins at the mean so far it is continual model
+    A running mean, weighted by what `weigh` gives. Where each stage begins at the mean so far it is continual model
     averaging (CoMA, Marouf et al. 2024) with 1/t as the weight of stage t, which makes all stages weigh alike.
     """
 
@@ -84,12 +84,12 @@ class Average(Merge):
 
     def merge(self, model: Model, task: Task[Encoded], here: Weights) -> Weights:
         """Move the mean by this stage's portion of all that was measured."""
-        measured = self.measure(model, task)
+        measured = self.weigh(model, task)
         self.total = combine(torch.add, self.total, measured) if self.total else measured
         self.mean = combine(torch.lerp, self.mean or here, here, portion(measured, self.total))
         return self.mean
 
-    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+    def weigh(self, model: Model, task: Task[Encoded]) -> Weights:
         """How much each of the stage's weights counts: a number, or one for every weight."""
         return wide({n: torch.ones((), dtype=w.dtype, device=w.device) for n, w in weights(model).items()})
 
@@ -111,7 +111,7 @@ class FisherMerge(Average):
     seed: int = 0
     stages: int = memory(int)
 
-    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+    def weigh(self, model: Model, task: Task[Encoded]) -> Weights:
         """The diagonal Fisher information at the stage's own weights, of norm 1."""
         self.stages += 1
         f = wide(task_fisher(model, task, self.examples, self.labels, f"{self.seed}/{self.stages}"))

@@ -17,13 +17,13 @@ from continual import checkpoint, cli, parallel, sharding
 from continual.adapt import adapt
 from continual.model import adapt_with
 from continual.run import run
-from continual.stage import learn
+from continual.stage import Recipe, learn
 
 # Every strategy that can as it is configured, two together, one with parameters of its own, and two with an adapter.
 MORE = [(("lwf,der",), False), (("multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"), False),
         (("naive",), True), (("der",), True)]
 SHARDED = [*((entry, False) for entry in map(sized, CONFIGS) if make(*entry).shardable), *MORE]
-RECIPE = toy.Recipe(lr=3e-3, epochs=1, batch_size=4, patience=1)
+RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=4, patience=1)
 CUT = 3  # the step at which a stage is kept
 
 

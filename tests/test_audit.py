@@ -353,7 +353,7 @@ def test_an_audit_agrees_with_what_the_run_counts(keys, tmp_path):
 def test_a_task_that_the_base_solves_is_told_once_it_is_scored(keys, tmp_path, monkeypatch):
     from continual import run as module
 
-    def score(model, test, batch_size):
+    def score(model, test, batch_size, turns):
         return 1.0, [{"id": e.id, "score": 1.0, "answer": "", "references": []} for e in test.examples]
 
     monkeypatch.setattr(module, "score", score)

@@ -148,7 +148,7 @@ def test_fisher_merging_leads_to_the_joint_minimum_of_quadratics():
     class Known(FisherMerge):
         given: list = field(init=False, default_factory=lambda: list(curved))
 
-        def measure(self, model, task):
+        def weigh(self, model, task):
             return {"parts.0": self.given.pop(0)}
 
     found = merged(Known(begin_at="own"), ends).requires_grad_(True)
@@ -163,7 +163,7 @@ def test_fisher_merging_weighs_each_stage_by_its_fisher_of_norm_one():
     made = toy.model(torch.float64)
     restore(made, strategy.ended[0])
     again = deepcopy(FisherMerge())
-    assert toy.same(again.measure(made, toy.task(0, 6)), strategy.total)
+    assert toy.same(again.weigh(made, toy.task(0, 6)), strategy.total)
 
 
 def test_a_weight_that_matters_to_no_task_is_as_the_last_stage_left_it():

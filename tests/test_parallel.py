@@ -44,7 +44,7 @@ def together(tmp_path_factory):
     """What two processes came to: for each entry of the contract's table, and by rank, losses and tensors."""
     out = tmp_path_factory.mktemp("together")
     told = [process.ended() for process in apart.two(out, learn_all, out)]
-    assert [code for code, _ in told] == [0, 0], told
+    assert [code for code, _ in told] == [0, 0], "\n".join(said for _, said in told)
 
     def read(i, rank):
         with safe_open(out / f"{i}-{rank}.safetensors", framework="pt") as file:

@@ -36,7 +36,7 @@ def sharded(whole, keys, tmp_path_factory):
     shutil.copytree(whole[0] / "stage", out / "whole")
     cut(shutil.copytree(whole[0] / "run", out / "run"), 2)
     told = [process.ended() for process in apart.two(out, shards.main, out, [*keys, *KEYS])]
-    assert [code for code, _ in told] == [0, 0], told
+    assert [code for code, _ in told] == [0, 0], "\n".join(said for _, said in told)
     return out
 
 
