@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from hydra.utils import get_object
@@ -136,7 +137,9 @@ def experiences(causal: bool, **streams: Sequence[Sequence[Encoded]]) -> Any:
 def the(path: str) -> Any:
     """Something of Avalanche's; raises ConfigError where it is not installed."""
     try:
-        return get_object(f"avalanche.{path}")
+        # It makes a logger where it is imported, and refuses that to all of several processes but the first.
+        with patch("torch.distributed.is_initialized", lambda: False):
+            return get_object(f"avalanche.{path}")
     except ImportError as e:
         raise ConfigError(f"strategy=avalanche needs Avalanche ({e}); install the extra avalanche-lib") from e
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,7 @@ class Avalanche(Strategy):
     plugin: str
     args: Mapping[str, Any] | None = None
     mb_size: int = 1
+    seed: int = 0
     running: dict[str, Any] = memory(dict)  # what plugin and clock keep
     pending: dict[str, Any] = memory(dict)  # the last step's batch, loss and gradient, until its update is told
     live: Any = field(init=False, repr=False, default=None)
@@ -193,7 +195,7 @@ class Avalanche(Strategy):
         training = model.net.training
         for event in events:
             if self.heard(event):
-                with precision(model):
+                with at_home(model, random.Random(f"{self.seed}/{self.clock.train_iterations}").getrandbits(63)):
                     getattr(self.live, event)(self.host)
                 model.net.train(training)
                 apart(vars(self.live), weights(model).values())
@@ -242,12 +244,16 @@ def cleared(model: Model) -> None:
 
 
 @contextmanager
-def precision(model: Model) -> Iterator[None]:
-    """What a plugin makes without saying in which precision is in that of the weights; NumPy may be given tensors."""
+def at_home(model: Model, seed: int) -> Iterator[None]:
+    """What a plugin makes is in the precision of the weights unless it says which; what it draws follows from the seed.
+
+    It may give NumPy tensors.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(next(iter(weights(model).values())).dtype)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             warnings.filterwarnings("ignore", "__array_wrap__ must accept", DeprecationWarning)
             yield
     finally:
