@@ -34,8 +34,7 @@ class LwF(Strategy):
     That divergence is exact for what it tells apart and never above the whole one.
 
     With `dynamic` the loss of each token of the step is weighed by the probability p that the model gives it, a factor
-    without a gradient: dynamic fine-tuning (DFT, Wu et al. 2025). With the term beside it, from the base and at
-    temperature 1, that is anchored supervised fine-tuning (ASFT, Zhu et al. 2025).
+    without a gradient: dynamic fine-tuning (DFT, Wu et al. 2025).
     """
 
     shardable = True
@@ -113,3 +112,17 @@ def with_rest(log_p: Tensor) -> Tensor:
     """Log-probabilities (S, K) and, as one more, that of everything else."""
     rest = 1 - log_p.exp().sum(-1, keepdim=True)
     return torch.cat([log_p, rest.clamp(min=torch.finfo(log_p.dtype).eps).log()], -1)
+
+
+@dataclass(kw_only=True)
+class ASFT(LwF):
+    """Anchored supervised fine-tuning (Zhu et al. 2025): dynamic fine-tuning beside the divergence from the base.
+
+    The defaults are those of the authors' command line.
+    """
+
+    stores: ClassVar[str] = "4 P"
+    strength: float = 0.05
+    temperature: float = 1.0
+    teacher: str = "base"
+    dynamic: bool = True

@@ -73,7 +73,7 @@ VARIANTS = [
     ("per_task,replay", "replay.capacity=0.5"), ("replay,olora", "replay.capacity=0.5", "olora.rank=2"),
     ("average", "average.begin_at=own", "average.blend=0.5"),
     ("fisher_merge", "fisher_merge.begin_at=base", "fisher_merge.labels=empirical"),
-    ("ema,l2", "ema.begin_at=merged", "ema.decay=0.3"), ("ties", "ties.begin_at=own", "ties.density=1"),
+    ("ema,l2", "ema.begin_at=merged", "ema.decay=0.3"), ("ties", "ties.begin_at=own", "ties.density=0.5"),
     ("replay,task_arithmetic", "replay.capacity=0.5"), ("sparse,der", "sparse.fraction=0.3"), ("migu,replay",),
     ("sparse", "sparse.fraction=0.05", "sparse.avoid=0.3", "sparse.labels=sampled"),
     ("progressive_prompts", "progressive_prompts.most=2"), ("replay,progressive_prompts", "replay.capacity=0.5"),

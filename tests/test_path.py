@@ -64,7 +64,7 @@ def descend(model, strategy, batches, lr: float) -> list[torch.Tensor]:
 
 def test_two_tasks_of_two_steps_by_hand():
     """From 0 to 1 to 1.5 under (w - 2)^2 / 2, then to 0.75 and 1.125 under w^2 / 2 and the pull (w - 1.5)^2."""
-    model, strategy = SimpleNamespace(net=Point(0.0), trained=()), BowlSI(strength=2.0, damping=0.25)
+    model, strategy = SimpleNamespace(net=Point(0.0), trained=(), sharded=False), BowlSI(strength=2.0, damping=0.25)
     descend(model, strategy, [bowls((1.0, 2.0))] * 2, lr=0.5)
     assert strategy.importance["w"].item() == pytest.approx((2 * 1 + 1 * 0.5) / (1.5**2 + 0.25))  # = 1
     assert strategy.anchor["w"].item() == pytest.approx(1.5)
@@ -75,13 +75,13 @@ def test_two_tasks_of_two_steps_by_hand():
 
 
 def test_a_weight_that_went_uphill_is_not_pushed_away():
-    model, strategy = SimpleNamespace(net=Point(1.0), trained=()), BowlSI()
+    model, strategy = SimpleNamespace(net=Point(1.0), trained=(), sharded=False), BowlSI()
     descend(model, strategy, [bowls((1.0, 0.0))] * 3, lr=-0.5)
     assert strategy.importance["w"].item() == 0.0
 
 
 def test_a_step_that_was_skipped_for_its_gradient_adds_nothing():
-    model, strategy = SimpleNamespace(net=Point(0.0, 1.0), trained=()), BowlSI()
+    model, strategy = SimpleNamespace(net=Point(0.0, 1.0), trained=(), sharded=False), BowlSI()
     task = SimpleNamespace(train=())
     strategy.begin(model, task)
     strategy.backward(model, bowls((float("nan"), 0.0)))
@@ -145,7 +145,7 @@ def test_rwalk_is_its_equations_on_a_quadratic(monkeypatch):
     first, second = torch.tensor([1.0, 3.0]).double(), torch.tensor([0.5, 2.0]).double()
     tasks = [[bowls((first, 1.0 + 0.1 * i), (second, -0.5)) for i in range(7)],
              [bowls((second, 2.0), (first, 0.3 * i)) for i in range(5)]]
-    model = SimpleNamespace(net=Point(0.2, -1.0), trained=())
+    model = SimpleNamespace(net=Point(0.2, -1.0), trained=(), sharded=False)
     strategy = BowlRWalk(strength=0.7, damping=0.01, alpha=0.8, every=3)
     walks, found = [], []
     for batches in tasks:
