@@ -39,7 +39,7 @@ class SDFT(Strategy):
     `strength` is that loss's share, the rest is the usual one's. The paper's is 1, of models that learn in context.
     """
 
-    strength: float = 0.5
+    strength: float = 0.1
     rate: float = 0.01
     seed: int = 0
     teacher: Weights = memory(dict)
