@@ -29,6 +29,7 @@ from continual.catalogue import KEY, Choice, choices
 from continual.cli import configure
 from continual.data import Encoded, Task
 from continual.memory import ReplayBuffer
+from continual.model import Model, adapt_with
 from continual.reports.figures import size
 from continual.stage import learn
 from continual.strategy import Strategy
@@ -120,11 +121,21 @@ def keeps_examples(value: Any) -> bool:
     return isinstance(value, Encoded) or any(map(keeps_examples, parts))
 
 
+def subject(config: DictConfig) -> Model:
+    """A toy model with the adapter that the strategy needs, if it does."""
+    made = toy.model(lora=12 if config.model.adapter == "lora" else 0)
+    if config.model.adapter == "prompt_tuning":
+        settings = {"num_virtual_tokens": 2, "prompt_tuning_init": "SAMPLE_VOCAB"}
+        made.net = adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False)
+        made.behind(())
+    return made
+
+
 def identity(choice: Choice, config: DictConfig) -> str:
     """What a strategy has to know of tasks while it trains: nothing, where they end, or of which one an example is."""
     if not {"begin", "end"} & {*choice.moments}:
         return "no"
-    told, untold = toy.model(), toy.model()
+    told, untold = subject(config), subject(config)
     one, other = build.strategy(config), build.strategy(config)
     for i in range(3):
         toy.train(told, one, i)

@@ -41,7 +41,7 @@ class SDFT(Strategy):
 
     stores: ClassVar[str] = "4 P"
     costs: ClassVar[str] = "3 and answering its prompts"
-    strength: float = 0.5
+    strength: float = 0.1
     rate: float = 0.01
     seed: int = 0
     teacher: Weights = memory(dict)
