@@ -39,7 +39,7 @@ class SDFT(Strategy):
     `strength` is that loss's share, the rest is the usual one's. The paper's is 1, of models that learn in context.
     """
 
-    stores: ClassVar[str] = "4 P"
+    stores: ClassVar[str] = "a generator; 4 P within a stage"
     costs: ClassVar[str] = "3 and answering its prompts"
     strength: float = 0.1
     rate: float = 0.01

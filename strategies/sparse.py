@@ -30,7 +30,7 @@ class Sparse(Strategy):
     over these as measured at each one's end, are left out first. The paper has one task, and none of this.
     """
 
-    stores: ClassVar[str] = "nothing; 4 P with avoid; 5 P more within a stage"
+    stores: ClassVar[str] = "a count; 4 P with avoid; 5 P more within a stage"
     costs: ClassVar[str] = "1 + O(P); a Fisher a stage"
     fraction: float = 0.005
     avoid: float = 0.0
