@@ -76,7 +76,7 @@ def build(arm: str, prompts: Sequence[Encoded], *of: Any) -> Step:
 
 def run() -> list[Row]:
     """All works; raises RuntimeError where the arms answer differently."""
-    return [one for shape, name, prompts in _works() for one in measure(shape, name, prompts, seconds=20)]
+    return [one for shape, name, prompts in _works() for one in measure(shape, name, prompts, seconds=12)]
 
 
 def _works() -> Iterator[tuple[str, str, Sequence[Encoded]]]:

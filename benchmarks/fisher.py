@@ -79,7 +79,7 @@ def run() -> list[Row]:
     """LoRA and full fine-tuning; raises RuntimeError where the arms' numbers differ by more than rounding."""
     rows = works.rows("agnews", EXAMPLES)
     sets = (("0.5B", "lora"), ("0.5B", "none"), ("1.5B", "lora")) if ASKED.gpu else (("3M", "lora"), ("3M", "none"))
-    return [one for shape, adapter in sets for one in measure(shape, adapter, rows, list(ARMS), seconds=40)]
+    return [one for shape, adapter in sets for one in measure(shape, adapter, rows, list(ARMS), seconds=20)]
 
 
 def measure(shape: str, adapter: str, rows: Sequence[Encoded], arms: Sequence[str], seconds: float) -> list[Row]:

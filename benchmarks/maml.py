@@ -96,7 +96,7 @@ def run() -> list[Row]:
     shape = "0.5B" if ASKED.gpu else "3M"
     rows = works.rows("agnews", TASKS * EXAMPLES)
     tasks = [[replace(e, task=i) for e in rows[i::TASKS]] for i in range(TASKS)]
-    return [one for second_order in (False, True) for one in measure(shape, tasks, second_order, seconds=30)]
+    return [one for second_order in (False, True) for one in measure(shape, tasks, second_order, seconds=20)]
 
 
 def measure(shape: str, tasks: Sequence[Sequence[Encoded]], second_order: bool, seconds: float) -> list[Row]:

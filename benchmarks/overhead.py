@@ -47,8 +47,8 @@ def run() -> list[Row]:
     shape = "0.5B" if ASKED.gpu else "3M"
     rows = works.rows("agnews", max(GROWN) * ROWS)
     found = [one for adapter in ("lora", "none") for name in STRATEGIES
-             for one in against_naive(shape, adapter, name, rows, seconds=8)]
-    return found + [one for name in GROWING for one in growth(shape, name, rows, GROWN, seconds=10)]
+             for one in against_naive(shape, adapter, name, rows, seconds=5)]
+    return found + [one for name in GROWING for one in growth(shape, name, rows, GROWN, seconds=6)]
 
 
 def against_naive(shape: str, adapter: str, name: str, rows: Sequence[Encoded], seconds: float) -> list[Row]:

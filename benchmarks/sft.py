@@ -224,7 +224,8 @@ def measure(work: Work, arms: Sequence[str], seconds: float, chosen: Mapping[str
     _compare(losses, work)
     share = {arm: _rate(steps[best[arm]], work.tried, spent[arm]) / top for arm in arms if arm not in STOCK}
     steps.clear()
-    memory = peaks({arm: (*c, work) for arm, c in best.items()} if work.memory else {}, build)
+    weighed = {arm: (*c, work) for arm, c in best.items() if work.memory and not arm.startswith("padded")}
+    memory = peaks(weighed, build)
     tokens, took = sum(len(e.ids) for e in work.examples) / CYCLE, medians(spent)
     return [row("sft", work.name, arm, took[arm], EXAMPLES, memory.get(arm),
                 ratios(arm, () if arm in PEERS else PEERS, took, memory),

@@ -120,7 +120,7 @@ def scatter(points: Sequence[tuple[Point, int | str, str]], x: Point, y: Point, 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round values from `low` to `high`, 1, 2 or 5 times a power of ten apart."""
-    span = (high - low) or 1.0
+    span = max(high - low, 0.0) or 1.0
     power = 10.0 ** math.floor(math.log10(span / about))
     step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= about)
     return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
