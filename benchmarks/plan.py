@@ -40,7 +40,7 @@ SHAPES = {"tiny": works.Shape(160, 480, 2, 5, 5, 1024), "3M": works.SHAPES["3M"]
 STRATEGIES: Mapping[str, Callable[[], Strategy]] = {
     "naive": Strategy, "replay": lambda: Replay(capacity=0.5), "ewc": lambda: EWC(examples=8),
 }
-STAGES, STEPS, ROWS, MANY = 3, 2, 24, 1500
+STAGES, STEPS, ROWS, MANY = 3, 2, 24, 330
 RECIPE = Recipe(lr=1e-3, steps=STEPS, batch_size=12)
 SHARE = 0.4
 SMALLEST = works.Shape(32, 64, 1, 2, 2, 1024)
