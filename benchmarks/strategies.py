@@ -29,7 +29,7 @@ from continual.catalogue import KEY, Choice, choices
 from continual.cli import configure
 from continual.data import Encoded, Task
 from continual.memory import ReplayBuffer
-from continual.model import Model, adapt_with
+from continual.model import Model
 from continual.reports.figures import size
 from continual.stage import learn
 from continual.strategy import Strategy
@@ -124,11 +124,7 @@ def keeps_examples(value: Any) -> bool:
 def subject(config: DictConfig) -> Model:
     """A toy model with the adapter that the strategy needs, if it does."""
     made = toy.model(lora=12 if config.model.adapter == "lora" else 0)
-    if config.model.adapter == "prompt_tuning":
-        settings = {"num_virtual_tokens": 2, "prompt_tuning_init": "SAMPLE_VOCAB"}
-        made.net = adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False)
-        made.behind(())
-    return made
+    return toy.prompted(made) if config.model.adapter == "prompt_tuning" else made
 
 
 def identity(choice: Choice, config: DictConfig) -> str:

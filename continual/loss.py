@@ -100,16 +100,12 @@ def responses(model: Model, examples: Sequence[Encoded], at: Weights | None = No
 
     Examples run together as `layout.tokens` allows, in an order that follows from them alone.
     """
-    training = model.net.training
-    model.net.eval()
-    try:
+    with model.evaluating():
         for part in numbered(model, examples).micro_batches() if examples else ():
             counts = torch.bincount(part.example, minlength=len(part.examples)).tolist()
             told = (torch.split(x, counts) for x in (part.targets, forward(model, part, at)))
             for e, y, z in zip(part.examples, *told, strict=True):
                 yield int(e.id), y, z
-    finally:
-        model.net.train(training)
 
 
 def evaluated_at(model: Model, at: Weights, f: Callable[[], Tensor]) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,16 @@ class Model:
     def batch(self, examples: Sequence[Encoded]) -> Batch:
         """The examples as one batch for this model."""
         return Batch(tuple(examples), self.layout)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it the network drops nothing out; behind it is in the mode that it was in."""
+        training = self.net.training
+        self.net.eval()
+        try:
+            yield
+        finally:
+            self.net.train(training)
 
     def behind(self, fixed: Sequence[torch.Tensor], *, live: bool = True) -> None:
         """Read examples behind the virtual tokens that train, if `live`, and then these (n, H) each, which do not.

@@ -50,6 +50,15 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0, net: Any = None, lo
     return Model(net.eval(), tokenizer, made, context=CONTEXT, last=last)
 
 
+def prompted(made: Model, tokens: int = 2) -> Model:
+    """A model that gets so many virtual tokens, which alone train."""
+    settings = {"num_virtual_tokens": tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    dtype = next(made.net.parameters()).dtype
+    made.net = adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False).to(dtype).eval()
+    made.behind(())
+    return made
+
+
 def _spelled(ids: Sequence[int], skip_special_tokens: bool = False) -> str:
     """What a tokenizer's `decode` would give."""
     return " ".join(map(str, ids))

@@ -53,7 +53,6 @@ REFUSED = {name: reason for reason, names in {
 }.items() for name in names.split()}
 
 
-
 class Lacking(ConfigError, AttributeError):
     """A plugin asked for what our stage does not have; `hasattr` gives False."""
 

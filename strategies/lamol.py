@@ -57,11 +57,9 @@ class LAMOL(Rehearsal):
             raise DataError(f"a prompt of task {task.name!r} holds the padding token, with which lamol marks where "
                             "prompts begin and end; give the tokenizer a padding token that no prompt holds")
         wanted = round(len(task.train) * self.share / (1 - self.share))
-        training = model.net.training
-        model.net.eval()
-        self.buffer.tasks = {task.columns[t]: self.written(model, t, -(-wanted // len(self.tasks)))
-                             for t in self.tasks if wanted}
-        model.net.train(training)
+        with model.evaluating():
+            self.buffer.tasks = {task.columns[t]: self.written(model, t, -(-wanted // len(self.tasks)))
+                                 for t in self.tasks if wanted}
         if self.tasks:
             self.notes["pseudo"] = len(self.buffer)
         return trained

@@ -91,12 +91,10 @@ class SDFT(Strategy):
         most = room(examples)
         generator = torch.Generator().manual_seed(self.rng.getrandbits(63))
         draws = torch.rand(len(prompts), most, dtype=torch.float64, generator=generator)
-        mine, training = deal([len(p.ids) for p in prompts]), model.net.training
-        model.net.eval()
-        with apart():
+        mine = deal([len(p.ids) for p in prompts])
+        with model.evaluating(), apart():
             said = complete(model, [prompts[i] for i in mine], most, TOGETHER, model.tokenizer.eos_token_id,
                             sampled(WHOLE, draws[mine])) if mine else []
-        model.net.train(training)
         told = {i: ids for share in gather([*zip(mine, said, strict=True)]) for i, ids in share}
         return [replace(p, ids=(*p.ids, *told[i]), response=(*p.response, *(True,) * len(told[i])))
                 for i, p in enumerate(prompts)]
@@ -107,7 +105,6 @@ class SDFT(Strategy):
         told = {i: z for i, _, z in responses(model, [shown[int(e.id)] for e in batch.examples], self.teacher)}
         p = torch.cat([told[i] for i in range(len(told))]).log_softmax(-1)
         return ((q.exp() * (q - p)).sum(-1) * batch.weight).sum() / batch.tokens
-
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """The teacher is no longer needed."""

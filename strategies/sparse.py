@@ -53,10 +53,8 @@ class Sparse(Strategy):
         """Choose the weights that this stage trains, without dropout."""
         trained = super().begin(model, task)
         if self.fraction < 1:
-            training = model.net.training
-            model.net.eval()
-            self.held, self.mask = snapshot(model), self.choose(self.measure(model, task))
-            model.net.train(training)
+            with model.evaluating():
+                self.held, self.mask = snapshot(model), self.choose(self.measure(model, task))
         return trained
 
     def measure(self, model: Model, task: Task[Encoded]) -> Weights:

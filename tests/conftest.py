@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 
+import absl.logging
 import pytest
 import torch
 from hypothesis import settings
@@ -16,10 +16,8 @@ from small import write_model, write_stream
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network for anything must fail
-with suppress(ImportError):  # of rouge-score: Hydra closes what its handler writes to, which here is pytest's own
-    from absl import logging
-
-    logging.get_absl_handler().python_handler.stream = sys.__stderr__
+# Of rouge-score: Hydra closes what its handler writes to, which here is pytest's own.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 settings.register_profile("ours", deadline=None)  # how long an example takes is the machine's affair
 settings.load_profile("ours")
 

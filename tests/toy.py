@@ -16,7 +16,7 @@ from small import network
 
 from continual import build, toy
 from continual.data import Encoded, Task
-from continual.model import Model, adapt_with
+from continual.model import Model
 from continual.strategy import Strategy
 from continual.toy import (
     NAMES,
@@ -47,11 +47,7 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama"
 
 def prompted(dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "llama", **layout) -> Model:
     """The same model with so many virtual tokens, which alone train."""
-    made = model(dtype, kind=kind, **layout)
-    settings = {"num_virtual_tokens": tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    made.net = adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False).to(dtype).eval()
-    made.behind(())
-    return made
+    return toy.prompted(model(dtype, kind=kind, **layout), tokens)
 
 
 @cache
