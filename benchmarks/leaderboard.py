@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.common import machine
 from continual import cells, reading
+from continual.compare import BEST
 from continual.matrix import mean
 from continual.reports.figures import MEANINGS, NONE, percent, seconds, size
 from continual.reports.runs import Group, Run, find, grouped
@@ -121,7 +122,7 @@ def tuned(folders: Sequence[Path]) -> str:
     """What each search found, a line of YAML each with the score that it had."""
     lines = ["tuned:"]
     for folder in folders:
-        told = reading.yaml_mapping(folder / "optimization_results.yaml")
+        told = reading.yaml_mapping(folder / BEST)
         found: dict[str, dict[str, str]] = {}
         for key, value in told["best_params"].items():
             _, name, setting = key.split(".", 2)
