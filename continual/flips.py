@@ -95,9 +95,14 @@ def show(console: Console, matrix: Matrix, found: Sequence[Flip]) -> None:
         console.print(Text(line, style="dim"), soft_wrap=True)
 
 
+def signed(lost: int, back: int) -> str:
+    """How many were lost (−) and regained (+); empty where none was."""
+    return " ".join([f"−{lost}"] * bool(lost) + [f"+{back}"] * bool(back))
+
+
 def _cell(lost: int, back: int) -> Text:
-    both = [f"−{lost}"] * bool(lost) + [f"+{back}"] * bool(back)
-    return Text(" ".join(both) or "·", style="" if both else "dim")
+    both = signed(lost, back)
+    return Text(both or "·", style="" if both else "dim")
 
 
 def _examples(found: Sequence[Flip]) -> Iterator[str]:

@@ -153,7 +153,13 @@ def forgetting(matrix: Matrix) -> float | None:
     Positive: forgetting; never below minus the backward transfer. The maximum starts at the task's own stage, so what a
     model knew of a task before it was taught is not counted as learned.
     """
-    return mean(_minus(_best(matrix, task), matrix.at(-1, task)) for task in _earlier(matrix))
+    return _fallen(matrix, len(matrix.stages) - 1, _earlier(matrix))
+
+
+def forgotten(matrix: Matrix) -> list[float | None]:
+    """F_k of the tasks learned so far, one a stage; None at the first (Chaudhry et al. 2018)."""
+    return [_fallen(matrix, row, [task for task in matrix.tasks if task in matrix.stages[:row]])
+            for row, stage in enumerate(matrix.stages) if stage != BASE]
 
 
 def forward_transfer(matrix: Matrix) -> float | None:
@@ -202,10 +208,15 @@ def _earlier(matrix: Matrix) -> list[str]:
     return [task for task in matrix.tasks if task != matrix.stages[-1]] if matrix.finished else []
 
 
-def _best(matrix: Matrix, task: str) -> Score:
-    """max_{j<=i<T} R[i][j]."""
+def _fallen(matrix: Matrix, row: int, tasks: Sequence[str]) -> float | None:
+    """mean_j (max_{j<=i<row} R[i][j] - R[row][j]) over these tasks."""
+    return mean(_minus(_best(matrix, task, row), matrix.at(row, task)) for task in tasks)
+
+
+def _best(matrix: Matrix, task: str, end: int) -> Score:
+    """max_{j<=i<end} R[i][j]."""
     row = matrix.stage_of(task)
-    scores = [] if row is None else [matrix.at(i, task) for i in range(row, len(matrix.stages) - 1)]
+    scores = [] if row is None else [matrix.at(i, task) for i in range(row, end)]
     known = [score for score in scores if score is not None]
     return max(known) if known and len(known) == len(scores) else None
 

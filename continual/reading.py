@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from continual.errors import DataError, gathered
+from continual.errors import DataError, brief, gathered
 
 LONGEST = 2**26  # bytes of a line
 LARGEST = 2**28  # bytes of a file that is read whole
@@ -79,6 +79,18 @@ def contents(path: Path) -> bytes:
 def json_file(path: Path) -> Any:
     """The JSON value that a file holds; raises DataError."""
     return parse(contents(path), str(path))
+
+
+def schema_file(path: Path, what: str, mend: str, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """The JSON object of schema 1 that a file holds; raises DataError where it is not, or where `check` fails."""
+    told: dict[str, Any] = json_file(path)
+    try:
+        if told["schema"] != 1:
+            raise ValueError(f"schema {brief(told['schema'])}; this version reads schema 1")
+        check(told)
+        return told
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: no {what} of schema 1 ({error!r}); {mend}") from error
 
 
 def text(path: Path) -> str:

@@ -15,11 +15,10 @@ from rich.console import Console
 
 from continual import report
 from continual.errors import ConfigError, DataError, MissingError
-from continual.matrix import Matrix
+from continual.matrix import Matrix, forgotten
 from continual.reports import figures
 from continual.reports.pages import laid_out, samples
 from continual.reports.runs import Run, grouped, reference
-from continual.reports.versus import forgotten
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 EVIL = "</pre><script>alert('x')</script>&amp; \"q\""

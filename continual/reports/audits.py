@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from continual.errors import DataError, gathered
-from continual.reading import json_file
+from continual.errors import gathered
+from continual.reading import schema_file
 from continual.reports.figures import NONE, count, percent
 
 FILE = "audit.json"
@@ -26,14 +26,8 @@ def load(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    try:
-        told: dict[str, Any] = json_file(path)
-        if told["schema"] != 1:
-            raise ValueError(f"schema {told['schema']!r}; this version reads schema 1")
-        rows(told), lines(told), caption(told), solved(told, {})
-        return told
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no audit of schema 1 ({error!r}); remove it") from error
+    return schema_file(path, "audit", "remove it",
+                       lambda told: (rows(told), lines(told), caption(told), solved(told, {})))
 
 
 def rows(told: Mapping[str, Any]) -> list[list[str]]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from continual.flips import Flip, counts, flips
+from continual.flips import Flip, counts, flips, signed
 from continual.matrix import BASE
 from continual.reports import measures, probed
 from continual.reports.charts import SCORE, Axis, Chart, Point, Series
@@ -116,18 +116,14 @@ def flip_section(run: Run) -> Section | None:
     rows = []
     for task in dict.fromkeys(flip.task for flip in found):
         mine = [told.get((task, stage), (0, 0)) for stage in columns]
-        rows.append(Row([task, *(Cell(_flipped(*both), both[0] - both[1]) for both in mine),
-                         Cell(_flipped(*map(sum, zip(*mine, strict=True))), sum(lost for lost, _ in mine))], task=task))
+        rows.append(Row([task, *(Cell(signed(*both), both[0] - both[1]) for both in mine),
+                         Cell(signed(*map(sum, zip(*mine, strict=True))), sum(lost for lost, _ in mine))], task=task))
     body = [{"label": task, "task": task, "group": "", **_some([flip for flip in found if flip.task == task])}
             for task in dict.fromkeys(flip.task for flip in found)]
     heads = [Head("task"), *(Head(stage, f"lost (−) and regained (+) after {stage}") for stage in columns),
              Head("in all")]
     return Section("Forgotten examples", f"How many answers were lost (−) and regained (+) at each stage. {FLIPS}",
                    table=Table("flips", heads, rows), kind="flips", body=body)
-
-
-def _flipped(lost: int, back: int) -> str:
-    return " ".join([*[f"−{lost}"] * bool(lost), *[f"+{back}"] * bool(back)])
 
 
 def flips_of(groups: Sequence[Group]) -> Section | None:

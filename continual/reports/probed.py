@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from continual.errors import DataError
-from continual.reading import CONTROL, is_number, json_file
+from continual.reading import CONTROL, is_number, schema_file
 from continual.reports.figures import percent
 
 FILE = "probes.json"
@@ -22,17 +21,14 @@ def load(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    try:
-        told: dict[str, Any] = json_file(path)
-        if told["schema"] != 1:
-            raise ValueError(f"schema {told['schema']!r}; this version reads schema 1")
-        if any(not _sound(name, entry, len(told["stages"])) for name, entry in told["probes"].items()):
-            raise ValueError("a figure for each stage was expected, and what it says")
-        if not all(isinstance(stage, str) and not CONTROL.search(stage) for stage in told["stages"]):
-            raise ValueError("stages should be names")
-        return told
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no probes of schema 1 ({error!r}); remove it, or run again") from error
+    return schema_file(path, "probes", "remove it, or run again", _check)
+
+
+def _check(told: dict[str, Any]) -> None:
+    if any(not _sound(name, entry, len(told["stages"])) for name, entry in told["probes"].items()):
+        raise ValueError("a figure for each stage was expected, and what it says")
+    if not all(isinstance(stage, str) and not CONTROL.search(stage) for stage in told["stages"]):
+        raise ValueError("stages should be names")
 
 
 def _sound(name: str, entry: Any, stages: int) -> bool:

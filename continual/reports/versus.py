@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from continual.matrix import BASE, Matrix, incremental, mean
+from continual.matrix import BASE, Matrix, forgotten, incremental, mean
 from continual.reports import beside, figures
 from continual.reports.charts import SCORE, Axis, Chart, Dots, Point, Series
 from continual.reports.figures import MEANINGS, percent, with_spread
@@ -105,20 +105,6 @@ def _curves(groups: Sequence[Group], looks: dict[str, int | str]) -> Section:
              "A band is the 95% interval (Student's t) of a mean over three runs or more, drawn around few lines."
              if any(s.band for s in learned) else ""]
     return Section("Through the stages", " ".join(filter(None, notes)), charts)
-
-
-def forgotten(matrix: Matrix) -> list[float | None]:
-    """F_k of Chaudhry et al. (2018), one a stage: mean_{j<i} (max_{j<=l<i} R[l][j] - R[i][j]); None at the first."""
-    told: list[float | None] = []
-    for row, stage in enumerate(matrix.stages):
-        falls: list[float | None] = []
-        for task in matrix.stages[:row] if stage != BASE else ():
-            if task in matrix.tasks:
-                known = [matrix.at(i, task) for i in range(matrix.stages.index(task), row)]
-                now, best = matrix.at(row, task), [score for score in known if score is not None]
-                falls.append(max(best) - now if now is not None and len(best) == len(known) else None)
-        told += [mean(falls)] if stage != BASE else []
-    return told
 
 
 def _over_stages(group: Group, measure: Callable[[Matrix], list[float | None]], looks: dict[str, int | str]
