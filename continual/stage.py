@@ -23,6 +23,7 @@ from continual.strategy import Strategy
 from continual.weights import restore
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+OPTIMIZERS = ("adamw", "sgd")
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -36,6 +37,7 @@ class Recipe:
     batch_size: int = 32
     warmup: float = 0.0
     schedule: str = "linear"
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = 1.0
@@ -51,6 +53,8 @@ class Recipe:
             raise ConfigError(gathered(problems))
         if self.schedule not in SCHEDULES:
             raise ConfigError(unknown("train.schedule", self.schedule, SCHEDULES))
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(unknown("train.optimizer", self.optimizer, OPTIMIZERS))
         if self.mask_how not in ("replace", "drop"):
             raise ConfigError(unknown("loss.mask_how", self.mask_how, ["replace", "drop"]))
         if self.on_nonfinite not in ("stop", "skip"):
@@ -104,7 +108,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
         raise DataError(f"task {task.name!r} has no train rows, and a stage needs some; add rows or leave it out")
     torch.manual_seed(seed)
     model.net.train()
-    optimizer = _adamw(model, strategy.begin(model, task), recipe)
+    optimizer = _optimizer(model, strategy.begin(model, task), recipe)
     total, budget, began = recipe.total(len(task.train)), model.layout.tokens, time.perf_counter()
     patience = _patience(model, task, recipe)
     at = Progress(model, optimizer, _schedule(optimizer, recipe, total), patience)
@@ -204,9 +208,12 @@ def _patience(model: Model, task: Task[Encoded], recipe: Recipe) -> Patience | N
     return Patience(model, list(task.split("dev")), epoch, recipe.patience) if recipe.patience else None
 
 
-def _adamw(model: Model, groups: list[Any], recipe: Recipe) -> torch.optim.AdamW:
-    fused = model.layout.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=fused)
+def _optimizer(model: Model, groups: list[Any], recipe: Recipe) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay,
+                                "fused": model.layout.device.type in ("cpu", "cuda")}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, **settings)
+    return torch.optim.AdamW(groups, betas=recipe.betas, **settings)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:

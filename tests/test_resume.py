@@ -144,6 +144,7 @@ KINDS = {
     "o-lora": ["strategy=olora", "strategy.olora.rank=2", "model.adapter=lora"],
     "slao": ["strategy=slao", "model.adapter=lora"],
     "sdft": ["strategy=sdft"], "asft": ["strategy=asft"],
+    "sgd": ["strategy=naive", "train.optimizer=sgd", "train.lr=0.3"],
     "projected conflicts": ["strategy=multitask", "strategy.multitask.conflicts=project"],
     "a plugin": ["strategy=avalanche", "strategy.avalanche.plugin=RWalkPlugin", "+strategy.avalanche.args.delta_t=2"],
     "early stopping": ["strategy=replay", "train.patience=1", "train.epochs=40", "train.lr=0.05",

@@ -50,6 +50,19 @@ def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
         torch.testing.assert_close(w, weights(nets[1])[name])
 
 
+def test_sgd_moves_each_weight_by_the_rate_times_its_gradient_and_its_decay():
+    net = model(dtype=torch.float64)
+    before, batch = snapshot(net), net.batch(ROWS)
+    nll(net, batch).backward()
+    expected = {n: w.detach() - 0.1 * (w.grad + 0.01 * w.detach()) for n, w in weights(net).items()}
+    net.net.zero_grad()
+    train(net, optimizer="sgd", lr=0.1, weight_decay=0.01, batch_size=len(ROWS), steps=1, schedule="constant",
+          clip=None)
+    for n, w in weights(net).items():
+        torch.testing.assert_close(w.detach(), expected[n])
+        assert not torch.equal(w, before[n])
+
+
 @dataclass(kw_only=True)
 class Starved(Strategy):
     """Memory for so many examples in a forward pass."""
@@ -241,6 +254,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 # What cannot be
 
 @pytest.mark.parametrize(("recipe", "message"), [
+    ({"optimizer": "adam"}, r"unknown train.optimizer 'adam'; did you mean 'adamw'"),
     ({"schedule": "cosin"}, r"unknown train.schedule 'cosin'; did you mean 'cosine'"),
     ({"lr": -1}, "train.lr=-1: expected at least 0"),
     ({"lr": math.nan}, "train.lr=nan: expected at least 0"),
