@@ -66,7 +66,7 @@ class GainLoRA(IncrementalLoRA):
         trained = super().begin(model, task)
         if not self.rank:
             return trained
-        if self.first in self.gates:
+        if self.first in self.gates and not len(self.change):  # it has ended
             raise ConfigError(f"the branch from row {self.first} of the LoRA on has the gate of an earlier stage, and "
                               "its B is zero: that stage changed nothing, or a strategy that is listed beside "
                               "gain_lora put the weights back; raise train.lr, or leave that strategy out")

@@ -72,8 +72,8 @@ VARIANTS = [
     ("olora", "olora.rank=3", "olora.lambda_2=0.1"), ("slao", "slao.power=0"),
     ("per_task,replay", "replay.capacity=0.5"), ("replay,olora", "replay.capacity=0.5", "olora.rank=2"),
     ("gain_lora", "gain_lora.rank=3", "gain_lora.hidden=5", "gain_lora.threshold=1"),
-    ("gain_lora,olora", "gain_lora.rank=2", "olora.rank=2", "gain_lora.threshold=0.5"),
-    ("replay,gain_lora", "replay.capacity=0.5", "gain_lora.rank=2", "gain_lora.threshold=0.5"),
+    ("gain_lora,olora", "gain_lora.rank=3", "olora.rank=3", "gain_lora.threshold=0.5"),
+    ("replay,gain_lora", "replay.capacity=0.5", "gain_lora.rank=3", "gain_lora.threshold=0.5"),
     ("average", "average.begin_at=own", "average.blend=0.5"),
     ("fisher_merge", "fisher_merge.begin_at=base", "fisher_merge.labels=empirical"),
     ("ema,l2", "ema.begin_at=merged", "ema.decay=0.3"), ("ties", "ties.begin_at=own", "ties.density=0.5"),
@@ -97,7 +97,7 @@ def sized(name: str) -> tuple[str, ...]:
     # a small rank, and a low threshold, leave room for each task.
     more = {"agem": ("agem.sample=2",), "ema": ("ema.decay=0.5",), "sparse": ("sparse.fraction=0.2",),
             "incremental_lora": ("incremental_lora.rank=2",), "olora": ("olora.rank=2",),
-            "gain_lora": ("gain_lora.rank=2", "gain_lora.threshold=0.5"),
+            "gain_lora": ("gain_lora.rank=3", "gain_lora.threshold=0.5"),
             "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=1000")}
     return (name, *((f"{name}.{MOST}",) if name in BUFFERED else ()), *more.get(name, ()))
 

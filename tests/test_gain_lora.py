@@ -20,14 +20,14 @@ from continual.model import Model
 from continual.score import likelihoods
 from continual.stage import learn
 from continual.strategy import Strategy, compose
-from continual.weights import snapshot, weights
+from continual.weights import snapshot
 from strategies.adapters import PerTask
 from strategies.gain_lora import GainLoRA, beside, grown, pooled, read
 from strategies.replay import Replay
 
 RANK, ROOM, FEW = 2, 8, 8  # so few examples a task that three tasks leave room in 32 dimensions
 RECIPE = replace(toy.RECIPE, lr=0.02, weight_decay=0.1)
-EXACT = {"rank": RANK, "threshold": 1.0}
+EXACT = {"rank": RANK, "threshold": 1.0, "hidden": 30}
 
 
 def trained(*indices: int, kind: str = "gpt2", recipe=RECIPE, strategy: Strategy | None = None, **layout):
@@ -59,11 +59,11 @@ def by_hand(strategy: GainLoRA, made: Model, prompt) -> dict[int, float]:
 
 def merged(strategy: GainLoRA, made: Model, prompt) -> Model:
     """A network of the weights W + sum_k g_k B_k A_k for this prompt, without a LoRA or a hook."""
-    alone = deepcopy(made)
+    alone, gates = deepcopy(made), by_hand(strategy, made, prompt)
     with torch.no_grad():
-        for n, w in weights(alone).items():
-            for row, g in by_hand(strategy, made, prompt).items() if "lora_B" in n else ():
-                w[:, row : row + RANK] *= g
+        for _, b in factors(alone):
+            for row, g in gates.items():
+                b[:, row : row + RANK] *= g
     fresh = toy.model(torch.float64, kind="gpt2")
     return replace(fresh, net=alone.net.merge_and_unload())
 
@@ -135,7 +135,7 @@ def test_with_a_threshold_of_1_nothing_is_said_otherwise_for_a_prompt_of_an_earl
         seen.append(snapshot(made))
         torch.testing.assert_close(forward(made, made.batch(old)).detach(), before, rtol=1e-9, atol=1e-9)
         assert strategy.opened(made, old)[:, i * RANK].abs().max() < 1e-10
-        assert strategy.opened(made, toy.examples(i, FEW))[:, i * RANK].min() > 0.05
+        assert strategy.opened(made, toy.examples(i, FEW))[:, i * RANK].mean() > 0.2
     assert all(not toy.same(a, b) for a, b in pairwise(seen))
 
 
@@ -145,6 +145,7 @@ def test_a_new_gate_is_shut_for_earlier_prompts_at_first_and_at_every_step_in_ev
     said = pooled(made, old)
     layers = read(strategy.gates[0], said)
 
+    @torch.no_grad()
     def look(step, state):
         gate = strategy.now()[RANK]
         moved = [float((g - g0).norm()) for g, g0 in zip(gate, strategy.gates[RANK], strict=True)]
