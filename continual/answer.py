@@ -81,7 +81,8 @@ def _generated(model: Model, prompts: Sequence[Encoded], part: Sequence[int], ro
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
     more = {} if pick is likeliest else {"logits_processor": [only]}
-    with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
+    with (model.around(model, [prompts[i] for i in part]),
+          torch.autocast(device.type, torch.bfloat16, enabled=model.bf16)):
         out = model.net.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
     rows: list[list[int]] = (out if model.layout.seq2seq else out[:, longest:]).tolist()
     return [row[: row.index(end, first) + 1] if end in row[first:] else row

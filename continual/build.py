@@ -23,6 +23,7 @@ from continual.errors import ConfigError, DataError, brief, gathered, mistyped, 
 from continual.files import file_name
 from continual.judge import Judge
 from continual.model import Model, pick_device
+from continual.outside import outside
 from continual.parallel import world
 from continual.probes.base import Probe
 from continual.score import Test, prepare
@@ -134,6 +135,17 @@ def choosing(config: DictConfig) -> list[str]:
     kinds = {name: get_object(part["_target_"]) for name, part in config.strategy.items()}
     return [name for name, kind in kinds.items() if any(getattr(kind, moment) is not getattr(Strategy, moment)
                                                         for moment in ("route", "dispatch"))]
+
+
+def lacking(section: Any) -> list[str]:
+    """Of a run's strategies, as its config.yaml has them, those without whose memory its weights are no model of its.
+
+    Only constructors that are continual's or an installed package's are looked at.
+    """
+    known = registry("strategy") | set(outside().values())
+    parts = section.items() if isinstance(section, DictConfig) else ()
+    return [str(name) for name, part in parts if isinstance(part, DictConfig) and str(part.get("_target_")) in known
+            and not get_object(part["_target_"]).whole]
 
 
 def refuse_shards(config: DictConfig, learner: Strategy) -> None:

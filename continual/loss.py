@@ -35,6 +35,7 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
                           "train.shard=false, or choose another strategy")
     model.fit(max(len(e.ids) for e in batch.examples) - 1)  # the last token is not read
     with ExitStack() as stack:
+        stack.enter_context(model.around(model, batch.examples))
         if batch.layout.flat:
             stack.enter_context(flat_attention(model.net, kernel(batch.layout.device)))
         if batch.layout.flat and model.last:

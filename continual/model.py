@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,12 @@ from continual.parallel import leads, started
 from continual.virtual import prompted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Around = Callable[["Model", Sequence[Encoded]], AbstractContextManager[None]]
+
+
+def _alike(model: Model, examples: Sequence[Encoded]) -> AbstractContextManager[None]:
+    """The network reads all examples alike."""
+    return nullcontext()
 
 
 @dataclass
@@ -30,7 +36,8 @@ class Model:
     `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16 by autocast. `last`
     is its last layer where most of what that computes for unsupervised positions can be left out. `trained` is all that
     the optimizer changes, also of the strategy's own, once there is one. If `sharded`, each process has a part of every
-    weight, and a pass takes all processes.
+    weight, and a pass takes all processes. Each pass over padded rows runs within `around`, which is given the examples
+    whose rows they are: so a strategy may let the network read each in a way of its own.
     """
 
     net: Any
@@ -41,6 +48,7 @@ class Model:
     last: LastLayer | None = None
     trained: Sequence[torch.Tensor] = ()
     sharded: bool = False
+    around: Around = _alike
 
     def batch(self, examples: Sequence[Encoded]) -> Batch:
         """The examples as one batch for this model."""

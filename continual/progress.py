@@ -19,11 +19,14 @@ from continual.model import Model
 from continual.parallel import add_up
 from continual.reading import is_number
 from continual.sharding import cut_as, in_step
-from continual.weights import Weights, snapshot
+from continual.weights import Weights, restore, snapshot, weights
 
 
 class Patience:
-    """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs without a gain."""
+    """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs without a gain.
+
+    Kept with them is what a strategy has learned along.
+    """
 
     def __init__(self, model: Model, dev: Sequence[Encoded], epoch: int, allowed: int) -> None:
         """`epoch` is how many steps one takes, `allowed` how many epochs may bring no gain."""
@@ -38,9 +41,24 @@ class Patience:
         self.seen += 1
         now = self._loss()
         if now < self.low:
-            self.low, self.since, self.best = now, 0, snapshot(self.model)
+            self.low, self.since = now, 0
+            self.best = snapshot(self.model) | {n: t.detach().clone() for n, t in self.own.items()}
         else:
             self.since += 1
+
+    @property
+    def own(self) -> Weights:
+        """What the optimizer changes beside the model's weights: the strategy's own, by its place."""
+        live = {id(w) for w in weights(self.model).values()}
+        return {str(i): t for i, t in enumerate(self.model.trained) if id(t) not in live}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Go back to the best, if any was seen."""
+        if self.seen:
+            restore(self.model, self.best)
+            for n, t in self.own.items():
+                t.copy_(self.best[n])
 
     @property
     def spent(self) -> bool:

@@ -20,7 +20,6 @@ from continual.parallel import compare
 from continual.progress import Patience, Progress
 from continual.sharding import clip, in_shards
 from continual.strategy import Strategy
-from continual.weights import restore
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 OPTIMIZERS = ("adamw", "sgd")
@@ -198,8 +197,8 @@ def _close(at: Progress, task: Task[Encoded]) -> None:
     if at.skipped == at.step:
         raise TrainingError(f"every step of task {task.name!r} had a loss or gradient that is not finite; lower "
                             "train.lr, set train.clip, or train in fp32")
-    if at.patience and at.patience.seen:
-        restore(at.model, at.patience.best)
+    if at.patience:
+        at.patience.settle()
     at.model.net.eval()
 
 

@@ -40,6 +40,7 @@ class Strategy:
     costs: ClassVar[str] = "1"
     notes: dict[str, float] = field(init=False, repr=False, default_factory=dict)  # shown beside the step's loss
 
+    whole = True  # a checkpoint's weights are, without the strategy's memory, a model that answered in the run
     shardable = True  # it asks a model for losses, answers and gradients' sums only, whose weights may be in shards
 
     def __init_subclass__(cls, **more: Any) -> None:

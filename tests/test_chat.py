@@ -109,9 +109,10 @@ def test_quit_ends_it(say, done):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
-@pytest.mark.parametrize("strategy", ["per_task", "router"])
+@pytest.mark.parametrize("strategy", ["per_task", "router", "gain_lora"])
 def test_a_strategy_that_chooses_weights_chooses_them_here_too(say, keys, tmp_path, strategy):
-    run(tmp_path, keys, *SHORT, f"strategy={strategy}", "model.adapter=lora")
+    rank = ("strategy.gain_lora.rank=2",) if strategy == "gain_lora" else ()
+    run(tmp_path, keys, *SHORT, f"strategy={strategy}", *rank, "model.adapter=lora")
     out = say(tmp_path, "red blue", "/task first", "/example")
     assert ("has other weights for each task, and none is named" in " ".join(out)) == (strategy == "per_task")
     assert out[-2] == first_answer(tmp_path, 2, "first")

@@ -17,7 +17,7 @@ ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_confi
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
 BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem",
             "anil", "meta_sgd"}
-LORA = {"incremental_lora", "olora", "slao"}  # they work on the factors of a LoRA
+LORA = {"incremental_lora", "olora", "gain_lora", "slao"}  # they work on the factors of a LoRA
 MOMENTS = ("begin", "end", "route")  # at which to give the model other weights is what some are for:
 SETTERS = {"per_task", "router", "slao", "progressive_prompts", "average", "fisher_merge", "ema", "task_arithmetic",
            "ties"}
@@ -37,7 +37,7 @@ OFF = {
     "gem": ("gem.capacity=0",), "agem": ("agem.capacity=0",), "ogd": ("ogd.examples=0",),
     "per_task": ("per_task.start=last",), "router": ("router.start=last",),
     "incremental_lora": ("incremental_lora.rank=0",), "olora": ("olora.rank=0",),
-    "slao": ("slao.power=0", "slao.orthogonal=false"),
+    "gain_lora": ("gain_lora.rank=0",), "slao": ("slao.power=0", "slao.orthogonal=false"),
     "asft": ("asft.strength=0", "asft.dynamic=false"), "sdft": ("sdft.strength=0",),
     "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=0"),
     "mas": ("mas.strength=0",), "si": ("si.strength=0",), "rwalk": ("rwalk.strength=0",),
@@ -71,6 +71,9 @@ VARIANTS = [
     ("ogd", "ogd.examples=3"), ("ogd,replay", "replay.capacity=0.5"), ("mas", "mas.examples=5"),
     ("olora", "olora.rank=3", "olora.lambda_2=0.1"), ("slao", "slao.power=0"),
     ("per_task,replay", "replay.capacity=0.5"), ("replay,olora", "replay.capacity=0.5", "olora.rank=2"),
+    ("gain_lora", "gain_lora.rank=3", "gain_lora.hidden=5", "gain_lora.threshold=1"),
+    ("gain_lora,olora", "gain_lora.rank=3", "olora.rank=3", "gain_lora.threshold=0.5"),
+    ("replay,gain_lora", "replay.capacity=0.5", "gain_lora.rank=3", "gain_lora.threshold=0.5"),
     ("average", "average.begin_at=own", "average.blend=0.5"),
     ("fisher_merge", "fisher_merge.begin_at=base", "fisher_merge.labels=empirical"),
     ("ema,l2", "ema.begin_at=merged", "ema.decay=0.3"), ("ties", "ties.begin_at=own", "ties.density=0.5"),
@@ -91,9 +94,10 @@ VARIANTS = [
 def sized(name: str) -> tuple[str, ...]:
     """The strategy's own configuration, with a buffer that is not all but empty."""
     # The mean of more opposes no step here; a stage of a few steps leaves no trace in a slow average or few weights;
-    # a small rank leaves room for each task.
+    # a small rank, and a low threshold, leave room for each task.
     more = {"agem": ("agem.sample=2",), "ema": ("ema.decay=0.5",), "sparse": ("sparse.fraction=0.2",),
             "incremental_lora": ("incremental_lora.rank=2",), "olora": ("olora.rank=2",),
+            "gain_lora": ("gain_lora.rank=3", "gain_lora.threshold=0.5"),
             "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=1000")}
     return (name, *((f"{name}.{MOST}",) if name in BUFFERED else ()), *more.get(name, ()))
 

@@ -113,6 +113,7 @@ def test_its_seconds_are_of_scoring_not_of_training(looked):
 @pytest.mark.parametrize("kind", [
     ["strategy=naive"], ["strategy=router"],
     ["strategy=progressive_prompts", "model.adapter=prompt_tuning", "train.lr=0.1"],
+    ["strategy=gain_lora", "strategy.gain_lora.rank=2", "model.adapter=lora"],
 ], ids=lambda kind: kind[0].partition("=")[2])
 def test_a_run_that_looks_ends_as_one_that_does_not_bit_for_bit(kind, keys, tmp_path):
     model = write_model(tmp_path / "model", "gpt2")  # which has dropout

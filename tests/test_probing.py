@@ -132,9 +132,12 @@ def test_half_a_file_of_a_stage_is_measured_again(done, words, tmp_path):
     assert (out / "probes.json").read_bytes() == (done[0] / "probes.json").read_bytes()
 
 
-@pytest.mark.parametrize("strategy", ["per_task", "router"])
+@pytest.mark.parametrize("strategy", [
+    ["per_task"], ["router"], ["gain_lora", "model.adapter=lora", "strategy.gain_lora.rank=2"],
+], ids=lambda told: told[0])
 def test_a_probe_is_answered_as_the_strategy_readies_the_model_for_it(strategy, keys, tmp_path):
-    matrix, _ = run(tmp_path, keys, f"strategy={strategy}", "probe=[shots]", "probe.shots.k=[0]")
+    name, *more = strategy
+    matrix, _ = run(tmp_path, keys, f"strategy={name}", *more, "probe=[shots]", "probe.shots.k=[0]")
     told = read(tmp_path)["probes"]["shots"]["series"]
     assert [told[f"{task} k=0"][-1] for task in TASKS] == list(matrix.scores[-1])
 

@@ -142,6 +142,7 @@ KINDS = {
     "sparse": ["strategy=sparse", "strategy.sparse.avoid=0.1", "strategy.sparse.fraction=0.1", "train.weight_decay=1"],
     "per task": ["strategy=per_task"], "router": ["strategy=router"],
     "o-lora": ["strategy=olora", "strategy.olora.rank=2", "model.adapter=lora"],
+    "gain-lora": ["strategy=gain_lora", "strategy.gain_lora.rank=2", "model.adapter=lora"],
     "slao": ["strategy=slao", "model.adapter=lora"],
     "sdft": ["strategy=sdft"], "asft": ["strategy=asft"],
     "sgd": ["strategy=naive", "train.optimizer=sgd", "train.lr=0.3"],

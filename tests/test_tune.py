@@ -16,7 +16,8 @@ SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
 FLOOR_AND_CEILING = {"naive", "joint"}
 # Strategies that are not on the leaderboard, and why.
 ELSEWHERE = {
-    **dict.fromkeys(("incremental_lora", "olora", "slao"), "they train a LoRA, and the others the whole model"),
+    **dict.fromkeys(("incremental_lora", "olora", "gain_lora", "slao"),
+                    "they train a LoRA, and the others the whole model"),
     "progressive_prompts": "it trains virtual tokens alone, at a rate of their own",
     "avalanche": "it is whatever plugin is named",
 }
