@@ -121,6 +121,7 @@ def take_over(config: DictConfig, path: Path) -> None:
                           "trust its source, give model=hf model.name=NAME model.trust_remote_code=true")
     with open_dict(config):
         config.model, config.data = model, {**config.data, **theirs.data}
+        config.model.seed = model.get("seed", theirs.get("seed", 0))  # what was drawn, no checkpoint need have
         if "stream" in model:  # what a model from scratch was built for
             config.model.stream = stream
 

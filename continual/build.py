@@ -182,7 +182,7 @@ def reader(config: DictConfig, tasks: Stream) -> Model:
 
 def _model(config: DictConfig, tasks: Stream | None, **more: Any) -> Model:
     origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
-    made: Model = construct(config.model, "model", stream=origin, seed=config.seed,
+    made: Model = construct(config.model, "model", stream=origin, seed=config.model.get("seed", config.seed),
                             **{"device": config.device, **more})
     return made
 
