@@ -54,6 +54,7 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
         names = ", ".join(t.name for t in bench.stream.tasks)
         raise ConfigError(f"adapt learns one task, and this stream has {len(bench.stream.tasks)}: {names}; pick one, "
                           f"such as stream.tasks=[{bench.stream.tasks[0].name}]")
+    bench.load()
     if folder:
         checkpoint.load(folder, bench.model)
     task = bench.tokens.task(bench.stream.stages[0])
