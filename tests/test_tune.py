@@ -18,6 +18,7 @@ FLOOR_AND_CEILING = {"naive", "joint"}
 ELSEWHERE = {
     **dict.fromkeys(("incremental_lora", "olora", "slao"), "they train a LoRA, and the others the whole model"),
     "progressive_prompts": "it trains virtual tokens alone, at a rate of their own",
+    "la_maml": "it is trained by SGD, and the others by AdamW",
     "avalanche": "it is whatever plugin is named",
 }
 
