@@ -46,6 +46,7 @@ def set_up(config: DictConfig, out: Path) -> Bench:
     build.check(config)
     strategy, recipe = build.strategy(config), build.recipe(config)  # before anything that takes long
     build.refuse_shards(config, strategy)
+    build.refuse_optimizer(config, strategy)
     stream = build.stream(config)
     model = build.reader(config, stream)
     encoder = build.encoder(config, model)

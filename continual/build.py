@@ -176,6 +176,14 @@ def refuse_shards(config: DictConfig, learner: Strategy) -> None:
                           "one of them")
 
 
+def refuse_optimizer(config: DictConfig, learner: Strategy) -> None:
+    """Raise ConfigError where the strategy takes plain SGD and the configuration has something else."""
+    if learner.sgd_only and config.train.optimizer != "sgd":
+        raise ConfigError(f"strategy={'+'.join(map(str, config.strategy))} has a learning rate of its own for each "
+                          f"weight, which train.optimizer={config.train.optimizer} would undo; set "
+                          "train.optimizer=sgd train.lr=1")
+
+
 def model(config: DictConfig, tasks: Stream | None) -> Model:
     """The configured model on its device, or in shards on all, with the configured batch layout and precision."""
     weight = config.loss.instruction_weight

@@ -96,6 +96,7 @@ def plan(config: DictConfig) -> Plan:
     recipe, settings, ghosts = build.recipe(config), config.plan, Ghosts()
     stream = Stream("planned", "given", (), ()) if settings.tasks else build.stream(config)
     strategy = build.strategy(config)
+    build.refuse_optimizer(config, strategy)
     with ghosts.shapes():
         model = build.model(config, stream)
     ghosts.haunt(model.net)
