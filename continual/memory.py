@@ -48,17 +48,16 @@ class ReplayBuffer:
     seed: int = 0
     tasks: dict[str, list[Encoded]] = field(default_factory=dict)  # "all" when one reservoir serves every task
     seen: int = 0
-    rng: random.Random = field(default_factory=random.Random)
+    rng: random.Random = field(default=None)  # type: ignore[assignment]  # seeded, unless one is given
 
     def __post_init__(self) -> None:
-        """Refuse a kind or capacity that does not exist; seed the generator."""
+        """Refuse a kind or capacity that does not exist; seed a generator where none is given, as a checkpoint does."""
         if self.kind not in KINDS:
             raise ConfigError(unknown("replay buffer", self.kind, KINDS))
         if self.capacity < 0 or (self.capacity > 1 and self.capacity != int(self.capacity)):
             raise ConfigError(f"a replay buffer of capacity {self.capacity}: give a whole number of examples, or a "
                               "fraction of each task between 0 and 1")
-        if not self.tasks:
-            self.rng.seed(self.seed)
+        self.rng = self.rng or random.Random(self.seed)
 
     def __len__(self) -> int:
         """How many examples are kept."""

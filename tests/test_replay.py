@@ -18,6 +18,7 @@ from continual.errors import ConfigError
 from continual.memory import ReplayBuffer, reservoir
 from continual.packing import Batch, Layout
 from continual.stage import Recipe
+from continual.values import from_json, to_json
 from strategies.replay import Replay
 
 
@@ -31,6 +32,14 @@ def filled(sizes: list[int], capacity: float, kind: str = "balanced", seed: int 
     for t, n in enumerate(sizes):
         buffer.add(f"task{t}", rows(t, n))
     return buffer
+
+
+def test_what_was_drawn_before_the_first_example_came_is_drawn_once_also_behind_a_checkpoint():
+    """A first stage of several tasks, whose conflicts take the buffer's generator."""
+    buffer = ReplayBuffer(5)
+    buffer.rng.random()
+    told = json.loads(json.dumps(to_json(buffer, "buffer", {})))
+    assert from_json(told, {}, 64).rng.random() == buffer.rng.random()
 
 
 class Scripted(random.Random):

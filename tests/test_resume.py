@@ -51,9 +51,9 @@ def assert_same(a, b):
     """Both runs ended alike, bit for bit."""
     assert Matrix.load(a / "matrix.json").scores == Matrix.load(b / "matrix.json").scores
     predictions = sorted(p.relative_to(a) for p in (a / "predictions").rglob("*.jsonl"))
-    assert len(predictions) == 4 * 3
+    last = max((a / "checkpoints").glob("stage-??")).relative_to(a)
+    assert len(predictions) == (int(last.name[6:]) + 1) * 3
     assert [(a / p).read_bytes() for p in predictions] == [(b / p).read_bytes() for p in predictions]
-    last = "checkpoints/stage-03"
     assert (a / last / "memory.json").read_text() == (b / last / "memory.json").read_text()
     for name in ("weights", "memory"):
         one, other = (load_file(out / last / f"{name}.safetensors") for out in (a, b))
@@ -148,6 +148,8 @@ KINDS = {
     "sdft": ["strategy=sdft"], "asft": ["strategy=asft"],
     "sgd": ["strategy=naive", "train.optimizer=sgd", "train.lr=0.3"],
     "projected conflicts": ["strategy=multitask", "strategy.multitask.conflicts=project"],
+    "projected conflicts of one stage": ["strategy=[joint,multitask]",
+                                         "strategy.multitask.conflicts=project"],
     "a plugin": ["strategy=avalanche", "strategy.avalanche.plugin=RWalkPlugin", "+strategy.avalanche.args.delta_t=2"],
     "early stopping": ["strategy=replay", "train.patience=1", "train.epochs=40", "train.lr=0.05",
                        "checkpoint.every_steps=1"],
@@ -159,10 +161,10 @@ KINDS = {
 def test_every_strategy_goes_on_within_a_stage_to_the_same_end(kind, keys, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     told = [*keys, "checkpoint.every_steps=2", *KINDS[kind]]
-    save = checkpoint.save
+    save, stage = checkpoint.save, "stage-01" if "one stage" in kind else "stage-02"
 
     def leave_a_copy(folder, *more, **named):
-        if folder.name == "stage-02":
+        if folder.name == stage:
             shutil.copytree(whole, cut)
         return save(folder, *more, **named)
 
@@ -171,7 +173,7 @@ def test_every_strategy_goes_on_within_a_stage_to_the_same_end(kind, keys, tmp_p
     monkeypatch.undo()
     torch.manual_seed(99)
     _, said = run(cut, told, "score.during=1")  # which may only look
-    assert f"resuming {cut} from stage-02-step-" in said
+    assert f"resuming {cut} from {stage}-step-" in said
     assert_same(whole, cut)
 
 
