@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,15 +75,17 @@ class DER(Strategy):
     def remember(self, model: Model, batch: Batch) -> None:
         """Offer the examples to the reservoir; those it takes are kept with the logits they have now."""
         arrivals: list[dict[str, Any]] = [{"example": e} for e in batch.examples]
-        reservoir(self.kept, arrivals, self.capacity, self.seen, self.rng)
-        self.seen += len(arrivals)
-        new = [r for r in self.kept if "logits" not in r]
+        kept, rng = [*self.kept], copy(self.rng)
+        reservoir(kept, arrivals, self.capacity, self.seen, rng)
+        new = [r for r in kept if "logits" not in r]
         for i, _, logits in responses(model, [r["example"] for r in new]):
             columns = None
             if self.top < logits.shape[1]:
                 logits, columns = logits.topk(self.top)
             new[i]["logits"] = logits.half().cpu().clone()
             new[i]["columns"] = None if columns is None else columns.int().cpu().clone()
+        # Together, and last: where memory runs out before, the step is tried again, and offers its examples once.
+        self.kept, self.rng, self.seen = kept, rng, self.seen + len(arrivals)
 
 
 def distance(model: Model, batch: Batch, kept: list[dict[str, Any]]) -> Tensor:

@@ -15,6 +15,7 @@ from continual.model import Model
 from continual.packing import Layout
 from continual.stage import Recipe
 from continual.weights import gradient, snapshot
+from strategies import der
 from strategies.der import DER, distance
 
 WHOLE = {"capacity": 40, "minibatch": 4}
@@ -67,6 +68,24 @@ def test_without_beta_a_step_draws_once_and_is_equation_5():
     (toy.mean_loss(made.net, new) + 0.3 * torch.cat(
         [(logits_by_hand(made, r["example"]) - r["logits"]).square() for r in held]).mean()).backward()
     assert toy.close(got, gradient(made), rtol=1e-7, atol=1e-9)
+
+
+def test_a_step_that_is_tried_again_with_less_memory_offers_its_examples_once(monkeypatch):
+    tried = []
+
+    def once(model, examples, at=None):
+        tried.append(len(examples))
+        if len(tried) == 3:
+            raise torch.OutOfMemoryError("once")
+        return responses(model, examples, at)
+
+    whole, again = DER(**WHOLE), DER(**WHOLE)
+    toy.train(toy.model(), whole, 0)
+    monkeypatch.setattr(der, "responses", once)
+    toy.train(toy.model(), again, 0)
+    assert tried[3] == tried[2] > 0
+    assert (again.seen, [r["example"] for r in again.kept]) == (whole.seen, [r["example"] for r in whole.kept])
+    assert all("logits" in r for r in again.kept)
 
 
 def test_logits_are_kept_as_they_were_to_half_precision_when_the_example_came():
