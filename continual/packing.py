@@ -63,6 +63,12 @@ class Batch:
         """Some of the examples, each with its scale."""
         return self.of([self.examples[i] for i in indices], [self.scale[i] for i in indices] if self.scale else ())
 
+    def times(self, factor: Tensor) -> Batch:
+        """The same tokens, in the same tensors, the loss of each task's times its `factor` (tasks,)."""
+        other = replace(self, factor=factor)
+        vars(other).update({name: getattr(self, name) for name in ("_laid", "_supervised", "task")})
+        return other
+
     def micro_batches(self) -> list[Batch]:
         """This batch in parts of at most `layout.tokens` tokens, or single examples; like stays with like.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from dataclasses import replace as but
 from typing import Any
 
 import torch
@@ -130,7 +129,7 @@ class MultiTask(Replay):
             return super().loss(model, batch)
         s = self.log_variance
         own = (batch.weight * s[batch.task]).sum() / batch.tokens / 2
-        return super().loss(model, but(batch, factor=torch.exp(-s))) + own
+        return super().loss(model, batch.times(torch.exp(-s))) + own
 
 
 def surgery(gradients: Tensor, rng: random.Random) -> Tensor:

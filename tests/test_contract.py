@@ -89,6 +89,7 @@ VARIANTS = [
     ("avalanche", "avalanche.plugin=EWCPlugin", "+avalanche.args={ewc_lambda:100,mode:online,decay_factor:0.5}"),
     ("avalanche", "avalanche.plugin=RWalkPlugin", "+avalanche.args.delta_t=1"),
     ("avalanche", "avalanche.plugin=GEMPlugin", "+avalanche.args={patterns_per_experience:4,memory_strength:0.5}"),
+    ("migu,multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"),
     ("rwalk", "rwalk.every=1"), ("replay,si", "replay.capacity=0.5"),
 ]
 

@@ -13,6 +13,7 @@ from continual.strategy import Strategy, compose
 from continual.weights import gradient
 from strategies.der import DER
 from strategies.migu import MIGU, linear_layers, neurons
+from strategies.multitask import MultiTask
 
 
 def later(**settings) -> MIGU:
@@ -113,6 +114,16 @@ def test_passes_of_other_examples_within_the_loss_are_not_overheard():
     strategy = compose(later(), DER(capacity=8, alpha=0.5, minibatch=4))
     toy.train(made, strategy, 0)
     strategy.begin(made, toy.task(1))
+    found = step(made, strategy, chosen)
+    for name, loud in loudest(made, chosen, 0.3).items():
+        assert set(found[f"{name}.weight"].any(1).nonzero()[:, 0].tolist()) == loud
+
+
+def test_weights_of_tasks_that_are_learned_along_change_no_mask():
+    made, chosen = toy.model(torch.float64), toy.examples(1, 5)
+    strategy = compose(MIGU(), MultiTask(weighting="uncertainty"))
+    strategy.begin(made, toy.task(1))
+    strategy.later = True
     found = step(made, strategy, chosen)
     for name, loud in loudest(made, chosen, 0.3).items():
         assert set(found[f"{name}.weight"].any(1).nonzero()[:, 0].tolist()) == loud
