@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,20 +20,22 @@ from continual.model import Model
 from continual.parallel import add_up
 from continual.reading import is_number
 from continual.sharding import cut_as, in_step
-from continual.weights import Weights, restore, snapshot, weights
+from continual.strategy import Strategy
+from continual.weights import Weights, restore, snapshot
 
 
 class Patience:
     """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs without a gain.
 
-    Kept with them is what a strategy has learned along.
+    Kept with them is all of the strategy's memory, generators too: a path, an average, a reservoir are of the steps up
+    to the best weights, as if the stage had ended there. It takes as much memory again.
     """
 
-    def __init__(self, model: Model, dev: Sequence[Encoded], epoch: int, allowed: int) -> None:
+    def __init__(self, model: Model, strategy: Strategy, dev: Sequence[Encoded], epoch: int, allowed: int) -> None:
         """`epoch` is how many steps one takes, `allowed` how many epochs may bring no gain."""
-        self.model, self.dev, self.epoch, self.allowed = model, dev, epoch, allowed
+        self.model, self.strategy, self.dev, self.epoch, self.allowed = model, strategy, dev, epoch, allowed
         self.low, self.since, self.seen = math.inf, 0, 0
-        self.best: Weights = snapshot(model)
+        self.keep()
 
     def look(self, step: int) -> None:
         """Measure the dev loss if an epoch ends with this step."""
@@ -42,23 +45,20 @@ class Patience:
         now = self._loss()
         if now < self.low:
             self.low, self.since = now, 0
-            self.best = snapshot(self.model) | {n: t.detach().clone() for n, t in self.own.items()}
+            self.keep()
         else:
             self.since += 1
 
-    @property
-    def own(self) -> Weights:
-        """What the optimizer changes beside the model's weights: the strategy's own, by its place."""
-        live = {id(w) for w in weights(self.model).values()}
-        return {str(i): t for i, t in enumerate(self.model.trained) if id(t) not in live}
+    def keep(self) -> None:
+        """What the stage goes back to is what is now."""
+        self.best: Weights = snapshot(self.model)
+        self.memory: dict[str, Any] = deepcopy(self.strategy.state_dict())
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Go back to the best, if any was seen."""
         if self.seen:
             restore(self.model, self.best)
-            for n, t in self.own.items():
-                t.copy_(self.best[n])
+            self.strategy.load_state_dict(self.memory)
 
     @property
     def spent(self) -> bool:
@@ -67,11 +67,12 @@ class Patience:
 
     def state(self) -> dict[str, Any]:
         """It as values."""
-        return {"low": self.low if self.seen else None, "since": self.since, "seen": self.seen, "best": self.best}
+        return {"low": self.low if self.seen else None, "since": self.since, "seen": self.seen, "best": self.best,
+                "memory": self.memory}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-        self.since, self.seen, self.best = state["since"], state["seen"], state["best"]
+        self.since, self.seen, self.best, self.memory = (state[k] for k in ("since", "seen", "best", "memory"))
         self.low = math.inf if state["low"] is None else state["low"]
 
     @torch.no_grad()

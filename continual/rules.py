@@ -248,10 +248,15 @@ def a_stage_goes_on_where_it_stopped(s: Subject) -> None:
 
 
 def _ended(made: Model, strategy: Strategy, **more: Any) -> tuple[str, list[bytes]]:
-    """What a stage ends in: the memory as JSON, and all weights and the memory's tensors as bytes."""
+    """What a stage ends in."""
     random.seed()
     np.random.seed(None)
     train(made, strategy, 1, n=SHORT, **more)
+    return ended(made, strategy)
+
+
+def ended(made: Model, strategy: Strategy) -> tuple[str, list[bytes]]:
+    """The memory as JSON, and all weights and the memory's tensors as bytes."""
     tensors: dict[str, Tensor] = {}
     told = json.dumps(to_json(strategy.state_dict(), "memory", tensors))
     held = [*everything(made).values(), *tensors.values()]

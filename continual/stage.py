@@ -109,7 +109,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     model.net.train()
     optimizer = _optimizer(model, strategy.begin(model, task), recipe)
     total, budget, began = recipe.total(len(task.train)), model.layout.tokens, time.perf_counter()
-    patience = _patience(model, task, recipe)
+    patience = _patience(model, strategy, task, recipe)
     at = Progress(model, optimizer, _schedule(optimizer, recipe, total), patience)
     model.trained = at.trained
     if progress:
@@ -193,7 +193,7 @@ def _step(at: Progress, strategy: Strategy, recipe: Recipe, task: Task[Encoded],
 
 
 def _close(at: Progress, task: Task[Encoded]) -> None:
-    """The best weights, where they were kept; raises TrainingError where no step was taken."""
+    """The best weights and the memory of then, where they were kept; raises TrainingError where no step was taken."""
     if at.skipped == at.step:
         raise TrainingError(f"every step of task {task.name!r} had a loss or gradient that is not finite; lower "
                             "train.lr, set train.clip, or train in fp32")
@@ -202,9 +202,9 @@ def _close(at: Progress, task: Task[Encoded]) -> None:
     at.model.net.eval()
 
 
-def _patience(model: Model, task: Task[Encoded], recipe: Recipe) -> Patience | None:
+def _patience(model: Model, strategy: Strategy, task: Task[Encoded], recipe: Recipe) -> Patience | None:
     epoch = math.ceil(len(task.train) / recipe.batch_size)
-    return Patience(model, list(task.split("dev")), epoch, recipe.patience) if recipe.patience else None
+    return Patience(model, strategy, list(task.split("dev")), epoch, recipe.patience) if recipe.patience else None
 
 
 def _optimizer(model: Model, groups: list[Any], recipe: Recipe) -> torch.optim.Optimizer:

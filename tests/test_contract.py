@@ -10,6 +10,8 @@ import toy
 
 from continual import rules
 from continual.model import Model
+from continual.progress import Patience
+from continual.stage import learn
 from continual.strategy import Strategy
 from continual.weights import gradient
 
@@ -158,6 +160,21 @@ def test_every_strategy_keeps_every_rule(entry, rule):
 @pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
     rules.switched_off_it_is_naive(rules.Subject(lambda: make(names, *OFF[names]), model=partial(network, names)))
+
+
+@pytest.mark.parametrize("entry", [sized(name) for name in CONFIGS], ids=" ".join)
+def test_a_stage_that_is_stopped_early_ends_as_if_it_had_ended_with_its_best_epoch(entry, monkeypatch):
+    """Its weights, and what the strategy remembers of them and of the way to them, bit for bit."""
+    monkeypatch.setattr(Patience, "_loss", lambda self: float(self.seen))  # the first is the best
+    task = replace(toy.task(1, toy.SHORT), dev=toy.task(1).train)
+    found = []
+    for recipe in ({"epochs": 1}, {"epochs": 3, "patience": 1}):
+        (made, strategy), told = subject(entry).after_one_stage(), []
+        recipe = replace(subject(entry).recipe, schedule="constant", **recipe)
+        learn(made, task, strategy, recipe, seed=1, log=told.append)
+        found.append((told[-1]["steps"], rules.ended(made, strategy)))
+    assert found[0][0] < found[1][0]
+    assert found[0][1] == found[1][1]
 
 
 @cache
