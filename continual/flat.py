@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from continual import flash, flex
 from continual.attention import Group, Row, attend, flat_attention
+from continual.cache import Cache, Taken, cached
+from continual.data import Encoded
 
 
 def kernel(device: torch.device) -> Callable[..., tuple[Tensor, None]]:
@@ -61,10 +63,14 @@ class LastLayer:
 def probe(net: Any) -> tuple[bool, LastLayer | None]:
     """Whether this network, tried on two short examples, answers a flat row as it does each example alone.
 
-    Networks whose attention is not replaceable (ALiBi) or whose memory is not attention (state-space) do not. Also its
-    last layer, if what comes after attention there can be left out for most positions: tried in the same way.
+    Networks whose attention is not replaceable (ALiBi) or whose memory is not attention (state-space) do not, nor those
+    that do not call it once in each layer. A layer that sees by another rule than a window (in chunks) is not tried: it
+    may look the same on a short example. Also the network's last layer, if what comes after attention there can be left
+    out for most positions: tried in the same way.
     """
-    if not getattr(net, "_supports_attention_backend", False) or getattr(net, "_is_stateful", False):
+    kinds = {*(getattr(net.config.get_text_config(), "layer_types", None) or ())}
+    if (not getattr(net, "_supports_attention_backend", False) or getattr(net, "_is_stateful", False)
+            or kinds - {"full_attention", "sliding_attention"}):
         return False, None
     device, training = next(net.parameters()).device, net.training
     a, b = [1, 2, 3, 4, 5], [1, 2, 3, 6, 7]
@@ -77,16 +83,39 @@ def probe(net: Any) -> tuple[bool, LastLayer | None]:
         expected = alone[[0, 1, 2, 3, 4, 8, 9]]
         close = (1e-3 if alone.dtype.itemsize > 2 else 0.1) * alone.std()
         with _called(net) as order, flat_attention(net):
-            reads = bool((net(**flat).logits[0] - expected).abs().max() <= close)
-        found, at = _last(net, order), torch.tensor([4, 6], device=device)
-        with found.only(at), flat_attention(net):
+            found = net(**flat).logits[0]
+        reads = bool((found - expected).abs().max() <= close) and bool(
+            (_followed(net, a, b) - alone[[3, 4, 8, 9]]).abs().max() <= close)
+        layer, at = _last(net, order), torch.tensor([4, 6], device=device)
+        with layer.only(at), flat_attention(net):
             if reads and (net(**flat).logits[0] - expected[at]).abs().max() <= close:
-                last = found
+                last = layer
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
         pass  # it does not take a row, or its last layer is built otherwise
     finally:
         net.train(training)
     return reads, last
+
+
+def _followed(net: Any, *rows: Sequence[int]) -> Tensor:
+    """The logits of each row's last two tokens, row by row, where what is before them has been read as answers do."""
+    prompts = [Encoded(str(i), 0, tuple(r[:-1]), (False,) * (len(r) - 1)) for i, r in enumerate(rows)]
+    cache = Cache(prompts, 0, range(-1, 1), net.config.get_text_config().num_hidden_layers)
+    device, found = next(net.parameters()).device, []
+
+    def read(ids: Tensor, positions: Tensor) -> Tensor:
+        told = {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device)}
+        logits: Tensor = net(**told, row=cache, use_cache=False).logits[0]
+        return logits
+
+    with flat_attention(net, cached):
+        for ids, positions in cache.passes(len(rows) * len(rows[0])):
+            with suppress(Taken):
+                read(ids, positions)
+        for t in (-2, -1):
+            found.append(read(torch.tensor([rows[i][t] for i in cache.order]), cache.next()))
+    back = sorted(range(len(rows)), key=cache.order.__getitem__)
+    return torch.stack(found, 1)[back].flatten(0, 1)
 
 
 @contextmanager

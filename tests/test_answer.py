@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from small import model
-from test_flat_rows import READ
+from test_flat_rows import OWN_RULES, READ
 
 from continual import answer as answers
 from continual.cache import Cache
 from continual.data import Encoded
+from continual.flat import probe
+from continual.loss import token_nll
 from continual.model import Model
 from continual.packing import Layout
 from continual.score import likelihoods
@@ -56,6 +58,25 @@ def test_every_architecture_answers_as_generate_does(kind, dtype):
     alone = [cut(answers.complete(padded, [p], 12, 1, END)[0]) for p in prompts()]
     assert answers.complete(net, prompts(), 12, 128, END) == alone
     assert len({tuple(a) for a in alone}) > 5
+
+
+@pytest.mark.parametrize("kind", OWN_RULES)
+def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_and_has_its_own_loss(kind):
+    net = made(OWN_RULES[kind], torch.float32)
+    net.layout = replace(net.layout, flat=probe(net.net)[0])
+    for e, said in zip(prompts(), answers.complete(net, prompts(), 12, 128, END), strict=True):
+        ids = torch.tensor([e.ids])
+        whole = net.net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                                 eos_token_id=END, pad_token_id=END)
+        assert said == whole[0, len(e.ids):].tolist()
+    rows = [replace(p, response=(False, *[True] * (len(p.ids) - 1))) for p in prompts() if len(p.ids) > 1]
+    batch = net.batch(rows)
+    with torch.no_grad():
+        each = token_nll(net, batch).split(torch.bincount(batch.example).tolist())
+        for e, found in zip(rows, each, strict=True):
+            ids = torch.tensor([e.ids])
+            own = torch.nn.functional.cross_entropy(net.net(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
 
 
 def test_a_finished_answer_leaves_the_batch(monkeypatch):

@@ -38,6 +38,15 @@ READ = {
     "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**FEW_HEADS)),
 }
 
+FEW_STATES = {**FEW_HEADS, "head_dim": 16}
+OWN_RULES = {
+    "chunks": lambda: tf.Llama4ForCausalLM(tf.Llama4TextConfig(
+        **FEW_STATES, intermediate_size_mlp=64, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=16,
+        no_rope_layers=[1, 1], moe_layers=[])),
+    "attention twice a layer": lambda: tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**FEW_STATES)),
+    "convolutions": lambda: tf.Lfm2ForCausalLM(tf.Lfm2Config(**FEW_HEADS, layer_types=["conv", "full_attention"])),
+}
+
 
 def made(network) -> Model:
     torch.manual_seed(0)
@@ -120,7 +129,8 @@ def test_in_float64_without_such_norms_they_agree_to_rounding(kind, weight):
 @pytest.mark.parametrize("network", [
     lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)),
     lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1)),
-], ids=["alibi", "state space"])
+    *OWN_RULES.values(),
+], ids=["alibi", "state space", *OWN_RULES])
 @pytest.mark.filterwarnings("ignore")
 def test_networks_that_cannot_read_a_flat_row_are_found_out(network):
     assert probe(network()) == (False, None)
