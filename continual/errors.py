@@ -64,6 +64,13 @@ def mistyped(annotation: object, value: object) -> str:
     return "" if fits else " or ".join(words for _, words in known)
 
 
+def not_finite(ids: Sequence[str]) -> str:
+    """The message for an importance of weights that is not finite, for these examples."""
+    return (f"how much the weights matter to the examples {listed(ids)} is not finite; lower train.lr, set train.clip, "
+            "train in fp32, or mend these rows. After steps that train.on_nonfinite=skip has skipped, the rows that "
+            "were the reason are left out")
+
+
 def gathered(problems: Sequence[str], shown: int = 20) -> str:
     """All offenders of one kind in one message, a line each, at most `shown` of them and a count of the rest."""
     rest = len(problems) - shown

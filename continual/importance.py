@@ -18,13 +18,13 @@ from torch.func import functional_call, vjp, vmap
 
 from continual.data import Encoded
 from continual.dealing import deal
-from continual.errors import ConfigError, unknown
+from continual.errors import ConfigError, TrainingError, not_finite, unknown
 from continual.loss import forward
 from continual.model import Model
 from continual.packing import Batch
 from continual.parallel import add_up, world
 from continual.rows import blocked
-from continual.weights import Weights, weights, zeros
+from continual.weights import Weights, finite, weights, zeros
 
 LABELS = ("empirical", "sampled")
 CPU_TOKENS = 2048  # a CPU gains nothing from more at a time, and outputs' gradients are held besides activations
@@ -45,7 +45,7 @@ def fisher(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
     Examples run together. A layer's inputs and output gradients hold each example's gradient apart: for a linear layer
     it is their product over that example's tokens (Goodfellow 2015, squared after the sum). A model with trainable
     parameters in other places runs one example at a time, with the same result but for rounding.
-    Raises ConfigError for other labels.
+    Raises ConfigError for other labels, TrainingError with the examples' ids where it is not finite.
     """
     draws = _draws(model, examples, labels, generator)
     mine = deal([len(e.ids) for e in examples])
@@ -57,27 +57,30 @@ def fisher(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
     if world() > 1:
         found = {n: f * (len(mine) / len(examples)) for n, f in found.items()}
         add_up(list(found.values()))
-    return found
+    return found if finite(found) else _one_by_one(model, examples, draws)  # which names those at fault
 
 
 def fisher_by_example(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
                       generator: torch.Generator | None = None) -> Weights:
-    """What `fisher` gives, by one backward pass an example: for any model, and slower. Raises ConfigError as it does.
-
-    The same generator draws the same labels in both.
-    """
+    """What `fisher` gives and raises, of the labels that it draws, by one backward pass an example: slower."""
     return _one_by_one(model, examples, _draws(model, examples, labels, generator))
 
 
 def by_example(model: Model, examples: Sequence[Encoded], of: Callable[[Tensor, Batch], Tensor]) -> Iterator[Weights]:
     """The gradient of `of`(logits, batch), a scalar, of each example alone, in their order.
 
-    The logits (S, V) are those that predict its response tokens.
+    The logits (S, V) predict its response tokens. Raises TrainingError in place of a first gradient not finite.
     """
     live = weights(model)
+    bad: list[str] = []
     for batch in (_batch(model, [e]) for e in examples):
         grads = torch.autograd.grad(of(forward(model, batch), batch), list(live.values()), allow_unused=True)
-        yield {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(live.items(), grads, strict=True)}
+        found = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(live.items(), grads, strict=True)}
+        bad += [] if finite(found) else [e.id for e in batch.examples]
+        if not bad:
+            yield found
+    if bad:
+        raise TrainingError(not_finite(bad))
 
 
 def sensitivity(model: Model, examples: Sequence[Encoded]) -> Weights:
@@ -110,9 +113,9 @@ def _batch(model: Model, examples: Sequence[Encoded], flat: bool = False) -> Bat
     return Batch(tuple(examples), replace(model.layout, instruction_weight=0.0, flat=flat, shared=False))
 
 
-def _log_likelihood(model: Model, batch: Batch, draws: Draws) -> Tensor:
-    """log p of the response tokens of the data, or of ones drawn from the model; a scalar."""
-    log_probs = forward(model, batch).log_softmax(-1)
+def _log_likelihood(logits: Tensor, batch: Batch, draws: Draws) -> Tensor:
+    """log p of the response tokens of the data, or of ones drawn from the logits (S, V); a scalar."""
+    log_probs = logits.log_softmax(-1)
     y = batch.targets
     if drawn := [u for u in draws if u is not None]:
         up_to = log_probs.detach().double().exp().cumsum(-1)
@@ -122,13 +125,12 @@ def _log_likelihood(model: Model, batch: Batch, draws: Draws) -> Tensor:
 
 
 def _one_by_one(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
-    total, live = zeros(model), weights(model)
-    for example, u in zip(examples, draws, strict=True):
-        log_p = _log_likelihood(model, _batch(model, [example]), [u])
-        grads = torch.autograd.grad(log_p, list(live.values()), allow_unused=True)
-        for name, g in zip(live, grads, strict=True):
-            if g is not None:
-                total[name] += g.square() / len(examples)
+    total, left = zeros(model), iter(draws)
+    for grads in by_example(model, examples, lambda logits, batch: _log_likelihood(logits, batch, [next(left)])):
+        for name, g in grads.items():
+            total[name] += g.square() / len(examples)
+    if not finite(total):
+        raise TrainingError(not_finite([e.id for e in examples]))
     return total
 
 
@@ -146,7 +148,7 @@ def _together(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weight
         for part in (run[i : i + size] for i in range(0, len(run), size)):
             batch = _batch(model, [examples[i] for i in part], model.layout.flat)
             with layers.watched(batch) as seen:
-                log_p = _log_likelihood(model, batch, [draws[i] for i in part])
+                log_p = _log_likelihood(forward(model, batch), batch, [draws[i] for i in part])
             if seen.keys() != layers.owned.keys():
                 raise _Entangled  # a weight is used without its layer, or not at all
             grads = torch.autograd.grad(log_p, [edge for _, edge in seen.values()], allow_unused=True)

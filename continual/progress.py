@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,7 @@ class Progress:
     tokens: float = 0.0
     seconds: float = 0.0
     skipped: int = 0
+    suspects: set[str] = field(default_factory=set)  # the ids of the rows of skipped steps
 
     @property
     def trained(self) -> list[torch.Tensor]:
@@ -109,8 +110,8 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """It as values that a checkpoint can hold."""
         return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "skipped": self.skipped,
-                "budget": self.model.layout.tokens, "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
+                "suspects": sorted(self.suspects), "budget": self.model.layout.tokens,
+                "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
                 "patience": self.patience.state() if self.patience else None, "random": random_state()}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -123,7 +124,7 @@ class Progress:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.skipped = state["skipped"]
+        self.skipped, self.suspects = state["skipped"], set(state["suspects"])
         if not all(is_number(state[key], 0) for key in ("step", "tokens", "seconds", "skipped", "budget")):
             raise ValueError("its step, tokens, seconds, skipped and budget are no counts")
         self.model.layout = replace(self.model.layout, tokens=state["budget"])

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from continual.data import Encoded, Task
-from continual.errors import ConfigError, DataError, TrainingError, gathered, mistyped, unknown
+from continual.errors import ConfigError, DataError, TrainingError, gathered, listed, mistyped, unknown
+from continual.loss import accumulate, nll
 from continual.model import Model
 from continual.packing import Batch
 from continual.parallel import compare
@@ -131,7 +132,7 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
             break
     _close(at, task)
     compare([p for p in at.trained if not in_shards(p)])
-    strategy.end(model, task)
+    strategy.end(model, _learned(at, task, log))
     spent = {"steps": at.step, "tokens": at.tokens, "train_seconds": time.perf_counter() - began,
              "skipped_steps": at.skipped}
     log({"event": "stage", "task": task.name, "seconds": spent["train_seconds"], **spent})
@@ -186,6 +187,7 @@ def _step(at: Progress, strategy: Strategy, recipe: Recipe, task: Task[Encoded],
     if not _finite(loss, at.trained, recipe, task, step, examples, log):
         at.optimizer.zero_grad()  # and so the optimizer passes over the step
         at.skipped += 1
+        at.suspects |= {e.id for e in examples}
     at.optimizer.step()
     at.schedule.step()
     at.step, at.tokens = step, at.tokens + batch.tokens
@@ -200,6 +202,32 @@ def _close(at: Progress, task: Task[Encoded]) -> None:
     if at.patience:
         at.patience.settle()
     at.model.net.eval()
+
+
+def _learned(at: Progress, task: Task[Encoded], log: Log) -> Task[Encoded]:
+    """The task less those rows of skipped steps that are the reason: no strategy measures or remembers them.
+
+    Raises TrainingError where no row is left.
+    """
+    bad = {e.id for e in task.train if e.id in at.suspects and not _can_be_learned(at, e)}
+    if not bad:
+        return task
+    kept = tuple(e for e in task.train if e.id not in bad)
+    told = (f"the loss or gradient of {len(task.train) - len(kept)} of the {len(task.train)} rows of task "
+            f"{task.name!r} is not finite: {listed(sorted(bad))}")
+    if not kept:
+        raise TrainingError(f"{told}; lower train.lr, set train.clip, or train in fp32")
+    log({"event": "warning", "text": f"{told}; nothing of them is kept for later stages"})
+    return replace(task, train=kept)
+
+
+def _can_be_learned(at: Progress, example: Encoded) -> bool:
+    """Whether a plain step on this row alone would be taken."""
+    at.optimizer.zero_grad()
+    loss = accumulate(nll, at.model, [at.model.batch([example])])
+    norm = clip(at.trained, math.inf)
+    at.optimizer.zero_grad()
+    return bool(torch.isfinite(norm + loss))
 
 
 def _patience(model: Model, strategy: Strategy, task: Task[Encoded], recipe: Recipe) -> Patience | None:

@@ -58,6 +58,11 @@ def combine(f: Callable[..., Tensor], *terms: Weights) -> Weights:
         return {n: f(*(t[n] for t in terms)) for n in terms[0]}
 
 
+def finite(w: Weights) -> bool:
+    """Whether all of it is."""
+    return bool(torch.stack([t.isfinite().all() for t in w.values()]).all())
+
+
 def flat(w: Weights) -> Tensor:
     """All of it as one vector (P,)."""
     return torch.cat([t.flatten() for t in w.values()])

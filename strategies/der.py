@@ -65,7 +65,8 @@ class DER(Strategy):
         if self.kept and self.beta:
             again = numbered(model, [r["example"] for r in self.draw()])
             total = total + accumulate(lambda *at: self.beta * nll(*at), model, again.micro_batches())
-        self.remember(model, batch)
+        if torch.isfinite(total):  # else the step is not taken
+            self.remember(model, batch)
         return total
 
     def draw(self) -> list[dict[str, Any]]:

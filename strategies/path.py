@@ -13,7 +13,7 @@ from continual.importance import fisher
 from continual.model import Model
 from continual.packing import Batch
 from continual.strategy import memory
-from continual.weights import Weights, combine, gradient, snapshot, weights, zeros
+from continual.weights import Weights, combine, finite, gradient, snapshot, weights, zeros
 from strategies.anchor import Summed
 
 
@@ -109,7 +109,8 @@ class RWalk(SI):
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Now and then, score the path walked since and move the running Fisher on."""
         loss = super().backward(model, batch)
-        if self.strength:
+        # A step that is not finite is not taken.
+        if self.strength and (self.steps % self.every or finite({"": loss, **self.slope})):
             if self.steps % self.every == 0:
                 self.close(model)
                 now = fisher(model, batch.examples)
