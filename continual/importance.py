@@ -24,7 +24,7 @@ from continual.model import Model
 from continual.packing import Batch
 from continual.parallel import add_up, world
 from continual.rows import blocked
-from continual.weights import Weights, finite, weights, zeros
+from continual.weights import Weights, finite, weights, wide, zeros
 
 LABELS = ("empirical", "sampled")
 CPU_TOKENS = 2048  # a CPU gains nothing from more at a time, and outputs' gradients are held besides activations
@@ -38,9 +38,9 @@ def fisher(model: Model, examples: Sequence[Encoded], labels: str = "empirical",
     """The diagonal of the Fisher information: the mean over examples of the squared gradient of log p(y | x).
 
     One gradient an example, of the log-likelihood summed over its response tokens, squared after that sum; over
-    trainable parameters only, at the weights as they are. With `labels="empirical"` y is the response in the data;
-    with "sampled" each response token is drawn from the model's own distribution given the tokens before it, which
-    makes it the true Fisher of the token distributions (Kunstner et al. 2019, eq. 2 against eq. 3).
+    trainable parameters only, at the weights as they are, in float32 at least. With `labels="empirical"` y is the
+    response in the data; with "sampled" each response token is drawn from the model's own distribution given the tokens
+    before it, which makes it the true Fisher of the token distributions (Kunstner et al. 2019, eq. 2 against eq. 3).
 
     Examples run together. A layer's inputs and output gradients hold each example's gradient apart: for a linear layer
     it is their product over that example's tokens (Goodfellow 2015, squared after the sum). A model with trainable
@@ -89,7 +89,7 @@ def sensitivity(model: Model, examples: Sequence[Encoded]) -> Weights:
     One gradient an example, of the squared L2 norms summed over its response positions, and its absolute value taken
     after that sum. Which tokens are right does not matter, but for those before a position.
     """
-    total = zeros(model)
+    total = wide(zeros(model))
     for grads in by_example(model, examples, lambda logits, _: logits.square().sum()):
         for name, g in grads.items():
             total[name] += g.abs() / len(examples)
@@ -125,7 +125,7 @@ def _log_likelihood(logits: Tensor, batch: Batch, draws: Draws) -> Tensor:
 
 
 def _one_by_one(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
-    total, left = zeros(model), iter(draws)
+    total, left = wide(zeros(model)), iter(draws)
     for grads in by_example(model, examples, lambda logits, batch: _log_likelihood(logits, batch, [next(left)])):
         for name, g in grads.items():
             total[name] += g.square() / len(examples)
@@ -140,9 +140,8 @@ class _Entangled(Exception):
 
 def _together(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
     """Examples of like length at a time; raises _Entangled, on the first of them, where that cannot be done."""
-    live, layers = weights(model), _Layers(model)
+    layers, total = _Layers(model), wide(zeros(model))
     tokens = min(model.layout.tokens, CPU_TOKENS) if model.layout.device.type == "cpu" else model.layout.tokens
-    total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in live.items()}
     for run in blocked({i: len(e.ids) - 1 for i, e in enumerate(examples)}):  # the last token is not read
         size = max(1, tokens // (len(examples[run[-1]].ids) - 1))
         for part in (run[i : i + size] for i in range(0, len(run), size)):
@@ -154,7 +153,7 @@ def _together(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weight
             grads = torch.autograd.grad(log_p, [edge for _, edge in seen.values()], allow_unused=True)
             layers.add(total, batch, {m: (x, g) for (m, (x, _)), g in zip(seen.items(), grads, strict=True)
                                       if g is not None})
-    return {n: (t / max(1, len(examples))).to(live[n].dtype) for n, t in total.items()}
+    return {n: t / max(1, len(examples)) for n, t in total.items()}
 
 
 class _Layers:

@@ -15,7 +15,7 @@ from continual.memory import chosen
 from continual.model import Model
 from continual.packing import Batch
 from continual.strategy import Strategy, memory
-from continual.weights import Weights, combine, portion, snapshot, weights
+from continual.weights import Weights, combine, portion, snapshot, weights, wide
 
 
 def task_fisher(model: Model, task: Task[Encoded], examples: int, labels: str, seed: str) -> Weights:
@@ -58,7 +58,7 @@ class L2(Strategy):
         """Measure the importance of each weight and anchor it where it is."""
         super().end(model, task)
         if self.strength:
-            self.consolidate(snapshot(model), self.measure(model, task))
+            self.consolidate(wide(snapshot(model)), wide(self.measure(model, task)))
 
     def measure(self, model: Model, task: Task[Encoded]) -> Weights:
         """How much each weight matters to the task that was just learned."""
@@ -112,7 +112,9 @@ class EWC(L2):
 class OnlineEWC(EWC):
     """Online EWC (Schwarz et al. 2018, section 4): a running Fisher F* = decay F* + F_t around the last weights only.
 
-    The penalty weighs that running Fisher by `decay` once more, as in the paper's objective.
+    The penalty weighs that running Fisher by `decay` once more, as in the paper's objective. Before it is added the
+    paper normalises each task's Fisher, by what it does not say, so that none counts for more by its scale; here a
+    task's scale counts, as in EWC.
     """
 
     decay: float = 0.9

@@ -114,7 +114,7 @@ class FisherMerge(Average):
     def weigh(self, model: Model, task: Task[Encoded]) -> Weights:
         """The diagonal Fisher information at the stage's own weights, of norm 1."""
         self.merges += 1
-        f = wide(task_fisher(model, task, self.examples, self.labels, f"{self.seed}/{self.merges}"))
+        f = task_fisher(model, task, self.examples, self.labels, f"{self.seed}/{self.merges}")
         norm = flat(f).norm().clamp(min=torch.finfo(torch.float32).tiny)
         return combine(lambda t: t / norm, f)
 

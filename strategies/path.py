@@ -13,7 +13,7 @@ from continual.importance import fisher
 from continual.model import Model
 from continual.packing import Batch
 from continual.strategy import memory
-from continual.weights import Weights, combine, finite, gradient, snapshot, weights, zeros
+from continual.weights import Weights, combine, finite, gradient, snapshot, weights, wide, zeros
 from strategies.anchor import Summed
 
 
@@ -40,7 +40,7 @@ class SI(Summed):
         """A new path begins."""
         trained = super().begin(model, task)
         if self.strength:
-            self.omega, self.start, self.before, self.slope = zeros(model), snapshot(model), {}, {}
+            self.omega, self.start, self.before, self.slope = wide(zeros(model)), snapshot(model), {}, {}
         return trained
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
@@ -55,7 +55,8 @@ class SI(Summed):
         """Add the last step's part of the integral. A weight that stood still adds nothing, whatever its gradient."""
         if self.slope:
             moved = combine(torch.sub, weights(model), self.before)
-            self.omega = combine(lambda o, g, d: o - torch.where(d == 0, 0, g * d), self.omega, self.slope, moved)
+            self.omega = combine(lambda o, g, d: o - torch.where(d == 0, 0, g.to(o.dtype) * d), self.omega, self.slope,
+                                 moved)
 
     def unpulled(self, model: Model) -> Weights:
         """The gradient without the penalty's part, strength * importance * (w - anchor)."""
@@ -103,7 +104,7 @@ class RWalk(SI):
         """A new score begins; the Fisher information runs on."""
         trained = super().begin(model, task)
         if self.strength:
-            self.score, self.steps = zeros(model), 0
+            self.score, self.steps = wide(zeros(model)), 0
         return trained
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
@@ -123,7 +124,7 @@ class RWalk(SI):
         part = combine(lambda o, f, w, s: (o / (f / 2 * (w - s).square() + self.damping)).clamp(min=0),
                        self.omega, self.running or self.omega, weights(model), self.start)
         self.score = combine(torch.add, self.score, part)
-        self.omega, self.start = zeros(model), snapshot(model)
+        self.omega, self.start = wide(zeros(model)), snapshot(model)
 
     def importance_here(self, model: Model) -> Weights:
         """Of the whole stage, and the earlier ones."""

@@ -90,6 +90,18 @@ def test_ewc_s_memory_does_not_grow_with_the_tasks():
     assert {n: t.shape for n, t in toy.memory_tensors(strategy).items()} == one
 
 
+def test_of_weights_in_bfloat16_importances_and_anchors_are_added_up_in_float32():
+    made, strategy = toy.model(torch.bfloat16), RecordingEWC(examples=4)
+    for t in range(20):
+        strategy.end(made, toy.task(t % 4))
+    measured = [{n: f.double() for n, f in f.items()} for _, f in strategy.parts]
+    total = {n: sum(f[n] for f in measured) for n in measured[0]}
+    assert toy.close({n: i.double() for n, i in strategy.importance.items()}, total, rtol=1e-5, atol=1e-12)
+    assert {t.dtype for t in toy.memory_tensors(strategy).values()} == {torch.float32}
+    strategy.loss(made, made.batch(toy.examples(0))).backward()
+    assert all(w.grad.dtype == torch.bfloat16 for w in weights(made).values())
+
+
 def test_no_stage_is_penalised_before_there_is_an_anchor():
     for strategy in (L2(strength=1e9), EWC(strength=1e9), OnlineEWC(strength=1e9)):
         made = toy.model(torch.float64)

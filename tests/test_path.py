@@ -112,6 +112,32 @@ def test_the_path_integrals_of_all_weights_add_up_to_the_fall_of_the_task_s_own_
         assert strategy.totals[t] == pytest.approx(fall, rel=0.05)
 
 
+@dataclass(kw_only=True)
+class Exact(SI):
+    """Adds its path up in float64 too, and says how far apart both sums are, as a share."""
+
+    exact: dict = field(init=False, default_factory=dict)
+    off: float = field(init=False, default=0.0)
+
+    def walk(self, model):
+        for n, g in self.slope.items():
+            step = weights(model)[n].detach().double() - self.before[n].double()
+            self.exact[n] = self.exact.get(n, 0) - g.double() * step
+        super().walk(model)
+
+    def importance_here(self, model):
+        whole = torch.cat([e.flatten() for e in self.exact.values()])
+        ours = torch.cat([self.omega[n].flatten() for n in self.exact])
+        self.off = float((ours - whole).norm() / whole.norm())
+        return super().importance_here(model)
+
+
+def test_of_weights_in_bfloat16_the_path_is_added_up_in_float32():
+    strategy = Exact()
+    toy.train(toy.model(torch.bfloat16), strategy, 0, recipe=Recipe(lr=1e-3, steps=60, batch_size=4))
+    assert 0 < strategy.off < 1e-3
+
+
 def test_no_part_of_a_finished_path_is_kept():
     made, strategy = toy.model(), RWalk()
     toy.train(made, strategy, 0, n=6)

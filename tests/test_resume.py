@@ -153,6 +153,8 @@ KINDS = {
     "a plugin": ["strategy=avalanche", "strategy.avalanche.plugin=RWalkPlugin", "+strategy.avalanche.args.delta_t=2"],
     "early stopping": ["strategy=replay", "train.patience=1", "train.epochs=40", "train.lr=0.05",
                        "checkpoint.every_steps=1"],
+    "early stopping of a path": ["strategy=[si,der]", "strategy.der.capacity=9", "train.patience=1", "train.epochs=40",
+                                 "train.lr=0.05"],
     "dropped tokens": ["strategy=replay", "loss.mask_instruction_tokens=0.3"],
 }
 
