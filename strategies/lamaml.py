@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from continual import sharding
 from continual.data import Encoded
 from continual.model import Model
 from continual.packing import Batch
-from continual.weights import unflat, weights
+from continual.weights import Weights, unflat, weights
 from strategies.maml import MAML
 
 
@@ -60,6 +61,11 @@ class LaMAML(MAML):
         """The new examples, dealt to the inner steps, and all, to judge."""
         k = min(self.inner_steps, self.new)
         return [episode.pick(range(i, self.new, k)).micro_batches() for i in range(k)], episode
+
+    def pace(self, g: Weights) -> float | Tensor:
+        """No inner gradient is of a larger norm than `clip`."""
+        norm = get_total_norm([t.detach() for t in g.values()])
+        return 1.0 if self.clip is None else (self.clip / (norm + 1e-6)).clamp(max=1)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Move the rates, algorithm 1 (a), and leave in every `.grad` what they make of the weights' step (b)."""
