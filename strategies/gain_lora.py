@@ -106,7 +106,7 @@ class GainLoRA(IncrementalLoRA):
         if not len(self.change):
             return self.gates
         gate = self.gates[self.first]
-        free = self.change.split([g.numel() for g in gate])
+        free = torch.split(self.change, [g.numel() for g in gate])
         return self.gates | {self.first: [g + beside(f.view_as(g), k)  # eq. 12
                                           for g, f, k in zip(gate, free, self.known, strict=True)]}
 
