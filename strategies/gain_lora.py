@@ -156,7 +156,10 @@ class GainLoRA(IncrementalLoRA):
 
 @torch.no_grad()
 def pooled(model: Model, examples: Sequence[Encoded]) -> Tensor:
-    """(E, D) the mean of each prompt's input embeddings, p_0, in float32 at least."""
+    """(E, D) the mean of each prompt's input embeddings, p_0, in float32 at least.
+
+    A prompt is what stands before the first token that is learned: of a conversation that is learned whole, one turn.
+    """
     words = model.net.get_input_embeddings().weight
     wide = torch.promote_types(words.dtype, torch.float32)
     ends = [max(1, turn(e)) if True in e.response else None for e in examples]
