@@ -64,6 +64,7 @@ def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:
     config = cli.configure("run", [*write_work(root / f"{strategy}-work", tasks), f"strategy={strategy}",
                                    *STRATEGIES[strategy], f"out={out}"])
     bench = set_up(config, out)
+    bench.load()
     bench = replace(bench, tests=bench.tests[:SCORED])
     found, matrix, early = [], empty(bench), early_of(out, bench)
     with Events(out / "events.jsonl", Console(stderr=True, quiet=True)) as events, Signals() as signals:

@@ -54,6 +54,7 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
         names = ", ".join(t.name for t in bench.stream.tasks)
         raise ConfigError(f"adapt learns one task, and this stream has {len(bench.stream.tasks)}: {names}; pick one, "
                           f"such as stream.tasks=[{bench.stream.tasks[0].name}]")
+    bench.load()
     if folder:
         checkpoint.load(folder, bench.model)
     task = bench.tokens.task(bench.stream.stages[0])
@@ -125,6 +126,7 @@ def take_over(config: DictConfig, path: Path) -> None:
                           "trust its source, give model=hf model.name=NAME model.trust_remote_code=true")
     with open_dict(config):
         config.model, config.data = model, {**config.data, **theirs.data}
+        config.model.seed = model.get("seed", theirs.get("seed", 0))  # what was drawn, no checkpoint need have
         if "stream" in model:  # what a model from scratch was built for
             config.model.stream = stream
 

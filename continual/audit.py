@@ -160,20 +160,25 @@ def _imbalance(name: str, split: str, told: Mapping[str, Any]) -> list[Finding]:
 
 # At a run's start, and by itself.
 
-def audited(out: Path, config: DictConfig, stream: Stream, encoder: Encoder, context: int | None,
-            tests: Sequence[Test], fits: Callable[[Sequence[Example]], Sequence[Fit]], events: Events) -> None:
-    """Count once a run, show it, tell `events`, and write audit.json."""
+def shown(out: Path, config: DictConfig, stream: Stream, encoder: Encoder, context: int | None, tests: Sequence[Test],
+          fits: Callable[[Sequence[Example]], Sequence[Fit]], console: Console) -> dict[str, Any] | None:
+    """Count and show, once a run; None where the run has `noted` it before."""
     if (out / audits.FILE).exists():
-        return
+        return None
     told = _counted(config, stream, encoder, context, tests, fits).to_json()
-    text = json.dumps(told, indent=1)
-    if (once := f"{out.parent} {text}") in SHOWN:
-        events.say(f"audit of {stream.name}: as above, {len(told['findings'])} findings")
+    if (once := f"{out.parent} {json.dumps(told)}") in SHOWN:
+        console.print(f"audit of {stream.name}: as above, {len(told['findings'])} findings", markup=False,
+                      highlight=False, soft_wrap=True)
     else:
-        audits.show(events.console, told)
+        audits.show(console, told)
         SHOWN.add(once)
+    return told
+
+
+def noted(out: Path, told: Mapping[str, Any], events: Events) -> None:
+    """Tell `events` what was `shown`, and write audit.json: the run has begun."""
     events({"event": "audit", "findings": told["findings"]})
-    write_whole(out / audits.FILE, text)
+    write_whole(out / audits.FILE, json.dumps(told, indent=1))
 
 
 def base_scored(out: Path, scores: Mapping[str, float], events: Events) -> None:

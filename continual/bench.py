@@ -1,4 +1,4 @@
-"""All that a run works with, built as its configuration says."""
+"""All that a run works with, built as its configuration says: the weights last, for a large model's take minutes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from continual.tokens import Tokens, tokenise
 
 @dataclass
 class Bench:
-    """All that a run works with."""
+    """All that a run works with; until `load` the model only tokenises."""
 
     config: DictConfig
     stream: Stream
@@ -36,14 +36,19 @@ class Bench:
     tokens: Tokens  # the rows of all stages
     probes: Mapping[str, Probe] = field(default_factory=dict)
 
+    def load(self) -> None:
+        """Give the model its network; raises ContinualError for what is wrong with it."""
+        self.model = build.model(self.config, self.stream)
+
 
 def set_up(config: DictConfig, out: Path) -> Bench:
-    """Build what the configuration names; raises ContinualError for whatever is wrong with it."""
+    """Build what the configuration names but the network; raises ContinualError for whatever is wrong with it."""
     build.check(config)
     strategy, recipe = build.strategy(config), build.recipe(config)  # before anything that takes long
     build.refuse_shards(config, strategy)
+    build.refuse_optimizer(config, strategy)
     stream = build.stream(config)
-    model = build.model(config, stream)
+    model = build.reader(config, stream)
     encoder = build.encoder(config, model)
     tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]
     probes = build.probes(config)

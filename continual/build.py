@@ -86,7 +86,7 @@ def check(config: DictConfig) -> None:
         if not isinstance(value, ListConfig) or any(
                 mistyped("int | None", v) or (v is not None and v < least) for v in value):
             wrong.append(f"{key}={value}: expected a list of whole numbers of at least {least}, such as [16,64]")
-    wrong += _early(config)
+    wrong += [*_early(config), *_loss(config)]
     if wrong:
         raise ConfigError(gathered(wrong))
     refuse_missing(config.track)
@@ -102,6 +102,15 @@ def _early(config: DictConfig) -> Iterator[str]:
                "between two looks at it")
     if during is not None and "adapt" in config:
         yield f"score.during={during}: adapt has one task and scores it at adapt.at; leave it out"
+
+
+def _loss(config: DictConfig) -> Iterator[str]:
+    """What is wrong with how a step computes its loss."""
+    weight, precision = (OmegaConf.select(config, key) for key in ("loss.instruction_weight", "train.precision"))
+    if mistyped("float", weight) or not 0 <= weight <= 1:
+        yield f"loss.instruction_weight={weight}: expected a number from 0 (masked) to 1 (as a response)"
+    if precision not in (known := ["fp32", "bf16", "auto"]):
+        yield unknown("train.precision", precision, known)
 
 
 def stream(config: DictConfig) -> Stream:
@@ -167,19 +176,23 @@ def refuse_shards(config: DictConfig, learner: Strategy) -> None:
                           "one of them")
 
 
+def refuse_optimizer(config: DictConfig, learner: Strategy) -> None:
+    """Raise ConfigError where the strategy takes plain SGD and the configuration has something else."""
+    if learner.sgd_only and config.train.optimizer != "sgd":
+        raise ConfigError(f"strategy={'+'.join(map(str, config.strategy))} has a learning rate of its own for each "
+                          f"weight, which train.optimizer={config.train.optimizer} would undo; set "
+                          "train.optimizer=sgd train.lr=1")
+
+
 def model(config: DictConfig, tasks: Stream | None) -> Model:
     """The configured model on its device, or in shards on all, with the configured batch layout and precision."""
-    weight, precision = config.loss.instruction_weight, config.train.precision
-    if mistyped("float", weight) or not 0 <= weight <= 1:
-        raise ConfigError(f"loss.instruction_weight={weight}: expected a number from 0 (masked) to 1 (as a response)")
-    if precision not in ("fp32", "bf16", "auto"):
-        raise ConfigError(unknown("train.precision", precision, ["fp32", "bf16", "auto"]))
+    weight = config.loss.instruction_weight
     shards = config.train.shard and world() > 1
     made = _model(config, tasks, **({"device": "cpu"} if shards else {}))
     if made.layout.seq2seq and weight:
         raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has no loss; set it to 0")
     made.layout = replace(made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight)
-    made.bf16 = precision == "bf16"  # with auto: once it is measured
+    made.bf16 = config.train.precision == "bf16"  # with auto: once it is measured
     if shards:
         shard(made, pick_device(config.device))
     elif config.train.shard:
@@ -194,7 +207,7 @@ def reader(config: DictConfig, tasks: Stream) -> Model:
 
 def _model(config: DictConfig, tasks: Stream | None, **more: Any) -> Model:
     origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
-    made: Model = construct(config.model, "model", stream=origin, seed=config.seed,
+    made: Model = construct(config.model, "model", stream=origin, seed=config.model.get("seed", config.seed),
                             **{"device": config.device, **more})
     return made
 

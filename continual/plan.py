@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,6 +96,7 @@ def plan(config: DictConfig) -> Plan:
     recipe, settings, ghosts = build.recipe(config), config.plan, Ghosts()
     stream = Stream("planned", "given", (), ()) if settings.tasks else build.stream(config)
     strategy = build.strategy(config)
+    build.refuse_optimizer(config, strategy)
     with ghosts.shapes():
         model = build.model(config, stream)
     ghosts.haunt(model.net)
@@ -245,6 +246,18 @@ def show(made: Plan, config: DictConfig, console: Console) -> None:
     _print(console, "with the number of tasks", ("", "in the last stage", "grows"), [
         *grown, ("a row of scores", _amount(made.scoring, "FLOPs"), "linear; in all quadratic"),
         ("a stage's predictions", _bytes(made.predictions / (len(made.training) + 1)), "linear; in all quadratic")])
+    console.print(f"not counted: {', '.join(_uncounted(config))}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _uncounted(config: DictConfig) -> Iterator[str]:
+    """What the run would do besides."""
+    yield "marking answers"
+    if config.score.judge.name is not None:
+        yield f"the judge {config.score.judge.name}"
+    if config.score.during is not None:
+        yield f"looking at forgetting every {config.score.during} steps (score.during)"
+    if probes := config.get("probe"):
+        yield f"what the probes ask after each stage ({', '.join(map(str, probes))})"
 
 
 def _print(console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

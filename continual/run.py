@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from continual import checkpoint, gate, report
-from continual.audit import audited, base_scored
+from continual.audit import base_scored, noted, shown
 from continual.bench import Bench, early_of, predictions, set_up, show_unfit
 from continual.claim import claim
 from continual.early import Early, marks, said
@@ -49,11 +49,14 @@ def run(config: DictConfig, console: Console) -> Matrix:
         claim(out, config)
         gate.passed(out, config.stop_if.forgetting)
         bench = set_up(config, out)
+        audit = shown(out, config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit,
+                      console) if leads() else None
+        bench.load()
         track = tracker(config, out)
         with Events(out / "events.jsonl", console, track) as events, Signals() as signals:
             with first():
                 settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
-            matrix = stages(out, bench, events, signals)
+            matrix = stages(out, bench, events, signals, audit)
             events({"event": "end", "summary": matrix.summary()})
         if leads():
             checkpoint.prune(out, config.checkpoint.keep)  # again: a process that was killed may not have come to it
@@ -62,13 +65,12 @@ def run(config: DictConfig, console: Console) -> Matrix:
         return matrix
 
 
-def stages(out: Path, bench: Bench, events: Events, signals: Signals) -> Matrix:
+def stages(out: Path, bench: Bench, events: Events, signals: Signals, audit: dict[str, Any] | None = None) -> Matrix:
     """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before any training."""
     found = checkpoint.find(out)
     matrix = resume(out, bench, found, events)
-    if leads():
-        audited(out, bench.config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit,
-                events)
+    if audit:
+        noted(out, audit, events)
     begun, early = events.stage, early_of(out, bench)
     for number in range(begun, len(bench.stream.stages) + 1):
         events.stage = number

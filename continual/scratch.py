@@ -50,11 +50,12 @@ def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int,
         tokenizer = byte_bpe(corpus, vocabulary, context)
         return assemble(_llama(tokenizer, shape, attention, weights_seed), tokenizer, device=device, seed=seed,
                         adapter=adapter, adapters=adapters)
-    if not network:
-        return reader(byte_bpe(corpus, vocabulary, context), context)
     recipe = {"version": VERSION, **shape, "pretrain": dict(pretrain), "attention": attention, "seed": weights_seed,
               "text": _digest(corpus), "torch": torch.__version__}
     folder = cache() / "models" / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    if not network:  # a tokenizer that was trained before is that model's, whatever would be trained now
+        return reader(AutoTokenizer.from_pretrained(folder) if folder.exists() else
+                      byte_bpe(corpus, vocabulary, context), context)
     with first():
         if not folder.exists():
             with _turn(folder):

@@ -42,6 +42,7 @@ class Strategy:
 
     whole = True  # a checkpoint's weights are, without the strategy's memory, a model that answered in the run
     shardable = True  # it asks a model for losses, answers and gradients' sums only, whose weights may be in shards
+    sgd_only = False  # what it leaves in `.grad` is a step of plain SGD, and under another optimizer another method
 
     def __init_subclass__(cls, **more: Any) -> None:
         """A method whose class does not say itself that it is shardable is taken not to be."""

@@ -80,11 +80,14 @@ class Encoder:
 
     @cached_property
     def specials(self) -> tuple[list[int], list[int]]:
-        """The ids that this tokenizer puts before and after a text of its own accord (a BOS, T5's </s>)."""
+        """The ids that stand before and after a text, of the tokenizer's own accord (a BOS, T5's </s>).
+
+        A chat template writes what stands before it itself, as `apply_chat_template` has it.
+        """
         bare: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full: list[int] = self.tokenizer("a")["input_ids"]
         at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-        return full[:at], full[at + len(bare) :]
+        return [] if self.template == CHAT else full[:at], full[at + len(bare) :]
 
     def ids(self, text: str) -> list[int]:
         """The ids of one piece, no special token added."""

@@ -26,7 +26,7 @@ from continual.files import write_whole
 from continual.parallel import first
 from continual.template import TEMPLATES, Encoder, columns, nothing_left
 
-SCHEMA = 1  # of the file and of how rows are encoded
+SCHEMA = 2  # of the file and of how rows are encoded
 LOADED = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's configuration, not of its ids
 DTYPES = {"ids": torch.int32, "response": torch.bool, "rows": torch.int32, "text": torch.uint8}
 

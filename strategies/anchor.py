@@ -43,10 +43,16 @@ class L2(Strategy):
         return loss + self.penalty(model) if self.anchor and self.strength else loss
 
     def penalty(self, model: Model) -> Tensor:
-        """The pull's value at the model's weights; a scalar."""
-        live = weights(model)
-        pulls = [(self.importance[n] * (live[n] - a).square()).sum() for n, a in self.anchor.items()]
-        return self.strength / 2 * torch.stack(pulls).sum()
+        """The pull's value at the model's weights; a scalar.
+
+        Its gradient is at hand when its value is, and is not sought anew: the step reads every weight fewer times.
+        """
+        live, twice = weights(model), []
+        for n, a in self.anchor.items():
+            apart = live[n] - a
+            twice.append(((self.importance[n] * apart.detach()) * apart).sum())  # its gradient: importance * apart
+        value = torch.stack(twice).sum()
+        return self.strength * (value - value.detach() / 2)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Measure the importance of each weight and anchor it where it is."""

@@ -79,7 +79,7 @@ class MultiTask(Replay):
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """The weighted step; where conflicts are projected, what that changes of the tasks' gradients is added."""
         loss = super().backward(model, batch)
-        if self.conflicts == "project" and len(parts := self.step) > 1:
+        if self.conflicts == "project" and len(parts := [part for part in self.step if part.tokens]) > 1:
             own, learned = gradient(model), self.log_variance.grad
             tokens = sum(part.tokens for part in parts)
             each = torch.stack([part.tokens / tokens * flat(self.gradient_of(model, part)) for part in parts])
@@ -106,7 +106,7 @@ class MultiTask(Replay):
         self._note(share)
         scale = {t: share[t] * batch.tokens / n for t, n in tokens.items()}
         batch = batch.of(batch.examples, [scale[e.task] for e in batch.examples])
-        self.step = [part for part in batch.by_task().values() if part.tokens]
+        self.step = list(batch.by_task().values())
         return batch
 
     def _weight(self, task: int) -> float:

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
-from small import run
+from small import byte_bpe, run, stream_text, write_model
 from toy import same
 
 from continual import adapt, cli, report
 from continual.errors import DataError
 from continual.interrupt import Stopped
+from continual.reopen import Source, reopen
 from continual.reports.curves import Curve
 from continual.reports.reach import reach
 
@@ -55,6 +56,25 @@ def test_checkpoint_starts_from_a_run(cli, keys, tmp_path):
     assert code == 0, err
     assert "mean of 2 draws" in out.replace("\n", " ")
     assert Curve.read(tmp_path / "new").start == str(tmp_path / "run/checkpoints/stage-01")
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")  # peft's own
+def test_it_starts_from_the_runs_network_whatever_its_own_seed(keys, tmp_path, monkeypatch):
+    """The embedding of the end of sequence that its tokenizer lacked was drawn by the run's seed, and is frozen."""
+    bare = write_model(tmp_path / "model", tokenizer=byte_bpe(stream_text(), eos=None, pad=None))
+    more, curves, started = (f"model.name={bare}", "model.adapter=lora"), adapt.curves, []
+    run(tmp_path / "run", keys, *more, "stream.tasks=[first]", "train.steps=1", "seed=1")
+    monkeypatch.setattr(adapt, "curves", lambda bench, *rest: started.append(state(bench)) or curves(bench, *rest))
+    adapted(tmp_path / "new", keys, *more, "adapt.draws=1", f"checkpoint={tmp_path / 'run'}", "seed=2")
+    begun, new = (reopen(Source.read(tmp_path / name), cli.configure("run", ["device=cpu"])) for name in ("run", "new"))
+    begun.at("first")
+    assert same(started[0], state(begun))
+    assert same(*({n: w for n, w in state(opened).items() if "lora_" not in n} for opened in (begun, new)))
+
+
+def state(held):
+    """All weights of the model that a bench or a reopened run holds."""
+    return {n: w.clone() for n, w in held.model.net.state_dict().items()}
 
 
 # Draws

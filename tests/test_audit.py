@@ -12,9 +12,10 @@ from small import TASKS, byte_bpe, lines, rows, run, stream_text, write_model, w
 from test_report import EVIL, page
 
 from continual import cli, report
+from continual import run as engine
 from continual.audit import alone, audit, majority
 from continual.data import Example, Message, Stream, Task
-from continual.errors import ConfigError, DataError
+from continual.errors import ConfigError, DataError, MissingError
 from continual.lengths import fit, measure
 from continual.reports import audits
 from continual.template import Encoder
@@ -325,6 +326,28 @@ def test_a_run_audits_once_and_shows_it_in_the_terminal_the_log_and_the_page(key
     assert sum(e["event"] == "audit" for e in lines(tmp_path / "run/events.jsonl")) == 1
 
 
+def test_the_audit_is_shown_before_the_weights_are_read_and_kept_once_the_run_begins(keys, leaky, tmp_path):
+    folder = write_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    aside, said = weights.rename(tmp_path / "weights"), io.StringIO()
+    told = (*keys, f"stream.path={leaky}", f"model.name={folder}", "train.epochs=1", f"out={tmp_path / 'run'}")
+    with pytest.raises(MissingError, match="could not be loaded"):
+        engine.run(cli.configure("run", list(told)), Console(file=said, width=400))
+    assert "first: 1 of 4 test prompts stand in training rows" in said.getvalue()
+    assert not any((tmp_path / "run" / name).exists() for name in ("audit.json", "events.jsonl"))
+    aside.rename(weights)
+    run(tmp_path / "run", told)
+    assert (tmp_path / "run/audit.json").exists()
+
+
+def test_what_is_wrong_with_the_rows_is_told_before_the_weights_are_read(keys, leaky, tmp_path):
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    write_rows(leaky / "loud/train.jsonl", [{"instruction": "Say it.", "output": " "}])
+    with pytest.raises(DataError, match="the response is empty"):
+        run(tmp_path / "run", keys, f"stream.path={leaky}", f"model.name={folder}")
+
+
 def test_runs_of_one_comparison_say_the_same_audit_once(keys, leaky, tmp_path):
     more = (f"stream.path={leaky}", "train.epochs=1", "stream.tasks=[first]")
     assert "stand in training rows" in run(tmp_path / "a", keys, *more)[1]
@@ -373,5 +396,5 @@ def test_a_pages_audit_shows_every_text_as_text(keys, tmp_path):
 def test_a_damaged_audit_is_named_by_the_report(keys, tmp_path, damage):
     run(tmp_path / "run", keys, "stream.tasks=[first]", "train.epochs=1")
     (tmp_path / "run/audit.json").write_text(damage)
-    with pytest.raises(DataError, match=r"audit\.json: no audit of schema 1 .*remove it"):
+    with pytest.raises(DataError, match=r"audit\.json.*(found broken JSON|no audit of schema 1 .*remove it)"):
         report.write(tmp_path / "run")

@@ -16,7 +16,7 @@ from continual.weights import gradient
 ARRANGEMENTS = {"joint", "cumulative"}  # of the stream, under naive: test_configs holds them to that
 CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strategy").glob("*.yaml")} - ARRANGEMENTS)
 BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem",
-            "anil", "meta_sgd"}
+            "anil", "meta_sgd", "la_maml"}
 LORA = {"incremental_lora", "olora", "gain_lora", "slao"}  # they work on the factors of a LoRA
 MOMENTS = ("begin", "end", "route")  # at which to give the model other weights is what some are for:
 SETTERS = {"per_task", "router", "slao", "progressive_prompts", "average", "fisher_merge", "ema", "task_arithmetic",
@@ -31,6 +31,7 @@ OFF = {
     "l2": ("l2.strength=0",), "ewc": ("ewc.strength=0",), "online_ewc": ("online_ewc.strength=0",),
     "maml": ("maml.capacity=0", "maml.inner_steps=0"), "reptile": ("reptile.capacity=0", "reptile.inner_steps=0"),
     "anil": ("anil.capacity=0", "anil.inner_steps=0"), "meta_sgd": ("meta_sgd.capacity=0", "meta_sgd.inner_steps=0"),
+    "la_maml": ("la_maml.capacity=0", "la_maml.inner_steps=0"),
     "der": ("der.capacity=0",), "lwf": ("lwf.strength=0",), "hard_replay": ("hard_replay.capacity=0",),
     "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
@@ -55,6 +56,7 @@ VARIANTS = [
     ("reptile", "reptile.inner_steps=1"), ("gem,maml", "gem.share=0.25", "gem.capacity=0.2", "gem.sample=2"),
     ("anil", "anil.second_order=true", "anil.inner=meta_sgd", "anil.inner_steps=2"),
     ("meta_sgd", "meta_sgd.second_order=true"),
+    ("la_maml", "la_maml.second_order=true", "la_maml.inner_steps=2", "la_maml.capacity=7"), ("la_maml,ewc",),
     ("multitask", "multitask.weighting=size", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=temperature", "multitask.capacity=0.5"),
     ("multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"),
@@ -141,6 +143,8 @@ def subject(entry) -> rules.Subject:
                            partial(network, entry[0]))
     if "progressive_prompts" in entry[0]:  # a prompt steers little of a network of random weights
         made.recipe, made.falls = replace(toy.RECIPE, lr=0.3, epochs=6), 1e-3
+    if "la_maml" in entry[0]:
+        made.recipe = replace(toy.RECIPE, optimizer="sgd", lr=1)
     return made
 
 

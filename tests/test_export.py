@@ -189,6 +189,16 @@ TOKENIZERS = [byte_bpe(stream_text()), byte_bpe(stream_text(), bos="<s>", eos="<
               byte_bpe(stream_text(), close=True, split_words=False)]
 
 
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_stands_there_once(seq2seq):
+    tokenizer = byte_bpe(stream_text(), bos="<s>", close=seq2seq, chat_template="{{ bos_token }}" + CHATML)
+    encoder = Encoder(tokenizer, "chat", seq2seq=seq2seq)
+    told = tokenizer.apply_chat_template([{"role": "user", "content": "Do it."}], add_generation_prompt=True,
+                                         chat_template=chat_template(encoder))["input_ids"]
+    assert tuple(told) == encoder.ask(example("Do it."), 0, 1).ids
+    assert told.count(tokenizer.bos_token_id) == 1
+
+
 @settings(max_examples=60)
 @given(st.sampled_from([*TEMPLATES]), st.sampled_from(range(3)), st.text(min_size=1, max_size=12), st.text(max_size=12))
 def test_the_saved_template_writes_every_prompt_as_the_run_did(template, which, instruction, given_input):

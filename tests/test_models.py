@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from small import byte_bpe, example, model, network, run, stream_text, write_model
 
@@ -183,6 +184,28 @@ def test_a_model_from_scratch_is_built_once_and_is_the_same_whatever_the_order(k
     assert first.scores[0] == second.scores[0][::-1]
     run(tmp_path / "c", made, *SCRATCH, "model.weights_seed=1")
     assert len([*models.glob("*/")]) == 2
+
+
+def test_a_model_from_scratch_reads_rows_by_the_same_tokens_before_it_is_built_and_after(keys, tmp_path, monkeypatch,
+                                                                                         capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told = [k for k in keys if not k.startswith("model")] + [*SCRATCH, "train.epochs=1"]
+    run(tmp_path / "a", told)
+    key, digest = kept(tmp_path / "a")
+    (tmp_path / "a/finished").unlink()
+    run(tmp_path / "a", told)
+    assert "tokenised again" not in capsys.readouterr().err
+    assert kept(tmp_path / "a") == (key, digest)
+    shutil.rmtree(tmp_path / "cache")
+    run(tmp_path / "b", told)
+    assert kept(tmp_path / "b") == (key, digest), "a tokenizer that is trained again is the same"
+
+
+def kept(out):
+    """The hashes of the tokenizer and rows that a run's ids were made of, and of the ids."""
+    with safe_open(out / "tokens.safetensors", framework="pt") as file:
+        told = file.metadata()
+    return told["key"], told["digest"]
 
 
 def test_a_shape_that_cannot_be_is_refused(keys, tmp_path, monkeypatch):

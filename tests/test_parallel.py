@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -91,12 +92,23 @@ def whole(keys, tmp_path_factory):
     return out
 
 
-def torchrun(folder, *words):
-    """The exit code and what is said, by the launcher itself."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-                           "continual", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, timeout=apart.LIMIT)
+def launched(*launcher):
+    """The exit code and what is said, by a launcher itself."""
+    done = subprocess.run([sys.executable, "-m", *launcher], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                          timeout=apart.LIMIT)
     return done.returncode, done.stdout
+
+
+def torchrun(folder, *words):
+    return launched("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "continual", *words)
+
+
+def accelerate(folder, *words):
+    """On a CPU too by --multi_gpu: with --cpu it starts one process, and leaves more to MPI."""
+    return launched("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                    "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "--module",
+                    "continual", *words)
 
 
 def forked(folder, *words):
@@ -105,7 +117,10 @@ def forked(folder, *words):
     return max(code for code, _ in told), "".join(said for _, said in told)
 
 
-@pytest.mark.parametrize("launch", [forked, pytest.param(torchrun, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launch", [
+    forked, pytest.param(torchrun, marks=pytest.mark.slow),
+    pytest.param(accelerate, marks=[pytest.mark.slow, pytest.mark.skipif(
+        not find_spec("accelerate"), reason="needs accelerate, of the extras quantize and bench")])])
 def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(launch, whole, keys, tmp_path):
     out = shutil.copytree(whole, tmp_path / "two")
     (out / "finished").unlink()

@@ -172,6 +172,18 @@ def test_a_gpu_that_is_too_small_is_said_to_be(model_folder):
     assert "does not fit in 1e-06 GB" in console.export_text()
 
 
+@pytest.mark.parametrize(("words", "told"), [
+    ((), "marking answers"),
+    (("probe=[shots,wordings]", "score.judge.name=a/judge", "score.during=9"),
+     "marking answers, the judge a/judge, looking at forgetting every 9 steps (score.during), what the probes ask "
+     "after each stage (shots, wordings)"),
+])
+def test_what_is_not_counted_is_said(cli, model_folder, words, told):
+    code, out, err = cli("plan", "model=hf", f"model.name={model_folder}", *GIVEN, "plan.stages=1", *words)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == f"not counted: {told}"
+
+
 @pytest.mark.parametrize(("word", "told"), [
     ("plan.gpus=0", "plan.gpus=0: expected a whole number of at least 1"),
     ("plan.steps=1", "plan.steps=1: expected a whole number of at least 2"),

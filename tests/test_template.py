@@ -133,6 +133,40 @@ def test_a_tokenizers_own_beginning_of_text_stands_first_and_is_not_learned():
     assert learned(made, tokenizer) == ["red<eos>"]
 
 
+BEGUN = "{{ bos_token }}" + CHATML
+
+
+def conversation(e):
+    told = e.messages or (Message("user", e.instruction), Message("assistant", e.outputs[0]))
+    return [{"role": m.role, "content": m.content} for m in told]
+
+
+@pytest.mark.parametrize("written", [BEGUN, CHATML], ids=["a BOS", "no BOS"])
+@pytest.mark.parametrize("row", [example("Do it."), TALK], ids=["one turn", "messages"])
+def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row):
+    tokenizer = byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=written)
+    encoder, told = Encoder(tokenizer, "chat"), conversation(row)
+    whole = tokenizer.apply_chat_template(told)["input_ids"]
+    made, asked = encoder.train(row, 0), encoder.ask(row, 0, 5)
+    assert list(made.ids) == whole[: len(made.ids)]
+    assert tokenizer.decode(whole[len(made.ids) :]) == "\n", "what stands behind the last end of turn is not learned"
+    assert list(asked.ids) == tokenizer.apply_chat_template(told[:-1], add_generation_prompt=True)["input_ids"]
+    assert made.ids.count(tokenizer.bos_token_id) == asked.ids.count(tokenizer.bos_token_id) == (written == BEGUN)
+
+
+def test_demonstrations_of_a_chat_begin_once():
+    tokenizer = byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=BEGUN)
+    asked = Encoder(tokenizer, "chat", shown=(example("Do.", output="so"),)).ask(example("Do it."), 0, 5)
+    told = [*conversation(example("Do.", output="so")), *conversation(example("Do it."))[:-1]]
+    assert list(asked.ids) == tokenizer.apply_chat_template(told, add_generation_prompt=True)["input_ids"]
+
+
+def test_an_encoder_decoders_chat_begins_as_its_template_does_and_ends_as_its_tokenizer_does():
+    tokenizer = byte_bpe(stream_text(), bos="<s>", close=True, chat_template=BEGUN)
+    asked = Encoder(tokenizer, "chat", seq2seq=True).ask(example("Do it."), 0, 5)
+    assert tokenizer.decode(asked.ids) == "<s><|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n<eos>"
+
+
 def test_an_encoders_text_ends_with_its_end_of_sequence_and_so_does_the_response():
     tokenizer = byte_bpe(stream_text(), close=True)
     made = Encoder(tokenizer, "plain", seq2seq=True).train(example("Do it."), 0)

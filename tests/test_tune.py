@@ -19,6 +19,7 @@ ELSEWHERE = {
     **dict.fromkeys(("incremental_lora", "olora", "gain_lora", "slao"),
                     "they train a LoRA, and the others the whole model"),
     "progressive_prompts": "it trains virtual tokens alone, at a rate of their own",
+    "la_maml": "it is trained by SGD, and the others by AdamW",
     "avalanche": "it is whatever plugin is named",
 }
 
