@@ -28,8 +28,9 @@ class LaMAML(MAML):
     a <- a - rates_lr dL/da, and then the weights, at the new rates: w <- w - max(0, a) dL/dw. In the first order dL/dw
     is the gradient at the fast weights, and dL/da is minus its product, weight by weight, with the sum of the inner
     gradients: a weight on which new and old examples agree learns faster, one on which they do not slower, or not at
-    all. Inner steps go at a itself, so that a rate below 0 can rise again. Both gradients are first scaled down to the
-    norm `clip`, as in the authors' code, which also takes L after every inner step, and the mean.
+    all. Inner steps go at a itself, so that a rate below 0 can rise again. Every gradient is first scaled down to the
+    norm `clip`; the authors' code does so but for inner ones, whose numbers it cuts off at +-`clip`. It also takes L
+    after every inner step, and the mean.
 
     The weights' step is one of plain SGD: it takes train.optimizer=sgd, and is the paper's at a train.lr of 1, which
     the schedule varies. AdamW, which scales each weight's step by itself, would undo the rates.
