@@ -30,7 +30,7 @@ NEEDED = {
     "avalanche": ["strategy.avalanche.plugin=SynapticIntelligencePlugin", "+strategy.avalanche.args.si_lambda=1"],
     "incremental_lora": ["model.adapter=lora", "strategy.incremental_lora.rank=1"],
     "olora": ["model.adapter=lora", "strategy.olora.rank=1"], "slao": ["model.adapter=lora"],
-    "la_maml": ["train.optimizer=sgd", "train.lr=1"], "progressive_prompts": ["model.adapter=prompt_tuning"],
+    "la_maml": ["train.optimizer=sgd", "train.lr=3"], "progressive_prompts": ["model.adapter=prompt_tuning"],
 }
 # Tokens by an 8k BPE trained on the five tasks' training rows (cut at 512): the instruction, then deciles of the
 # inputs and quintiles of the responses.

@@ -107,4 +107,4 @@ def test_a_step_that_is_passed_over_leaves_the_rates_as_they_were():
 def test_under_an_optimizer_that_would_undo_the_rates_it_is_refused(refused, keys, tmp_path):
     told = refused("run", *keys, "strategy=la_maml", f"out={tmp_path / 'it'}")
     assert told == ("strategy=la_maml has a learning rate of its own for each weight, which train.optimizer=adamw "
-                    "would undo; set train.optimizer=sgd train.lr=1")
+                    "would undo; set train.optimizer=sgd, and train.lr to 1 or what the strategy's configuration says")
