@@ -132,14 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             _show_config(verb, rest)
             return
         VERBS[verb](rest)
-    except Stopped as stop:
+    except (Stopped, Gated) as stop:
         let_first_speak()
         Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(128 + stop.number)
-    except Gated as stop:
-        let_first_speak()
-        Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(STATUS)
+        sys.exit(128 + stop.number if isinstance(stop, Stopped) else STATUS)
     except ContinualError as error:
         fail(error)
     except BrokenPipeError:  # what we print to has closed, such as head
