@@ -119,7 +119,8 @@ def _progress(folder: Path, told: bytes, tensors: bytes) -> None:
 
     _put(folder, "progress.json", told)
     _put(folder, "progress.safetensors", tensors)
-    progress(folder, SimpleNamespace(layout=SimpleNamespace(device="cpu")))  # type: ignore[arg-type]
+    net = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(num_embeddings=9))
+    progress(folder, SimpleNamespace(layout=SimpleNamespace(device="cpu"), sharded=False, net=net))  # type: ignore[arg-type]
 
 
 def memory(folder: Path, raw: bytes) -> None:

@@ -31,7 +31,7 @@ NEEDED = {
     "incremental_lora": ["model.adapter=lora", "strategy.incremental_lora.rank=1"],
     "olora": ["model.adapter=lora", "strategy.olora.rank=1"], "slao": ["model.adapter=lora"],
     "gain_lora": ["model.adapter=lora", "strategy.gain_lora.rank=1"],
-    "la_maml": ["train.optimizer=sgd", "train.lr=1"],
+    "la_maml": ["train.optimizer=sgd", "train.lr=3"],
     "progressive_prompts": ["model.adapter=prompt_tuning"],
 }
 # Tokens by an 8k BPE trained on the five tasks' training rows (cut at 512): the instruction, then deciles of the

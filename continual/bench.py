@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from continual import build
 from continual.data import Stream
 from continual.early import Early
+from continual.errors import ConfigError, listed
 from continual.events import Events
 from continual.model import Model
 from continual.probes.base import Probe, Setting
@@ -48,6 +49,9 @@ def set_up(config: DictConfig, out: Path) -> Bench:
     build.refuse_shards(config, strategy)
     build.refuse_optimizer(config, strategy)
     stream = build.stream(config)
+    if recipe.patience and (bare := [stage.name for stage in stream.stages if not stage.dev]):
+        raise ConfigError(f"train.patience={recipe.patience} stops by the loss on dev rows, and there are none of "
+                          f"{listed(bare)}; add some, or set train.patience=null")
     model = build.reader(config, stream)
     encoder = build.encoder(config, model)
     tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]

@@ -181,7 +181,7 @@ def refuse_optimizer(config: DictConfig, learner: Strategy) -> None:
     if learner.sgd_only and config.train.optimizer != "sgd":
         raise ConfigError(f"strategy={'+'.join(map(str, config.strategy))} has a learning rate of its own for each "
                           f"weight, which train.optimizer={config.train.optimizer} would undo; set "
-                          "train.optimizer=sgd train.lr=1")
+                          "train.optimizer=sgd, and train.lr to 1 or what the strategy's configuration says")
 
 
 def model(config: DictConfig, tasks: Stream | None) -> Model:

@@ -19,13 +19,13 @@ from continual import build
 from continual.answer import answer
 from continual.data import Example, Task
 from continual.errors import ConfigError, ContinualError, DataError, listed, unknown
-from continual.reopen import LAST, Source, reopen
+from continual.reopen import Source, reopen
 from continual.reports.figures import percent
 from continual.reports.runs import Run
 from continual.score import METRICS
 from continual.terminal import safe
 
-KEYS = {"stage": LAST, "task": "", "max_new_tokens": "", "device": "auto", "trust_remote_code": "false"}
+KEYS = {"stage": "", "task": "", "max_new_tokens": "", "device": "auto", "trust_remote_code": "false"}
 HELP = """/stages             the stages, and what each scored
 /stage NAME         answer as the model did after this stage; also by its number
 /task NAME          put this task's instruction before what is typed; /task alone: none
@@ -200,7 +200,7 @@ def side_by_side(told: dict[str, str], example: Example) -> Table:
     return table
 
 
-def chat(path: Path, config: DictConfig, console: Console, lines: Iterable[str], *, stage: str = LAST,
+def chat(path: Path, config: DictConfig, console: Console, lines: Iterable[str], *, stage: str | None = None,
          task: str | None = None, room: int | None = None) -> None:
     """Answer each of the `lines` until they end or one is /quit.
 
@@ -208,7 +208,7 @@ def chat(path: Path, config: DictConfig, console: Console, lines: Iterable[str],
     no model can be built; what is wrong with a line is said, and the next is read.
     """
     source = Source.read(path)
-    start = source.stage(stage) if stage != LAST or source.whole else None
+    start = source.stage(stage) if stage or source.whole else None
     talk = Chat(source, config, console, room)
     if start:
         talk.opened.at(start)

@@ -128,18 +128,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "-h" in rest or "--help" in rest:
             print(EXAMPLES[verb])
             return
-        if "--cfg" in rest and verb in CONFIGURED:
+        if "--cfg" in rest:
             _show_config(verb, rest)
             return
         VERBS[verb](rest)
-    except Stopped as stop:
+    except (Stopped, Gated) as stop:
         let_first_speak()
         Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(128 + stop.number)
-    except Gated as stop:
-        let_first_speak()
-        Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(STATUS)
+        sys.exit(128 + stop.number if isinstance(stop, Stopped) else STATUS)
     except ContinualError as error:
         fail(error)
     except BrokenPipeError:  # what we print to has closed, such as head
@@ -185,6 +181,9 @@ def configure(verb: str, overrides: Sequence[str], **more: Any) -> DictConfig:
 def _show_config(verb: str, rest: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
+    if verb not in CONFIGURED:
+        raise ConfigError(f"continual {verb} has no configuration, for it takes the keys that continual {verb} --help "
+                          f"shows; --cfg goes with {', '.join(CONFIGURED)}")
     print(OmegaConf.to_yaml(configure(verb, [r for r in rest if r != "--cfg"])))
 
 
@@ -255,7 +254,8 @@ def _chat(rest: Sequence[str]) -> None:
     path, told, config = _opened(rest, chat.KEYS)
     room = count("max_new_tokens", told["max_new_tokens"]) if told["max_new_tokens"] else None
     console = Console(highlight=False)
-    chat.chat(path, config, console, chat.typed(console), stage=told["stage"], task=told["task"] or None, room=room)
+    chat.chat(path, config, console, chat.typed(console), stage=told["stage"] or None, task=told["task"] or None,
+              room=room)
 
 
 def _watch(rest: Sequence[str]) -> None:
@@ -268,11 +268,10 @@ def _watch(rest: Sequence[str]) -> None:
 def _report(rest: Sequence[str]) -> None:
     from continual import report
 
-    out = [Path(r.removeprefix("out=")) for r in rest if r.startswith("out=")]
-    paths = [Path(r) for r in rest if not r.startswith("out=")]
+    paths, told = given(rest, {"out": ""})
     if not paths:
         raise MissingError("continual report needs a folder made by run, compare or adapt")
-    written = report.write(*paths, out=out[0] if out else None)
+    written = report.write(*paths, out=Path(told["out"]) if told["out"] else None)
     report.tables(Console(), *paths)
     print("\n".join(f"wrote {p}" for p in written))
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from continual import cells
-from continual.errors import ConfigError, ContinualError
+from continual.errors import ConfigError, ContinualError, gathered, unknown
 from continual.files import write_whole
 from continual.interrupt import Signals, Stopped, alone
 from continual.reading import yaml_mapping
@@ -39,7 +39,8 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     it. Raises ConfigError for it, for a combination that is wrong before any run starts, and where another comparison
     is under way in the folder; Stopped for a signal.
     """
-    launcher = _launcher(overrides)
+    launcher, typed = _launcher(overrides), [o for o in overrides if not o.startswith("out=")]
+    overrides = _for_some(overrides)
     config = configure("compare", [_first(o) for o in overrides], return_hydra_config=True)
     out, given = Path(config.out), [o for o in overrides if not o.startswith("out=")]
     sweeper = config.hydra.sweeper
@@ -47,7 +48,7 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     words = [*given, *(f"{key}={value}" for key, value in told.items() if not _sets(given, key))]
     for key, value in zip(NAMED, (config.strategies, config.seed), strict=True):
         words += [] if _sets(words, key) else [f"{key}={value}"]
-    fixed = [key for o in words if not _sweeps(o) and (key := o.split("=")[0]) not in NAMED]
+    fixed = [key for o in words if not _sweeps(o) and (key := o.split("=")[0].lstrip("+")) not in NAMED]
     words.append(f"out={_quoted(str(out.absolute()))}")
     searches = sweeper._target_ != BASIC
     if searches and not any(_sweeps(word) and word.split("=")[0] not in NAMED for word in words):
@@ -60,12 +61,12 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     with alone(out):
         (out / STOP).unlink(missing_ok=True)
         if not searches:  # which runs a search will do is not known before
-            cells.plan(out, given, names)
+            cells.plan(out, typed, names)
         with _Noted(out) if launcher != HERE else nullcontext():
             trouble = _sweep([*words, f"hydra.job.config.override_dirname.exclude_keys={[*fixed, 'out']}"])
         if number := _stopped(out):
-            raise Stopped("stopped; nothing is lost. Go on with:\n  " + cells.command(out, given), number)
-        _tell(out, given, names or [p.parent.name for p in sorted(out.glob(f"*/{cells.FAILED}"))], trouble)
+            raise Stopped("stopped; nothing is lost. Go on with:\n  " + cells.command(out, typed), number)
+        _tell(out, typed, names or [p.parent.name for p in sorted(out.glob(f"*/{cells.FAILED}"))], trouble)
 
 
 def cell(config: DictConfig) -> float | None:
@@ -108,11 +109,22 @@ def cell(config: DictConfig) -> float | None:
     return None
 
 
+def _for_some(overrides: Sequence[str]) -> list[str]:
+    """Where several strategies are compared, a single one's settings as tuned ones: for those runs that have it."""
+    if any(o.startswith("strategy=") and not _sweeps(o) for o in overrides):
+        return list(overrides)
+    return [re.sub(r"^\+*strategy\.(?=[\w-]+\.)", "++tuned.", o) if not _sweeps(o) else o for o in overrides]
+
+
 def _tune(config: DictConfig, given: Collection[str]) -> None:
-    """The strategies' tuned settings, but for the keys that are given."""
+    """The strategies' tuned settings, but for the keys that are given; raises ConfigError for one that is not there."""
     for name, values in config.tuned.items():
         for key, value in values.items():
             if name in config.strategy and f"strategy.{name}.{key}" not in given:
+                if key not in config.strategy[name]:
+                    raise ConfigError(unknown("key", f"strategy.{name}.{key}",
+                                              [f"strategy.{name}.{known}" for known in config.strategy[name]
+                                               if known != "_target_"]))
                 config.strategy[name][key] = value
 
 
@@ -231,10 +243,12 @@ def _first(override: str) -> str:
 
 
 def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[..., DictConfig]) -> list[str]:
-    """Compose every combination once before the first one runs; returns their folders' names."""
+    """Compose every combination once, with its strategy and recipe, before the first one runs; their folders' names."""
     from itertools import product
 
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from continual import build
 
     values: dict[str, list[str]] = {}  # as Hydra's sweeper has them: the last of a key counts
     keys: dict[str, str] = {}
@@ -243,12 +257,18 @@ def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[..., 
         keys[key] = parsed.key_or_group
         values[key] = ([f"{key}={v}" for v in parsed.sweep_string_iterator()] if parsed.is_sweep_override()
                        else [f"{key}={parsed.get_value_element_as_str()}"])
-    names = []
+    names, met, tuned = [], set[str](), set[str]()
     for combination in product(*values.values()):
-        configure("compare", combination)
+        config = configure("compare", combination)
+        _tune(config, values)
+        build.strategy(config), build.recipe(config)
+        met |= set(config.strategy)
+        tuned = {key.split(".")[1] for key in values if key.startswith("++tuned.")}
         told: Mapping[str, str] = dict(zip(values, combination, strict=True))
         names.append(_folder("_".join(sorted(
             word for key, word in told.items() if keys[key] not in fixed and not key.startswith("hydra")))))
+    if strange := sorted(tuned - met):
+        raise ConfigError(gathered([unknown("strategy of this comparison", name, met) for name in strange]))
     return names
 
 

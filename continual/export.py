@@ -22,7 +22,7 @@ from continual.files import file_name, flush, write_whole
 from continual.model import Model
 from continual.reopen import Reopened, Source, reopen
 
-KEYS = {"stage": "last", "task": "", "merged": "", "license": "", "device": "cpu", "trust_remote_code": "false",
+KEYS = {"stage": "", "task": "", "merged": "", "license": "", "device": "cpu", "trust_remote_code": "false",
         "out": ""}
 BESIDE = "base"  # in an adapter's folder: the base, where there is none to be had elsewhere
 
@@ -36,9 +36,10 @@ class Exported:
     base: str | None
 
 
-def export(path: Path, config: DictConfig, *, stage: str = "last", task: str | None = None, merged: bool | None = None,
-           out: Path | None = None, license: str | None = None) -> Exported:
-    """Write the model of a run or adaptation, as it was after `stage`, to `out`, by default PATH/export/STAGE.
+def export(path: Path, config: DictConfig, *, stage: str | None = None, task: str | None = None,
+           merged: bool | None = None, out: Path | None = None, license: str | None = None) -> Exported:
+    """Write the model of a run or adaptation, as it was after `stage`, by default the last, to `out`, by
+    default PATH/export/STAGE.
 
     `merged` adds an adapter's weights to the model's own, as is done by default wherever it can be; false leaves it an
     adapter for its base. A strategy with other weights for each task needs the `task`. `config` is that of `continual
@@ -188,6 +189,6 @@ def asked(told: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of `export` that the keys of the command line give, in `KEYS`."""
     from continual.terminal import truth
 
-    return {"stage": told["stage"], "task": told["task"] or None,
+    return {"stage": told["stage"] or None, "task": told["task"] or None,
             "merged": truth("merged", told["merged"]) if told["merged"] else None,
             "out": Path(told["out"]) if told["out"] else None, "license": told["license"] or None}

@@ -73,8 +73,13 @@ def explained(error: Exception, verb: str, overrides: Sequence[str], compose: Ca
 
 def _siblings(key: str, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> list[str]:
     """The keys beside `key` in the configuration without the overrides that set single keys."""
+    from hydra.errors import HydraException
+
     choices = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0] != key]
-    config = compose(verb, [o for o in choices if not o.startswith(("out=", key))])
+    try:
+        config = compose(verb, [o for o in choices if not o.startswith(("out=", key))])
+    except HydraException:  # several are wrong; those of the default choices are better than none
+        config = compose(verb, [])
     parent, _, _ = key.rpartition(".")
     section = OmegaConf.select(config, parent) if parent else config
     return [f"{parent}.{name!s}" if parent else str(name) for name in (section or {})]

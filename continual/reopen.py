@@ -24,7 +24,6 @@ from continual.strategy import Strategy
 from continual.template import Encoder
 from continual.weights import Weights, restore, snapshot
 
-LAST = "last"
 ADAPTED = "adapted"  # the one stage of an adaptation
 
 
@@ -65,18 +64,18 @@ class Source:
         """The last stage that was learned and scored."""
         return list(self.stages)[-1]
 
-    def stage(self, asked: str) -> str:
-        """A stage by its name, its number, or `last`, the end of a finished run; raises ConfigError, or MissingError
+    def stage(self, asked: str | None) -> str:
+        """A stage by its name, its number, or None, the end of a finished run; raises ConfigError, or MissingError
         where its weights were not kept.
         """
-        if asked == LAST and asked not in self.stages:
+        if asked is None:
             if not self.whole:
                 raise ConfigError(f"{self.path} is not finished, and has no last stage yet; finish it, or name a stage "
                                   f"that it has: {listed(list(self.stages))}")
             asked = self.newest
         numbers = {str(n): name for n, name in enumerate(self.stages)} if isinstance(self.told, Run) else {}
         if (name := asked if asked in self.stages else numbers.get(asked)) is None:
-            raise ConfigError(unknown("stage", asked, [*self.stages, LAST]))
+            raise ConfigError(unknown("stage", asked, self.stages))
         if (folder := self.stages[name]) and not folder.is_dir():
             raise MissingError(f"{folder}: the weights after stage {name!r} are not there (checkpoint.keep=N keeps the "
                                f"newest N only); choose of {listed(self.kept)}")

@@ -117,6 +117,11 @@ def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, me
         refuse(metric, task.name, rows)
     labels = _labels(task, encoder) if how == "likelihood" and metric != PERPLEXITY else {}
     room = max(map(len, labels.values())) if labels else max_new_tokens or _room(task.name, metric, rows, encoder)
+    if metric != PERPLEXITY and not encoder.seq2seq and room >= encoder.limit:
+        whence = "score.max_new_tokens" if max_new_tokens else f"the longest of its {split} references"
+        raise ConfigError(f"task {task.name!r}: an answer may take {room} tokens ({whence}), which leaves none of the "
+                          f"{encoder.limit} for its prompt; set score.max_new_tokens lower, or raise data.max_length "
+                          "as far as the model's context goes")
     if metric == PERPLEXITY:
         encode: Callable[[Example], Encoded] = lambda e: encoder.train(e, index)  # noqa: E731
     else:

@@ -82,8 +82,11 @@ def _out_of_range(recipe: Recipe) -> Iterator[str]:
             yield f"{_key(name)}={value}: expected a share or probability in [0, 1]"
     if len(recipe.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in recipe.betas):
         yield f"train.betas={list(recipe.betas)}: expected two numbers in [0, 1), such as [0.9,0.999]"
-    if not recipe.lr >= 0:
-        yield f"train.lr={recipe.lr}: expected at least 0"
+    for name in ("lr", "weight_decay"):
+        if not (value := getattr(recipe, name)) >= 0:
+            yield f"train.{name}={value}: expected at least 0"
+    if recipe.clip is not None and not recipe.clip > 0:
+        yield f"train.clip={recipe.clip}: expected more than 0, or null for no clipping"
     if recipe.steps is None and not recipe.epochs > 0:
         yield f"train.epochs={recipe.epochs}: expected more than 0"
 
@@ -109,10 +112,10 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     torch.manual_seed(seed)
     model.net.train()
     optimizer = _optimizer(model, strategy.begin(model, task), recipe)
-    total, budget, began = recipe.total(len(task.train)), model.layout.tokens, time.perf_counter()
+    total, budget = recipe.total(len(task.train)), model.layout.tokens
     patience = _patience(model, strategy, task, recipe)
     at = Progress(model, optimizer, _schedule(optimizer, recipe, total), patience)
-    model.trained = at.trained
+    model.trained, began = at.trained, time.perf_counter()
     if progress:
         at.load(progress())
         began -= at.seconds

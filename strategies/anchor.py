@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from continual.data import Encoded, Task
+from continual.errors import ConfigError
 from continual.importance import fisher, sensitivity
 from continual.memory import chosen
 from continual.model import Model
@@ -36,6 +37,13 @@ class L2(Strategy):
     strength: float = 1.0
     anchor: Weights = memory(dict)
     importance: Weights = memory(dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a push away."""
+        super().__post_init__()
+        if self.strength < 0:
+            raise ConfigError(f"found {self.strength} as the strength of the pull to earlier weights, expected at "
+                              "least 0")
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The task's loss and the pull."""

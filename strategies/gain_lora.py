@@ -106,7 +106,7 @@ class GainLoRA(IncrementalLoRA):
         if not len(self.change):
             return self.gates
         gate = self.gates[self.first]
-        free = self.change.split([g.numel() for g in gate])
+        free = torch.split(self.change, [g.numel() for g in gate])
         return self.gates | {self.first: [g + beside(f.view_as(g), k)  # eq. 12
                                           for g, f, k in zip(gate, free, self.known, strict=True)]}
 
@@ -156,7 +156,10 @@ class GainLoRA(IncrementalLoRA):
 
 @torch.no_grad()
 def pooled(model: Model, examples: Sequence[Encoded]) -> Tensor:
-    """(E, D) the mean of each prompt's input embeddings, p_0, in float32 at least."""
+    """(E, D) the mean of each prompt's input embeddings, p_0, in float32 at least.
+
+    A prompt is what stands before the first token that is learned: of a conversation that is learned whole, one turn.
+    """
     words = model.net.get_input_embeddings().weight
     wide = torch.promote_types(words.dtype, torch.float32)
     ends = [max(1, turn(e)) if True in e.response else None for e in examples]

@@ -154,21 +154,26 @@ class MAML(Episodic):
             else:
                 accumulate(partial(nll, at=still | at), model, parts)
                 g = taken(at)
+            c = self.pace(g)
             if self.second_order or len(self.rates):
-                path.append((seed + i, parts, at, g, held))
-            at = leaves(combine(lambda w, r, g: w - r * g, at, rate, g))
+                path.append((seed + i, parts, at, g, held, c))
+            at = leaves(combine(lambda w, r, g, c=c: w - c * r * g, at, rate, g))
         loss = self.judged(model, at, query, share)
         v = taken(at)
         while path:  # so that a graph is free once it has been gone through
-            again, parts, before, g, held = path.pop()
+            again, parts, before, g, held, c = path.pop()
             if len(self.rates):
-                self.learn(combine(lambda g, v: -g * v, g, v))
+                self.learn(combine(lambda g, v, c=c: -c * g * v, g, v))
             if self.second_order:
                 torch.manual_seed(again)  # what was dropped out on the way there is so on the way back
-                turn = combine(lambda r, v: -r * v, rate, v)
+                turn = combine(lambda r, v, c=c: -c * r * v, rate, v)
                 v = combine(torch.add, v, bent(model, before, parts, turn, g if held else None))
         add(changed, v)
         return loss
+
+    def pace(self, g: Weights) -> float | Tensor:
+        """What an inner step's gradient `g` is multiplied by, for which nothing is differentiated."""
+        return 1.0
 
     def learn(self, g: Weights) -> None:
         """Add to the rates' gradient."""

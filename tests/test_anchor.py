@@ -172,3 +172,8 @@ def test_the_same_seed_gives_the_same_fisher_examples_and_another_seed_others():
 def test_unknown_labels_are_refused():
     with pytest.raises(ConfigError, match="unknown Fisher labels 'true'"):
         trained(EWC(labels="true"), 0)
+
+
+def test_a_pull_that_pushes_away_is_refused():
+    with pytest.raises(ConfigError, match=r"found -5\.0 as the strength of the pull"):
+        EWC(strength=-5.0)

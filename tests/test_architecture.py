@@ -58,7 +58,7 @@ LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
 # What a package outside of the engine may import of the three.
 ALLOWED = {
     "strategies": {f"continual.{m}" for m in LAYER if LAYER[m] <= LAYER["strategy"]}
-    | {f"strategies.{base}" for base in ("replay", "anchor", "adapters", "incremental")},
+    | {f"strategies.{base}" for base in ("replay", "anchor", "adapters", "incremental", "maml")},
     "streams": {"streams", *(f"continual.{m}" for m in ("constraints", "data", "errors", "reading", "template"))},
 }
 OURS = ("continual", "strategies", "streams")

@@ -84,6 +84,13 @@ def test_all_bad_rows_may_be_skipped(cli, keys, stream, tmp_path):
 
 # Tasks and folders
 
+def test_early_stopping_without_dev_rows_is_refused_before_anything_is_scored(cli, keys, stream, tmp_path):
+    (stream / "last/dev.jsonl").unlink()
+    code, _, err = cli("run", *keys, f"stream.path={stream}", "train.patience=1", f"out={tmp_path / 'run'}")
+    assert (code, "train.patience=1 stops by the loss on dev rows, and there are none of last; add" in err) == (2, True)
+    assert not (tmp_path / "run/matrix.json").exists()
+
+
 def test_an_empty_task_is_refused(said, stream):
     (stream / "last/train.jsonl").write_text("")
     assert "'last'" in said()

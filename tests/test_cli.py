@@ -100,6 +100,8 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
     (["run", "train.lr=[1"], "Keys are given as key=value"),
     (["report"], "continual report needs a folder made by run, compare or adapt"),
     (["report", "nowhere"], "nowhere: there is no such folder"),
+    (["report", "json=true"], "unknown key 'json'"),
+    (["export", "runs/x", "--cfg"], "continual export has no configuration"),
 ])
 def test_a_name_that_is_not_there_is_refused_with_the_nearest(refused, words, told):
     assert told in refused(*words)

@@ -8,6 +8,7 @@ import shutil
 
 import apart
 import pytest
+import yaml
 from small import TASKS, run, write_stream
 
 from continual import cells, scratch
@@ -53,6 +54,27 @@ def test_runs_side_by_side_end_as_one_run_alone_does_and_a_failed_one_leaves_the
         told = f"predictions/stage-02/{task}.jsonl"
         assert (beside / told).read_bytes() == (tmp_path / "alone" / told).read_bytes()
     assert "replay" in out
+
+
+def test_a_setting_of_one_strategy_is_for_the_runs_that_have_it(cli, keys, tmp_path):
+    code, _, err = cli("compare", *keys, *SMALL, "strategy=naive,replay,[replay,l2]", "strategy.replay.share=0.5",
+                       f"out={tmp_path / 'it'}")
+    assert code == 0, err
+    kept = [yaml.safe_load(p.read_text())["strategy"] for p in tmp_path.glob("it/*/config.yaml")]
+    assert {tuple(told): told.get("replay", {}).get("share") for told in kept} == {
+        ("naive",): None, ("replay",): 0.5, ("replay", "l2"): 0.5}
+    assert names(tmp_path / "it") == {f"seed=0_strategy={s}" for s in ("naive", "replay", "[replay,l2]")}
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["strategy.replay.shar=0.5"], "unknown key 'strategy.replay.shar'; did you mean 'strategy.replay.share'"),
+    (["strategy.replay.share=2"], "share"),
+    (["strategy.ewc.strength=2"], "unknown strategy of this comparison 'ewc'"),
+    (["tuned={replay:{share:0.5}}"], "unknown key 'tuned.replay'"),
+])
+def test_a_wrong_setting_of_one_strategy_is_refused_before_any_run(refused, keys, tmp_path, words, said):
+    assert said in refused("compare", *keys, *SMALL, "strategy=naive,replay", *words, f"out={tmp_path / 'it'}")
+    assert not (tmp_path / "it").exists() or not names(tmp_path / "it")
 
 
 @needs("submitit_local")

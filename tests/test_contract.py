@@ -147,7 +147,7 @@ def subject(entry) -> rules.Subject:
     if "progressive_prompts" in entry[0]:  # a prompt steers little of a network of random weights
         made.recipe, made.falls = replace(toy.RECIPE, lr=0.3, epochs=6), 1e-3
     if "la_maml" in entry[0]:
-        made.recipe = replace(toy.RECIPE, optimizer="sgd", lr=1)
+        made.recipe = replace(toy.RECIPE, optimizer="sgd", lr=3)
     return made
 
 

@@ -55,6 +55,11 @@ def card(folder):
     return yaml.safe_load(head), text
 
 
+def test_by_default_it_is_the_model_of_the_run_s_end_whatever_its_tasks_are_called(made, tmp_path):
+    exported(made("stream.tasks=[last,first]"), tmp_path / "out")
+    assert card(tmp_path / "out")[0]["model-index"][0]["name"].endswith("first")
+
+
 def answers(folder, prompts):
     """Each prompt's answer, by the code that the card gives."""
     code = re.search(r"```python\n(.*?)```", card(folder)[1], re.DOTALL)[1]

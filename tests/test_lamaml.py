@@ -39,9 +39,9 @@ def drawn(made, strategy, chosen: list) -> list:
     return list(episode.examples)
 
 
-def cut(g: torch.Tensor, norm: float | None) -> torch.Tensor:
-    """Scaled down to this norm."""
-    return g if norm is None else g * min(1, norm / g.norm().item())
+def pace(g: torch.Tensor, norm: float | None) -> float:
+    """What scales a gradient down to this norm, but for torch's 1e-6."""
+    return 1.0 if norm is None else min(1.0, norm / (g.norm().item() + 1e-6))
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
@@ -58,8 +58,8 @@ def test_a_stage_moves_the_rates_and_then_the_weights_as_algorithm_1_does(second
     assert {e.task for e in new} == {2}
     assert (len(old), {e.task for e in old}) == (12, {0, 1})
     inner = [new[i::5] for i in range(5)]
-    found = looked_ahead(net, inner, judges, unflat(rates, before), second_order)
-    of_weights, of_rates = (cut(flat(g), clip) for g in found)
+    found = looked_ahead(net, inner, judges, unflat(rates, before), second_order, lambda g: pace(g, clip))
+    of_weights, of_rates = (flat(g) * pace(flat(g), clip) for g in found)
     expected = rates - strategy.rates_lr * of_rates
     assert torch.allclose(strategy.rates, expected, 1e-6, 1e-9)
     assert ((expected > 0) != (rates > 0)).any()  # so that it shows which of the two is first
@@ -107,4 +107,4 @@ def test_a_step_that_is_passed_over_leaves_the_rates_as_they_were():
 def test_under_an_optimizer_that_would_undo_the_rates_it_is_refused(refused, keys, tmp_path):
     told = refused("run", *keys, "strategy=la_maml", f"out={tmp_path / 'it'}")
     assert told == ("strategy=la_maml has a learning rate of its own for each weight, which train.optimizer=adamw "
-                    "would undo; set train.optimizer=sgd train.lr=1")
+                    "would undo; set train.optimizer=sgd, and train.lr to 1 or what the strategy's configuration says")

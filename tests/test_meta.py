@@ -27,13 +27,18 @@ def functional(net, chosen: list, at: dict) -> torch.Tensor:
         return torch.func.functional_call(Loss(), {f"net.{n}": w for n, w in at.items()}, ())
 
 
-def looked_ahead(net, steps: list[list], query: list, rates: dict, second_order: bool) -> tuple[dict, dict]:
-    """The gradients of the query's loss after the steps, with respect to the weights and to the rates, by one graph."""
+def looked_ahead(net, steps: list[list], query: list, rates: dict, second_order: bool,
+                 pace=lambda g: 1.0) -> tuple[dict, dict]:
+    """The gradients of the query's loss after the steps, with respect to the weights and to the rates, by one graph.
+
+    An inner gradient, a vector, is multiplied by its `pace`.
+    """
     start = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
     rates, fast = {n: r.detach().clone().requires_grad_() for n, r in rates.items()}, start
     for chosen in steps:
         g = torch.autograd.grad(functional(net, chosen, fast), [fast[n] for n in rates], create_graph=second_order)
-        fast = fast | {n: fast[n] - r * d for (n, r), d in zip(rates.items(), g, strict=True)}
+        c = pace(torch.cat([d.detach().flatten() for d in g]))
+        fast = fast | {n: fast[n] - c * r * d for (n, r), d in zip(rates.items(), g, strict=True)}
     found = torch.autograd.grad(functional(net, query, fast), [*start.values(), *rates.values()])
     return dict(zip(start, found, strict=False)), dict(zip(rates, found[len(start):], strict=True))
 

@@ -125,7 +125,7 @@ def test_a_half_written_checkpoint_and_a_half_written_event_are_left_behind(done
 KINDS = {
     "naive": ["strategy=naive"], "replay and ewc": list(BOTH[:-1]), "maml": ["strategy=maml"],
     "reptile": ["strategy=reptile"], "meta-sgd": ["strategy=meta_sgd"],
-    "la-maml": ["strategy=la_maml", "train.optimizer=sgd", "train.lr=1"],
+    "la-maml": ["strategy=la_maml", "train.optimizer=sgd", "train.lr=3"],
     "online ewc": ["strategy=online_ewc", "strategy.online_ewc.examples=6"],
     "l2": ["strategy=l2"], "learned weights": ["strategy=multitask", "strategy.multitask.weighting=uncertainty"],
     "a-gem": ["strategy=agem", "strategy.agem.sample=3"], "gem": ["strategy=gem", "strategy.gem.sample=2"],

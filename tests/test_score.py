@@ -257,6 +257,14 @@ def test_a_prompt_longer_than_the_context_is_refused_by_file_and_line():
         prepare(Task("t", (), (), tuple(rows)), encoder, "test", 0)
 
 
+@pytest.mark.parametrize(("more", "whence"), [({}, "the longest of its test references"),
+                                              ({"max_new_tokens": 120}, "score.max_new_tokens")])
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_once_a_task(more, whence):
+    long = [example("Say it.", output="a b " * 100, id=str(i)) for i in range(3)]
+    with pytest.raises(ConfigError, match=rf"task 't': an answer may take \d+ tokens \({whence}\), which leaves none"):
+        ready(model(), long, **more)
+
+
 def test_a_task_of_which_no_test_row_fits_is_refused_even_when_skipping():
     encoder = Encoder(byte_bpe(stream_text()), limit=10, on_unfit="skip")
     with pytest.raises(DataError, match="task 't' has no test rows left to score"):

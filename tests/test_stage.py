@@ -254,6 +254,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 # What cannot be
 
 @pytest.mark.parametrize(("recipe", "message"), [
+    ({"clip": -1.0}, r"train.clip=-1.0: expected more than 0, or null for no clipping"),
+    ({"weight_decay": -0.1}, r"train.weight_decay=-0.1: expected at least 0"),
     ({"optimizer": "adam"}, r"unknown train.optimizer 'adam'; did you mean 'adamw'"),
     ({"schedule": "cosin"}, r"unknown train.schedule 'cosin'; did you mean 'cosine'"),
     ({"lr": -1}, "train.lr=-1: expected at least 0"),

@@ -48,7 +48,8 @@ class General(Probe):
                                           how=score.how if task.labels else "generate", judge=setting.judge))
                 self.rows.append(_told(self.tests[-1], split, encoder))
         except ContinualError as error:
-            raise type(error)(f"probe.general.stream: {error}") from error
+            said = str(error).replace("score.max_new_tokens", "probe.general.max_new_tokens")
+            raise type(error)(f"probe.general.stream: {said}") from error
 
     @property
     def entries(self) -> Mapping[str, Entry]:

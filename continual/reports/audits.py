@@ -18,6 +18,7 @@ FILE = "audit.json"
 SHOWN = 40  # findings in the terminal
 SOLVED = 0.9
 HEADS = ("task", "train", "dev", "test", "repeated", "leaked", "conflicting", "empty", "majority")
+SIZES = ("task", "train", "dev", "test")
 TOKENS = ("tokens", "shortened", "left out")
 
 
@@ -79,12 +80,13 @@ def solved(told: Mapping[str, Any], scores: Mapping[str, float | None]) -> list[
 
 
 def show(console: Console, told: Mapping[str, Any]) -> None:
-    """Figures and findings in the terminal."""
-    heads, *figures = rows(told)
+    """Figures and findings in the terminal; what there is none of in any task has no column."""
+    heads, *figures = zip(*(column for column in zip(*rows(told), strict=True)
+                            if column[0] in SIZES or set(column[1:]) - {"0", NONE}), strict=True)
     table = Table(box=None, padding=(0, 1, 0, 0), title=f"audit of {told['stream']}", title_justify="left",
                   caption=caption(told), caption_justify="left")
     for i, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if i else "left", overflow="fold")
+        table.add_column(Text(head), justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
     for row in figures:
         table.add_row(*map(Text, row))
     console.print(table)
