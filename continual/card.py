@@ -19,7 +19,7 @@ from continual.errors import DataError
 from continual.reopen import Reopened
 from continual.reports.figures import percent
 from continual.reports.runs import Curve, Run
-from continual.template import CHAT, TEMPLATES, Encoder
+from continual.template import CHAT, TEMPLATES, Encoder, lead
 from continual.terminal import safe
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -175,7 +175,7 @@ def chat_template(encoder: Encoder) -> str:
     opening, closing = (f"{{{{ {_literal(part)} }}}}" if part else "" for part in (before, after if encoder.seq2seq
                                                                                    else ""))
     if encoder.template == CHAT:
-        return f"{opening}{tokenizer.chat_template}{closing}"
+        return f"{opening}{_led(tokenizer)}{closing}"
     t = TEMPLATES[encoder.template]
     head, _, tail = t.asked.partition("{instruction}")
     end = _literal(tokenizer.eos_token or "")
@@ -186,6 +186,18 @@ def chat_template(encoder: Encoder) -> str:
             f"{{% elif m['role'] == 'user' %}}{user}{{% set at.system = '' %}}{{% set at.begun = true %}}"
             f"{{% else %}}{{{{ {_literal(t.lead)} + m['content'] + {end} }}}}{{% set at.begun = true %}}"
             f"{{% endif %}}{{% endfor %}}{closing}")
+
+
+def _led(tokenizer: Any) -> str:
+    """The tokenizer's own chat template, whose generation prompt ends with all that it writes before any answer."""
+    turns = [{"role": "user", "content": "a"}]
+    asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    told, more = str(tokenizer.chat_template), lead(turns, asked, tokenizer)
+    if not more:
+        return told
+    more = _literal(more)
+    return (f"{{% set written %}}{told}{{% endset %}}{{{{ written }}}}"
+            f"{{% if add_generation_prompt and not written.endswith({more}) %}}{{{{ {more} }}}}{{% endif %}}")
 
 
 def _scores(opened: Reopened) -> list[str]:

@@ -27,6 +27,8 @@ from continual.weights import Weights, weights
 def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     """Logits (S, V) at the supervised positions only, optionally at other weights than the model's own.
 
+    They are in float32 at least, whatever the model computes in: a loss of them in bfloat16 has three digits.
+
     The hidden states of all other positions are dropped before the LM head, which costs more than a small model's body,
     and in a flat row already behind the last layer's attention.
     """
@@ -45,8 +47,11 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
         stack.enter_context(torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16))
         inputs = {**batch.inputs, "use_cache": False}
         out = model.net(**inputs) if at is None else functional_call(model.net, at, (), inputs)
-    logits: Tensor = out.logits[0]
-    return logits.float() if model.bf16 else logits
+    return _precise(out.logits[0])
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager
@@ -83,7 +88,7 @@ def overheard(model: Model, batch: Batch) -> Iterator[Callable[[], Tensor]]:
 
     handle = model.net.register_forward_hook(hear, with_kwargs=True)
     try:
-        yield lambda: heard[-1].float() if heard and model.bf16 else heard[-1] if heard else forward(model, batch)
+        yield lambda: _precise(heard[-1]) if heard else forward(model, batch)
     finally:
         handle.remove()
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from continual.parallel import apart, gather, leads
 from continual.rows import turn
 from continual.sharding import in_step
 from continual.template import Encoder
-from continual.wording import normalise
+from continual.wording import normalise, terms
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -35,7 +36,10 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the words, punctuation aside (Rajpurkar et al. 2016, section 6.1)."""
+    """Harmonic mean of precision and recall over the words, punctuation aside (Rajpurkar et al. 2016, section 6.1).
+
+    There articles are left out too; here they stay, as an answer can be the letter of an option.
+    """
     words = [Counter(normalise(t).translate(str.maketrans("", "", string.punctuation)).split())
              for t in (answer, reference)]
     common = (words[0] & words[1]).total()
@@ -43,7 +47,11 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """The F-measure of the longest common subsequence of stemmed words (Lin 2004)."""
+    """The F-measure of the longest common subsequence of stemmed words (Lin 2004).
+
+    Words of [a-z0-9] are those of the reference implementation, which knows no others; others are not stemmed, and in
+    scripts without spaces each character is one.
+    """
     score: float = _rouge().score(reference, answer)["rougeL"].fmeasure
     return score
 
@@ -51,8 +59,14 @@ def rouge_l(answer: str, reference: str) -> float:
 @cache
 def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    theirs = DefaultTokenizer(use_stemmer=True).tokenize
+
+    def tokenize(text: str) -> list[str]:
+        return [t for word in terms(text) for t in (theirs(word) if word.isascii() else [word])]
+
+    return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=tokenize))
 
 
 METRICS: Mapping[str, Callable[[str, str], float]] = {

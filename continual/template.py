@@ -39,6 +39,7 @@ TEMPLATES: Mapping[str, Template] = {
     "inst": Template("[INST] {instruction} [/INST]", "[INST] {instruction}\n{input} [/INST]", lead=" ", between=""),
 }
 CHAT = "chat"  # the tokenizer's own template
+ANYTHING = "\ue000"  # a content that no template writes of its own accord
 
 
 class Unfit(DataError):
@@ -106,7 +107,7 @@ class Encoder:
         for first in range(len(self.shown)):
             shown = self.shown[first:]
             parts = pieces(example, self.template, self.tokenizer, shown)[:-1]
-            whole = self._join(example, index, parts, 2 * sum(map(_answers, shown)))
+            whole = self._join(example, index, parts, len(parts) + 1 - 2 * _answers(example))
             if len(whole.ids) <= limit:
                 self.fewer.extend([example.id] * (first > 0))
                 return whole
@@ -206,12 +207,15 @@ def _close_source(ids: list[int], response: list[bool], after: list[int], exampl
 
 
 def pieces(example: Example, template: str, tokenizer: Any, shown: Sequence[Example] = ()) -> list[Piece]:
-    """The example as text, behind those `shown`: prompts and responses in turn, the last piece a response."""
+    """The example as text, behind those `shown`: prompts and responses in turn, the last piece a response.
+
+    A chat template writes those shown as earlier turns of the first prompt.
+    """
     if template == CHAT:
         before = [m for e in shown for m in _as_messages(e) if m.role != "system"]
         own = _as_messages(example)
         first = own[0].role == "system"
-        return _chat([*own[:first], *before, *own[first:]], tokenizer)
+        return _chat([*own[:first], *before, *own[first:]], tokenizer, first + len(before))
     t = TEMPLATES[template]
     parts: list[Piece] = []
     for e in (*shown, example):
@@ -254,22 +258,37 @@ def _as_messages(example: Example) -> tuple[Message, ...]:
     return (Message("user", asked), Message("assistant", example.outputs[0]))
 
 
-def _chat(messages: Sequence[Message], tokenizer: Any) -> list[Piece]:
-    """Each assistant turn by the tokenizer's template: what it adds to the conversation, up to its end of turn."""
+def _chat(messages: Sequence[Message], tokenizer: Any, shown: int) -> list[Piece]:
+    """Each assistant turn behind the first `shown` messages, up to its end of turn, and the prompts for them.
+
+    A prompt is what the tokenizer's template asks with, and all it writes before any answer.
+    """
     turns = [{"role": m.role, "content": m.content} for m in messages]
     parts: list[Piece] = []
     done = ""  # what has been rendered and cut into pieces so far
     for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or i < shown:
             continue
         asked = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
         if not whole.startswith(asked) or not asked.startswith(done):
             raise ConfigError("this tokenizer's chat template rewrites earlier turns, so a response has no fixed "
                               f"boundary; choose one of {', '.join(TEMPLATES)}")
+        begun = asked + lead(turns[:i], asked, tokenizer)
+        asked = begun if whole.startswith(begun) else asked  # a reasoned answer can have another beginning
         answer = whole[len(asked) :]
         end = answer.find(tokenizer.eos_token, len(turn["content"])) if tokenizer.eos_token else -1
         answer = answer[: end + len(tokenizer.eos_token)] if end >= 0 else answer.rstrip("\n")
         parts += [(asked[len(done) :], False), (answer, True)]
         done = asked + answer
     return parts
+
+
+def lead(turns: Sequence[Mapping[str, str]], asked: str, tokenizer: Any) -> str:
+    """What a chat template writes before any answer to these turns, behind the generation prompt that ends `asked`.
+
+    Qwen3's writes that nothing was thought. A space there belongs to the answer's first word.
+    """
+    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": ANYTHING}], tokenize=False)
+    before, found, _ = whole.partition(ANYTHING)
+    return before.removeprefix(asked).rstrip(" ") if found and before.startswith(asked) else ""

@@ -9,6 +9,9 @@ import unicodedata
 ABBREVIATIONS = "mr mrs ms dr prof st vs jr sr fig e.g i.e cf approx dept est inc ltd u.s u.k a.m p.m"
 SHORT = frozenset(ABBREVIATIONS.split())
 ENDS = re.compile(r"""[.!?…]+["'”’»)\]*_]*(?=\s|$)|[。！？؟।]+["”’」』]*|\n\s*\n""")
+# Han and kana; Thai, Lao, Burmese and Khmer.
+UNSPACED = re.compile("[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+                      "\U00020000-\U0003ffff\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]")
 
 
 def normalise(text: str) -> str:
@@ -20,6 +23,12 @@ def normalise(text: str) -> str:
 def words(text: str) -> list[str]:
     """Runs of letters, digits and underscores, as IFEval counts words (Zhou et al. 2023): "isn't" is two."""
     return re.findall(r"\w+", text)
+
+
+def terms(text: str) -> list[str]:
+    """The normalised text's runs of letters, digits and their marks; each character alone in scripts without spaces."""
+    kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in normalise(text))
+    return UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
 
 
 def sentences(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,10 +12,11 @@ import torch
 from continual.answer import complete, sampled
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, DataError
+from continual.instructions import beginnings
 from continual.memory import ReplayBuffer
 from continual.model import Model
 from continual.packing import Batch
-from continual.rows import common_prefix, turn
+from continual.rows import turn
 from continual.strategy import memory
 from strategies.replay import Rehearsal
 
@@ -28,17 +30,19 @@ class LAMOL(Rehearsal):
     A step's loss is (L_QA + `lm_weight` L_LM) / (1 + `lm_weight`) (section 3.2): that of the responses, and that of the
     prompts, each written after a start token, closed with it, and averaged over its own tokens. Before a stage the
     model writes so many examples that `share` = gamma / (1 + gamma) of all are its own, equally many of each earlier
-    task (section 3.3): it goes on from the start token and what the task's prompts all begin with, which stands for the
-    paper's task token, sampling from the `top_k` likeliest tokens, and then answers what it wrote, greedily. What is
-    not closed in the length that the task's examples had is discarded. The start token is the padding token.
+    task (section 3.3): it goes on from the start token and one of the task's instructions, drawn by how many of its
+    examples have it, which stands for the paper's task token, sampling from the `top_k` likeliest tokens, and then
+    answers what it wrote, greedily. What is not closed in the length that the task's examples had is discarded. The
+    start token is the padding token. In the paper and its authors' code L_LM is also that of the answers, and a whole
+    example is sampled in one pass; here the model answers as it is asked.
     """
 
     shardable = True
-    stores: ClassVar[str] = "T beginnings of prompts"
+    stores: ClassVar[str] = "at most 64 T instructions"
     costs: ClassVar[str] = "1 / (1 - share), and its prompts are learned too; a stage begins by writing"
     lm_weight: float = 0.25
     top_k: int = 20
-    tasks: dict[int, dict[str, Any]] = memory(dict)  # of each: what its prompts begin with, and its longest lengths
+    tasks: dict[int, dict[str, Any]] = memory(dict)  # of each: its instructions, and its longest lengths
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -68,15 +72,16 @@ class LAMOL(Rehearsal):
         """What is usable of `n` examples of a task that the model writes."""
         told, mark, end = self.tasks[index], model.layout.pad, model.tokenizer.eos_token_id
         generator = torch.Generator().manual_seed(self.buffer.rng.getrandbits(63))
-        starts = [unanswered(str(i), index, [mark, *told["begin"]]) for i in range(n)]
-        room = told["prompt"] - len(told["begin"]) + 1
-        draws = torch.rand(n, room, dtype=torch.float64, generator=generator)
-        said = complete(model, starts, room, TOGETHER, mark, sampled(self.top_k, draws))
-        asked = [unanswered(s.id, index, [*told["begin"], *ids[:-1]])
-                 for s, ids in zip(starts, said, strict=True) if ids[-1] == mark]
-        asked = [e for e in asked if e.ids]
+        begins, counts = zip(*told["begins"], strict=True)
+        prompts: list[list[int]] = []
+        for i, many in sorted(Counter(self.buffer.rng.choices(range(len(begins)), counts, k=n)).items()):
+            starts, room = [unanswered("", index, [mark, *begins[i]])] * many, told["prompt"] - len(begins[i]) + 1
+            draws = torch.rand(many, room, dtype=torch.float64, generator=generator)
+            said = complete(model, starts, room, TOGETHER, mark, sampled(self.top_k, draws))
+            prompts += [[*begins[i], *ids[:-1]] for ids in said if ids[-1] == mark]
+        asked = [unanswered(f"pseudo/{index}/{i}", index, ids) for i, ids in enumerate(prompts) if ids]
         answers = complete(model, asked, told["response"], TOGETHER, end)
-        return [replace(e, id=f"pseudo/{index}/{e.id}", ids=(*e.ids, *ids), text=read(model, [*e.ids, *ids]),
+        return [replace(e, ids=(*e.ids, *ids), text=read(model, [*e.ids, *ids]),
                         response=(*e.response, *(True,) * len(ids)))
                 for e, ids in zip(asked, answers, strict=True) if ids[-1] == end]
 
@@ -93,12 +98,10 @@ class LAMOL(Rehearsal):
         return batch.of([*batch.examples, *prompts], [*answers, *(weight,) * len(prompts)])
 
     def fill(self, model: Model, task: Task[Encoded]) -> None:
-        """Forget what was written; remember how each task's prompts begin, and its lengths."""
+        """Forget what was written; remember each task's instructions and its lengths."""
         for t in {e.task for e in task.train}:
             rows = [e for e in task.train if e.task == t]
-            prompts = sorted(e.ids[: turn(e)] for e in rows)
-            begin = prompts[0][: common_prefix(prompts[0], prompts[-1])]
-            self.tasks[t] = {"begin": list(begin), "prompt": max(map(len, prompts)),
+            self.tasks[t] = {"begins": beginnings(rows), "prompt": max(map(turn, rows)),
                              "response": max(len(e.ids) - turn(e) for e in rows)}
         self.buffer = ReplayBuffer(0, seed=self.seed + len(self.tasks))
 

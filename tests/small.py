@@ -18,6 +18,14 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As Qwen3's: the last answer begins with what was thought, be it nothing, and earlier ones do not.
+THINKING = (
+    "{% set last = namespace(user=0) %}{% for m in messages if m.role == 'user' %}{% set last.user = m %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and messages[loop.index0 - 1] == "
+    "last.user and not '</think>' in m.content %}<think>\n\n</think>\n\n{{ m.content.lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 
 def answer(task: str, words: list[str]) -> str:

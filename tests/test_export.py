@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from small import CHATML, TASKS, byte_bpe, example, lines, run, stream_text, write_model
+from small import CHATML, TASKS, THINKING, byte_bpe, example, lines, run, stream_text, write_model
 
 from continual.card import chat_template, plain
 from continual.cli import configure
@@ -202,6 +202,18 @@ def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_s
                                          chat_template=chat_template(encoder))["input_ids"]
     assert tuple(told) == encoder.ask(example("Do it."), 0, 1).ids
     assert told.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+@pytest.mark.parametrize("more", [{}, {"enable_thinking": False}], ids=str)
+def test_a_chat_template_is_saved_so_that_it_asks_with_all_that_it_writes_before_any_answer(seq2seq, more):
+    tokenizer = byte_bpe(stream_text(), bos="<s>", close=seq2seq, chat_template=THINKING)
+    encoder = Encoder(tokenizer, "chat", seq2seq=seq2seq)
+    tokenizer.chat_template, asked = chat_template(encoder), encoder.ask(example("Do it."), 0, 1)
+    turns = [{"role": "user", "content": "Do it."}]
+    told = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **more)["input_ids"]
+    assert tuple(told) == asked.ids
+    assert "</think>" not in tokenizer.apply_chat_template(turns, tokenize=False)
 
 
 @settings(max_examples=60)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,33 @@ def test_what_the_model_writes_has_the_form_of_the_task_s_examples(learned):
             assert not any(e.response[: turn(e)])
 
 
+WORDINGS = {0: [(2, *[40] * 7), (2, *[42] * 7)], 1: [(2, *[41] * 7), (2, *[43] * 7)]}
+
+
+def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_its_examples_did(monkeypatch):
+    monkeypatch.setattr("strategies.lamol.complete", lambda model, prompts, room, n, end, *pick: [[end]] * len(prompts))
+    made, strategy = toy.model(), LAMOL()
+    for t, (often, seldom) in WORDINGS.items():
+        worded = [replace(e, ids=(*(seldom if i % 4 == 3 else often), *e.ids[2:]), response=(*[False] * 6, *e.response))
+                  for i, e in enumerate(rows(t, 64))]
+        strategy.fill(made, Task(toy.NAMES[t], tuple(worded), columns=toy.NAMES))
+    for t, (often, seldom) in WORDINGS.items():
+        written = strategy.written(made, t, 400)
+        found = Counter(e.ids[:8] for e in written)
+        assert found.keys() == {often, seldom}
+        assert 1 / 8 < found[seldom] / len(written) < 3 / 8
+        assert {e.task for e in written} == {t}
+
+
+def test_a_prompt_like_no_other_is_not_kept():
+    own = [(5, 6, 7), (8, 9)]
+    alone = [Encoded(str(i), 0, (*ids, END), (False,) * len(ids) + (True,)) for i, ids in enumerate(own)]
+    for some in (alone, alone[:1]):
+        strategy = LAMOL()
+        strategy.fill(toy.model(), Task("a", tuple(some), columns=toy.NAMES))
+        assert strategy.tasks[0]["begins"] == [([], len(some))]
+
+
 def test_the_old_model_answers_what_it_wrote_greedily(learned):
     made, strategy = learned
     for e in strategy.buffer.examples:
@@ -86,7 +114,7 @@ def test_nothing_of_the_old_data_is_kept_but_how_prompts_begin_and_their_lengths
     learn(made, task(0), strategy, toy.RECIPE, seed=0, log=lambda event: None)
     checkpoint.save(tmp_path / "one", made, strategy, toy.matrix())
     told = (tmp_path / "one" / "memory.json").read_text("utf-8")
-    assert strategy.tasks == {0: {"begin": [2, 3], "prompt": 4, "response": 2}}
+    assert strategy.tasks == {0: {"begins": [([2, 3], 16)], "prompt": 4, "response": 2}}
     assert "example" not in told
     assert "its text" not in told
     assert dict(json.loads(told)["dict"])["buffer"]["fields"]["tasks"] == {"dict": []}

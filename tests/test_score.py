@@ -76,12 +76,26 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence_of_stems(sai
     assert rouge_l(said, right) == pytest.approx(expected)
 
 
-@given(*[st.lists(st.sampled_from(["red", "blue", "running", "runs", "Gold", "x-ray", "."]), max_size=6)] * 2)
-def test_rouge_l_is_that_of_the_rouge_score_package(a, b):
+ASCII = st.text(st.characters(max_codepoint=127), max_size=12)
+WORDS = st.lists(st.sampled_from(["red", "running", "runs", "Gold", "x-ray", "isn't", "a_b", "."]) | ASCII, max_size=6)
+
+
+@given(WORDS, WORDS)
+def test_rouge_l_of_ascii_is_that_of_the_rouge_score_package(a, b):
     from rouge_score.rouge_scorer import RougeScorer
 
     said, right = " ".join(a), " ".join(b)
     assert rouge_l(said, right) == RougeScorer(["rougeL"], use_stemmer=True).score(right, said)["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize(("said", "right", "expected"), [
+    ("反对", "反对", 1), ("我反对。", "反对", 2 * (2 / 3) / (2 / 3 + 1)), ("支持", "反对", 0),
+    ("Привет, мир!", "привет мир", 1), ("Привет", "Привет мир", 2 * 0.5 / 1.5), ("नमस्ते", "नमस्ते", 1), ("कि", "का", 0),
+    ("größer als", "größer als", 1), ("größer", "groß", 0), ("e\u0301te\u0301", "été", 1), ("ไม่", "ไม่", 1),
+    ("running 很 fast", "runs 很 fast", 1),
+])
+def test_rouge_l_counts_words_of_any_script(said, right, expected):
+    assert rouge_l(said, right) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)

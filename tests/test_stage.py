@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+import toy
 from small import encoded, model
 from test_packing import some
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from continual.data import Task
 from continual.errors import ConfigError, TrainingError
-from continual.loss import nll
+from continual.loss import forward, nll, overheard, token_nll
 from continual.model import pick_device
 from continual.stage import Recipe, learn
 from continual.strategy import Strategy
@@ -233,6 +235,20 @@ def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_fp32():
     assert kinds == {torch.bfloat16}
     assert {w.dtype for w in snapshot(net).values()} == {torch.float32}
     assert steps(events)[-1]["loss"] < steps(events)[0]["loss"]
+
+
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_in_bf16_the_loss_is_that_of_the_logits_in_fp32(how):
+    made = toy.model(torch.bfloat16 if how == "weights" else torch.float32)
+    made.bf16 = how == "autocast"
+    batch = made.batch(toy.examples(0))
+    with overheard(made, batch) as logits:
+        found = token_nll(made, batch)
+        heard = logits()
+    for z in (heard, forward(made, batch)):
+        assert z.dtype == torch.float32
+        assert torch.equal(z, z.bfloat16()), "computed in bfloat16"
+        assert torch.allclose(found.double(), F.cross_entropy(z.double(), batch.targets, reduction="none"), atol=1e-5)
 
 
 @pytest.mark.parametrize(("cuda", "mps", "expected"), [

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import CHATML, byte_bpe, example, stream_text
+from small import CHATML, THINKING, byte_bpe, example, stream_text
 
 from continual.data import Message, Stream, Task
 from continual.errors import ConfigError, DataError
@@ -11,6 +11,7 @@ from continual.template import Encoder, columns
 
 PLAIN = byte_bpe(stream_text())
 CHAT = byte_bpe(stream_text(), eos="<|im_end|>", chat_template=CHATML)
+THINKER = byte_bpe(stream_text(), eos="<|im_end|>", chat_template=THINKING)
 # Its merges cross every boundary: "\nred", ":\nred", "] red" and the like are one token each.
 GREEDY = byte_bpe([f"Say it{gap}red blue" for gap in ("\n", ":\n", " ", "] ", ": ", ":", "]")] * 9, split_words=False)
 TALK = example("", messages=(Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"),
@@ -62,6 +63,28 @@ def test_chat_is_the_tokenizers_own_template_and_its_end_of_turn_is_learned_once
 def test_chat_asks_for_an_answer_with_the_templates_generation_prompt():
     asked = Encoder(CHAT, "chat").ask(example("Do it."), 0, 5)
     assert CHAT.decode(asked.ids) == "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("output", ["red", "think", "<", "\nred", "red "])
+def test_what_a_chat_template_writes_before_any_answer_is_asked_and_not_learned(output):
+    encoder, e = Encoder(THINKER, "chat"), example("Do it.", output=output)
+    made, asked = encoder.train(e, 0), encoder.ask(e, 0, 5)
+    prompt = "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert THINKER.decode(asked.ids) == prompt
+    assert made.ids[: len(asked.ids)] == asked.ids
+    assert learned(made, THINKER) == [f"{output.lstrip()}<|im_end|>"]
+
+
+def test_an_answer_that_holds_its_own_thoughts_is_learned_with_them():
+    told = "<think>\nHm.\n</think>\n\nred"
+    made = Encoder(THINKER, "chat").train(example("Do it.", output=told), 0)
+    assert learned(made, THINKER) == [f"{told}<|im_end|>"]
+
+
+def test_a_space_that_a_chat_template_writes_before_an_answer_is_its_first_word_s():
+    spaced = byte_bpe(stream_text(), eos="<|im_end|>", chat_template="{% for m in messages %}{% if m.role == 'user' %}"
+                      "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}")
+    assert learned(Encoder(spaced, "chat").train(example("Do it."), 0), spaced) == [" red<|im_end|>"]
 
 
 @pytest.mark.parametrize(("name", "tokenizer", "turns"), [
@@ -152,6 +175,14 @@ def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row)
     assert tokenizer.decode(whole[len(made.ids) :]) == "\n", "what stands behind the last end of turn is not learned"
     assert list(asked.ids) == tokenizer.apply_chat_template(told[:-1], add_generation_prompt=True)["input_ids"]
     assert made.ids.count(tokenizer.bos_token_id) == asked.ids.count(tokenizer.bos_token_id) == (written == BEGUN)
+
+
+def test_demonstrations_are_earlier_turns_as_a_chat_template_writes_them():
+    asked = Encoder(THINKER, "chat", shown=(example("Do.", output="so"),)).ask(example("Do it."), 0, 5)
+    told = [*conversation(example("Do.", output="so")), *conversation(example("Do it."))[:-1]]
+    before = THINKER.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+    assert THINKER.decode(asked.ids) == before + "<think>\n\n</think>\n\n"
+    assert not any(asked.response)
 
 
 def test_demonstrations_of_a_chat_begin_once():

@@ -51,6 +51,19 @@ def test_forgetting_from_the_best_ever_counts_what_was_known_before_a_task_was_t
     assert forms(early)["forgetting_any_stage"] == pytest.approx(0.5 / 2)  # from 0.8; the base row's 0.9 is no stage
 
 
+@given(matrices())
+def test_mammoth_s_forgetting_is_that_of_rows_without_the_tasks_ahead(matrix):
+    seen = np.tril(np.array(matrix.scores, dtype=float)[1:])  # as its results are, with 0 for what is not there
+    expected = (seen.max(0) - seen[-1])[:-1].mean()
+    assert forms(matrix)["forgetting_never_negative"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_forgetting_that_is_never_negative_counts_nothing_that_was_known_before_a_task_was_taught():
+    known = made(((0.9, 0.1, 0.8, 0.1), (0.8, 0.9, 0.1, 0.1), (0.7, 0.8, 0.5, 0.1), (0.6, 0.7, 0.4, 0.9)),
+                 tasks=("a", "b", "c", "d"), stages=("a", "b", "c", "d"))
+    assert forms(known)["forgetting_never_negative"] == pytest.approx((0.3 + 0.2 + 0.1) / 3)
+
+
 @settings(max_examples=50)
 @given(matrices(holes=True) | matrices(holes=True, base=False) | matrices(), st.randoms(), st.integers(0, 5))
 def test_a_form_with_a_summary_s_name_is_that_summary_whatever_is_missing(matrix, random, rows):
@@ -77,7 +90,7 @@ def test_forms_stand_to_one_another_as_their_formulas_say(matrix):
     assert size * told["backward_transfer_over_all"] == pytest.approx((size - 1) * told["backward_transfer"], abs=near)
     assert told["forgetting_first_minus_last"] <= told["forgetting"] + near
     assert told["forgetting"] <= told["forgetting_any_stage"] + near
-    assert told["forgetting_any_stage"] <= told["forgetting_never_negative"] + near
+    assert told["forgetting"] <= told["forgetting_never_negative"] + near
     assert told["forgetting_never_negative"] >= -near
     assert told["average_performance_pooled"] == pytest.approx(told["average_performance"])  # of equal counts
 
