@@ -31,6 +31,7 @@ from continual.strategy import Strategy
 from continual.track import tracker
 from continual.weights import restore, snapshot
 
+PLAIN = f"{Strategy.__module__}.{Strategy.__name__}"  # plain fine-tuning: where no other strategy is asked for
 HALF = "curve.unfinished.json"  # the curves that are finished, while others are not
 
 
@@ -87,7 +88,7 @@ def start_of(config: DictConfig) -> Path | None:
     With adapt.rule=inner also its strategy, whose inner loop it is.
     """
     inner = config.adapt.rule == "inner"
-    if inner and list(config.strategy) != ["naive"]:
+    if inner and any(part.get("_target_") != PLAIN for part in config.strategy.values()):
         raise ConfigError(f"found strategy={'+'.join(map(str, config.strategy))} beside adapt.rule=inner, which takes "
                           "that of the start's run; leave one of them out")
     if config.adapt.start == "base":
