@@ -19,16 +19,19 @@ from continual.errors import ConfigError, DataError, MissingError, brief, gather
 from continual.events import Events
 from continual.files import write_whole
 from continual.interrupt import Signals, alone
+from continual.outside import outside
 from continual.parallel import agreed, first, leads
 from continual.precision import settle
 from continual.reading import refuse_links_out
 from continual.reports.curves import FILE, Curve
 from continual.score import score
 from continual.sharding import collected
-from continual.stage import learn
+from continual.stage import Recipe, learn
+from continual.strategy import Strategy
 from continual.track import tracker
 from continual.weights import restore, snapshot
 
+PLAIN = f"{Strategy.__module__}.{Strategy.__name__}"  # plain fine-tuning: where no other strategy is asked for
 HALF = "curve.unfinished.json"  # the curves that are finished, while others are not
 
 
@@ -56,7 +59,7 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
                           f"such as stream.tasks=[{bench.stream.tasks[0].name}]")
     bench.load()
     if folder:
-        checkpoint.load(folder, bench.model)
+        checkpoint.load(folder, bench.model, bench.strategy if config.adapt.rule == "inner" else None)
     task = bench.tokens.task(bench.stream.stages[0])
     track = tracker(config, out)
     with Events(out / "events.jsonl", console, track) as events, Signals() as signals:
@@ -81,8 +84,18 @@ def _points(found: Curve) -> list[dict[str, Any]]:
 
 
 def start_of(config: DictConfig) -> Path | None:
-    """The checkpoint to start from, None for the base; `config` takes over the model and data keys of its run."""
+    """The checkpoint to start from, None for the base; `config` takes over the model and data keys of its run.
+
+    With adapt.rule=inner also its strategy, whose inner loop it is.
+    """
+    inner = config.adapt.rule == "inner"
+    if inner and any(part.get("_target_") != PLAIN for part in config.strategy.values()):
+        raise ConfigError(f"found strategy={'+'.join(map(str, config.strategy))} beside adapt.rule=inner, which takes "
+                          "that of the start's run; leave one of them out")
     if config.adapt.start == "base":
+        if inner:
+            raise ConfigError("adapt.rule=inner takes the inner loop of the run that prepared the start, and the base "
+                              "has none; name a checkpoint, or set adapt.rule=train")
         return None
     path = Path(config.adapt.start)
     if path.is_dir():
@@ -97,7 +110,28 @@ def start_of(config: DictConfig) -> Path | None:
                           "and the weights alone never answered; start from a run of another strategy, or from "
                           "adapt.start=base")
     take_over(config, source / "config.yaml")
+    if inner:
+        theirs = read_config(source / "config.yaml")
+        if wrong := foreign(theirs, source / "config.yaml"):
+            raise ConfigError(gathered(wrong))
+        config.strategy = theirs.strategy
+        build.strategy(config).rule()  # refused before anything that takes long
     return folder
+
+
+def foreign(theirs: DictConfig, path: Path) -> list[str]:
+    """What a run's config.yaml has under strategy that is none of continual's or of an installed package's; raises
+    DataError where it has no such key.
+    """
+    if not isinstance(theirs.get("strategy"), DictConfig):
+        raise DataError(f"{path} has no key of strategy, and expected are those of a run; give a folder made by "
+                        "continual run")
+    known = build.registry("strategy") | set(outside().values())
+    targets = {name: str(part.get("_target_")) if isinstance(part, DictConfig) else "" for name, part
+               in theirs.strategy.items()}
+    return [f"{path} asks for strategy.{name}._target_={brief(target)}, which is neither one of continual's nor of an "
+            "installed package's; only those are built from a run folder" for name, target in targets.items()
+            if target not in known]
 
 
 def take_over(config: DictConfig, path: Path) -> None:
@@ -169,9 +203,18 @@ def _curve(bench: Bench, task: Task[Encoded], shots: int, draw: int, before: flo
         signals.leave(f"in the curve of {shots} shots and draw {draw}, which begins anew", Path(bench.config.out))
 
     measure(0)
-    learn(bench.model, replace(task, train=support), build.strategy(bench.config),
-          replace(bench.recipe, steps=settings.steps), seed=rng.getrandbits(31), log=events, after=measure)
+    strategy, recipe = _learner(bench)
+    learn(bench.model, replace(task, train=support), strategy, replace(recipe, steps=settings.steps),
+          seed=rng.getrandbits(31), log=events, after=measure)
     return points
+
+
+def _learner(bench: Bench) -> tuple[Strategy, Recipe]:
+    """What takes the steps: the configured strategy and optimizer, or the start's own inner loop."""
+    if bench.config.adapt.rule == "train":
+        return build.strategy(bench.config), bench.recipe
+    return bench.strategy.rule(), replace(bench.recipe, optimizer="sgd", lr=1.0, schedule="constant", warmup=0.0,
+                                          weight_decay=0.0, clip=None)
 
 
 def _scored(bench: Bench) -> float:

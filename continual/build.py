@@ -70,6 +70,7 @@ def registry(group: str) -> set[str]:
 
 
 LONGEST_NAME = 200
+RULES = ("train", "inner")  # of adapt
 WHOLE = {"seed": 0, "data.max_length": 1, "train.tokens_per_microbatch": 1, "score.batch_size": 1, "score.limit": 1,
          "score.max_new_tokens": 1, "score.judge.max_length": 1, "score.judge.batch_size": 1, "score.during": 1,
          "score.during_examples": 1, "adapt.steps": 1, "adapt.draws": 1, "checkpoint.every_steps": 1,
@@ -86,6 +87,8 @@ def check(config: DictConfig) -> None:
         if not isinstance(value, ListConfig) or any(
                 mistyped("int | None", v) or (v is not None and v < least) for v in value):
             wrong.append(f"{key}={value}: expected a list of whole numbers of at least {least}, such as [16,64]")
+    if (rule := OmegaConf.select(config, "adapt.rule", default="train")) not in RULES:
+        wrong.append(unknown("adapt.rule", str(rule), RULES))
     wrong += [*_early(config), *_loss(config)]
     if wrong:
         raise ConfigError(gathered(wrong))

@@ -12,12 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 
 from continual import build, checkpoint
-from continual.adapt import take_over
+from continual.adapt import foreign, take_over
 from continual.claim import read_config
 from continual.errors import ConfigError, DataError, MissingError, brief, gathered, listed, unknown
 from continual.matrix import BASE
 from continual.model import Model
-from continual.outside import outside
 from continual.reading import json_file
 from continual.reports.runs import Curve, Run, kind
 from continual.strategy import Strategy
@@ -164,12 +163,7 @@ def _take_over_answers(config: DictConfig, path: Path) -> None:
     if parts:
         raise DataError(f"{path} has no keys of {', '.join(parts)}, and expected are those of a run; give a folder "
                         "made by continual run")
-    known = build.registry("strategy") | set(outside().values())
-    targets = {name: str(part.get("_target_")) if isinstance(part, DictConfig) else "" for name, part
-               in theirs.strategy.items()}
-    wrong = [f"{path} asks for strategy.{name}._target_={brief(target)}, which is neither one of continual's nor of an "
-             "installed package's; only those are built from a run folder" for name, target in targets.items()
-             if target not in known]
+    wrong = foreign(theirs, path)
     if str(theirs.stream.get("_target_")) not in build.registry("stream"):
         wrong.append(f"{path} asks for stream._target_={brief(theirs.stream.get('_target_'))}, which is not one of "
                      "continual's; only those are built from a run folder")

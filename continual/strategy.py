@@ -77,6 +77,14 @@ class Strategy:
         """
         yield range(len(prompts))
 
+    def rule(self) -> Strategy:
+        """What learns a new task in the steps that this one has prepared the weights for, under plain SGD at lr 1.
+
+        Raises ConfigError where they were prepared for none.
+        """
+        raise ConfigError(f"{type(self).__name__} has no inner loop, and adapt.rule=inner takes its steps; start from "
+                          "a run of maml or its kin, or set adapt.rule=train")
+
     def state_dict(self) -> dict[str, Any]:
         """The memory fields, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("memory")}

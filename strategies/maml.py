@@ -21,7 +21,7 @@ from continual.loss import accumulate, evaluated_at, nll
 from continual.model import Model
 from continual.packing import Batch
 from continual.parallel import apart, summed
-from continual.strategy import groups, instead, memory
+from continual.strategy import Strategy, groups, instead, memory
 from continual.weights import Weights, combine, flat, unflat, weights
 from strategies.replay import Replay
 
@@ -65,6 +65,18 @@ class Episodic(Replay):
         """Add `share` of one episode's direction to every `.grad`; that share of its loss."""
         raise NotImplementedError
 
+    def changed(self, model: Model) -> Weights:
+        """The live weights that the inner loop changes."""
+        return weights(model)
+
+    def rate(self, changed: Weights) -> Weights:
+        """The inner loop's learning rate of each of them."""
+        return {n: w.new_full((), self.inner_lr) for n, w in changed.items()}
+
+    def rule(self) -> Strategy:
+        """The inner loop, if there is one."""
+        return InnerLoop(of=self) if self.inner_steps else super().rule()
+
     def judged(self, model: Model, at: Weights, batch: Batch, share: float) -> Tensor:
         """Back-propagate `share` of the loss at the weights `at` to them, by micro-batches; that share of it.
 
@@ -72,6 +84,25 @@ class Episodic(Replay):
         """
         return accumulate(lambda model, part: share * evaluated_at(model, at, lambda: self.loss(model, part)), model,
                           batch.micro_batches())
+
+
+@dataclass(kw_only=True)
+class InnerLoop(Strategy):
+    """The inner loop of another strategy, taken for good: under plain SGD at lr 1 a step is one of its own."""
+
+    of: Episodic
+
+    def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
+        """Only what the inner loop changes is trained."""
+        return list(self.of.changed(model).values())
+
+    def backward(self, model: Model, batch: Batch) -> Tensor:
+        """The gradient, each part times its rate."""
+        loss, changed = super().backward(model, batch), self.of.changed(model)
+        for n, rate in self.of.rate(changed).items():
+            if (g := changed[n].grad) is not None:
+                g.mul_(rate)
+        return loss
 
 
 @dataclass(kw_only=True)
@@ -124,7 +155,11 @@ class MAML(Episodic):
 
     def changed(self, model: Model) -> Weights:
         """The live weights that the inner loop changes."""
-        return weights(model) if self.adapts == "all" else head(model)
+        return super().changed(model) if self.adapts == "all" else head(model)
+
+    def rate(self, changed: Weights) -> Weights:
+        """The one rate of all, or the learned ones."""
+        return unflat(self.rates.detach(), changed) if len(self.rates) else super().rate(changed)
 
     def episode(self, model: Model, episode: Batch, share: float) -> Tensor:
         """The gradient of the query loss at the fast weights, as a function of the weights before them."""
@@ -143,8 +178,7 @@ class MAML(Episodic):
         """Add `share` of the query loss's gradient through these inner steps; that share of the loss."""
         changed, path = self.changed(model), []
         still = {n: w.detach() for n, w in weights(model).items() if n not in changed}
-        rate = unflat(self.rates.detach(), changed) if len(self.rates) else {
-            n: w.new_full((), self.inner_lr) for n, w in changed.items()}
+        rate = self.rate(changed)
         seed, at = int(torch.randint(2**62, ())), leaves(changed)
         for i, parts in enumerate(steps):
             torch.manual_seed(seed + i)

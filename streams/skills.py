@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from continual.data import Example, Stream, Task
 from continual.errors import ConfigError, unknown
-from streams.arrange import arrange
+from streams.arrange import choose, stage
+from streams.skill_labels import LABELS
 from streams.skill_rules import BASIC, DIGITS, NOUNS, SKILLS, Skill
 
 ORDERS = {
@@ -20,8 +21,11 @@ ORDERS = {
     "reverse": ("alphabetical_last", "majority", "first_and_third", "add", "reverse", "count_animals"),
     "easy_first": ("first_and_third", "majority", "add", "alphabetical_last", "count_animals", "reverse"),
     "long": tuple(skill.name for skill in SKILLS),
+    **{f"labels_{n}": tuple(skill.name for skill in LABELS[8:8 + n]) for n in (6, 12, 24, 48, 96)},
 }
 HELD_OUT = ("swap_ends", "nouns_only", "third", "count_fruits", "subtract")  # by name only, and in order "long"
+LABELS_HELD_OUT = tuple(skill.name for skill in LABELS[:8])  # by name only
+BY_NAME = {skill.name: skill for skill in (*SKILLS, *LABELS)}
 LEVELS = {1: (4, 5), 2: (5, 7), 3: (6, 9)}  # words of an input, and the largest number among them
 WORDS = tuple(word for words in NOUNS.values() for word in words)
 
@@ -42,6 +46,8 @@ def skills(
 ) -> Stream:
     """Six skills in the default order, more by name; `level` 1 is easy, 3 hard (longer lists, larger numbers).
 
+    The orders labels_6 to labels_96 are of that many skills of one make, the shorter ones a part of the longer.
+
     The sizes are rows a task. All rows depend on `data_seed`, `level` and the sizes alone; `seed` shuffles
     order=random. Raises ConfigError for a level, size, task or order that cannot be.
     """
@@ -53,10 +59,11 @@ def skills(
         raise ConfigError(f"found stream.{', '.join(wrong) or f'pretraining_size={pretraining_size}'}, expected 1 to "
                           "5000 rows a task (0 only for pretraining_size)")
     order = None if tasks is not None and order == "default" else order  # named tasks need not be of that order
-    every = tuple(_task(skill, sizes, level, data_seed) for skill in SKILLS)
+    asked = ORDERS["long"] if tasks is None and order == "random" else tasks
+    names = choose([*BY_NAME], orders=ORDERS, tasks=asked, order=order, seed=seed)
     basic = tuple(row for s in BASIC for row in rows(s, "train", pretraining_size, level, data_seed))
-    return arrange(Stream("skills", "default", every, every, basic), orders=ORDERS, tasks=tasks, order=order,
-                   limit=limit, arrangement=arrangement, seed=seed)
+    return stage([_task(BY_NAME[name], sizes, level, data_seed) for name in names],
+                 Stream("skills", "default", (), (), basic), order=order, limit=limit, arrangement=arrangement)
 
 
 def _task(skill: Skill, sizes: Mapping[str, int], level: int, data_seed: int) -> Task[Example]:

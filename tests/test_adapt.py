@@ -2,16 +2,19 @@
 
 import io
 import json
+import shutil
 import signal
 
 import pytest
+import torch
 from fake_run import fake_adapt
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
 from small import byte_bpe, run, stream_text, write_model
-from toy import same
+from toy import close, same
+from transformers import AutoModelForCausalLM
 
 from continual import adapt, cli, report
 from continual.errors import DataError
@@ -75,6 +78,75 @@ def test_it_starts_from_the_runs_network_whatever_its_own_seed(keys, tmp_path, m
 def state(held):
     """All weights of the model that a bench or a reopened run holds."""
     return {n: w.clone() for n, w in held.model.net.state_dict().items()}
+
+
+# The inner loop of the start's run
+
+META = ("strategy=maml", "strategy.maml.inner_lr=0.05", "stream.arrange=episodes", "stream.tasks=[first,last]",
+        "train.steps=2")
+
+
+@pytest.fixture(scope="module")
+def prepared(keys, tmp_path_factory):
+    """A run of first-order MAML."""
+    cli.quiet()
+    run(out := tmp_path_factory.mktemp("prepared") / "maml", keys, *META)
+    return out
+
+
+def test_by_the_inner_rule_it_takes_plain_sgd_at_the_inner_lr_whatever_train_says(keys, tmp_path, prepared):
+    start = f"checkpoint={prepared}"
+    adapted(tmp_path / "inner", keys, start, "adapt.rule=inner", "train.clip=1e-9", "train.lr=7")
+    adapted(tmp_path / "sgd", keys, start, "train.optimizer=sgd", "train.lr=0.05", "train.clip=null")
+    adapted(tmp_path / "adamw", keys, start)
+    inner, sgd, adamw = (load_file(tmp_path / out / "model/model.safetensors") for out in ("inner", "sgd", "adamw"))
+    assert close(inner, sgd, rtol=1e-5, atol=1e-7)
+    assert not close(inner, adamw, rtol=1e-2, atol=1e-4)
+
+
+def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(keys, tmp_path):
+    run(tmp_path / "run", keys, *META, "strategy.maml.inner=meta_sgd", "strategy.maml.rates_lr=0.02")
+    checkpoint = tmp_path / "run/checkpoints/stage-01"
+    rates = load_file(checkpoint / "memory.safetensors")["memory/rates"]
+    adapted(tmp_path / "new", keys, f"checkpoint={checkpoint}", "adapt.rule=inner", "adapt.steps=1", "adapt.draws=1",
+            "adapt.shots=[5]")
+    adapted(tmp_path / "one", keys, f"checkpoint={checkpoint}", "train.optimizer=sgd", "train.lr=1", "train.clip=null",
+            "adapt.steps=1", "adapt.draws=1", "adapt.shots=[5]")
+    before, new, one = (load_file(f) for f in (checkpoint / "weights.safetensors",
+                                               tmp_path / "new/model/model.safetensors",
+                                               tmp_path / "one/model/model.safetensors"))
+    names = [n for n, _ in AutoModelForCausalLM.from_pretrained(tmp_path / "new/model").named_parameters()]
+    for name, rate in zip(names, rates.split([before[n].numel() for n in names]), strict=True):
+        w = before[name]
+        assert torch.allclose(new[name] - w, rate.view_as(w) * (one[name] - w), rtol=1e-3, atol=1e-6), name
+    assert rates.std() > 0
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (("checkpoint=base",), "the base has none"),
+    (("checkpoint={run}", "strategy=l2"), "found strategy=l2 beside adapt.rule=inner"),
+    (("checkpoint={run}", "adapt.rule=outer"), "unknown adapt.rule 'outer'"),
+])
+def test_an_inner_rule_that_cannot_be_is_refused(refused, keys, tmp_path, prepared, words, told):
+    words = [word.format(run=prepared) for word in words]
+    assert told in refused("adapt", *keys, "task=loud", "adapt.rule=inner", *words, f"out={tmp_path / 'new'}")
+
+
+def test_a_start_that_was_prepared_for_no_inner_loop_is_refused(refused, keys, tmp_path):
+    run(tmp_path / "run", keys, "stream.tasks=[first]", "train.steps=1")
+    told = refused("adapt", *keys, "task=loud", f"checkpoint={tmp_path / 'run'}", "adapt.rule=inner",
+                   f"out={tmp_path / 'new'}")
+    assert "Strategy has no inner loop" in told
+    assert not (tmp_path / "new/curve.json").exists()
+
+
+def test_an_inner_rule_that_is_no_installed_strategy_s_is_refused(refused, keys, tmp_path, prepared):
+    shutil.copytree(prepared, tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("strategies.maml.MAML", "os.system"))
+    told = refused("adapt", *keys, "task=loud", f"checkpoint={tmp_path / 'run'}", "adapt.rule=inner",
+                   f"out={tmp_path / 'new'}")
+    assert "strategy.maml._target_='os.system', which is neither" in told
 
 
 # Draws
@@ -219,6 +291,12 @@ def test_steps_and_examples_to_reach_95_percent_of_the_base_s_best(tmp_path):
     assert (none.steps, none.share, none.examples) == (None, None, None)
 
 
+def test_steps_are_a_share_of_what_the_base_needs_and_of_all_that_it_was_trained_for(tmp_path):
+    base = written(tmp_path / "base", *rising(9, 8))
+    meta = written(tmp_path / "maml", *rising(9, 4), start="maml")
+    assert [(r.share, r.of_budget) for r in reach([base, meta])] == [(1, 8 / 40), (0.5, 4 / 40)]
+
+
 def test_a_step_reaches_it_by_the_mean_over_draws(tmp_path):
     base = written(tmp_path / "base", *rising(9, 40))
     late = [(9, 1, step, 0.5 if step < 8 else 1) for step in (0, 4, 8)]
@@ -245,7 +323,8 @@ def test_the_report_of_several_adaptations_tells_it_by_start_and_task(tmp_path):
     console = Console(file=io.StringIO(), width=150)
     report.tables(console, *folders)
     told = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
-    for line in ("base 40 (100%) 40 (100%) 2 of 2 100%", "maml stage-01 4 (10%) 4 (10%) 2 of 2 10%",
+    for line in ("base 40 (100%) 40 (100%) 2 of 2 100% 100%",
+                 "maml stage-01 4 (10%) 4 (10%) 2 of 2 10% 10%",
                  "maml stage-01 5 5 2 of 2"):
         assert line in told
     report.write(*folders, out=tmp_path / "all")

@@ -6,9 +6,12 @@ import pytest
 import torch
 import toy
 
+from continual.data import Task
+from continual.errors import ConfigError
+from continual.stage import Recipe, learn
 from continual.strategy import Strategy
-from continual.weights import gradient, snapshot, weights
-from strategies.maml import MAML, Reptile
+from continual.weights import gradient, snapshot, unflat, weights
+from strategies.maml import MAML, Reptile, head
 
 INNER = 0.5  # large, so that the second-order part cannot hide
 
@@ -101,6 +104,48 @@ def test_an_episode_of_one_example_is_support_and_query():
     toy.mean_loss(fast, chosen).backward()
     expected = {n: p.grad for n, p in fast.named_parameters()}
     assert toy.close(step(made, MAML(capacity=0, inner_lr=INNER), chosen), expected, rtol=1e-8)
+
+
+# The inner loop as a rule to learn by
+
+def followed(made, strategy, chosen: list, steps: int) -> dict[str, torch.Tensor]:
+    """The weights after so many steps of the strategy's rule on these very examples."""
+    learn(made, Task("new", chosen), strategy.rule(), Recipe(lr=1.0, steps=steps, batch_size=len(chosen),
+          schedule="constant", optimizer="sgd", clip=None), seed=0, log=lambda event: None)
+    return snapshot(made)
+
+
+@pytest.mark.parametrize("kind", [MAML, Reptile])
+def test_the_rule_leads_to_the_fast_weights(kind):
+    made, chosen = toy.model(torch.float64), toy.examples(0, 6)
+    fast = {n: p.detach() for n, p in walked(made.net, chosen, 3, INNER).named_parameters()}
+    assert toy.close(followed(made, kind(capacity=0, inner_lr=INNER), chosen, 3), fast, rtol=1e-8)
+
+
+def test_the_rule_of_anil_changes_the_head_alone():
+    made, chosen = toy.model(torch.float64), toy.examples(0, 6)
+    before, expected = snapshot(made), walked(made.net, chosen, 1, INNER)
+    after = followed(made, MAML(capacity=0, inner_lr=INNER, adapts="head"), chosen, 1)
+    assert {n for n in after if not torch.equal(after[n], before[n])} == set(head(made))
+    for n in head(made):
+        assert torch.allclose(after[n], expected.get_parameter(n), rtol=1e-8)
+
+
+def test_the_rule_of_meta_sgd_has_the_learned_rates():
+    made, chosen = toy.model(torch.float64), toy.examples(0, 6)
+    strategy = MAML(capacity=0, inner="meta_sgd")
+    strategy.begin(made, toy.task(0))
+    strategy.rates.data.uniform_(0, INNER)
+    rates = unflat(strategy.rates.detach(), weights(made))
+    before, slope = snapshot(made), step(made, Strategy(), chosen)
+    after = followed(made, strategy, chosen, 1)
+    assert toy.close(after, {n: w - rates[n] * slope[n] for n, w in before.items()}, rtol=1e-8)
+
+
+def test_without_inner_steps_there_is_no_rule():
+    for strategy in (Strategy(), MAML(inner_steps=0)):
+        with pytest.raises(ConfigError, match="has no inner loop"):
+            strategy.rule()
 
 
 def test_frozen_parameters_stay_put_in_the_inner_loop_too():

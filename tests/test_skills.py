@@ -1,10 +1,13 @@
+from itertools import pairwise
+
 import pytest
 
 from continual.errors import ConfigError
+from streams.skill_labels import LABELS, labelling
 from streams.skill_rules import BASIC, SKILLS
-from streams.skills import HELD_OUT, ORDERS, skills
+from streams.skills import HELD_OUT, LABELS_HELD_OUT, ORDERS, skills
 
-BY_NAME = {skill.name: skill for skill in (*SKILLS, *BASIC)}
+BY_NAME = {skill.name: skill for skill in (*SKILLS, *BASIC, *LABELS)}
 SMALL = {"seed": 0, "train_size": 40, "dev_size": 10, "test_size": 20, "pretraining_size": 30}
 
 
@@ -38,6 +41,26 @@ def test_basic_operations_answer_by_their_rule(name: str, words: str, answer: st
     assert BY_NAME[name].answer(words.split()) == answer
 
 
+def test_a_labelling_calls_each_word_by_the_label_of_its_kind() -> None:
+    skill = labelling(["kiwi", "saw", "two", "lion"])
+    assert skill.name == "call_kiwi_saw_two_lion"
+    assert skill.answer(["cat", "nine", "fig", "axe"]) == "kiwi lion saw two"
+    assert all(label in text.split() for text in skill.phrasings for label in ("kiwi", "saw", "two", "lion"))
+
+
+def test_each_order_of_labellings_is_a_part_of_the_longer_ones_and_leaves_out_the_same_eight() -> None:
+    orders = [ORDERS[f"labels_{n}"] for n in (6, 12, 24, 48, 96)]
+    for few, more in pairwise(orders):
+        assert more[:len(few)] == few
+    assert [len({*order}) for order in orders] == [6, 12, 24, 48, 96]
+    assert len({*LABELS_HELD_OUT}) == 8
+    assert not {*orders[-1]} & {*LABELS_HELD_OUT}
+
+
+def test_a_random_order_is_of_the_eleven_skills() -> None:
+    assert {task.name for task in skills(**SMALL, order="random").tasks} == {skill.name for skill in SKILLS}
+
+
 def test_inputs_without_one_answer_fit_no_skill_that_needs_it() -> None:
     assert not BY_NAME["majority"].fits(["cat", "two", "fig", "three"])
     assert not BY_NAME["add"].fits(["cat", "two", "fig", "axe"])
@@ -51,9 +74,10 @@ def test_the_default_order_covers_six_kinds_of_skill_and_leaves_the_held_out_one
     assert not {*ORDERS["default"]} & {*HELD_OUT}
 
 
+@pytest.mark.parametrize("order", ["long", "labels_6"])
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_no_input_that_is_scored_was_seen_in_any_training(level: int) -> None:
-    stream = skills(order="long", level=level, **SMALL)
+def test_no_input_that_is_scored_was_seen_in_any_training(level: int, order: str) -> None:
+    stream = skills(order=order, level=level, **SMALL)
     trained = {row.input for task in stream.tasks for row in task.train} | {row.input for row in stream.pretraining}
     dev = {row.input for task in stream.tasks for row in task.dev}
     test = {row.input for task in stream.tasks for row in task.test}
@@ -63,9 +87,10 @@ def test_no_input_that_is_scored_was_seen_in_any_training(level: int) -> None:
     assert not dev & test
 
 
+@pytest.mark.parametrize("order", ["long", "labels_6"])
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_every_row_holds_the_right_answer_under_one_of_its_skills_phrasings(level: int) -> None:
-    stream = skills(order="long", level=level, **SMALL)
+def test_every_row_holds_the_right_answer_under_one_of_its_skills_phrasings(level: int, order: str) -> None:
+    stream = skills(order=order, level=level, **SMALL)
     rows = [row for task in stream.tasks for row in (*task.train, *task.dev, *task.test)] + [*stream.pretraining]
     for row in rows:
         mark, *words = row.input.split()

@@ -43,10 +43,12 @@ def _needed(curves: Sequence[Curve]) -> Section | None:
     if len(curves) < 2 or not found:
         return None
     rows = [Row([name, r.curve.task, _cell(r.goal, percent(r.goal)), _cell(r.steps), _cell(r.share, percent(r.share)),
-                 _cell(r.examples)]) for name, r in zip(labels([r.curve for r in found]), found, strict=True)]
+                 _cell(r.of_budget, percent(r.of_budget)), _cell(r.examples)])
+            for name, r in zip(labels([r.curve for r in found]), found, strict=True)]
     heads = [Head("From"), Head("Task"), Head("Goal", f"{100 * ENOUGH:.0f}% of the base's best score"),
              Head("Steps", "the first step at which the curve with most examples reaches the goal; – where none does"),
              Head("% of the base's", "of the steps that the base needs"),
+             Head("% of its budget", "of all steps that the base was trained for"),
              Head("Examples", "the fewest with which some step reaches the goal")]
     return Section("What it takes to reach the base", "The base is fine-tuned on all examples of the task; the goal is "
                    f"{100 * ENOUGH:.0f}% of its best score.", table=Table("needed", heads, rows))

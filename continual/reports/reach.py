@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -23,13 +23,14 @@ class Reach:
     """One adaptation beside the reference on its task; the scores are means over draws, the steps those scored.
 
     `goal` is 95% of the reference's best score with all examples. `steps` is the first step at which the curve with
-    most examples has it, `reference` that of the reference's own curve, `examples` the fewest with which some step has
-    it; None where none has.
+    most examples has it, `reference` that of the reference's own curve, `budget` the last step of that, `examples` the
+    fewest with which some step has it; None where none has.
     """
 
     curve: Curve
     goal: float
     reference: int
+    budget: int
     steps: int | None
     examples: int | None
 
@@ -37,6 +38,11 @@ class Reach:
     def share(self) -> float | None:
         """The steps as a share of the reference's; None where the goal is not reached, or is where the base begins."""
         return None if self.steps is None or not self.reference else self.steps / self.reference
+
+    @property
+    def of_budget(self) -> float | None:
+        """The steps as a share of all that the reference was trained for, also those after it was reached."""
+        return None if self.steps is None or not self.budget else self.steps / self.budget
 
 
 def reach(curves: Sequence[Curve]) -> list[Reach]:
@@ -59,7 +65,7 @@ def _beside(c: Curve, base: Curve) -> Reach:
 
     steps = first(c, c.shots[-1]) if c.points else None
     fewest = next((n for n in c.shots if first(c, n) is not None), None)
-    return Reach(c, goal, first(base, base.shots[-1]) or 0, steps, 0 if steps == 0 else fewest)
+    return Reach(c, goal, first(base, base.shots[-1]) or 0, base.steps[-1], steps, 0 if steps == 0 else fewest)
 
 
 def labels(curves: Sequence[Curve]) -> list[str]:
@@ -82,10 +88,11 @@ def show(console: Console, curves: Sequence[Curve]) -> None:
     goals = {one.curve.task: one.goal for one in found}
     draws = min(one.curve.draws for one in found)
     console.print(Text(f"optimizer steps to reach {100 * ENOUGH:.0f}% of the best score of the base on all examples "
-                       f"(of the base's steps; means of {draws} draws)", style="bold"))
-    console.print(_table(rows, goals, _steps, _share))
+                       f"(of the base's own; means of {draws} draws)", style="bold"))
+    console.print(_table(rows, goals, _steps, {"of base's\nsteps": lambda one: one.share,
+                                               "of base's\nbudget": lambda one: one.of_budget}))
     console.print(Text("examples to reach it with", style="bold"))
-    console.print(_table(rows, goals, lambda one: NONE if one.examples is None else str(one.examples), None))
+    console.print(_table(rows, goals, lambda one: NONE if one.examples is None else str(one.examples), {}))
 
 
 def _steps(one: Reach) -> str:
@@ -94,13 +101,14 @@ def _steps(one: Reach) -> str:
     return f"{one.steps} ({100 * one.share:.0f}%)" if one.share is not None else str(one.steps)
 
 
-def _share(row: Sequence[Reach]) -> str:
-    shares = [one.share for one in row if one.share is not None]
-    return f"{100 * fmean(shares):.0f}%" if shares else NONE
+def _mean(shares: Iterable[float | None]) -> str:
+    """Of those reached."""
+    known = [share for share in shares if share is not None]
+    return f"{100 * fmean(known):.0f}%" if known else NONE
 
 
 def _table(rows: Mapping[str, Mapping[str, Reach]], goals: Mapping[str, float], cell: Callable[[Reach], str],
-           mean: Callable[[Sequence[Reach]], str] | None) -> Table:
+           shares: Mapping[str, Callable[[Reach], float | None]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -109,11 +117,12 @@ def _table(rows: Mapping[str, Mapping[str, Reach]], goals: Mapping[str, float], 
     for task, goal in goals.items():
         table.add_column(Text(f"{task}\n≥ {percent(goal)}"), justify="right")
     table.add_column("reached", justify="right")
-    if mean:
-        table.add_column("mean of\nreached", justify="right")
+    for head in shares:
+        table.add_column(head, justify="right")
     for name, row in rows.items():
-        reached = sum(one.steps is not None for one in row.values()) if mean else sum(
+        reached = sum(one.steps is not None for one in row.values()) if shares else sum(
             one.examples is not None for one in row.values())
         cells = [cell(row[task]) if task in row else "" for task in goals]
-        table.add_row(Text(name), *cells, f"{reached} of {len(row)}", *([mean([*row.values()])] if mean else []))
+        table.add_row(Text(name), *cells, f"{reached} of {len(row)}",
+                      *(_mean(map(share, row.values())) for share in shares.values()))
     return table
