@@ -105,13 +105,13 @@ def start_of(config: DictConfig) -> Path | None:
     if folder is None or source is None:
         raise MissingError(f"adapt.start={path} is neither a run folder with a checkpoint nor one of its checkpoints; "
                            "name a folder made by continual run, or adapt.start=base")
-    if names := build.lacking(read_config(source / "config.yaml").get("strategy")):
+    theirs = read_config(source / "config.yaml")
+    if names := build.lacking(theirs.get("strategy")):
         raise ConfigError(f"adapt.start={path}: the strategy {'+'.join(names)} has a part of the model in its memory, "
                           "and the weights alone never answered; start from a run of another strategy, or from "
                           "adapt.start=base")
     take_over(config, source / "config.yaml")
     if inner:
-        theirs = read_config(source / "config.yaml")
         if wrong := foreign(theirs, source / "config.yaml"):
             raise ConfigError(gathered(wrong))
         config.strategy = theirs.strategy
