@@ -89,9 +89,13 @@ def check(config: DictConfig) -> None:
             wrong.append(f"{key}={value}: expected a list of whole numbers of at least {least}, such as [16,64]")
     if (rule := OmegaConf.select(config, "adapt.rule", default="train")) not in RULES:
         wrong.append(unknown("adapt.rule", str(rule), RULES))
+    adapter, kinds = (OmegaConf.select(config, key) for key in ("model.adapter", "model.adapters"))
+    if adapter not in (None, "none", *(kinds or ())):
+        wrong.append(unknown("model.adapter", str(adapter), ["none", *(kinds or ())]))
     wrong += [*_early(config), *_loss(config)]
     if wrong:
         raise ConfigError(gathered(wrong))
+    pick_device(config.device)
     refuse_missing(config.track)
 
 

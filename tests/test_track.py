@@ -113,13 +113,16 @@ def test_an_unknown_tracker_is_refused_with_the_nearest(refused, keys, tmp_path)
     assert "unknown track 'wandbe'; did you mean 'wandb'" in refused("run", *keys, "track=wandbe", f"out={tmp_path}")
 
 
-def test_a_tracker_that_cannot_begin_is_told_before_training(refused, keys, tmp_path, sinks, monkeypatch):
+def test_a_tracker_that_cannot_begin_is_told_before_training(cli, keys, tmp_path, sinks, monkeypatch):
     def closed(*args):
         raise OSError("no route to host")
 
     monkeypatch.setattr(Sink, "__init__", closed)
-    told = refused("run", *keys, *SHORT, "track=tensorboard", f"out={tmp_path}")
-    assert told == ("track=tensorboard cannot begin: no route to host; see to its login and address, or set track=none")
+    code, _, err = cli("run", *keys, *SHORT, "track=tensorboard", f"out={tmp_path}")
+    assert code == 2
+    assert err.endswith("error: track=tensorboard cannot begin: no route to host; see to its login and address, or set "
+                        "track=none\n")
+    assert not (tmp_path / "checkpoints").exists()
 
 
 # Each of them, without a network
