@@ -66,8 +66,8 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
         with first():
             settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
         show_unfit(bench.encoder, events)
-        found = curves(bench, task, Curve(out, task.name, bench.tests[0].metric, str(folder or "base"), ()), events,
-                       signals)
+        empty = Curve(out, task.name, bench.tests[0].metric, str(folder or "base"), (), config.adapt.rule)
+        found = curves(bench, task, empty, events, signals)
     state = {n: collected(t) for n, t in bench.model.net.state_dict().items()} if bench.model.sharded else None
     if leads():
         bench.model.net.save_pretrained(out / "model", state_dict=state)

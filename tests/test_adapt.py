@@ -102,6 +102,8 @@ def test_by_the_inner_rule_it_takes_plain_sgd_at_the_inner_lr_whatever_train_say
     inner, sgd, adamw = (load_file(tmp_path / out / "model/model.safetensors") for out in ("inner", "sgd", "adamw"))
     assert close(inner, sgd, rtol=1e-5, atol=1e-7)
     assert not close(inner, adamw, rtol=1e-2, atol=1e-4)
+    told = [Curve.read(tmp_path / out).origin for out in ("inner", "sgd")]
+    assert told == ["maml stage-01, inner loop", "maml stage-01"]
 
 
 def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(keys, tmp_path):
