@@ -83,13 +83,13 @@ def show(console: Console, told: Mapping[str, Any]) -> None:
     """Figures and findings in the terminal; what there is none of in any task has no column."""
     heads, *figures = zip(*(column for column in zip(*rows(told), strict=True)
                             if column[0] in SIZES or set(column[1:]) - {"0", NONE}), strict=True)
-    table = Table(box=None, padding=(0, 1, 0, 0), title=f"audit of {told['stream']}", title_justify="left",
-                  caption=caption(told), caption_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0), title=f"audit of {told['stream']}", title_justify="left")
     for i, head in enumerate(heads):
         table.add_column(Text(head), justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
     for row in figures:
         table.add_row(*map(Text, row))
     console.print(table)
+    console.print(Text(caption(told), style="dim"))  # apart, or it would be as narrow as the table
     found = lines(told)
     console.print(Text(gathered(found, SHOWN) if found else "nothing found amiss"), style="yellow" if found else "",
                   soft_wrap=True)
