@@ -19,7 +19,6 @@ from continual.errors import ConfigError, DataError, MissingError, brief, gather
 from continual.events import Events
 from continual.files import write_whole
 from continual.interrupt import Signals, alone
-from continual.outside import outside
 from continual.parallel import agreed, first, leads
 from continual.precision import settle
 from continual.reading import refuse_links_out
@@ -126,7 +125,7 @@ def foreign(theirs: DictConfig, path: Path) -> list[str]:
     if not isinstance(theirs.get("strategy"), DictConfig):
         raise DataError(f"{path} has no key of strategy, and expected are those of a run; give a folder made by "
                         "continual run")
-    known = build.registry("strategy") | set(outside().values())
+    known = build.strategies()
     targets = {name: str(part.get("_target_")) if isinstance(part, DictConfig) else "" for name, part
                in theirs.strategy.items()}
     return [f"{path} asks for strategy.{name}._target_={brief(target)}, which is neither one of continual's nor of an "

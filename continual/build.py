@@ -153,12 +153,17 @@ def choosing(config: DictConfig) -> list[str]:
                                                         for moment in ("route", "dispatch"))]
 
 
+def strategies() -> set[str]:
+    """The constructors of strategies that a run folder may ask for: continual's and those of installed packages."""
+    return registry("strategy") | set(outside().values())
+
+
 def lacking(section: Any) -> list[str]:
     """Of a run's strategies, as its config.yaml has them, those without whose memory its weights are no model of its.
 
     Only constructors that are continual's or an installed package's are looked at.
     """
-    known = registry("strategy") | set(outside().values())
+    known = strategies()
     parts = section.items() if isinstance(section, DictConfig) else ()
     return [str(name) for name, part in parts if isinstance(part, DictConfig) and str(part.get("_target_")) in known
             and not get_object(part["_target_"]).whole]

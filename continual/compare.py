@@ -257,13 +257,13 @@ def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[..., 
         keys[key] = parsed.key_or_group
         values[key] = ([f"{key}={v}" for v in parsed.sweep_string_iterator()] if parsed.is_sweep_override()
                        else [f"{key}={parsed.get_value_element_as_str()}"])
-    names, met, tuned = [], set[str](), set[str]()
+    names, met = [], set[str]()
+    tuned = {key.split(".")[1] for key in values if key.startswith("++tuned.")}
     for combination in product(*values.values()):
         config = configure("compare", combination)
         _tune(config, values)
         build.strategy(config), build.recipe(config)
         met |= set(config.strategy)
-        tuned = {key.split(".")[1] for key in values if key.startswith("++tuned.")}
         told: Mapping[str, str] = dict(zip(values, combination, strict=True))
         names.append(_folder("_".join(sorted(
             word for key, word in told.items() if keys[key] not in fixed and not key.startswith("hydra")))))
