@@ -1,9 +1,10 @@
 """One stream of 200 tiny tasks: memory, open files and the time of a step must not grow with the tasks behind.
 
 `python -m benchmarks.soak [--tasks 200] [--strategies NAME ...] [--out PATH]`. Each strategy runs in a process of its
-own: a small Llama, two steps a task, a checkpoint after each of which the newest two are kept, and after each stage the
+own: a small Llama, six steps a task, a checkpoint after each of which the newest two are kept, and after each stage the
 first eight tasks are scored. The resident memory, what of it Python's and torch's own allocations can grow by, and the
-open files are read after every task; the CPU time of a stage is the median of the ten tasks up to the one named.
+open files are read after every task. Times are medians over the ten tasks up to the one named: a step's, on the clock,
+and the CPU time that training and scoring of a stage take with all they write, the matrix of all tasks among it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import argparse
 import gc
+import json
 import multiprocessing
 import statistics
 import sys
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ def write_work(root: Path, tasks: int) -> list[str]:
 
     rows = {f"task{i:03d}": {split: [_row(i, split, k) for k in range(n)] for split, n in (("train", 8), ("test", 2))}
             for i in range(tasks)}
-    return [*write_small(root, rows), "train.steps=2", "train.batch_size=4", "train.log_every=1", "checkpoint.keep=2"]
+    return [*write_small(root, rows), "train.steps=6", "train.batch_size=4", "train.log_every=1", "checkpoint.keep=2"]
 
 
 def _row(task: int, split: str, i: int) -> dict[str, str]:
@@ -77,7 +80,18 @@ def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:
             found.append({"train_ms": 1e3 * (trained - began), "score_ms": 1e3 * (time.thread_time() - trained),
                           "files": len(os.listdir("/proc/self/fd")), "objects": len(gc.get_objects()),
                           "resident": resident("VmRSS")})
+    for task, ms in zip(found, _steps(out / "events.jsonl"), strict=True):
+        task["step_ms"] = ms
     return found
+
+
+def _steps(events: Path) -> list[float]:
+    """The median milliseconds of a step after the first, of each stage."""
+    clock: dict[str, list[float]] = {}
+    for line in events.read_text("utf-8").splitlines():
+        if (event := json.loads(line))["event"] == "step":
+            clock.setdefault(event["task"], []).append(event["seconds"])
+    return [1e3 * statistics.median(b - a for a, b in pairwise(seconds)) for seconds in clock.values()]
 
 
 def summary(strategy: str, told: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -85,12 +99,13 @@ def summary(strategy: str, told: Sequence[dict[str, float]]) -> dict[str, Any]:
     early, last = told[min(EARLY, len(told) // 2) - 1], told[-1]
     times = {key: [statistics.median(t[key] for t in told[end - 10 : end]) for end in (min(EARLY, len(told) // 2),
                                                                                        len(told))]
-             for key in ("train_ms", "score_ms")}
+             for key in ("step_ms", "train_ms", "score_ms")}
     return {"strategy": strategy, "MB early": early["resident"] / 1e6, "MB last": last["resident"] / 1e6,
             "ratio": last["resident"] / early["resident"],
             "KB a task": (last["resident"] - early["resident"]) / 1e3 / (len(told) - min(EARLY, len(told) // 2)),
             "objects": f"{early['objects']:.0f} -> {last['objects']:.0f}",
             "files": f"{early['files']:.0f} -> {last['files']:.0f}",
+            "ms a step": f"{times['step_ms'][0]:.2f} -> {times['step_ms'][1]:.2f}",
             "ms to train": f"{times['train_ms'][0]:.1f} -> {times['train_ms'][1]:.1f}",
             "ms to score": f"{times['score_ms'][0]:.1f} -> {times['score_ms'][1]:.1f}"}
 
