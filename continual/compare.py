@@ -39,6 +39,9 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     it. Raises ConfigError for it, for a combination that is wrong before any run starts, and where another comparison
     is under way in the folder; Stopped for a signal.
     """
+    if several := [o for o in overrides if o.startswith("out=") and _sweeps(o)]:
+        raise ConfigError(f"{several[0]}: a comparison has one folder; quote a comma that is part of its name, such as "
+                          "\"out='a,b'\"")
     launcher, typed = _launcher(overrides), [o for o in overrides if not o.startswith("out=")]
     overrides = _for_some(overrides)
     config = configure("compare", [_first(o) for o in overrides], return_hydra_config=True)

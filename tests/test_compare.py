@@ -77,6 +77,15 @@ def test_a_wrong_setting_of_one_strategy_is_refused_before_any_run(refused, keys
     assert not (tmp_path / "it").exists() or not names(tmp_path / "it")
 
 
+def test_a_comparison_has_one_folder(refused, cli, keys, tmp_path):
+    folder = tmp_path / "a,b"
+    assert "a comparison has one folder" in refused("compare", *keys, *SMALL, "strategy=naive", f"out={folder}")
+    assert not list(tmp_path.glob("a*"))
+    code, _, err = cli("compare", *keys, *SMALL, "strategy=naive", f"out='{folder}'")
+    assert code == 0, err
+    assert names(folder) == {"seed=0_strategy=naive"}
+
+
 @needs("submitit_local")
 def test_submitits_local_executor_does_the_runs(cli, keys, tmp_path):
     code, _, err = cli("compare", *keys, *SMALL, "strategy=naive", "hydra/launcher=submitit_local",
