@@ -47,10 +47,13 @@ def folders(tmp_path_factory):
     probe = {"says": "what the base knew before", "source": "here", "better": "higher", "series": series}
     told = {"schema": 1, "stages": ["base", *SKILLS], "probes": {"general ability": probe}}
     (run / "probes.json").write_text(json.dumps(told))
+    for strategy in ("naive", "ewc"):
+        fake_run(root / f"few/{strategy}-0", strategy, tasks=SKILLS[:3])
     report.write(root / "c")
     report.write(run)
+    report.write(root / "few")
     report.write(root / "c", new, out=root / "all")
-    return {"run": run, "comparison": root / "c", "all": root / "all"}
+    return {"run": run, "comparison": root / "c", "all": root / "all", "few": root / "few"}
 
 
 @pytest.fixture
@@ -101,6 +104,14 @@ def test_every_chart_is_drawn_and_says_what_it_is(show, kind):
     assert len(labels) > figures.count()
     assert all(labels)
     assert not any("var(" in label for label in labels)
+
+
+def test_no_axis_says_a_number_twice(show):
+    page = drawn(show("few"))
+    axes = page.locator("svg .role-axis").evaluate_all(
+        "all => all.map(axis => [...axis.querySelectorAll('.role-axis-label text')].map(one => one.textContent))")
+    assert ["1", "2", "3"] in axes
+    assert all(len(set(labels)) == len(labels) for labels in axes), axes
 
 
 def test_text_of_prompts_names_and_probes_is_text(show):

@@ -28,8 +28,9 @@ const config = { background: null, font: getComputedStyle(document.body).fontFam
 
 function axis(of, more = {}) {
   const scaled = of.kind === "percent" ? 100 : 1;
+  const whole = of.kind === "count" && { format: ",d", ...(of.span && { tickCount: Math.min(6, of.span[1] - of.span[0]) || 1 }) };
   return { type: "quantitative", title: of.title, scale: { nice: false, zero: false, ...(of.span && { domain:
-    of.span.map(value => value * scaled) }), ...more.scale }, axis: { tickCount: 6, ...(of.kind === "count" && { format: ",d", tickMinStep: 1 }), ...more.axis } };
+    of.span.map(value => value * scaled) }), ...more.scale }, axis: { tickCount: 6, ...whole, ...more.axis } };
 }
 
 function lines(chart, width) {
