@@ -309,6 +309,16 @@ def test_runs_of_one_strategy_with_other_settings_are_other_groups(tmp_path):
     assert {group.label: len(group.runs) for group in groups} == {"ewc strength=1": 2, "ewc strength=10": 1}
 
 
+@pytest.mark.parametrize(("strengths", "labels"), [
+    ((0.2588170214937917, 0.07270932527768392), {"ewc strength=0.259", "ewc strength=0.0727"}),
+    ((0.2588170214937917, 0.2588170214937918), {"ewc strength=0.2588170214937917", "ewc strength=0.2588170214937918"}),
+    ((100000, 0.5), {"ewc strength=100000", "ewc strength=0.5"}),
+])
+def test_a_long_fraction_is_told_in_three_digits_where_they_tell_it_apart(tmp_path, strengths, labels):
+    runs = [Run.read(fake_run(tmp_path / str(n), "ewc", settings={"strength": s})) for n, s in enumerate(strengths)]
+    assert {group.label for group in grouped(runs)} == labels
+
+
 def test_several_orders_are_one_group_and_the_page_says_which_order_its_panels_show(tmp_path):
     for i, tasks in enumerate((SKILLS, SKILLS, SKILLS[::-1])):
         fake_run(tmp_path / "c" / str(i), "replay", seed=i, tasks=tasks, order="forth" if tasks == SKILLS else "back")

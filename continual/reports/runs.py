@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from continual.reports.curves import Curve as Curve
 
 # What may differ between the runs of one group: they are repetitions of the same experiment.
 REPEATED = {"seed", "order", "out", "track"}
+LONG = re.compile(r"-?\d+\.\d{4,}")
 EXPECTED = ("a run folder (matrix.json), an adapt folder (curve.json) or a comparison folder (run folders inside it); "
             "give the out= of continual run, adapt or compare")
 
@@ -184,9 +186,17 @@ def _labels(firsts: Sequence[Run]) -> list[str]:
     for run, mine in zip(firsts, told, strict=True):
         twins = [t for r, t in zip(firsts, told, strict=True) if _name(r) == _name(run)]
         apart = [key for key in mine if len({t.get(key) for t in twins}) > 1] if names[_name(run)] > 1 else []
-        labels.append(" ".join([_name(run), *(f"{key.rpartition('.')[2]}={mine[key]}" for key in apart[:3])]))
+        labels.append(" ".join([_name(run), *(
+            f"{key.rpartition('.')[2]}={_short(mine[key], {t.get(key) for t in twins})}" for key in apart[:3])]))
     return [label if labels.count(label) == 1 else f"{label} ({run.path.name})"
             for label, run in zip(labels, firsts, strict=True)]
+
+
+def _short(value: str, others: Collection[str | None]) -> str:
+    """A long fraction, such as a search draws, in three digits where they tell it from the others."""
+    told = {other: f"{float(other):.3g}" if LONG.fullmatch(other) else other for other in others
+            if other is not None}
+    return told[value] if len(set(told.values())) == len(told) else value
 
 
 def find(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
