@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -178,8 +179,7 @@ class Found(NamedTuple):
 
 def find(run: Path) -> Found:
     """The newest whole checkpoints of a run folder; a half-written one has no such name."""
-    names = {p: m for p in (run / "checkpoints").glob("stage-*") if (m := NAME.fullmatch(p.name))}
-    order = sorted(names, key=lambda p: (number(p), int(names[p][2] or 0)), reverse=True)
+    order = sorted(_named(run), key=_place, reverse=True)
     damaged: list[str] = []
 
     def first(candidates: list[Path]) -> Path | None:
@@ -189,9 +189,20 @@ def find(run: Path) -> Found:
             damaged.append(f"{path}: {problem}")
         return None
 
-    trained = first([p for p in order if not names[p][2]])
+    trained = first([p for p in order if _place(p)[1] == math.inf])
     after = number(trained) + 1 if trained else 1
-    return Found(trained, first([p for p in order if names[p][2] and number(p) == after]), damaged)
+    return Found(trained, first([p for p in order if _place(p)[1] < math.inf and number(p) == after]), damaged)
+
+
+def _named(run: Path) -> list[Path]:
+    """All that is named as a checkpoint, whole or not."""
+    return [p for p in (run / "checkpoints").glob("stage-*") if NAME.fullmatch(p.name)]
+
+
+def _place(folder: Path) -> tuple[int, float]:
+    """How far a run had come: its stage, and the step in it; a trained stage is behind all its steps."""
+    match = NAME.fullmatch(folder.name)
+    return number(folder), int(match[2]) if match and match[2] else math.inf
 
 
 def number(folder: Path) -> int:
@@ -200,16 +211,20 @@ def number(folder: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def prune(run: Path, keep: int | None) -> None:
-    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest two; nothing half."""
+def prune(run: Path, keep: int | None, newest: Path | None = None) -> None:
+    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest two; nothing half.
+
+    What is further than `newest`, the one just written, was damaged and passed over: it goes, and counts for nothing.
+    """
     for half in (run / "checkpoints").glob("*.tmp"):  # of a process that was killed
         shutil.rmtree(half)
-    found = [(p, m) for p in (run / "checkpoints").glob("stage-*") if (m := NAME.fullmatch(p.name))]
-    trained = sorted((p for p, m in found if not m[2]), key=number)
-    newest = number(trained[-1]) if trained else 0
-    within = sorted((p for p, m in found if m[2] and number(p) == newest + 1), key=lambda p: p.name)
+    found = _named(run)
+    sound = sorted((p for p in found if newest is None or _place(p) <= _place(newest)), key=_place)
+    trained = [p for p in sound if _place(p)[1] == math.inf]
+    after = number(trained[-1]) + 1 if trained else 1
+    within = [p for p in sound if _place(p)[1] < math.inf and number(p) == after]
     kept = {*trained[-(keep or len(trained) or 1):], *within[-WITHIN:]}
-    for path, _ in found:
+    for path in found:
         if path not in kept:
             shutil.rmtree(path)
 

@@ -159,7 +159,7 @@ class Keeper:
             folder = checkpoint.save(self.out / "checkpoints" / f"stage-{self.number:02d}{name}", self.bench.model,
                                      self.bench.strategy, matrix, progress)
         if leads():
-            checkpoint.prune(self.out, self.bench.config.checkpoint.keep)
+            checkpoint.prune(self.out, self.bench.config.checkpoint.keep, folder)
             self.events({"event": "checkpoint", "bytes": checkpoint.size(folder),
                          "memory_bytes": checkpoint.size(folder, "memory.*")})
         self.last = time.monotonic()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from small import TASKS, lines, run
 
 from continual import checkpoint
+from continual import run as engine
 from continual.errors import ConfigError, ContinualError, DataError, MissingError
 from continual.events import Events
 from continual.interrupt import alone
@@ -265,6 +266,44 @@ def test_of_the_checkpoints_within_a_stage_the_newest_whole_one_is_used(keys, tm
     found = checkpoint.find(tmp_path)
     assert (found.trained.name, found.within) == ("stage-01", within[-2])
     assert found.damaged == [f"{within[-1]}: progress.json is not as it was written"]
+
+
+class Left(Exception):
+    """A run was left."""
+
+
+def leave(out, keys, monkeypatch, stage, step):
+    """Begin a run, or go on, and leave it right behind this step, as if it had been killed."""
+    class Leaves(engine.Keeper):
+        def __call__(self, now, progress):
+            seconds = super().__call__(now, progress)
+            if (self.number, now) == (stage, step):
+                raise Left
+            return seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "Keeper", Leaves)
+        with pytest.raises(Left):
+            run(out, keys)
+
+
+def test_what_is_kept_behind_a_damaged_checkpoint_is_there_for_the_next_time(done, copy, keys, monkeypatch):
+    rewind(copy, 2)
+    spoil(copy / "checkpoints/stage-02/weights.safetensors")
+    leave(copy, (*keys, *BOTH, "checkpoint.keep=1"), monkeypatch, 2, 3)
+    names = ["stage-01", "stage-02-step-00000002", "stage-02-step-00000003"]
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == names
+    _, said = run(copy, keys, *BOTH, "checkpoint.keep=1")
+    assert f"resuming {copy} from {names[-1]}" in said
+    assert_same(done, copy)
+
+
+def test_what_is_kept_before_damaged_steps_is_there_for_the_next_time(keys, tmp_path, monkeypatch):
+    leave(tmp_path, (*keys, *BOTH), monkeypatch, 2, 3)
+    for path in (tmp_path / "checkpoints").glob("stage-02-step-*"):
+        spoil(path / "progress.json")
+    leave(tmp_path, (*keys, *BOTH), monkeypatch, 2, 1)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["stage-01", "stage-02-step-00000001"]
 
 
 def test_a_checkpoint_named_for_adapting_must_be_whole(done, copy):
