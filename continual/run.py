@@ -21,6 +21,7 @@ from continual.audit import base_scored, noted, shown
 from continual.bench import Bench, early_of, predictions, set_up, show_unfit
 from continual.claim import claim
 from continual.early import Early, marks, said
+from continual.errors import DataError, listed
 from continual.events import Events
 from continual.files import file_name, write_whole
 from continual.interrupt import Signals, alone
@@ -100,9 +101,24 @@ def resume(out: Path, bench: Bench, found: checkpoint.Found, events: Events) -> 
         matrix = checkpoint.load(found.trained, bench.model, bench.strategy, found=True)
         events.stage = checkpoint.number(found.trained)
     if newest := found.within or found.trained:
+        refuse_other_data(out, Matrix.load(newest / "matrix.json"), bench)
         events.say(f"resuming {out} from {newest.name}")
     events({"event": "start", "stages": [stage.name for stage in bench.stream.stages]})
     return matrix
+
+
+def refuse_other_data(out: Path, before: Matrix, bench: Bench) -> None:
+    """Raise DataError where the stream's tasks are no longer those whose scores the matrix has: its columns and rows
+    would not be what their names say.
+    """
+    now, stages = empty(bench), (BASE, *(stage.name for stage in bench.stream.stages))
+    pairs = {"tasks": (before.tasks, now.tasks), "stages": (before.stages, stages[: len(before.stages)]),
+             "metrics": tuple([str(m.metrics.get(task)) for task in now.tasks] for m in (before, now)),
+             "test examples": tuple([*map(str, m.counts)] for m in (before, now))}
+    differ = [f"{what}: {listed(was)} there, {listed(has)} now" for what, (was, has) in pairs.items() if was != has]
+    if differ:
+        raise DataError(f"{out} was begun with other data; restore them to go on, or give another out=\n  "
+                        + "\n  ".join(differ))
 
 
 def empty(bench: Bench) -> Matrix:

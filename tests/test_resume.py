@@ -306,6 +306,36 @@ def test_what_is_kept_before_damaged_steps_is_there_for_the_next_time(keys, tmp_
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["stage-01", "stage-02-step-00000001"]
 
 
+@pytest.mark.parametrize(("was", "now", "told"), [
+    ('{"name": "first", "metric": "exact_match"}, ', "", "tasks: first, last, loud there, last, loud now"),
+    ('"name": "first"', '"dir": "first", "name": "1st"', "stages: base, first there, base, 1st now"),
+    ('"loud", "metric": "exact_match"', '"loud", "metric": "token_f1"',
+     "metrics: exact_match, exact_match, exact_match there, exact_match, exact_match, token_f1 now"),
+])
+def test_a_run_does_not_go_on_with_other_tasks_than_it_has_scores_of(keys, stream_folder, tmp_path, monkeypatch, was,
+                                                                     now, told):
+    root = shutil.copytree(stream_folder, tmp_path / "stream")
+    keys = (*keys, f"stream.path={root}", *BOTH)
+    leave(tmp_path / "out", keys, monkeypatch, 2, 1)
+    index = root / "stream.json"
+    text = index.read_text()
+    index.write_text(json.dumps({"tasks": json.loads(text.replace(was, now))["tasks"]}))
+    with pytest.raises(DataError, match=f"begun with other data; restore them to go on, or .*\n(.*\n)*  {told}"):
+        run(tmp_path / "out", keys)
+    index.write_text(text)
+    assert run(tmp_path / "out", keys)[0].finished
+
+
+def test_a_run_does_not_go_on_with_other_numbers_of_test_rows(keys, stream_folder, tmp_path, monkeypatch):
+    root = shutil.copytree(stream_folder, tmp_path / "stream")
+    keys = (*keys, f"stream.path={root}", *BOTH)
+    leave(tmp_path / "out", keys, monkeypatch, 1, 1)
+    rows = root / "loud/test.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(True)[1:]))
+    with pytest.raises(DataError, match="test examples: 4, 4, 4 there, 4, 4, 3 now"):
+        run(tmp_path / "out", keys)
+
+
 def test_a_checkpoint_named_for_adapting_must_be_whole(done, copy):
     spoil(copy / "checkpoints/stage-01/weights.safetensors")
     with pytest.raises(DataError, match=r"stage-01 is no whole checkpoint: weights.safetensors is not as it was"):
