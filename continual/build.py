@@ -82,6 +82,8 @@ def check(config: DictConfig) -> None:
     given = {key: OmegaConf.select(config, key) for key in WHOLE}
     wrong = [f"{key}={value}: expected a whole number of at least {WHOLE[key]}" for key, value in given.items()
              if value is not None and (mistyped("int", value) or value < WHOLE[key])]
+    if not wrong and (config.seed or 0) >= 2**63:
+        wrong.append(f"seed={config.seed}: expected a whole number below 2^63")
     for key, least in (("adapt.at", 0), ("adapt.shots", 1)):
         value = OmegaConf.select(config, key, default=ListConfig([]))
         if not isinstance(value, ListConfig) or any(
@@ -92,6 +94,9 @@ def check(config: DictConfig) -> None:
     adapter, kinds = (OmegaConf.select(config, key) for key in ("model.adapter", "model.adapters"))
     if adapter not in (None, "none", *(kinds or ())):
         wrong.append(unknown("model.adapter", str(adapter), ["none", *(kinds or ())]))
+    seconds = OmegaConf.select(config, "checkpoint.every_seconds")
+    if seconds is not None and (mistyped("float", seconds) or not seconds >= 0):
+        wrong.append(f"checkpoint.every_seconds={seconds}: expected a number of seconds of at least 0, or null")
     wrong += [*_early(config), *_loss(config)]
     if wrong:
         raise ConfigError(gathered(wrong))

@@ -29,7 +29,7 @@ class TrainingError(ContinualError, ArithmeticError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not among the `known` ones, nearest first."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     return f"unknown {kind} {brief(name)}{hint} Known: {listed(names)}."
 

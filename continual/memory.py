@@ -54,7 +54,7 @@ class ReplayBuffer:
         """Refuse a kind or capacity that does not exist; seed a generator where none is given, as a checkpoint does."""
         if self.kind not in KINDS:
             raise ConfigError(unknown("replay buffer", self.kind, KINDS))
-        if self.capacity < 0 or (self.capacity > 1 and self.capacity != int(self.capacity)):
+        if self.capacity < 0 or (self.capacity > 1 and self.capacity % 1):
             raise ConfigError(f"a replay buffer of capacity {self.capacity}: give a whole number of examples, or a "
                               "fraction of each task between 0 and 1")
         self.rng = self.rng or random.Random(self.seed)

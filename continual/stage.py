@@ -75,8 +75,8 @@ def _mistyped(recipe: Recipe) -> Iterator[str]:
 def _out_of_range(recipe: Recipe) -> Iterator[str]:
     """What is a number that cannot work."""
     for name in ("batch_size", "log_every", "steps", "patience"):
-        if (value := getattr(recipe, name)) is not None and value < 1:
-            yield f"{_key(name)}={value}: expected at least 1"
+        if (value := getattr(recipe, name)) is not None and not 1 <= value < 2**63:
+            yield f"{_key(name)}={value}: expected at least 1{' and below 2^63' if value > 1 else ''}"
     for name in ("warmup", "mask_instruction_tokens"):
         if not 0 <= (value := getattr(recipe, name)) <= 1:
             yield f"{_key(name)}={value}: expected a share or probability in [0, 1]"
@@ -87,8 +87,8 @@ def _out_of_range(recipe: Recipe) -> Iterator[str]:
             yield f"train.{name}={value}: expected at least 0"
     if recipe.clip is not None and not recipe.clip > 0:
         yield f"train.clip={recipe.clip}: expected more than 0, or null for no clipping"
-    if recipe.steps is None and not recipe.epochs > 0:
-        yield f"train.epochs={recipe.epochs}: expected more than 0"
+    if recipe.steps is None and not 0 < recipe.epochs <= 1e9:
+        yield f"train.epochs={recipe.epochs}: expected more than 0{' and at most 1e9' if recipe.epochs > 1 else ''}"
 
 
 def _key(name: str) -> str:
