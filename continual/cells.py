@@ -11,6 +11,7 @@ from typing import Any
 from continual.errors import DataError
 from continual.files import write_whole
 from continual.reading import json_file
+from continual.terminal import quoted
 
 PLAN = "cells.json"
 FAILED = "failed.txt"  # in a run's folder
@@ -25,7 +26,7 @@ def plan(out: Path, words: Sequence[str], names: Sequence[str]) -> None:
 
 def command(out: Path, words: Sequence[str]) -> str:
     """What is typed to go on with the comparison in `out`."""
-    return shlex.join(["continual", "compare", *words, f"out={out}"])
+    return shlex.join(["continual", "compare", *words, f"out={quoted(str(out))}"])
 
 
 def commands(out: Path) -> list[str]:

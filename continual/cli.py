@@ -173,7 +173,9 @@ def configure(verb: str, overrides: Sequence[str], **more: Any) -> DictConfig:
         try:
             config = words.composed(verb, overrides, partial(compose, **more))
             words.resolved(config)
-        except (HydraException, OmegaConfBaseException) as error:
+        except ConfigError:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: null for a group
             raise words.explained(error, verb, overrides, compose) from None
     return config
 

@@ -20,6 +20,7 @@ from continual.errors import ConfigError, ContinualError, gathered, unknown
 from continual.files import write_whole
 from continual.interrupt import Signals, Stopped, alone
 from continual.reading import yaml_mapping
+from continual.terminal import quoted
 
 LAUNCHER = "hydra/launcher"
 HERE = "basic"  # the launcher that does one run after another, in this process
@@ -52,7 +53,7 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     for key, value in zip(NAMED, (config.strategies, config.seed), strict=True):
         words += [] if _sets(words, key) else [f"{key}={value}"]
     fixed = [key for o in words if not _sweeps(o) and (key := o.split("=")[0].lstrip("+")) not in NAMED]
-    words.append(f"out={_quoted(str(out.absolute()))}")
+    words.append(f"out={quoted(str(out.absolute()))}")
     searches = sweeper._target_ != BASIC
     if searches and not any(_sweeps(word) and word.split("=")[0] not in NAMED for word in words):
         raise ConfigError(f"a search needs something to look through, and of {', '.join(config.strategy)} nothing is "
@@ -273,11 +274,6 @@ def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[..., 
     if strange := sorted(tuned - met):
         raise ConfigError(gathered([unknown("strategy of this comparison", name, met) for name in strange]))
     return names
-
-
-def _quoted(text: str) -> str:
-    """As a value of Hydra's grammar, in which commas and brackets have a meaning."""
-    return "'" + re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'") + "'"
 
 
 def _folder(combination: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from continual.errors import ConfigError, ContinualError
 from continual.parallel import leads, most, started, wait
 from continual.reading import refuse_links_out
+from continual.terminal import quoted
 
 
 class Stopped(ContinualError):
@@ -74,7 +75,7 @@ def again(out: Path) -> str:
     """The command that was given, with the run's folder."""
     words = [w for w in sys.argv[1:] if not w.startswith("out=")]
     start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if started() > 1 else []
-    return shlex.join([*start, "continual", *words, f"out={out}"])
+    return shlex.join([*start, "continual", *words, f"out={quoted(str(out))}"])
 
 
 @contextmanager

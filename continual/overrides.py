@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig, OmegaConf
 
 from continual.catalogue import choices
-from continual.errors import ConfigError, unknown
+from continual.errors import ConfigError, gathered, unknown
 from continual.outside import register
+from continual.terminal import quoted
 
 SHORT = {"stream.arrange": "stream.arrangement"}
 SHORT_IN = {"adapt": {"checkpoint": "adapt.start", "task": "stream.tasks"}}
@@ -49,10 +50,24 @@ def composed(verb: str, overrides: Sequence[str], compose: Callable[..., DictCon
                 raise
 
 
+SECTIONS = ("data", "loss", "checkpoint", "stop_if", "adapt", "plan")  # that no group provides
+TEXTS = ("out", "device")
+
+
 def resolved(config: DictConfig) -> None:
-    """Raise ConfigError if a key without an honest default was not given; Hydra fills in its own."""
+    """Raise ConfigError if a key without an honest default was not given, or one that everything builds on is of
+    another kind; Hydra fills in its own.
+    """
     if missing := sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra.")):
         raise ConfigError("\n".join(f"{key} is not set; give {key}=..." for key in missing))
+    wrong = [f"{key}={config[key]}: expected a text; one that is a number or a list stands in quotes: \"{key}='123'\""
+             for key in TEXTS if key in config and not isinstance(config[key], str)]
+    wrong += [f"{key}={config[key]}: expected its keys, as in {key}.KEY=VALUE; continual VERB --cfg shows them"
+              for key in SECTIONS if key in config and not isinstance(config[key], DictConfig)]
+    if "strategy" not in config:
+        wrong.append("strategy=[] names none; choose at least one, such as strategy=naive, plain fine-tuning")
+    if wrong:
+        raise ConfigError(gathered(wrong))
 
 
 def explained(error: Exception, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> ConfigError:
@@ -67,8 +82,25 @@ def explained(error: Exception, verb: str, overrides: Sequence[str], compose: Ca
     key = getattr(error.__cause__, "full_key", None)
     if key:
         return ConfigError(unknown("key", str(key), _siblings(str(key), verb, overrides, compose)))
+    if unread := [told for word in overrides if (told := _unread(word))]:
+        return ConfigError(gathered(unread))
     lines = [line for line in str(error).splitlines() if line and "hydra.cc" not in line]
     return ConfigError(" ".join(lines) + " Keys are given as key=value; lists as key=[a,b].")
+
+
+def _unread(word: str) -> str:
+    """What is wrong with an override that is not in Hydra's grammar, or has several values; empty where it is sound."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, given, value = word.partition("=")
+    mend = f'; a text with signs such as , = ( é in quotes: "{key}={quoted(value)}"'
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        found = "several values, which only continual compare takes" if parsed.is_sweep_override() else ""
+    except HydraException:
+        found = "no key and value that can be read"
+    return found and f"{word}: found {found}. Keys are given as key=value; lists as key=[a,b]{mend if given else ''}"
 
 
 def _siblings(key: str, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> list[str]:

@@ -34,6 +34,19 @@ def given(words: Sequence[str], keys: Mapping[str, str]) -> tuple[list[Path], di
     return paths, told
 
 
+def quoted(text: str) -> str:
+    """A text as a value on the command line: in the quotes of Hydra's grammar where it needs them to be that text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        if OverridesParser.create().parse_override(f"key={text}").value() == text:
+            return text
+    except HydraException:
+        pass
+    return "'" + re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'") + "'"
+
+
 def truth(key: str, value: str) -> bool:
     """Whether it is true; raises ConfigError where it is neither true nor false."""
     if value not in ("true", "false"):

@@ -1,15 +1,19 @@
 """The commands, as they are typed."""
 
 import json
+import shlex
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 from small import TASKS, lines, run
 
-from continual.cli import EXAMPLES, VERBS
+from continual import cells
+from continual.cli import EXAMPLES, VERBS, configure
+from continual.interrupt import again
 from continual.matrix import Matrix
 
 
@@ -98,6 +102,17 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
     (["run", "stream=folder", "model=hf"], "model.name is not set; give model.name=...\nstream.path is not set"),
     (["run", "train.lr"], "Keys are given as key=value"),
     (["run", "train.lr=[1"], "Keys are given as key=value"),
+    (["run", "out=höhe"], "out=höhe: found no key and value that can be read."),
+    (["run", "out=höhe", "seed=1", "stream=a=b"], "in quotes: \"out='höhe'\"\nstream=a=b: found no key"),
+    (["run", "out=a,b"], "out=a,b: found several values, which only continual compare takes."),
+    (["run", "out=2024"], "out=2024: expected a text; one that is a number or a list stands in quotes"),
+    (["run", "out=null"], "out=None: expected a text"),
+    (["run", "device=null", "checkpoint=null"], "device=None: expected a text; one that is a number or a list stands "
+     "in quotes: \"device='123'\"\ncheckpoint=None: expected its keys, as in checkpoint.KEY=VALUE"),
+    (["run", "train=null"], "must be a string or a list. Got NoneType"),
+    (["audit", "data=5"], "data=5: expected its keys"),
+    (["run", "strategy=[]"], "strategy=[] names none"),
+    (["compare", "strategy=[]"], "strategy=[] names none"),
     (["report"], "continual report needs a folder made by run, compare or adapt"),
     (["report", "nowhere"], "nowhere: there is no such folder"),
     (["report", "json=true"], "unknown key 'json'"),
@@ -127,6 +142,14 @@ def test_a_name_that_is_not_there_is_refused_with_the_nearest(refused, words, to
     (["data.max_length=many", "score.limit=0"],
      "data.max_length=many: expected a whole number of at least 1\nscore.limit=0"),
     (["seed=x"], "seed=x: expected a whole number of at least 0"),
+    (["seed=99999999999999999999"], "seed=99999999999999999999: expected a whole number below 2^63"),
+    (["checkpoint.every_seconds=5m"], "checkpoint.every_seconds=5m: expected a number of seconds of at least 0"),
+    (["checkpoint.every_seconds=nan"], "checkpoint.every_seconds=nan: expected a number of seconds"),
+    (["train.epochs=inf"], "train.epochs=inf: expected more than 0 and at most 1e9"),
+    (["train.steps=99999999999999999999"], "train.steps=99999999999999999999: expected at least 1 and below 2^63"),
+    (["stream.tasks=[1]"], "unknown task in stream.tasks"),
+    (["track=null"], "unknown track None"),
+    (["strategy=replay", "strategy.replay.capacity=inf"], "capacity"),
     (["loss.instruction_weight=2"], "loss.instruction_weight=2: expected a number from 0"),
     (["loss.instruction_weight=all"], "loss.instruction_weight=all: expected a number from 0"),
     (["device=gpu"], "unknown device 'gpu'"),
@@ -333,3 +356,13 @@ def test_adapt_builds_nothing_but_our_own_from_a_run_folder(refused, keys, tmp_p
     config.write_text(config.read_text().replace("continual.model.hf", "os.system"))
     told = refused("adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}")
     assert "asks for model._target_='os.system', which is not one of continual's" in told
+
+
+@pytest.mark.parametrize("name", ["plain/a b-1", "a,b", "a=b", "it's", "[x]", "{x}", "höhe", "123", "null", " lead",
+                                  "a\\"])
+def test_the_command_that_goes_on_names_the_same_folder_whatever_it_is_called(name, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["continual", "run", "out='other'", "seed=3"])
+    for command, verb in ((again(Path(name)), "run"), (cells.command(Path(name), ["seed=3"]), "compare")):
+        program, first, *words = shlex.split(command)
+        assert (program, first) == ("continual", verb)
+        assert configure(verb, words).out == name
