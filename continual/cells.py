@@ -10,8 +10,8 @@ from typing import Any
 
 from continual.errors import DataError
 from continual.files import write_whole
-from continual.reading import json_file
-from continual.terminal import quoted
+from continual.reading import CONTROL, contents, json_file
+from continual.terminal import quoted, safe
 
 PLAN = "cells.json"
 FAILED = "failed.txt"  # in a run's folder
@@ -45,8 +45,8 @@ def unfinished(out: Path) -> list[str]:
     for told in _plans(out):
         if left := failures(out, told["cells"]):
             runs = "".join(f"\n  {name}: {state}" for name, state in left.items())
-            found.append(f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis finishes them:\n  "
-                         + command(out, told["words"]))
+            found.append(safe(f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis finishes them:"
+                              f"\n  {command(out, told['words'])}"))
     return found
 
 
@@ -60,7 +60,7 @@ def _state(run: Path) -> str:
     if (run / "finished").exists():
         return ""
     if (run / FAILED).is_file():
-        return "failed: " + (run / FAILED).read_text("utf-8").strip()
+        return "failed: " + contents(run / FAILED).decode("utf-8", "replace").strip()
     return "begun, and not at its end" if (run / "config.yaml").exists() else "not begun"
 
 
@@ -74,7 +74,8 @@ def _plans(out: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error!r}); remove it: the same continual compare writes it again"
                         ) from error
-    if strange := [name for t in plans for name in t["cells"] if name in ("", ".", "..") or "/" in name]:
-        raise DataError(f"{path} names {', '.join(strange)}, which are no folders in it; remove the file: the same "
-                        "continual compare writes it again")
+    if strange := [name for t in plans for name in t["cells"] if name in ("", ".", "..") or "/" in name
+                   or CONTROL.search(name)]:
+        raise DataError(f"{path} names {safe(', '.join(strange))}, which are no folders in it; remove the file: the "
+                        "same continual compare writes it again")
     return plans

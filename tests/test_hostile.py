@@ -329,3 +329,22 @@ def test_a_terminal_is_told_nothing_that_it_obeys(cli, tmp_path):
         code, shown, err = cli("report", out)
         assert code == 2
         assert not re.search(r"[\x07\x1b\x9b]\[?(2J|\]0)", shown + err)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_why_a_run_failed_and_the_command_that_finishes_it_are_text_whatever_they_hold(cli, tmp_path, scored):
+    if scored:
+        fake_run(tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/failed.txt").write_bytes(b"why \xff \x1b[2J")
+    plans = [{"words": ["seed=\x1b[2J"], "cells": ["good", "bad"]}]
+    (tmp_path / "cells.json").write_text(json.dumps({"schema": 1, "commands": plans}))
+    code, shown, err = cli("report", tmp_path)
+    assert code == (0 if scored else 2)
+    assert "bad: failed: why \ufffd \\x1b[2J" in shown + err
+    assert "\x1b[2J" not in shown + err
+    _, shown, err = cli("watch", tmp_path, "once=true")
+    assert "\x1b[2J" not in shown + err
+    (tmp_path / "cells.json").write_text(json.dumps({"schema": 1, "commands": [{"words": [], "cells": ["\x1b[2J"]}]}))
+    code, shown, err = cli("report", tmp_path)
+    assert (code, "names \\x1b[2J, which are no folders in it" in err) == (2, True)
