@@ -23,10 +23,13 @@ def claim(out: Path, config: DictConfig) -> None:
         return
     path = out / "config.yaml"
     text = OmegaConf.to_yaml(config, resolve=True)
-    begun = any((out / name).exists() for name in ("events.jsonl", "matrix.json"))
-    if not path.exists() or not begun:  # a run that was refused may be given again, put right
+    begun = any((out / name).exists() for name in ("events.jsonl", "matrix.json", "checkpoints", "predictions"))
+    if not begun:  # a run that was refused may be given again, put right
         write_whole(path, text)
         return
+    if not path.exists():
+        raise ConfigError(f"{out} holds a run without its config.yaml, which tells whether these are its keys; restore "
+                          "that file, or give another out=")
     before, now = (flat(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text)))
     differ = [f"{k}: {before.get(k, 'absent')} there, {now.get(k, 'absent')} now"
               for k in sorted(before.keys() | now.keys())

@@ -336,6 +336,16 @@ def test_a_run_does_not_go_on_with_other_numbers_of_test_rows(keys, stream_folde
         run(tmp_path / "out", keys)
 
 
+@pytest.mark.parametrize("lost", [["config.yaml"], ["config.yaml", "finished"],
+                                  ["events.jsonl", "matrix.json", "finished"]],
+                         ids=["finished", "unfinished", "checkpoints alone"])
+def test_a_folder_does_not_take_another_configuration_because_some_of_its_files_are_gone(copy, keys, lost):
+    for name in lost:
+        (copy / name).unlink()
+    with pytest.raises(ConfigError, match=r"without its config.yaml, which tells|a run with another configuration"):
+        run(copy, keys, *BOTH, "train.lr=0.001")
+
+
 def test_a_checkpoint_named_for_adapting_must_be_whole(done, copy):
     spoil(copy / "checkpoints/stage-01/weights.safetensors")
     with pytest.raises(DataError, match=r"stage-01 is no whole checkpoint: weights.safetensors is not as it was"):
