@@ -256,6 +256,15 @@ def test_a_checkpoint_with_a_file_missing_is_passed_over(done, copy, keys):
     assert_same(done, copy)
 
 
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(done, copy, keys):
+    rewind(copy, 2)
+    (copy / "checkpoints/stage-02/manifest.json").unlink()
+    os.mkfifo(copy / "checkpoints/stage-02/manifest.json")
+    _, said = run(copy, keys, *BOTH)
+    assert f"resuming {copy} from stage-01" in said
+    assert_same(done, copy)
+
+
 def test_of_the_checkpoints_within_a_stage_the_newest_whole_one_is_used(keys, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
     run(tmp_path, keys, *BOTH)
