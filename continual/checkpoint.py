@@ -50,8 +50,8 @@ def save(folder: Path, model: Model, strategy: Strategy, matrix: Matrix, progres
         memory["progress.json"] = to_json(dict(progress), "progress", tensors["progress"])
     if not leads():
         return folder
-    texts = {name: json.dumps(value, indent=1, ensure_ascii=False) for name, value in memory.items()}
-    texts["matrix.json"] = json.dumps(matrix.to_json(), indent=1)
+    texts = {name: json.dumps(value, indent=1, ensure_ascii=False).encode() for name, value in memory.items()}
+    texts["matrix.json"] = json.dumps(matrix.to_json(), indent=1).encode()
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -69,14 +69,14 @@ def save(folder: Path, model: Model, strategy: Strategy, matrix: Matrix, progres
     return folder
 
 
-def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, str]) -> None:
+def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, bytes]) -> None:
     """All files and their manifest, flushed to disk."""
     from safetensors.torch import save_file
 
     for name, part in tensors.items():
         save_file(part, folder / f"{name}.safetensors")
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_bytes(text)
     (folder / "manifest.json").write_text(json.dumps(_manifest(folder), indent=1), encoding="utf-8")
     for path in folder.iterdir():
         flush(path)
