@@ -212,12 +212,12 @@ def _learned(at: Progress, task: Task[Encoded], log: Log) -> Task[Encoded]:
 
     Raises TrainingError where no row is left.
     """
-    bad = {e.id for e in task.train if e.id in at.suspects and not _can_be_learned(at, e)}
+    bad = {(e.task, e.id) for e in task.train if e.id in at.suspects and not _can_be_learned(at, e)}
     if not bad:
         return task
-    kept = tuple(e for e in task.train if e.id not in bad)
+    kept = tuple(e for e in task.train if (e.task, e.id) not in bad)
     told = (f"the loss or gradient of {len(task.train) - len(kept)} of the {len(task.train)} rows of task "
-            f"{task.name!r} is not finite: {listed(sorted(bad))}")
+            f"{task.name!r} is not finite: {listed(sorted(name for _, name in bad))}")
     if not kept:
         raise TrainingError(f"{told}; lower train.lr, set train.clip, or train in fp32")
     log({"event": "warning", "text": f"{told}; nothing of them is kept for later stages"})

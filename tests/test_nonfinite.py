@@ -75,6 +75,15 @@ def test_what_is_measured_is_of_the_other_rows(strategy):
     assert toy.same(*kept)
 
 
+def test_a_row_of_another_task_with_the_same_id_is_kept():
+    """Ids are unique within a task, and a joint stage has several."""
+    made, strategy = model(), Replay(capacity=24)
+    both = [replace(e, id=e.id[2:]) for t, bad in ((0, (3,)), (1, ())) for e in rows(t, bad).train]
+    told = stage(made, strategy, Task("all", tuple(both), columns=toy.NAMES))
+    assert {(e.task, e.id) for e in both} - {(e.task, e.id) for e in strategy.buffer.examples} == {(0, "3")}
+    assert "of 1 of the 24 rows" in warned(told)[-1]
+
+
 def test_the_good_rows_of_a_skipped_step_are_kept():
     made, strategy = model(), GEM(capacity=12)
     stage(made, strategy, rows(0, (3, 5)), replace(SKIP, batch_size=4))
