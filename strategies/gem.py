@@ -13,7 +13,7 @@ from continual.data import Encoded
 from continual.loss import accumulate, nll
 from continual.model import Model
 from continual.packing import Batch
-from continual.weights import flat, gradient, set_gradient, unflat, weights
+from continual.weights import flat, gradient, set_gradient, unflat, weights, wide
 from strategies.replay import Replay
 
 
@@ -39,8 +39,8 @@ class GEM(Replay):
         loss = super().backward(model, batch)
         if len(self.buffer):
             own = gradient(model)
-            others = [flat(self.pull(model, batch.of(chosen))) for chosen in self.remembered()]
-            set_gradient(model, unflat(project(flat(own), torch.stack(others), self.margin), own))
+            others = [flat(wide(self.pull(model, batch.of(chosen)))) for chosen in self.remembered()]
+            set_gradient(model, unflat(project(flat(wide(own)), torch.stack(others), self.margin), own))
         return loss
 
     def pools(self) -> list[list[Encoded]]:

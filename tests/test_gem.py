@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,9 +109,9 @@ def test_with_one_other_it_is_avalanche_s_a_gem(seed):
 
 # In a stage
 
-def remembering(kind, **more):
+def remembering(kind, dtype=torch.float64, **more):
     """A model and a strategy that remember two tasks, and the batch of a third."""
-    made, strategy = toy.model(torch.float64), kind(capacity=8, **more)
+    made, strategy = toy.model(dtype), kind(capacity=8, **more)
     toy.train(made, strategy, 0, 1, n=8)
     strategy.begin(made, toy.task(2))
     return made, strategy, made.batch(toy.examples(2, 6))
@@ -156,6 +157,18 @@ def test_a_gem_holds_the_mean_over_all_it_remembers():
         expected = g - min(g @ r, 0) / (r @ r) * r
         assert torch.allclose(step(made, strategy, made.batch([e])), expected, rtol=1e-5, atol=1e-7)
     assert min(products) < 0 < max(products)
+
+
+@pytest.mark.parametrize("kind", [GEM, AGEM])
+def test_steps_of_weights_in_bfloat16_are_projected_as_well(kind):
+    made, strategy, _ = remembering(kind, torch.bfloat16)
+    others = torch.stack([gradient_of(made, pool).float() for pool in strategy.pools()])
+    before, after = [], []
+    for e in toy.examples(2):
+        for found, g in ((before, gradient_of(made, [e])), (after, step(made, strategy, made.batch([e])))):
+            found.append(F.cosine_similarity(others, g.float()).min())
+    assert min(before) < -0.02
+    assert min(after) > -0.005
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [(GEM, [3, 3]), (AGEM, [3])])
