@@ -129,8 +129,11 @@ def evaluated_at(model: Model, at: Weights, f: Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequence[Batch]) -> Tensor:
+def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequence[Batch],
+               to: Sequence[Tensor] | None = None) -> Tensor:
     """Back-propagate `loss` through the parts of a step, each by its share of the step's supervised tokens.
+
+    Gradients are left in all that the loss depends on, or in the leaves `to` alone.
 
     The shares sum to 1, so the gradient is the whole step's, also of a term that does not depend on the data. A part
     whose tokens all weigh nothing has no mean loss, and a share of 0: it is passed over. Several processes take a part
@@ -146,6 +149,6 @@ def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequ
     with summed(leaves, total), at_once(model):
         for part, share in dealt(learned, [p.length for p, _ in learned], level=model.sharded):
             value = loss(model, part) * share
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward(inputs=to)  # type: ignore[no-untyped-call]
             total += value.detach()
     return total

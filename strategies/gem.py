@@ -55,9 +55,10 @@ class GEM(Replay):
 
     def pull(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """The gradient of the mean loss over remembered examples."""
-        for w in weights(model).values():
+        live = [*weights(model).values()]
+        for w in live:
             w.grad = None
-        accumulate(nll, model, batch.micro_batches())
+        accumulate(nll, model, batch.micro_batches(), live)  # what other strategies learn has its gradient already
         return gradient(model)
 
 

@@ -79,18 +79,18 @@ class MultiTask(Replay):
         """The weighted step; where conflicts are projected, what that changes of the tasks' gradients is added."""
         loss = super().backward(model, batch)
         if self.conflicts == "project" and len(parts := [part for part in self.step if part.tokens]) > 1:
-            own, learned = gradient(model), self.log_variance.grad
+            own = gradient(model)
             tokens = sum(part.tokens for part in parts)
             each = torch.stack([part.tokens / tokens * flat(self.gradient_of(model, part)) for part in parts])
             set_gradient(model, unflat(flat(own) + (surgery(each, self.buffer.rng) - each).sum(0), own))
-            self.log_variance.grad = learned
         return loss
 
     def gradient_of(self, model: Model, part: Batch) -> Weights:
         """The gradient of one task's mean loss."""
-        for w in (*weights(model).values(), self.log_variance):
+        live = [*weights(model).values()]
+        for w in live:
             w.grad = None
-        accumulate(self.loss, model, part.micro_batches())
+        accumulate(self.loss, model, part.micro_batches(), live)  # what strategies learn has its gradient already
         return gradient(model)
 
     def joined(self, batch: Batch) -> Batch:

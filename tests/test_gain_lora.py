@@ -23,6 +23,8 @@ from continual.strategy import Strategy, compose
 from continual.weights import snapshot
 from strategies.adapters import PerTask
 from strategies.gain_lora import GainLoRA, beside, grown, pooled, read
+from strategies.gem import AGEM
+from strategies.multitask import MultiTask
 from strategies.replay import Replay
 
 RANK, ROOM, FEW = 2, 8, 8  # so few examples a task that three tasks leave room in 32 dimensions
@@ -248,6 +250,23 @@ def test_replayed_prompts_have_their_own_gates():
     for e, gates in zip(mixed.examples, strategy.opened(made, mixed.examples), strict=True):
         for row, g in by_hand(strategy, made, prompt(e)).items():
             assert gates[row].item() == pytest.approx(g, abs=1e-12)
+
+
+@pytest.mark.parametrize(("other", "plain"), [
+    (AGEM(capacity=4), Strategy()), (MultiTask(capacity=4, conflicts="project"), MultiTask(capacity=4))])
+def test_beside_a_strategy_that_projects_the_weights_gradient_the_gate_keeps_its_own(other, plain):
+    """Neither the gradients of what is remembered nor each task's alone are added to it."""
+    found = []
+    for beside_it in (other, plain):
+        made, strategy = trained(0, strategy=compose(GainLoRA(**{**EXACT, "threshold": 0.5}), beside_it))
+        strategy.begin(made, toy.task(1, FEW))
+        with torch.no_grad():
+            for _, b in factors(made):
+                b[:, strategy.block].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        strategy.backward(made, made.batch(toy.examples(1, 4)))
+        found.append(strategy.change.grad)
+    assert found[0].any()
+    torch.testing.assert_close(*found)
 
 
 def test_a_prompt_without_a_response_is_read_to_its_end():
