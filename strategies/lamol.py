@@ -91,8 +91,8 @@ class LAMOL(Rehearsal):
         if not self.lm_weight:
             return batch
         mark = batch.layout.pad
-        prompts = [replace(e, ids=(mark, *e.ids[: turn(e)], mark), response=(False, *(True,) * (turn(e) + 1)))
-                   for e in batch.examples]
+        prompts = [replace(e, id=f"prompt/{e.id}", ids=(mark, *e.ids[: turn(e)], mark),  # what is kept of e is not its
+                           response=(False, *(True,) * (turn(e) + 1))) for e in batch.examples]
         weight = self.lm_weight * batch.tokens / batch.of(prompts).tokens
         answers = batch.scale or (1.0,) * len(batch.examples)
         return batch.of([*batch.examples, *prompts], [*answers, *(weight,) * len(prompts)])

@@ -13,9 +13,13 @@ from continual import checkpoint
 from continual.answer import complete, sampled
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, DataError
+from continual.loss import forward
 from continual.rows import turn
 from continual.stage import Recipe, learn
+from continual.strategy import compose
+from continual.weights import restore, snapshot
 from strategies.lamol import LAMOL, unanswered
+from strategies.lwf import LwF
 
 END, MARK = 0, 1
 LONG = Recipe(lr=5e-3, epochs=40, batch_size=8)
@@ -127,6 +131,17 @@ def test_the_loss_is_that_of_the_responses_and_of_the_prompts_by_their_weight():
     prompts = [replace(e, ids=(MARK, *e.ids[: turn(e)], MARK), response=(False, *(True,) * (turn(e) + 1))) for e in new]
     expected = (toy.mean_loss(made.net, new) + 0.4 * toy.mean_loss(made.net, prompts)) / 1.4
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_beside_lwf_the_teacher_is_asked_for_the_responses_alone():
+    """The prompts to be written are of the same examples, and other tokens."""
+    made, strategy = toy.model(torch.float64), compose(LAMOL(), LwF(strength=3.0))
+    strategy.begin(made, task(0))
+    restore(made, {n: w * 1.1 for n, w in snapshot(made).items()})
+    batch = made.batch(rows(0)[:5])
+    both = strategy.backward(made, batch)
+    expected = LAMOL().backward(made, batch) + 3 * strategy.divergence(batch, forward(made, batch)) / 1.25
+    assert both.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_same_seed_writes_the_same_and_another_seed_something_else(learned):
