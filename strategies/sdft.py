@@ -20,7 +20,7 @@ from continual.packing import Batch
 from continual.parallel import apart, gather
 from continual.rows import turn
 from continual.strategy import Strategy, memory
-from continual.weights import Weights, combine, snapshot, weights
+from continual.weights import Weights, combine, snapshot, weights, wide
 
 TOGETHER = 128  # prompts answered at a time
 WHOLE = 2**31  # of the vocabulary
@@ -33,8 +33,8 @@ class SDFT(Strategy):
     At each step the model samples an answer y to every prompt x, and the loss is the mean over their tokens of
     KL(model(. | x, y_<t) || teacher(. | c, x, y_<t)), the paper's reverse divergence, over the whole vocabulary and
     without a gradient through the draw. The demonstration c, x with its right answer, stands before x as a turn of its
-    own; the paper writes the answer into x, in words for models that follow them. The teacher's weights are a moving
-    average of the model's that begins anew with each stage, `rate` weights + (1 - `rate`) teacher.
+    own; the paper writes the answer into x, in words for models that follow them. The teacher's weights, in float32 at
+    least, are a moving average of the model's that begins anew with each stage, `rate` weights + (1 - `rate`) teacher.
 
     `strength` is that loss's share, the rest is the usual one's. The paper's is 1, of models that learn in context.
     """
@@ -58,7 +58,7 @@ class SDFT(Strategy):
         """The teacher is the model as it is; raises DataError where an example does not fit twice into its context."""
         trained = super().begin(model, task)
         if self.strength:
-            self.teacher = snapshot(model)
+            self.teacher = wide(snapshot(model))
             longest = max(len(e.ids) + turn(e) for e in task.train) + room(task.train)
             if model.context and longest > model.context:
                 raise DataError(f"an example of task {task.name!r} behind its demonstration takes {longest} tokens, "
@@ -77,7 +77,8 @@ class SDFT(Strategy):
         if not self.strength:
             return total
         here = weights(model)
-        self.teacher = combine(lambda w, t: self.rate * w + (1 - self.rate) * t, here, self.teacher or here)
+        self.teacher = combine(lambda w, t: self.rate * w.to(t.dtype) + (1 - self.rate) * t, here,
+                               self.teacher or wide(here))
         own = self.answered(model, batch.examples)
         shown = [shown_first(e, y) for e, y in zip(batch.examples, own, strict=True)]
         far = accumulate(lambda model, part: self.strength * self.divergence(model, part, shown), model,
@@ -102,7 +103,8 @@ class SDFT(Strategy):
     def divergence(self, model: Model, batch: Batch, shown: Sequence[Encoded]) -> Tensor:
         """KL(model || teacher), a mean over the batch's tokens. The teacher sees `shown`, where ids say which stand."""
         q = forward(model, batch).log_softmax(-1)
-        told = {i: z for i, _, z in responses(model, [shown[int(e.id)] for e in batch.examples], self.teacher)}
+        at = combine(lambda w, t: t.to(w.dtype), weights(model), self.teacher)
+        told = {i: z for i, _, z in responses(model, [shown[int(e.id)] for e in batch.examples], at)}
         p = torch.cat([told[i] for i in range(len(told))]).log_softmax(-1)
         return ((q.exp() * (q - p)).sum(-1) * batch.weight).sum() / batch.tokens
 

@@ -92,6 +92,18 @@ def test_the_teacher_s_weights_are_a_moving_average_that_begins_with_the_stage()
     assert toy.same(strategy.teacher, snapshot(made))
 
 
+def test_the_teacher_of_weights_in_bfloat16_comes_after_them():
+    """In whose digits a hundredth of a small step is nothing."""
+    made, strategy = begun(torch.bfloat16)
+    start = snapshot(made)
+    restore(made, {n: 1.05 * w for n, w in start.items()})
+    moved = {n: w.float() - start[n].float() for n, w in snapshot(made).items()}
+    for _ in range(5):
+        made.net.zero_grad()
+        strategy.backward(made, made.batch(toy.examples(0, 1)))
+    assert toy.close(strategy.teacher, {n: w.float() + (1 - 0.99**5) * moved[n] for n, w in start.items()}, 1e-4, 1e-6)
+
+
 # A model that learns in context
 
 WIDE = 12
