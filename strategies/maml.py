@@ -73,6 +73,10 @@ class Episodic(Replay):
         """The inner loop's learning rate of each of them."""
         return {n: w.new_full((), self.inner_lr) for n, w in changed.items()}
 
+    def pace(self, g: Weights) -> float | Tensor:
+        """What an inner step's gradient `g` is multiplied by, for which nothing is differentiated."""
+        return 1.0
+
     def rule(self) -> Strategy:
         """The inner loop, if there is one."""
         return InnerLoop(of=self) if self.inner_steps else super().rule()
@@ -97,11 +101,12 @@ class InnerLoop(Strategy):
         return list(self.of.changed(model).values())
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
-        """The gradient, each part times its rate."""
+        """The gradient at its pace, each part times its rate."""
         loss, changed = super().backward(model, batch), self.of.changed(model)
-        for n, rate in self.of.rate(changed).items():
-            if (g := changed[n].grad) is not None:
-                g.mul_(rate)
+        found = {n: w.grad for n, w in changed.items() if w.grad is not None}
+        pace, rate = self.of.pace(found), self.of.rate(changed)
+        for n, g in found.items():
+            g.mul_(pace * rate[n])
         return loss
 
 
@@ -204,10 +209,6 @@ class MAML(Episodic):
                 v = combine(torch.add, v, bent(model, before, parts, turn, g if held else None))
         add(changed, v)
         return loss
-
-    def pace(self, g: Weights) -> float | Tensor:
-        """What an inner step's gradient `g` is multiplied by, for which nothing is differentiated."""
-        return 1.0
 
     def learn(self, g: Weights) -> None:
         """Add to the rates' gradient."""

@@ -95,6 +95,17 @@ def test_with_rates_that_are_not_learned_it_is_maml_at_that_rate():
     assert toy.close(step(made, ours, chosen), {n: 0.2 * g for n, g in step(made, maml, chosen).items()}, rtol=1e-8)
 
 
+def test_a_step_of_its_rule_is_one_of_its_inner_loop_at_the_same_clip():
+    made, strategy = looking(0, clip=0.05)
+    before, batch = snapshot(made), made.batch(toy.examples(1, 4))
+    loss = nll(made, batch)
+    grads = torch.autograd.grad(loss, [*weights(made).values()])
+    g = torch.cat([t.flatten() for t in grads])
+    toy.train(made, strategy.rule(), 1, n=4, recipe=ONE)
+    taken = flat(before) - flat(snapshot(made))
+    torch.testing.assert_close(taken, pace(g, 0.05) * strategy.rates * g, rtol=1e-4, atol=1e-7)
+
+
 def test_a_step_that_is_passed_over_leaves_the_rates_as_they_were():
     made, strategy = looking(0)
     before = strategy.rates.clone()
