@@ -25,11 +25,13 @@ class ProgressivePrompts(Strategy):
     random words. Their reparameterisation by a residual MLP, which is thrown away after a task, has no part here.
 
     At `most` so many prompts are learned, null: one a stage. After that the newest trains on, and its tasks share it.
-    A task that has not been learned is answered behind all prompts there are.
+    A task that has not been learned is answered behind all prompts there are. A checkpoint's own weights are the newest
+    prompt alone, which no task is answered behind from the second stage on.
     """
 
     stores: ClassVar[str] = "4 P T"
     costs: ClassVar[str] = "1 + T virtual prompts to read"
+    whole = False
     most: int | None = None
     seed: int = 0
     prompts: list[Tensor] = memory(list)  # P_1, P_2, ...: (n, H) each

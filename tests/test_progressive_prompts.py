@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import toy
+from small import run
 
 from continual.answer import complete
 from continual.errors import ConfigError
@@ -131,3 +132,10 @@ def test_a_model_without_virtual_tokens_is_refused():
         ProgressivePrompts().route(toy.model(), "a")
     with pytest.raises(ConfigError, match="most=0: expected at least 1"):
         ProgressivePrompts(most=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+def test_the_newest_prompt_alone_is_not_adapted(refused, keys, tmp_path):
+    run(tmp_path / "run", keys, "strategy=progressive_prompts", "model.adapter=prompt_tuning", "train.steps=2")
+    told = refused("adapt", *keys, f"adapt.start={tmp_path / 'run'}", "task=loud", f"out={tmp_path / 'new'}")
+    assert "progressive_prompts has a part of the model in its memory, and the weights alone never answered" in told
