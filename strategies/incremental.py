@@ -28,6 +28,7 @@ class IncrementalLoRA(Strategy):
 
     rank: int = 8  # the authors' lora_dim
     first: int = field(init=False, repr=False, default=0)  # row of A where the task's block begins; `begin` finds it
+    earlier: list[Tensor] = field(init=False, repr=False, default_factory=list)  # the blocks before it, as they were
 
     def __post_init__(self) -> None:
         """Refuse a rank below 0."""
@@ -50,7 +51,12 @@ class IncrementalLoRA(Strategy):
             raise ConfigError(f"the LoRA has room for {left} more tasks of rank {self.rank}, expected {wanted}; set "
                               f"model.adapters.lora.r={self.first + wanted * self.rank} or more (its lora_alpha in "
                               "proportion, for a LoRA's scale is lora_alpha / r), or a lower rank for each task")
+        self.earlier = [t.clone() for t in self.before(model)]
         return [{**group, "weight_decay": 0.0} for group in groups(trained)]
+
+    def before(self, model: Model) -> list[Tensor]:
+        """What each factor has of the blocks before the task's."""
+        return [t for a, b in factors(model) for t in (a.detach()[: self.first], b.detach()[:, : self.first])]
 
     @property
     def block(self) -> slice:
@@ -69,11 +75,12 @@ class IncrementalLoRA(Strategy):
         return loss
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
-        """See that no other block has moved: the later ones would be in use."""
-        super().end(model, task)
-        if self.rank and max(_in_use(b) for _, b in factors(model)) > self.block.stop:
+        """See that no step moved another block: earlier ones stand still, and later ones would be in use."""
+        if self.rank and (max(_in_use(b) for _, b in factors(model)) > self.block.stop
+                          or not all(map(torch.equal, self.earlier, self.before(model)))):
             raise ConfigError("a strategy that is listed beside this one moved other blocks than the task's, for its "
                               "steps do not end here; list this one first")
+        super().end(model, task)
 
 
 def _in_use(b: Tensor) -> int:

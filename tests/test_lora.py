@@ -168,6 +168,10 @@ def test_a_strategy_that_steps_past_it_is_refused_and_one_behind_it_is_not():
     toy.train(toy.model(lora=8), compose(IncrementalLoRA(rank=2), Past()), 0, n=4)
     with pytest.raises(ConfigError, match="moved other blocks than the task's, for its steps do not end here; list"):
         toy.train(toy.model(lora=8), compose(Past(), IncrementalLoRA(rank=2)), 0, n=4)
+    made = toy.model(lora=8)
+    toy.train(made, IncrementalLoRA(rank=2), 0, 1, 2, n=4)
+    with pytest.raises(ConfigError, match="moved other blocks than the task's"):  # there are only earlier ones
+        toy.train(made, compose(Past(), IncrementalLoRA(rank=2)), 3, n=4)
 
 
 # SLAO
