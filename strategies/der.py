@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from copy import copy
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from continual.loss import accumulate, forward, nll, numbered, responses
 from continual.memory import reservoir
 from continual.model import Model
 from continual.packing import Batch
+from continual.sharding import clip
 from continual.strategy import Strategy, memory
+from continual.weights import weights
 
 
 @dataclass(kw_only=True)
@@ -65,7 +68,7 @@ class DER(Strategy):
         if self.kept and self.beta:
             again = numbered(model, [r["example"] for r in self.draw()])
             total = total + accumulate(lambda *at: self.beta * nll(*at), model, again.micro_batches())
-        if torch.isfinite(total):  # else the step is not taken
+        if torch.isfinite(total + clip([*weights(model).values()], math.inf)):  # else the step is not taken
             self.remember(model, batch)
         return total
 

@@ -84,6 +84,30 @@ def test_a_row_of_another_task_with_the_same_id_is_kept():
     assert "of 1 of the 24 rows" in warned(told)[-1]
 
 
+class Steep(torch.autograd.Function):
+    """The same values, and where the mask is true a gradient without bounds."""
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        ctx.save_for_backward(mask)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        (mask,) = ctx.saved_tensors
+        return g.masked_fill(mask, torch.inf), None
+
+
+def test_der_keeps_no_row_whose_loss_is_finite_and_whose_gradient_is_not():
+    """It takes rows in before the stage has seen the gradient."""
+    made, strategy = toy.model(), DER(minibatch=4)
+    words = made.net.get_input_embeddings()
+    words.register_forward_hook(lambda _, args, out: Steep.apply(out, (args[0] == BROKEN)[..., None]))
+    told = [stage(made, strategy, rows(t, bad))[-1]["skipped_steps"] for t, bad in ((0, (3,)), (1, ()))]
+    assert told == [3, 0]
+    assert "a/3" not in {r["example"].id for r in strategy.kept}
+
+
 def test_the_good_rows_of_a_skipped_step_are_kept():
     made, strategy = model(), GEM(capacity=12)
     stage(made, strategy, rows(0, (3, 5)), replace(SKIP, batch_size=4))
