@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from continual.data import Encoded, Task
 from continual.errors import ConfigError
@@ -78,9 +78,10 @@ class OSF(Strategy):
 
 
 def matrices(model: Model) -> Weights:
-    """The live trainable weights with two dimensions, but for embeddings of words and the head."""
-    words = {id(m.weight) for m in (model.net.get_input_embeddings(), model.net.get_output_embeddings()) if m}
-    return {n: w for n, w in weights(model).items() if w.ndim == 2 and id(w) not in words}
+    """The live trainable weights with two dimensions, but for embeddings, of words or positions, and the head."""
+    others = [*(m for m in model.net.modules() if isinstance(m, nn.Embedding)), model.net.get_output_embeddings()]
+    free = {id(m.weight) for m in others if m}
+    return {n: w for n, w in weights(model).items() if w.ndim == 2 and id(w) not in free}
 
 
 def strongest(w: Tensor, share: float) -> tuple[Tensor, Tensor]:

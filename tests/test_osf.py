@@ -69,10 +69,13 @@ def test_each_stage_decomposes_the_weights_as_it_finds_them():
     assert all(torch.equal(start, w) for w, start, *_ in strategy.with_live(made))
 
 
-def test_embeddings_and_vectors_train_freely():
-    made = toy.model()
+@pytest.mark.parametrize(("kind", "names"), [
+    ("llama", ("norm", "embed", "lm_head")), ("gpt2", ("wte", "wpe", "ln_", "bias")),
+    ("t5", ("norm", "shared", "lm_head", "relative_attention_bias"))])
+def test_embeddings_and_vectors_train_freely(kind, names):
+    made = toy.model(kind=kind)
     free = set(weights(made)) - set(matrices(made))
-    assert free == {n for n in weights(made) if "norm" in n or "embed" in n or "lm_head" in n}
+    assert free == {n for n in weights(made) if any(name in n for name in names)}
 
 
 def test_of_a_new_adapter_the_factor_at_zero_trains_freely():
