@@ -127,7 +127,7 @@ class EMA(Merge):
     on from its own weights, and knows nothing of the mean. 0.99 is the authors' momentum.
     """
 
-    stores: ClassVar[str] = "8 P"
+    stores: ClassVar[str] = "8 P; 4 P with begin_at=merged"
     costs: ClassVar[str] = "1 + O(P)"
     begin_at: str = "own"
     decay: float = 0.99
@@ -204,7 +204,7 @@ class TaskArithmetic(Vectors):
     0.4 is what Yadav et al. (2023) take from the authors for when there is nothing to tune it on.
     """
 
-    stores: ClassVar[str] = "8 P"
+    stores: ClassVar[str] = "8 P; 12 P with begin_at=own"
     scale: float = 0.4
     total: Weights = memory(dict)
 
@@ -223,7 +223,7 @@ class TIES(Vectors):
     vectors themselves are not kept. 20% and a scale of 1 are the paper's for when there is nothing to tune them on.
     """
 
-    stores: ClassVar[str] = "16 P"
+    stores: ClassVar[str] = "16 P; 20 P with begin_at=own"
     density: float = 0.2
     up: Weights = memory(dict)  # sums of the positive and of the negative values kept, and how many these are
     down: Weights = memory(dict)

@@ -225,3 +225,17 @@ def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_o
 def test_what_cannot_be_merged_is_refused(make, told):
     with pytest.raises(ConfigError, match=told):
         make()
+
+
+@pytest.mark.parametrize(("kind", "begin_at", "bytes_a_weight"), [
+    (Average, "merged", 4), (Average, "own", 8), (Average, "base", 8),
+    (FisherMerge, "merged", 8), (FisherMerge, "own", 12), (FisherMerge, "base", 12),
+    (EMA, "merged", 4), (EMA, "own", 8), (EMA, "base", 8),
+    (TaskArithmetic, "own", 12), (TaskArithmetic, "base", 8), (TIES, "own", 20), (TIES, "base", 16)])
+def test_it_stores_what_it_says_wherever_stages_begin(kind, begin_at, bytes_a_weight):
+    made, strategy = toy.model(), kind(begin_at=begin_at)
+    toy.train(made, strategy, 0, 1, n=4)
+    count = sum(w.numel() for w in snapshot(made).values())
+    found = sum(t.nbytes for t in toy.memory_tensors(strategy).values()) / count
+    assert found == pytest.approx(bytes_a_weight, abs=0.1)  # an average also keeps a number of each tensor
+    assert f"{bytes_a_weight} P" in strategy.stores
