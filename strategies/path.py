@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,7 @@ class SI(Summed):
     start: Weights = memory(dict)  # where omega began
     before: Weights = memory(dict)  # the weights at the last step's begin, and the gradient there
     slope: Weights = memory(dict)
+    found: Weights = field(init=False, repr=False, default_factory=dict)  # the importance, once the path is over
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """A new path begins."""
@@ -66,11 +67,17 @@ class SI(Summed):
         return combine(lambda g, i, w, a: g - self.strength * i * (w - a), g, self.importance, weights(model),
                        self.anchor)
 
+    def end(self, model: Model, task: Task[Encoded]) -> None:
+        """The path is over: where a strategy that is listed behind, as a merge, then puts the weights is no step."""
+        if self.strength:
+            self.walk(model)
+            self.found = self.importance_here(model)
+            self.omega, self.start, self.before, self.slope = {}, {}, {}, {}
+        super().end(model, task)
+
     def measure(self, model: Model, task: Task[Encoded]) -> Weights:
-        """The task's importance; the path is forgotten."""
-        self.walk(model)
-        found = self.importance_here(model)
-        self.omega, self.start, self.before, self.slope = {}, {}, {}, {}
+        """The task's importance, of its path alone."""
+        found, self.found = self.found, {}
         return found
 
     def importance_here(self, model: Model) -> Weights:

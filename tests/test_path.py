@@ -9,9 +9,10 @@ import toy
 
 from continual.importance import fisher
 from continual.stage import Recipe
-from continual.strategy import Strategy
-from continual.weights import weights
+from continual.strategy import Strategy, compose
+from continual.weights import snapshot, weights
 from strategies import path
+from strategies.merge import TaskArithmetic
 from strategies.path import SI, RWalk
 
 
@@ -199,3 +200,14 @@ def test_rwalk_s_importance_lies_between_0_and_2():
     assert values.min() >= 0
     assert values.max() <= 2
     assert strategy.importance.keys() == weights(made).keys()
+
+
+@pytest.mark.parametrize("kind", [SI, RWalk])
+def test_a_merge_that_is_listed_behind_is_no_step_of_the_path_and_its_outcome_is_the_anchor(kind):
+    alone, merged = kind(), compose(kind(), TaskArithmetic())
+    for strategy in (alone, merged):
+        made = toy.model(torch.float64)
+        toy.train(made, strategy, 0)
+    assert toy.same(merged.importance, alone.importance)
+    assert toy.close(merged.anchor, snapshot(made))
+    assert not toy.close(merged.anchor, alone.anchor)
