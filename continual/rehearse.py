@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from continual.data import Encoded, Task
+from continual.errors import ConfigError
 from continual.model import Model
 from continual.score import PERPLEXITY, Test, score
 from continual.stage import Recipe, learn
@@ -183,7 +184,8 @@ def rehearse(ghosts: Ghosts, model: Model, task: Task[Encoded], strategy: Strate
              seed: int) -> Stage:
     """Learn a stage without its numbers: `steps` of its steps, drawn as the stage would, and its end.
 
-    Early stopping is left out: its steps are the most that the stage can take.
+    Early stopping is left out: its steps are the most that the stage can take. Raises ConfigError for a strategy whose
+    code asks for numbers in a way that ghosts have no answer for, such as NumPy's.
     """
     total, at, optimizer, saved = recipe.total(len(task.train)), [ghosts.flops], 0, 0
     ghosts.peak = ghosts.live
@@ -201,8 +203,13 @@ def rehearse(ghosts: Ghosts, model: Model, task: Task[Encoded], strategy: Strate
 
     before = _held(strategy.state_dict())
     with ghosts:
-        learn(model, task, strategy, replace(recipe, steps=min(steps, total), patience=None), seed=seed,
-              log=lambda event: None, after=after)
+        try:
+            learn(model, task, strategy, replace(recipe, steps=min(steps, total), patience=None), seed=seed,
+                  log=lambda event: None, after=after)
+        except (RuntimeError, ConfigError) as error:  # torch's own, where numbers are asked for all at once
+            raise ConfigError(f"a plan goes through a stage of {type(strategy).__name__} without its numbers, and was "
+                              f"stopped: {error}\nIf that is for want of them, plan a strategy that stores as much, by "
+                              "the table of continual list strategies") from error
         trained = _held(weights(model))
         memory = _on_disk(strategy.state_dict())
     own = sum(t.nbytes for t in {*model.net.parameters(), *model.net.buffers()})

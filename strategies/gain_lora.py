@@ -95,7 +95,7 @@ class GainLoRA(IncrementalLoRA):
             front = [((2 * torch.rand(s, generator=rng) - 1) / s[1] ** 0.5).to(said) for s in shapes]
         told = read([*front, said], said)[-1].double()
         left = beside(told, self.known[-1].double()) if self.known else told
-        if left.norm() <= 1e-6 * told.norm():
+        if not left.norm() > 1e-6 * told.norm():
             raise ConfigError(f"the prompts of {task.name!r} lie within what gates have read of earlier tasks, so "
                               "that a gate that is 0 for those is 0 for these; lower strategy.gain_lora.threshold="
                               f"{self.threshold}, or choose another strategy")

@@ -94,5 +94,5 @@ def project(g: Tensor, others: Tensor, margin: float = 0.0) -> Tensor:
 
     q, r = torch.linalg.qr(others.T)  # |g + v others| is |r v + q^T g|, but for what lies outside of the rows' span
     least = torch.full_like(products, margin)
-    above, _ = nnls(r.double().cpu().numpy(), -(q.T @ g + r @ least).double().cpu().numpy())
-    return g + (torch.from_numpy(above).to(least) + least) @ others
+    above, _ = nnls(r.double().tolist(), (-(q.T @ g + r @ least)).double().tolist())
+    return g + (torch.tensor(above).to(least) + least) @ others

@@ -76,8 +76,9 @@ class IncrementalLoRA(Strategy):
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """See that no step moved another block: earlier ones stand still, and later ones would be in use."""
+        before = zip(self.earlier, self.before(model), strict=True)
         if self.rank and (max(_in_use(b) for _, b in factors(model)) > self.block.stop
-                          or not all(map(torch.equal, self.earlier, self.before(model)))):
+                          or not all((was == now).all() for was, now in before)):
             raise ConfigError("a strategy that is listed beside this one moved other blocks than the task's, for its "
                               "steps do not end here; list this one first")
         super().end(model, task)

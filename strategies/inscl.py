@@ -59,11 +59,11 @@ def distance(model: Model, old: Instructions, new: Instructions) -> float:
     """The Wasserstein distance between the embedded instructions of two tasks, with cosine distance as the cost."""
     words = model.net.get_input_embeddings().weight
     a, b = (F.normalize(torch.stack([words[ids].mean(0) for ids, _ in side]).double(), dim=1) for side in (old, new))
-    return transport((1 - a @ b.T).clamp(min=0).cpu(), *(torch.tensor([n for _, n in side]) for side in (old, new)))
+    return transport((1 - a @ b.T).clamp(min=0), *([n for _, n in side] for side in (old, new)))
 
 
-def transport(cost: Tensor, a: Tensor, b: Tensor) -> float:
-    """The least of `cost` (I, J) that moves weights a (I,) onto b (J,), each scaled to sum 1: a linear programme."""
+def transport(cost: Tensor, a: Sequence[float], b: Sequence[float]) -> float:
+    """The least of `cost` (I, J) that moves I weights a onto J weights b, each scaled to sum 1: a linear programme."""
     import numpy as np
     from scipy.optimize import linprog
     from scipy.sparse import eye_array, kron, vstack
@@ -71,8 +71,8 @@ def transport(cost: Tensor, a: Tensor, b: Tensor) -> float:
     i, j = cost.shape
     leaves = kron(eye_array(i), np.ones((1, j)))  # of each row
     arrives = kron(np.ones((1, i)), eye_array(j))  # in each column
-    weights = np.concatenate([(w.double() / w.sum()).numpy() for w in (a, b)])
+    weights = [n / sum(side) for side in (a, b) for n in side]
     # The constraints sum to the same on both sides: the last one follows from the others.
-    told = linprog(cost.double().numpy().ravel(), A_eq=vstack([leaves, arrives]).tocsr()[:-1], b_eq=weights[:-1],
+    told = linprog(cost.flatten().tolist(), A_eq=vstack([leaves, arrives]).tocsr()[:-1], b_eq=weights[:-1],
                    method="highs")
     return float(told.fun)

@@ -9,8 +9,10 @@ import torch
 import toy
 
 from continual import rules
+from continual.errors import ConfigError
 from continual.model import Model
 from continual.progress import Patience
+from continual.rehearse import Ghosts, rehearse
 from continual.stage import learn
 from continual.strategy import Strategy
 from continual.weights import gradient
@@ -20,6 +22,7 @@ CONFIGS = sorted({p.stem for p in (Path(__file__).parents[1] / "conf" / "strateg
 BUFFERED = {"replay", "multitask", "maml", "reptile", "hard_replay", "inscl", "gem", "agem",
             "anil", "meta_sgd", "la_maml"}
 LORA = {"incremental_lora", "olora", "gain_lora", "slao"}  # they work on the factors of a LoRA
+UNPLANNED = {"avalanche": "its plugins use NumPy", "gain_lora": "where a branch begins is read off its weights"}
 MOMENTS = ("begin", "end", "route")  # at which to give the model other weights is what some are for:
 SETTERS = {"per_task", "router", "slao", "progressive_prompts", "average", "fisher_merge", "ema", "task_arithmetic",
            "ties"}
@@ -175,6 +178,29 @@ def test_a_stage_that_is_stopped_early_ends_as_if_it_had_ended_with_its_best_epo
         found.append((told[-1]["steps"], rules.ended(made, strategy)))
     assert found[0][0] < found[1][0]
     assert found[0][1] == found[1][1]
+
+
+def planned(entry):
+    """Two stages without numbers."""
+    ghosts = Ghosts()
+    with ghosts.shapes():
+        made = network(entry[0])
+    ghosts.haunt(made.net)
+    recipe, strategy = replace(subject(entry).recipe, steps=1), make(*entry)
+    return [rehearse(ghosts, made, toy.task(t), strategy, recipe, steps=1, seed=t) for t in range(2)]
+
+
+@pytest.mark.parametrize("entry", [sized(name) for name in CONFIGS if name not in UNPLANNED], ids=" ".join)
+def test_a_plan_can_go_through_its_stages(entry):
+    first, second = planned(entry)
+    assert second.peak > second.weights > first.strategy == 0
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("entry", [sized(name) for name in UNPLANNED], ids=" ".join)
+def test_a_strategy_that_cannot_be_planned_says_what_to_do(entry):
+    with pytest.raises(ConfigError, match="plan a strategy that stores as much"):
+        planned(entry)
 
 
 @cache
