@@ -19,8 +19,11 @@ SHORT_IN = {"adapt": {"checkpoint": "adapt.start", "task": "stream.tasks"}}
 def spelled(verb: str, overrides: Sequence[str]) -> list[str]:
     """The overrides with short keys written out: stream.arrange, of adapt checkpoint and task (one name); and gates.
 
-    Raises ConfigError where a shell has taken the `>SHARE` of a gate for a file.
+    Raises ConfigError where a shell has taken the `>SHARE` of a gate for a file, or a key is to be taken away.
     """
+    if gone := [word for word in overrides if word.startswith("~")]:
+        raise ConfigError(f"{', '.join(gone)}: a key is not taken away; give it another value, null where its comment "
+                          f"in continual {verb} --cfg has a meaning for that")
     keys, found = {**SHORT, **SHORT_IN.get(verb, {})}, []
     for word in map(_gate, overrides):
         key, given, value = word.partition("=")
@@ -84,6 +87,8 @@ def explained(error: Exception, verb: str, overrides: Sequence[str], compose: Ca
         return ConfigError(unknown("key", str(key), _siblings(str(key), verb, overrides, compose)))
     if unread := [told for word in overrides if (told := _unread(word))]:
         return ConfigError(gathered(unread))
+    if nothing := [w for w in overrides if re.fullmatch(r"[\w/]+=null", w) and isinstance(error, ValueError)]:
+        return ConfigError(f"{', '.join(nothing)}: expected a name of those in that folder of conf/")
     lines = [line for line in str(error).splitlines() if line and "hydra.cc" not in line]
     return ConfigError(" ".join(lines) + " Keys are given as key=value; lists as key=[a,b].")
 

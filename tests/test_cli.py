@@ -109,7 +109,9 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
     (["run", "out=null"], "out=None: expected a text"),
     (["run", "device=null", "checkpoint=null"], "device=None: expected a text; one that is a number or a list stands "
      "in quotes: \"device='123'\"\ncheckpoint=None: expected its keys, as in checkpoint.KEY=VALUE"),
-    (["run", "train=null"], "must be a string or a list. Got NoneType"),
+    (["run", "train=null"], "train=null: expected a name of those in"),
+    (["run", "~train.lr"], "~train.lr: a key is not taken away; give it another value"),
+    (["compare", "~strategies", "seed=1"], "~strategies: a key is not taken away"),
     (["audit", "data=5"], "data=5: expected its keys"),
     (["run", "strategy=[]"], "strategy=[] names none"),
     (["compare", "strategy=[]"], "strategy=[] names none"),
