@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -109,7 +110,7 @@ def _unread(word: str) -> str:
 
 
 def _siblings(key: str, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> list[str]:
-    """The keys beside `key` in the configuration without the overrides that set single keys."""
+    """The keys beside `key`, and those of its name a part deeper, without the overrides that set single keys."""
     from hydra.errors import HydraException
 
     choices = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0] != key]
@@ -117,6 +118,8 @@ def _siblings(key: str, verb: str, overrides: Sequence[str], compose: Callable[.
         config = compose(verb, [o for o in choices if not o.startswith(("out=", key))])
     except HydraException:  # several are wrong; those of the default choices are better than none
         config = compose(verb, [])
-    parent, _, _ = key.rpartition(".")
+    parent, dot, last = key.rpartition(".")
     section = OmegaConf.select(config, parent) if parent else config
-    return [f"{parent}.{name!s}" if parent else str(name) for name in (section or {})]
+    parts = cast(dict[str, Any], OmegaConf.to_container(section)) if isinstance(section, DictConfig) else {}
+    deeper = [f"{name}.{last}" for name, part in parts.items() if isinstance(part, dict) and last in part]
+    return [f"{parent}{dot}{name}" for name in [*parts, *deeper]]

@@ -109,6 +109,9 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
     (["run", "out=null"], "out=None: expected a text"),
     (["run", "device=null", "checkpoint=null"], "device=None: expected a text; one that is a number or a list stands "
      "in quotes: \"device='123'\"\ncheckpoint=None: expected its keys, as in checkpoint.KEY=VALUE"),
+    (["run", "lr=1"], "unknown key 'lr'; did you mean 'train.lr'?"),
+    (["run", "strategy=maml", "strategy.inner=meta_sgd"], "did you mean 'strategy.maml.inner'"),
+    (["run", "strategy=avalanche", "strategy.plugin=EWCPlugin"], "did you mean 'strategy.avalanche.plugin'"),
     (["run", "train=null"], "train=null: expected a name of those in"),
     (["run", "~train.lr"], "~train.lr: a key is not taken away; give it another value"),
     (["compare", "~strategies", "seed=1"], "~strategies: a key is not taken away"),
