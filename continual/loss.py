@@ -21,7 +21,7 @@ from continual.model import Model
 from continual.packing import Batch
 from continual.parallel import summed, world
 from continual.sharding import at_once, in_shards
-from continual.weights import Weights, weights
+from continual.weights import Weights, gradient, weights
 
 
 def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
@@ -152,3 +152,12 @@ def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequ
             value.backward(inputs=to)  # type: ignore[no-untyped-call]
             total += value.detach()
     return total
+
+
+def gradient_of(loss: Callable[[Model, Batch], Tensor], model: Model, batch: Batch) -> Weights:
+    """The weights' gradient of `loss` over a batch, in place of what they had; what else is learned keeps its own."""
+    live = [*weights(model).values()]
+    for w in live:
+        w.grad = None
+    accumulate(loss, model, batch.micro_batches(), live)
+    return gradient(model)

@@ -15,6 +15,8 @@ from continual.terminal import quoted
 
 SHORT = {"stream.arrange": "stream.arrangement"}
 SHORT_IN = {"adapt": {"checkpoint": "adapt.start", "task": "stream.tasks"}}
+SECTIONS = ("data", "loss", "checkpoint", "stop_if", "adapt", "plan")  # that no group provides
+TEXTS = ("out", "device")
 
 
 def spelled(verb: str, overrides: Sequence[str]) -> list[str]:
@@ -52,10 +54,6 @@ def composed(verb: str, overrides: Sequence[str], compose: Callable[..., DictCon
             group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
             if group != "strategy" or not register(choice):
                 raise
-
-
-SECTIONS = ("data", "loss", "checkpoint", "stop_if", "adapt", "plan")  # that no group provides
-TEXTS = ("out", "device")
 
 
 def resolved(config: DictConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,10 @@ def _place(raw: bytes, at: int, line: bool) -> str:
 
 def contents(path: Path) -> bytes:
     """The bytes of a file that is held whole; raises DataError where it is no file, or more than any of ours."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    told = path.stat()
+    if not stat.S_ISREG(told.st_mode):  # a pipe would be waited for
         raise DataError(f"{path}: found no regular file, expected one; remove it, and restore the file")
-    if path.stat().st_size > LARGEST:  # not read(LARGEST + 1), which takes that much memory at once
+    if told.st_size > LARGEST:  # not read(LARGEST + 1), which takes that much memory at once
         raise DataError(f"{path}: found more than {LARGEST >> 20} MiB, expected a file that can be held; restore it")
     return path.read_bytes()
 

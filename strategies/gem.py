@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from continual.data import Encoded
-from continual.loss import accumulate, nll
+from continual.loss import gradient_of, nll
 from continual.model import Model
 from continual.packing import Batch
-from continual.weights import flat, gradient, set_gradient, unflat, weights, wide
+from continual.weights import flat, gradient, set_gradient, unflat, wide
 from strategies.replay import Replay
 
 
@@ -39,7 +39,7 @@ class GEM(Replay):
         loss = super().backward(model, batch)
         if len(self.buffer):
             own = gradient(model)
-            others = [flat(wide(self.pull(model, batch.of(chosen)))) for chosen in self.remembered()]
+            others = [flat(wide(gradient_of(nll, model, batch.of(chosen)))) for chosen in self.remembered()]
             set_gradient(model, unflat(project(flat(wide(own)), torch.stack(others), self.margin), own))
         return loss
 
@@ -52,14 +52,6 @@ class GEM(Replay):
         if self.sample is None:
             return [*self.pools()]
         return [self.buffer.draw(min(self.sample, len(pool)), pool) for pool in self.pools()]
-
-    def pull(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """The gradient of the mean loss over remembered examples."""
-        live = [*weights(model).values()]
-        for w in live:
-            w.grad = None
-        accumulate(nll, model, batch.micro_batches(), live)  # what other strategies learn has its gradient already
-        return gradient(model)
 
 
 @dataclass(kw_only=True)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from continual.data import Encoded, Task
 from continual.errors import ConfigError, unknown
-from continual.loss import accumulate
+from continual.loss import gradient_of
 from continual.model import Model
 from continual.packing import Batch
 from continual.strategy import groups, memory
-from continual.weights import Weights, flat, gradient, set_gradient, unflat, weights
+from continual.weights import flat, gradient, set_gradient, unflat
 from strategies.replay import Replay
 
 WEIGHTINGS = ("fixed", "size", "temperature", "uncertainty")
@@ -81,17 +81,9 @@ class MultiTask(Replay):
         if self.conflicts == "project" and len(parts := [part for part in self.step if part.tokens]) > 1:
             own = gradient(model)
             tokens = sum(part.tokens for part in parts)
-            each = torch.stack([part.tokens / tokens * flat(self.gradient_of(model, part)) for part in parts])
+            each = torch.stack([part.tokens / tokens * flat(gradient_of(self.loss, model, part)) for part in parts])
             set_gradient(model, unflat(flat(own) + (surgery(each, self.buffer.rng) - each).sum(0), own))
         return loss
-
-    def gradient_of(self, model: Model, part: Batch) -> Weights:
-        """The gradient of one task's mean loss."""
-        live = [*weights(model).values()]
-        for w in live:
-            w.grad = None
-        accumulate(self.loss, model, part.micro_batches(), live)  # what strategies learn has its gradient already
-        return gradient(model)
 
     def joined(self, batch: Batch) -> Batch:
         """New and remembered examples, each scaled so that the tasks' token means get their weights."""

@@ -1,6 +1,7 @@
 """What a run would take: the engine's own stages without their numbers, against stages that are run."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -32,11 +33,7 @@ def network(adapter="none"):
 
 
 def rehearsed(strategy, adapter="none", stages=2, recipe=SHORT):
-    ghosts = Ghosts()
-    with ghosts.shapes():
-        model = network(adapter)
-    ghosts.haunt(model.net)
-    return [rehearse(ghosts, model, toy.task(i), strategy, recipe, steps=2, seed=i) for i in range(stages)]
+    return toy.rehearsed(partial(network, adapter), strategy, recipe, stages)
 
 
 def executed(strategy, adapter="none", stages=2, recipe=SHORT):

@@ -17,6 +17,8 @@ from small import network
 from continual import build, toy
 from continual.data import Encoded, Task
 from continual.model import Model
+from continual.rehearse import Ghosts, Stage, rehearse
+from continual.stage import Recipe
 from continual.strategy import Strategy
 from continual.toy import (
     NAMES,
@@ -65,6 +67,15 @@ def configured(names: str, *overrides: str) -> Strategy:
     for told in OverridesParser.create().parse_overrides(list(overrides)):
         OmegaConf.update(made, told.key_or_group, told.value(), force_add=told.is_add())
     return build.strategy(made)
+
+
+def rehearsed(network, strategy: Strategy, recipe: Recipe, stages: int = 2) -> list[Stage]:
+    """Stages without numbers, of at most two steps each, on the model that `network` makes."""
+    ghosts = Ghosts()
+    with ghosts.shapes():
+        made = network()
+    ghosts.haunt(made.net)
+    return [rehearse(ghosts, made, task(i), strategy, recipe, steps=2, seed=i) for i in range(stages)]
 
 
 def log_likelihood(net, e: Encoded) -> torch.Tensor:
