@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import works
 from benchmarks.common import ASKED, Row, Step, interleaved, medians, peaks, ratios, row
-from continual.answer import answer
-from continual.data import Encoded
-from continual.model import Model
+from continual.data.types import Encoded
+from continual.models.generation import answer
+from continual.models.model import Model
 
 PROMPTS, NEW = 192, 4
 TOGETHER, BATCH = 128, 16  # prompts at a time: as score.batch_size has it, and of generate

@@ -90,8 +90,8 @@ def start(out: Path, keys: Sequence[str]) -> int:
     def work() -> None:
         from rich.console import Console
 
-        from continual.cli import configure
-        from continual.run import run
+        from continual.cli.main import configure
+        from continual.runs.run import run
 
         run(configure("run", [*keys, f"out={out}"]), Console(stderr=True))
 
@@ -261,13 +261,13 @@ def main() -> None:
     import torch
 
     from benchmarks.common import machine
-    from continual import cli
+    from continual.tracking import events
 
-    for name in ("continual.run", "continual.reports.plots", "continual.reports.pages", "streams.folder", "peft",
+    for name in ("continual.runs.run", "continual.reports.plots", "continual.reports.pages", "streams.folder", "peft",
                  *(f"strategies.{p.stem}" for p in (STRATEGIES.parents[1] / "strategies").glob("[!_]*.py"))):
         import_module(name)  # for the children
     torch.set_num_threads(1)
-    cli.quiet()
+    events.quiet()
     began, told = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder_name:
         keys = write_work(Path(folder_name))

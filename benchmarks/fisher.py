@@ -1,6 +1,6 @@
 """The diagonal Fisher of 256 agnews rows: ours, a loop over single examples, and Avalanche's EWC at batch size 1.
 
-- continual: `continual.importance.fisher`, examples together; loop: `fisher_by_example`, its oracle.
+- continual: `continual.models.importance.fisher`, examples together; loop: `fisher_by_example`, its oracle.
 - avalanche: `EWCPlugin.compute_importances` on the same summed log-likelihood of the same response tokens. At a larger
   batch size it squares the gradients of means over a batch, which is something else.
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks import works
 from benchmarks.common import ASKED, Row, Step, interleaved, medians, peaks, ratios, row
-from continual.data import Encoded
-from continual.importance import fisher, fisher_by_example
-from continual.model import Model
-from continual.weights import Weights, weights
+from continual.data.types import Encoded
+from continual.models.importance import fisher, fisher_by_example
+from continual.models.model import Model
+from continual.models.weights import Weights, weights
 
 PEERS = ("loop", "avalanche")
 EXAMPLES, COMPARED, ALLOWED = 256, 16, 1e-4

@@ -41,13 +41,13 @@ def _put(folder: Path, name: str, raw: bytes) -> Path:
 
 def _page(folder: Path) -> None:
     """All that a report reads and writes of a run, and its tables."""
-    from continual import report
-    from continual.reports.data import TABLES, table
+    from continual.reports import write
     from continual.reports.pages import run_page
-    from continual.reports.runs import Run, grouped
+    from continual.results.run_folder import Run, grouped
+    from continual.results.tables import TABLES, table
 
     run = Run.read(folder)
-    report.render(run_page(run))
+    write.render(run_page(run))
     for what in TABLES:
         table(grouped([run]), what)
 
@@ -83,9 +83,9 @@ def stream(folder: Path, raw: bytes) -> None:
 
 def config(folder: Path, raw: bytes) -> None:
     """The configuration of a run folder, as a report and as a resumed run read it."""
-    from continual.claim import read_config
+    from continual.config.run_config import read_config
     from continual.errors import ContinualError
-    from continual.reports.runs import Run
+    from continual.results.run_folder import Run
 
     path = _put(folder, "config.yaml", raw)
     try:
@@ -98,24 +98,24 @@ def config(folder: Path, raw: bytes) -> None:
 
 def curve(folder: Path, raw: bytes) -> None:
     """The curve of an adaptation."""
-    from continual import report
+    from continual.reports import write
     from continual.reports.adaptations import adapt_page
-    from continual.reports.runs import Curve
+    from continual.results.curve import Curve
 
     _put(folder, "curve.json", raw)
-    report.render(adapt_page([Curve.read(folder)]))
+    write.render(adapt_page([Curve.read(folder)]))
 
 
 def manifest(folder: Path, raw: bytes) -> None:
     """The manifest of a checkpoint."""
-    from continual.checkpoint import fault
+    from continual.training.checkpoint import fault
 
     _put(folder, "manifest.json", raw)
     assert fault(folder)
 
 
 def _progress(folder: Path, told: bytes, tensors: bytes) -> None:
-    from continual.checkpoint import progress
+    from continual.training.checkpoint import progress
 
     _put(folder, "progress.json", told)
     _put(folder, "progress.safetensors", tensors)
@@ -152,7 +152,7 @@ READERS: dict[str, tuple[Callable[[Path, bytes], None], bytes]] = {
         STEP, {"event": "data", "skipped": 2}, {"event": "stage", "stage": 1, "task": "a", "seconds": 1.0, "tokens": 3},
         {"event": "checkpoint", "stage": 1, "bytes": 9, "memory_bytes": 9})))),
     "predictions": (_in_run("predictions/stage-02/a.jsonl"), _json(ANSWER) + b"\n"),
-    "config": (config, b"seed: 0\nout: runs/x\nmodel:\n  _target_: continual.model.hf\n  lr: 1.0e-3\n  a: [1, 'b']\n"),
+    "config": (config, b"seed: 0\nout: runs/x\nmodel:\n  _target_: continual.models.loading.hf\n  lr: 1.0e-3\n  a: [1, 'b']\n"),
     "curve": (curve, _json({"schema": 1, "task": "a", "metric": "exact_match", "start": "base",
                             "points": [{"shots": 1, "step": 0, "score": 0.5}]})),
     "manifest": (manifest, _json({"memory.json": {"bytes": 2, "sha256": "0"}})),
@@ -192,8 +192,8 @@ def main() -> None:
 
     names, counts, seen = asked.names or list(READERS), collections.Counter[str](), set[str]()
     with atheris.instrument_imports(include=["continual", "streams", "yaml"]):
-        from continual import checkpoint, report, run  # noqa: F401
         from continual.reports import pages  # noqa: F401
+        from continual.training import checkpoint  # noqa: F401
         from streams import folder  # noqa: F401
 
     scratch = tempfile.mkdtemp()

@@ -5,7 +5,7 @@ for each stream; what people have written under its last heading stays. `python 
 ...` prints what searches (`continual compare experiment=tune`) found, as the key `tuned` of
 conf/experiment/leaderboard.yaml.
 
-Intervals are Student's, over the runs of a strategy (continual/uncertainty.py).
+Intervals are Student's, over the runs of a strategy (continual/results/uncertainty.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import machine
-from continual import cells, reading
-from continual.compare import BEST
-from continual.matrix import mean
+from continual.io import untrusted
 from continual.reports.figures import MEANINGS, NONE, percent, seconds, size
-from continual.reports.runs import Group, Run, find, grouped
-from continual.uncertainty import over_runs
+from continual.results import comparison
+from continual.results.matrix import mean
+from continual.results.run_folder import Group, Run, find, grouped
+from continual.results.uncertainty import over_runs
+from continual.runs.compare import BEST
 
 COLUMNS = ("average_performance", "forgetting", "backward_transfer", "forward_transfer", "learning_accuracy")
 PATH = Path(__file__).parents[1] / "docs" / "leaderboard.md"
@@ -51,7 +52,7 @@ def page(folders: Sequence[Path]) -> str:
     streams: dict[str, list[Run]] = {}
     for run in runs:
         streams.setdefault(run.matrix.stream, []).append(run)
-    commands = "\n".join(command for folder in folders for command in cells.commands(folder))
+    commands = "\n".join(command for folder in folders for command in comparison.commands(folder))
     left = f"\nNot finished, and in no mean: {', '.join(waiting)}.\n" if waiting else ""
     again = " ".join(map(str, folders))
     return (f"# Leaderboard\n\nMade by\n\n```bash\n{commands}\npython -m benchmarks.leaderboard {again}\n```\n\n"
@@ -113,7 +114,7 @@ def tuned(folders: Sequence[Path]) -> str:
     """What each search found, a line of YAML each with the score that it had."""
     lines = ["tuned:"]
     for folder in folders:
-        told = reading.yaml_mapping(folder / BEST)
+        told = untrusted.yaml_mapping(folder / BEST)
         found: dict[str, dict[str, str]] = {}
         for key, value in told["best_params"].items():
             _, name, setting = key.split(".", 2)

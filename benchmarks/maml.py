@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import works
 from benchmarks.common import ASKED, Row, Step, interleaved, medians, peaks, ratios, row
-from continual.data import Encoded
-from continual.model import Model
-from continual.weights import Weights, gradient
+from continual.data.types import Encoded
+from continual.models.model import Model
+from continual.models.weights import Weights, gradient
 from strategies.maml import MAML
 
 TASKS, EXAMPLES = 4, 8

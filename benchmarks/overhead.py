@@ -2,7 +2,7 @@
 
 - Each strategy's step in its third stage against naive's step on the very same examples, LoRA and full fine-tuning:
   "naive time" is the ratio of step times; naive's own row is the noise of that ratio. A stage's fixed cost is
-  what its second stage (`continual.stage.learn`) takes beyond its steps: its beginning, its end, and what it sets up.
+  what its second stage (`continual.training.stage.learn`) takes beyond its steps: its beginning, its end, and what it sets up.
 - After 2, 16 and 64 tasks: the step, and the bytes of the memory as a checkpoint holds it, as ratios to 2 tasks. The
   tasks are parts of one dataset, so that a step of replay reads as many tokens however many there were.
 """
@@ -21,12 +21,13 @@ import torch
 
 from benchmarks import works
 from benchmarks.common import ASKED, Row, Step, interleaved, medians, row
-from continual.data import Encoded, Task
-from continual.model import Model
-from continual.stage import Recipe, learn
-from continual.strategy import Strategy
-from continual.weights import weights
-from strategies.anchor import EWC, L2, OnlineEWC
+from continual.data.types import Encoded, Task
+from continual.models.model import Model
+from continual.models.weights import weights
+from continual.strategy.interface import Strategy
+from continual.training.recipe import Recipe
+from continual.training.stage import learn
+from strategies.ewc import EWC, L2, OnlineEWC
 from strategies.multitask import MultiTask
 from strategies.replay import Replay
 

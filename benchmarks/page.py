@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from benchmarks.common import machine
-from continual import report
-from continual.matrix import BASE, Matrix
+from continual.reports import write
+from continual.results.matrix import BASE, Matrix
 
 RESULT = Path(__file__).parent / "results" / "page-cpu.md"
 
@@ -46,10 +46,10 @@ def written(root: Path, runs: int, strategies: int, tasks: int) -> tuple[float, 
     for i, folder in enumerate(folders):
         folder.mkdir()
         matrix(f"strategy {i % strategies:03d}", i // strategies, tasks).save(folder / "matrix.json")
-        (folder / report.PAGE).touch()
+        (folder / write.PAGE).touch()
     began = time.perf_counter()
-    report.compare(folders, root)
-    return time.perf_counter() - began, root / report.PAGE
+    write.compare(folders, root)
+    return time.perf_counter() - began, root / write.PAGE
 
 
 def matrix(strategy: str, seed: int, count: int) -> Matrix:

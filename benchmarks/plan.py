@@ -25,15 +25,16 @@ import torch
 
 from benchmarks import works
 from benchmarks.common import Row, apart, flops, peak, row
-from continual import checkpoint
-from continual.data import Encoded, Task
-from continual.matrix import Matrix
-from continual.model import Model
-from continual.plan import measured
-from continual.rehearse import Ghosts, Stage, rehearse
-from continual.stage import Recipe, learn
-from continual.strategy import Strategy
-from strategies.anchor import EWC
+from continual.data.types import Encoded, Task
+from continual.models.model import Model
+from continual.results.matrix import Matrix
+from continual.runs.plan import measured
+from continual.runs.rehearse import Ghosts, Stage, rehearse
+from continual.strategy.interface import Strategy
+from continual.training import checkpoint
+from continual.training.recipe import Recipe
+from continual.training.stage import learn
+from strategies.ewc import EWC
 from strategies.replay import Replay
 
 SHAPES = {"tiny": works.Shape(160, 480, 2, 5, 5, 1024), "3M": works.SHAPES["3M"], "37M": works.SHAPES["37M"]}

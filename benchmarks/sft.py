@@ -32,11 +32,11 @@ from torch import Tensor
 
 from benchmarks import works
 from benchmarks.common import ASKED, Row, Step, flops, interleaved, matmul, medians, peaks, ratios, row
-from continual.data import Encoded
-from continual.loss import accumulate, nll
-from continual.model import Model
-from continual.packing import Batch
-from continual.strategy import Strategy
+from continual.data.types import Encoded
+from continual.models.loss import accumulate, nll
+from continual.models.model import Model
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy
 
 EXAMPLES, CYCLE = 32, 3
 COMPARED = 4  # steps whose losses are compared
@@ -72,7 +72,7 @@ class Work:
 
 
 def engine(work: Work, tokens: int | None = None) -> Step:
-    """This project's step: what `continual.stage.learn` does between two logs; the engine's own budget of tokens."""
+    """This project's step: what `continual.training.stage.learn` does between two logs; the engine's own budget of tokens."""
     model = work.model(**({"tokens": tokens} if tokens else {}))
     return _step(work, model, Strategy().backward)
 

@@ -56,15 +56,16 @@ def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:
     from rich.console import Console
 
     from benchmarks.common import resident
-    from continual import cli
-    from continual.bench import early_of, set_up
-    from continual.interrupt import Signals
-    from continual.run import Events, Keeper, add_row, empty, train
+    from continual.cli.main import configure
+    from continual.runs.run import Keeper, add_row, empty, train
+    from continual.runs.session import early_of, set_up
+    from continual.runs.signals import Signals
+    from continual.tracking.events import Events, quiet
 
     torch.set_num_threads(1)
-    cli.quiet()
+    quiet()
     out = root / strategy
-    config = cli.configure("run", [*write_work(root / f"{strategy}-work", tasks), f"strategy={strategy}",
+    config = configure("run", [*write_work(root / f"{strategy}-work", tasks), f"strategy={strategy}",
                                    *STRATEGIES[strategy], f"out={out}"])
     bench = set_up(config, out)
     bench.load()

@@ -24,16 +24,18 @@ from omegaconf import DictConfig
 
 from benchmarks import works
 from benchmarks.common import Step
-from continual import build, checkpoint, toy
-from continual.catalogue import KEY, Choice, choices
-from continual.cli import configure
-from continual.data import Encoded, Task
-from continual.memory import ReplayBuffer
-from continual.model import Model
+from continual.cli.main import configure
+from continual.config.catalogue import KEY, Choice, choices
+from continual.data.template import columns
+from continual.data.types import Encoded, Task
+from continual.models.model import Model
 from continual.reports.figures import size
-from continual.stage import learn
-from continual.strategy import Strategy
-from continual.template import columns
+from continual.runs import build
+from continual.strategy.interface import Strategy
+from continual.strategy.replay_buffer import ReplayBuffer
+from continual.testing import toy
+from continual.training import checkpoint
+from continual.training.stage import learn
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- strategies -->\n", "<!-- /strategies -->"

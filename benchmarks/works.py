@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ASKED, Step
-from continual.data import Encoded, Example
-from continual.model import Model, assemble
-from continual.packing import Batch
-from continual.rows import common_prefix
-from continual.scratch import byte_bpe
-from continual.template import Encoder
+from continual.data.template import Encoder
+from continual.data.types import Encoded, Example
+from continual.models.loading import assemble
+from continual.models.model import Model
+from continual.packing.batch import Batch
+from continual.packing.layout import common_prefix
+from continual.training.scratch import byte_bpe
 
 VOCABULARY, CONTEXT, LIMIT = 8192, 1024, 512
 LR, CLIP = 1e-3, 1.0
@@ -93,7 +94,7 @@ def stirred(shape: Shape, adapter: str, bf16: bool, device: str) -> Model:
 
 def stepper(model: Model, groups: Sequence[Any], backward: Callable[[Model, Batch], Tensor],
             batches: Iterable[Sequence[Encoded]]) -> Step:
-    """What `continual.stage.learn` does between two logs, on one batch after another; `groups` is what it trains."""
+    """What `continual.training.stage.learn` does between two logs, on one batch after another; `groups` is what it trains."""
     model.net.train()
     optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -19,6 +19,6 @@ def load_runs(*paths: str | Path, what: str = "cells") -> pandas.DataFrame:
     A run that has scored nothing yet has no rows, and a warning names it. Raises MissingError for a folder without
     runs, DataError for a broken file or a link out of the folder, ConfigError for another `what`.
     """
-    from continual.reports.data import load
+    from continual.results.tables import load
 
     return load(paths, what)

@@ -1,5 +1,5 @@
 """`python -m continual`, and so `torchrun -m continual`, is the command line."""
 
-from continual.cli import main
+from continual.cli.main import main
 
 main()

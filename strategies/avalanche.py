@@ -14,13 +14,13 @@ import torch
 from hydra.utils import get_object
 from torch import Tensor
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, listed, unknown
-from continual.interop import Criterion, Rows, Shown, again, apart, kept, tensors, the
-from continual.model import Model
-from continual.packing import Batch
-from continual.strategy import Strategy, memory
-from continual.weights import gradient, set_gradient, weights
+from continual.interop.avalanche import Criterion, Rows, Shown, again, apart, kept, tensors, the
+from continual.models.model import Model
+from continual.models.weights import gradient, set_gradient, weights
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy, memory
 
 LATER = ("after_update", "after_training_iteration")  # what comes after the optimizer's step
 UNHEARD = ("before_eval", "before_eval_exp", "before_eval_iteration", "before_eval_forward", "after_eval_forward",

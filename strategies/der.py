@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from continual.errors import ConfigError
-from continual.loss import accumulate, forward, nll, numbered, responses
-from continual.memory import reservoir
-from continual.model import Model
-from continual.packing import Batch
-from continual.sharding import clip
-from continual.strategy import Strategy, memory
-from continual.weights import weights
+from continual.models.loss import accumulate, forward, nll, numbered, responses
+from continual.models.model import Model
+from continual.models.sharding import clip
+from continual.models.weights import weights
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy, memory
+from continual.strategy.replay_buffer import reservoir
 
 
 @dataclass(kw_only=True)

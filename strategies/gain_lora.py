@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
-from continual.lora import factors
-from continual.model import Model
-from continual.rows import turn
-from continual.strategy import groups, memory
-from continual.weights import weights
-from strategies.incremental import IncrementalLoRA
+from continual.models.lora import factors
+from continual.models.model import Model
+from continual.models.weights import weights
+from continual.packing.layout import turn
+from continual.strategy.interface import groups, memory
+from strategies.incremental_lora import IncrementalLoRA
 
 Gate = list[Tensor]  # G_1 (H, D), G_2 (D, H) and G_3 (1, D); D of an embedding, H hidden
 SLOPE = 4.0  # of a gate at 0, over the cosine: the authors' code, where the paper has G_3 p_2 itself

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from continual.data import Encoded
-from continual.loss import gradient_of, nll
-from continual.model import Model
-from continual.packing import Batch
-from continual.weights import flat, gradient, set_gradient, unflat, wide
+from continual.data.types import Encoded
+from continual.models.loss import gradient_of, nll
+from continual.models.model import Model
+from continual.models.weights import flat, gradient, set_gradient, unflat, wide
+from continual.packing.batch import Batch
 from strategies.replay import Replay
 
 

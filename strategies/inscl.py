@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continual.data import Encoded, Task
-from continual.instructions import Instructions, instructions
-from continual.model import Model
-from continual.strategy import instead, memory
+from continual.data.types import Encoded, Task
+from continual.models.model import Model
+from continual.strategy.instructions import Instructions, instructions
+from continual.strategy.interface import instead, memory
 from strategies.replay import Replay
 
 

@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from continual.answer import complete, sampled
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, DataError
-from continual.instructions import beginnings
-from continual.memory import ReplayBuffer
-from continual.model import Model
-from continual.packing import Batch
-from continual.rows import turn
-from continual.strategy import memory
+from continual.models.generation import complete, sampled
+from continual.models.model import Model
+from continual.packing.batch import Batch
+from continual.packing.layout import turn
+from continual.strategy.instructions import beginnings
+from continual.strategy.interface import memory
+from continual.strategy.replay_buffer import ReplayBuffer
 from strategies.replay import Rehearsal
 
 TOGETHER = 128  # prompts written or answered at a time

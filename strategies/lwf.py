@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, unknown
-from continual.loss import overheard, responses
-from continual.model import Model
-from continual.packing import Batch
-from continual.strategy import Strategy, memory
-from continual.weights import Weights, snapshot
+from continual.models.loss import overheard, responses
+from continual.models.model import Model
+from continual.models.weights import Weights, snapshot
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy, memory
 
 TEACHERS = ("previous", "base")
 Taught = tuple[Tensor, Tensor | None]  # log-probabilities (S, K), and of fewer than all their columns (S, K - 1)

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from continual.data import Encoded, Task
-from continual.dealing import dealt
+from continual.data.types import Encoded, Task
+from continual.distributed.processes import apart, summed
+from continual.distributed.work import dealt
 from continual.errors import ConfigError, unknown
-from continual.loss import accumulate, evaluated_at, nll
-from continual.model import Model
-from continual.packing import Batch
-from continual.parallel import apart, summed
-from continual.strategy import Strategy, groups, instead, memory
-from continual.weights import Weights, combine, flat, unflat, weights
+from continual.models.loss import accumulate, evaluated_at, nll
+from continual.models.model import Model
+from continual.models.weights import Weights, combine, flat, unflat, weights
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy, groups, instead, memory
 from strategies.replay import Replay
 
 ADAPTS, INNER = ("all", "head"), ("sgd", "meta_sgd")

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
+from continual.distributed.processes import add_up
 from continual.errors import ConfigError
-from continual.importance import linear
-from continual.model import Model
-from continual.packing import Batch
-from continual.parallel import add_up
-from continual.strategy import Strategy, memory
+from continual.models.importance import linear
+from continual.models.model import Model
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy, memory
 
 
 @dataclass(kw_only=True)

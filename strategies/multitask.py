@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, unknown
-from continual.loss import gradient_of
-from continual.model import Model
-from continual.packing import Batch
-from continual.strategy import groups, memory
-from continual.weights import flat, gradient, set_gradient, unflat
+from continual.models.loss import gradient_of
+from continual.models.model import Model
+from continual.models.weights import flat, gradient, set_gradient, unflat
+from continual.packing.batch import Batch
+from continual.strategy.interface import groups, memory
 from strategies.replay import Replay
 
 WEIGHTINGS = ("fixed", "size", "temperature", "uncertainty")

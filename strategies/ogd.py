@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from continual.data import Encoded, Task
-from continual.importance import by_example
-from continual.memory import chosen
-from continual.model import Model
-from continual.packing import Batch
-from continual.strategy import Strategy, memory
-from continual.weights import flat, gradient, set_gradient, unflat
+from continual.data.types import Encoded, Task
+from continual.models.importance import by_example
+from continual.models.model import Model
+from continual.models.weights import flat, gradient, set_gradient, unflat
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy, memory
+from continual.strategy.replay_buffer import chosen
 
 
 @dataclass(kw_only=True)

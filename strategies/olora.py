@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from continual.lora import factors
-from continual.model import Model
-from continual.packing import Batch
-from strategies.incremental import IncrementalLoRA
+from continual.models.lora import factors
+from continual.models.model import Model
+from continual.packing.batch import Batch
+from strategies.incremental_lora import IncrementalLoRA
 
 
 @dataclass(kw_only=True)

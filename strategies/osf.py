@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
-from continual.model import Model
-from continual.packing import Batch
-from continual.strategy import Strategy
-from continual.weights import Weights, weights
+from continual.models.model import Model
+from continual.models.weights import Weights, weights
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy
 
 
 @dataclass(kw_only=True)

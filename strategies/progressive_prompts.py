@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
-from continual.model import Model
-from continual.strategy import Strategy, memory
-from continual.weights import restore, snapshot, weights
+from continual.models.model import Model
+from continual.models.weights import restore, snapshot, weights
+from continual.strategy.interface import Strategy, memory
 
 
 @dataclass(kw_only=True)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
-from continual.memory import ReplayBuffer
-from continual.model import Model
-from continual.packing import Batch
-from continual.strategy import Strategy, memory
+from continual.models.model import Model
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy, memory
+from continual.strategy.replay_buffer import ReplayBuffer
 
 
 @dataclass(kw_only=True)
@@ -74,7 +74,7 @@ class Rehearsal(Strategy):
 class Replay(Rehearsal):
     """Experience replay (Robins 1995; Chaudhry et al. 2019, "On Tiny Episodic Memories").
 
-    `capacity` and `buffer_kind` are those of `continual.memory.ReplayBuffer`.
+    `capacity` and `buffer_kind` are those of `continual.strategy.replay_buffer.ReplayBuffer`.
     """
 
     shardable = True

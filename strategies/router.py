@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continual.data import Encoded, Task
-from continual.instructions import instructions
-from continual.model import Model
-from continual.strategy import memory
-from continual.weights import restore, weights
-from strategies.adapters import Adapters
+from continual.data.types import Encoded, Task
+from continual.models.model import Model
+from continual.models.weights import restore, weights
+from continual.strategy.instructions import instructions
+from continual.strategy.interface import memory
+from strategies.per_task import Adapters
 
 CLOSE = 1e-6  # of two cosines that differ by less, neither is nearer
 

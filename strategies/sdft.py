@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from continual.answer import complete, sampled
-from continual.data import Encoded, Task
-from continual.dealing import deal
+from continual.data.types import Encoded, Task
+from continual.distributed.processes import apart, gather
+from continual.distributed.work import deal
 from continual.errors import ConfigError, DataError
-from continual.loss import accumulate, forward, numbered, responses
-from continual.model import Model
-from continual.packing import Batch
-from continual.parallel import apart, gather
-from continual.rows import turn
-from continual.strategy import Strategy, memory
-from continual.weights import Weights, combine, snapshot, weights, wide
+from continual.models.generation import complete, sampled
+from continual.models.loss import accumulate, forward, numbered, responses
+from continual.models.model import Model
+from continual.models.weights import Weights, combine, snapshot, weights, wide
+from continual.packing.batch import Batch
+from continual.packing.layout import turn
+from continual.strategy.interface import Strategy, memory
 
 TOGETHER = 128  # prompts answered at a time
 WHOLE = 2**31  # of the vocabulary

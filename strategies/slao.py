@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
-from continual.lora import factors
-from continual.model import Model
-from continual.strategy import Strategy, memory
+from continual.models.lora import factors
+from continual.models.model import Model
+from continual.strategy.interface import Strategy, memory
 
 
 @dataclass(kw_only=True)

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from continual.data import Encoded, Task
+from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
-from continual.model import Model
-from continual.packing import Batch
-from continual.strategy import Strategy, memory
-from continual.weights import Weights, combine, snapshot, top, weights
-from strategies.anchor import task_fisher
+from continual.models.model import Model
+from continual.models.weights import Weights, combine, snapshot, top, weights
+from continual.packing.batch import Batch
+from continual.strategy.interface import Strategy, memory
+from strategies.ewc import task_fisher
 
 
 @dataclass(kw_only=True)

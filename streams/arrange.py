@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from continual.data import Example, Stream, Task
+from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, DataError, gathered, unknown
 
 Tasks = tuple[Task[Example], ...]

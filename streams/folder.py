@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from continual import reading
-from continual.data import Example, Stream, Task
+from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, DataError, MissingError, brief, gathered, listed, unknown
+from continual.io import untrusted
 from streams.arrange import choose, stage
 from streams.rows import misspelt, read_jsonl
 
@@ -71,7 +71,7 @@ def _load(root: Path, file: Path) -> dict[str, Any]:
         mend = f"set stream.path to {' or '.join(near)}" if near else "write it, or set stream.path to a stream folder"
         raise MissingError(f"found no {file}, expected the file that names the stream's tasks; {mend}")
     _refuse_outside(root, [file])
-    index = reading.json_file(file)
+    index = untrusted.json_file(file)
     if not isinstance(index, dict):
         raise DataError(f"{file}: found no object, expected {{\"tasks\": [...], \"orders\": {{...}}}}; write it so")
     return index
@@ -92,7 +92,7 @@ def _entry_problems(n: int, entry: Any) -> list[str]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
         return [f'found no name in task {n}, expected {{"name": text, ...}}; name it']
     task = f"task {brief(entry['name'])}"
-    if reading.CONTROL.search(entry["name"]):
+    if untrusted.CONTROL.search(entry["name"]):
         return [f"found a control character in the name of {task}, expected letters, digits and signs; rename it"]
     problems = [f"found {brief(entry[key])} as {key!r} of {task}, expected text; quote it or leave it out"
                 for key in TEXTS if not isinstance(entry.get(key) or "", str)]
@@ -146,7 +146,7 @@ def _place(root: Path, entry: Mapping[str, Any], files: Mapping[str, str]) -> Pa
     """The folder of one task, inside the stream's and with rows of at least one split."""
     name, place = entry["name"], entry.get("dir") or entry["name"]
     where: Path = root / place
-    if Path(place).is_absolute() or not reading.inside(where, root):
+    if Path(place).is_absolute() or not untrusted.inside(where, root):
         raise DataError(f"{root / 'stream.json'}: found dir {brief(place)} of task {name!r}, expected a folder inside "
                         f"{root}; move the data there")
     if not where.is_dir():
@@ -163,7 +163,7 @@ def _place(root: Path, entry: Mapping[str, Any], files: Mapping[str, str]) -> Pa
 def _refuse_outside(root: Path, files: Sequence[Path]) -> None:
     """A stream folder may come from anyone: a link in it shows no file that lies elsewhere."""
     if out := [f"{file} is a link that leads out of {root}; put the file itself there" for file in files
-               if file.is_symlink() and not reading.inside(file, root)]:
+               if file.is_symlink() and not untrusted.inside(file, root)]:
         raise DataError(gathered(out))
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from continual.data import Example, Stream, Task
+from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, DataError, MissingError, gathered, unknown
 from streams.arrange import choose, stage
 from streams.rows import read_row

@@ -21,9 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from continual import constraints, reading
-from continual.data import Example, Message
+from continual.data.types import Example, Message
 from continual.errors import DataError, brief, gathered, listed
+from continual.evaluation import constraints
+from continual.io import untrusted
 
 # What marks a form, and the columns that may hold its answer, best first.
 FORMS: dict[str, tuple[str, ...]] = {
@@ -72,7 +73,7 @@ def read_jsonl(path: Path, task: str) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     lines: dict[str, int] = {}  # the line where each id was first seen
-    for n, (number, line) in enumerate(reading.lines(path)):
+    for n, (number, line) in enumerate(untrusted.lines(path)):
         where = f"{path}:{number}"
         try:
             row = _object(line, where)
@@ -101,7 +102,7 @@ def misspelt(found: Iterable[str], known: Sequence[str]) -> list[tuple[str, str]
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object of one line."""
-    row: Any = reading.parse(line, where, line=True)
+    row: Any = untrusted.parse(line, where, line=True)
     if not isinstance(row, dict):
         raise DataError(f"{where}: found {_kind(row)}, expected a JSON object; write {{\"instruction\": ...}}")
     return row
@@ -170,7 +171,7 @@ def _asked(row: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
                             "remove it")
     if isinstance(told := row.get("level"), str | int) and not isinstance(told, bool) and str(told).strip():
         found["level"] = str(told)
-        if len(found["level"]) > LONGEST_LEVEL or reading.CONTROL.search(found["level"]):
+        if len(found["level"]) > LONGEST_LEVEL or untrusted.CONTROL.search(found["level"]):
             problems.append(f"found {brief(told)} as 'level', expected a short name on one line; shorten it, or leave "
                             "it out")
     return found

@@ -9,7 +9,8 @@ import absl.logging
 import pytest
 import torch
 from hypothesis import settings
-from small import write_model, write_stream
+
+from tests.support.models import write_model, write_stream
 
 # One thread, here and in the processes that tests start: bits are only the same for the same number of threads, and
 # models this small are slower on more.
@@ -54,7 +55,7 @@ def cli(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "here")
 
     def command(*words):
-        from continual.cli import main
+        from continual.cli.main import main
 
         code = 0
         try:

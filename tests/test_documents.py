@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small import run
 
 from benchmarks import strategies as table
-from continual import catalogue
-from continual.testing import check_strategy
+from continual.config import catalogue
+from continual.testing.check import check_strategy
+from tests.support.models import run
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")

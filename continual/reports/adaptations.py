@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from continual import reading
+from continual.io import untrusted
 from continual.reports.charts import Axis, Chart, Series
 from continual.reports.figures import NONE, percent
 from continual.reports.pages import STEP, config
 from continual.reports.reach import ENOUGH, labels, reach
-from continual.reports.runs import Curve
 from continual.reports.sections import Cell, Head, Page, Row, Section, Table
+from continual.results.curve import Curve
 
 
 def adapt_page(curves: Sequence[Curve]) -> Page:
@@ -66,4 +66,4 @@ def _one(c: Curve, name: str, i: int) -> list[Section | None]:
                                                     for step in c.steps)]))
     table = Table(f"adapt{i}", [Head("shots \\ step"), *(Head(str(step)) for step in c.steps)], rows)
     return [Section(f"{c.task}, from {name}", f"Start: {c.start}. Rows: shots; columns: optimizer steps.", table=table),
-            config(reading.text(c.path / "config.yaml"), f"Configuration of {c.task}, from {name}")]
+            config(untrusted.text(c.path / "config.yaml"), f"Configuration of {c.task}, from {name}")]

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from continual.errors import gathered
-from continual.reading import schema_file
+from continual.io.untrusted import schema_file
 from continual.reports.figures import NONE, count, percent
 
 FILE = "audit.json"

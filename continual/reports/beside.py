@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from continual.flips import Flip, counts, flips, signed
-from continual.matrix import BASE
 from continual.reports import measures, probed
 from continual.reports.charts import SCORE, Axis, Chart, Point, Series
-from continual.reports.runs import Group, Run
+from continual.reports.flips import signed
 from continual.reports.sections import Cell, Head, Row, Section, Table, cut, lines, stages
+from continual.results.flips import Flip, counts, flips
+from continual.results.matrix import BASE
+from continual.results.run_folder import Group, Run
 
 SHOWN = 10  # flips of a task, with their texts
 TOLD = 12  # groups whose flips a comparison shows

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from continual.demands import LEVELS
-from continual.measures import accuracies
-from continual.reading import CONTROL
+from continual.evaluation.demands import LEVELS
+from continual.evaluation.row_metrics import accuracies
+from continual.io.untrusted import CONTROL
 from continual.reports.figures import percent
-from continual.reports.runs import Run
+from continual.results.run_folder import Run
 
 Rows = Sequence[Mapping[str, Any]]
 

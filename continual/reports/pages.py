@@ -6,26 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from continual import gate, reading
-from continual.matrix import BASE, Matrix
+from continual.io import untrusted
 from continual.reports import audits, beside, figures
 from continual.reports.charts import Axis, Chart, Point, Series
 from continual.reports.figures import MEANINGS, percent
-from continual.reports.runs import Run
-from continual.reports.sections import (
-    Page,
-    Section,
-    curve,
-    cut,
-    heat,
-    lines,
-    rings,
-    span,
-    stages,
-    table,
-    thinned,
-)
-from continual.uncertainty import Interval, intervals
+from continual.reports.sections import Page, Section, curve, cut, heat, lines, rings, span, stages, table, thinned
+from continual.results.matrix import BASE, Matrix
+from continual.results.run_folder import Run
+from continual.results.stopped import notice
+from continual.results.uncertainty import Interval, intervals
 
 SAMPLES = 2  # of each sort a task
 STEP = "optimizer step"
@@ -67,11 +56,11 @@ def notices(run: Run) -> list[str]:
     told = []
     if not run.matrix.finished:
         told.append("This run is unfinished: the summaries need its last stage. "
-                    + (f"It was {stopped}." if (stopped := gate.notice(run.path)) else
+                    + (f"It was {stopped}." if (stopped := notice(run.path)) else
                        "Start it again with the same out= and it goes on."))
     counts: Counter[str] = Counter()
     for event in run.events("data"):
-        counts.update({key: event[key] for key in ("skipped", "shortened") if reading.is_number(event.get(key))})
+        counts.update({key: event[key] for key in ("skipped", "shortened") if untrusted.is_number(event.get(key))})
     if shown := [f"{n:,} {key}" for key, n in counts.items() if n]:
         told.append(f"Examples that did not fit the model's context: {', '.join(shown)}.")
     if skipped := sum(event.get("skipped_steps") or 0 for event in run.events("stage")):

@@ -6,11 +6,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from continual.matrix import BASE, Matrix, incremental, mean
 from continual.reports.figures import percent
 from continual.reports.reach import labels
-from continual.reports.runs import Curve, Group
 from continual.reports.sections import curve, span
+from continual.results.curve import Curve
+from continual.results.matrix import BASE, Matrix, incremental, mean
+from continual.results.run_folder import Group
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c3e")  # Okabe and Ito (2008)
 TALLEST = 60  # inches: no picture may have 2^16 pixels

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from continual.reading import CONTROL, is_number, schema_file
+from continual.io.untrusted import CONTROL, is_number, schema_file
 from continual.reports.figures import percent
 
 FILE = "probes.json"

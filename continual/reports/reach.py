@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from continual.reports.curves import Curve
 from continual.reports.figures import NONE, percent
+from continual.results.curve import Curve
 
 if TYPE_CHECKING:
     from rich.console import Console

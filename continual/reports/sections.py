@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from continual.matrix import BASE, Matrix, mean
 from continual.reports.charts import Axis, Chart, Dots, Point, Series
 from continual.reports.figures import percent
-from continual.reports.runs import Run
+from continual.results.matrix import BASE, Matrix, mean
+from continual.results.run_folder import Run
 
 LONGEST = 1_000  # characters of a prompt or answer shown
 POINTS = 300  # of a training curve

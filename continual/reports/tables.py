@@ -8,15 +8,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from continual import flips
-from continual.matrix import BASE, Matrix, Score
 from continual.reports import measures
 from continual.reports.figures import MEANINGS, NONE, interval, percent, seconds, with_spread
+from continual.reports.flips import show as show_flips
 from continual.reports.pages import notices
 from continual.reports.probed import load, show
-from continual.reports.runs import Curve, Group, Run
 from continual.reports.versus import columns
-from continual.uncertainty import LEVEL, against, intervals
+from continual.results.curve import Curve
+from continual.results.flips import flips
+from continual.results.matrix import BASE, Matrix, Score
+from continual.results.run_folder import Group, Run
+from continual.results.uncertainty import LEVEL, against, intervals
 
 LOW, HIGH = (70, 76, 84), (0, 114, 178)  # the heat map's ends: white figures are readable on both
 
@@ -27,7 +29,7 @@ def run(console: Console, told: Run) -> None:
     console.print(Text(f"{matrix.strategy} on {matrix.stream}: score in percent after each stage", style="bold"))
     console.print(_matrix(matrix, console.width))
     console.print(_summary(told))
-    flips.show(console, matrix, flips.flips(told))
+    show_flips(console, matrix, flips(told))
     measures.show(console, told)
     for notice in notices(told):
         console.print(Text(notice, style="yellow"))

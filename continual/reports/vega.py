@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from continual.files import write_whole
+from continual.io.atomic import write_whole
 
 VEGA_LITE = "6.4"  # among the versions of Vega-Lite that the package holds
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from continual.matrix import BASE, Matrix, forgotten, incremental, mean
 from continual.reports import beside, figures
 from continual.reports.charts import SCORE, Axis, Chart, Dots, Point, Series
 from continual.reports.figures import MEANINGS, percent, with_spread
-from continual.reports.runs import Group, Run, reference
 from continual.reports.sections import Cell, Head, Page, Row, Section, Table, curve, heat, mean_matrix, rings, stages
-from continual.uncertainty import Paired, against, over_runs
+from continual.results.matrix import BASE, Matrix, forgotten, incremental, mean
+from continual.results.run_folder import Group, Run, reference
+from continual.results.uncertainty import Paired, against, over_runs
 
 COLUMNS = ("average_performance", "forgetting", "learning_accuracy", "backward_transfer", "forward_transfer",
            "intransigence")

@@ -1,0 +1,81 @@
+"""How many tokens rows take, against how many fit."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from continual.data.template import Encoder, Unfit, pieces
+from continual.data.types import Example
+from continual.evaluation.scoring import PERPLEXITY, Test
+
+Fit = tuple[int, bool]  # the tokens that a row takes once it is learned (0: it does not fit), and if it was shortened
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """One task's training rows in whole tokens, rising, and the rows to which their length does something.
+
+    Training and scored rows are `shortened` or `left out`; of a scored one that is `too long` every accepted answer
+    takes more than score.max_new_tokens.
+    """
+
+    tokens: Sequence[int]
+    train: Mapping[str, Sequence[Example]]
+    scored: Mapping[str, Sequence[Example]]
+
+    def quantile(self, share: float) -> int | None:
+        """The least length that at least this share of the training rows does not exceed; None without rows."""
+        return self.tokens[max(1, math.ceil(share * len(self.tokens))) - 1] if self.tokens else None
+
+    def figures(self) -> dict[str, int | None]:
+        """Of the training rows."""
+        return {"median": self.quantile(0.5), "p95": self.quantile(0.95), "longest": self.quantile(1.0),
+                **{kind: len(rows) for kind, rows in self.train.items()}}
+
+
+def fit(encoder: Encoder, examples: Sequence[Example]) -> list[Fit]:
+    """What becomes of each as a training row; the encoder counts none of it."""
+    apart = replace(encoder, on_unfit="skip", skipped=[], shortened=[])
+    found = []
+    for encoded in apart.each(examples, lambda e: apart.train(e, 0)):
+        found.append((len(encoded.ids) if encoded else 0, bool(apart.shortened)))
+        apart.shortened.clear()
+    return found
+
+
+def measure(encoder: Encoder, train: Sequence[Example], fits: Sequence[Fit], scored: Sequence[Example],
+            test: Test | None, room: int | None) -> Lengths:
+    """One task's lengths: `fits` tells of its `train` rows, `test` of the `scored` ones, if there are any.
+
+    `room` is score.max_new_tokens: where it is None, every answer has room.
+    """
+    rows, unbounded = list(zip(train, fits, strict=True)), replace(encoder, limit=sys.maxsize)
+    whole = [length for e, (n, cut) in rows if (length := _whole(unbounded, e) if cut or not n else n)]
+    asked = list(zip(test.examples, test.encoded, strict=True)) if test else []
+    kept = {id(e) for e, _ in asked}
+    answered = test and not test.labels and test.metric != PERPLEXITY
+    scored_rows = {"left out": [e for e in scored if id(e) not in kept],
+                   "too long": [e for e, _ in asked if room and _least(encoder, e) > room] if answered else [],
+                   "shortened": [e for e, prompt in asked if not prompt.text.startswith(_prompt(encoder, e))]}
+    return Lengths(sorted(whole), {"left out": [e for e, (n, _) in rows if not n],
+                                   "shortened": [e for e, (_, cut) in rows if cut]}, scored_rows)
+
+
+def _whole(unbounded: Encoder, example: Example) -> int:
+    """The tokens of the row as it stands, 0 without a response."""
+    try:
+        return len(unbounded.train(example, 0).ids)
+    except Unfit:
+        return 0
+
+
+def _prompt(encoder: Encoder, example: Example) -> str:
+    return "".join(text for text, _ in pieces(example, encoder.template, encoder.tokenizer)[:-1])
+
+
+def _least(encoder: Encoder, example: Example) -> int:
+    """The tokens of the shortest accepted answer."""
+    return min((encoder.room(replace(example, outputs=(o,))) for o in example.outputs), default=0)

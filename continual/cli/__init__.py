@@ -1,0 +1,6 @@
+"""The command line.
+
+Other folders may import:
+
+- main: main
+"""

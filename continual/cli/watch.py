@@ -1,0 +1,232 @@
+"""Live runs in the terminal, from what they write: events.jsonl is read on from where it was, never from the start."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from continual.errors import DataError, MissingError
+from continual.io.terminal import safe
+from continual.io.untrusted import LONGEST, parse, refuse_links_out
+from continual.reports.figures import NONE, count, percent, seconds
+from continual.results import comparison
+from continual.results.matrix import BASE, Matrix, forgetting, mean
+from continual.results.run_folder import is_event
+
+KEYS = {"once": "false", "every": "1"}
+CHUNK = 2**20  # bytes read at once
+LATELY = 20  # events over which the speed is taken
+QUIET = 60  # seconds without an event that are worth a word
+
+
+class Tail:
+    """The events that are added to a file; a line that is not whole yet is waited for."""
+
+    def __init__(self, path: Path) -> None:
+        """From the file's start, where there is one."""
+        self.path, self.at, self.half, self.broken = path, 0, b"", 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """What was added since the last call; from the start again where the file has become shorter."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            if self.path.stat().st_size < self.at:
+                self.at, self.half = 0, b""
+            file.seek(self.at)
+            while more := file.read(CHUNK):
+                self.at += len(more)
+                *whole, self.half = (self.half + more).split(b"\n")
+                self.half = self.half[: LONGEST + 1]
+                yield from self._events(whole)
+
+    def _events(self, whole: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+        for line in whole:
+            if not line.strip():
+                continue
+            try:
+                event = parse(line, str(self.path), line=True)
+            except DataError:
+                event = None
+            if event is not None and is_event(event):
+                yield event
+            else:
+                self.broken += 1
+
+
+@dataclass
+class Watched:
+    """One run folder, and what is known of it so far."""
+
+    folder: Path
+    name: str
+    tail: Tail = field(init=False)
+    stages: list[str] = field(default_factory=list)  # as the run's start told them
+    step: dict[str, Any] = field(default_factory=dict)
+    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=LATELY))  # tokens, seconds
+    spent: dict[int, float] = field(default_factory=dict)  # seconds of each learned stage
+    scoring: dict[int, float] = field(default_factory=dict)  # and of the scoring behind it
+    state: str = "waiting"
+    time: float | None = None
+    matrix: Matrix | None = None
+    stamp: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.tail = Tail(self.folder / "events.jsonl")
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state in ("finished", "failed", "stopped")
+
+    def look(self) -> None:
+        """Read what is new."""
+        for event in self.tail.new():
+            self._take(event)
+        path = self.folder / "matrix.json"
+        if path.is_file() and (stamp := (path.stat().st_mtime_ns, path.stat().st_size)) != self.stamp:
+            self.matrix, self.stamp = Matrix.load(path), stamp
+        if (self.folder / "finished").exists() or (self.folder / "curve.json").is_file():
+            self.state = "finished"
+        elif (self.folder / comparison.FAILED).is_file():
+            self.state = "failed"
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind, stage = event["event"], int(event.get("stage") or 0)
+        self.time = event.get("time") or self.time
+        self.state = {"step": "learning", "stage": "scoring", "score": "learning", "start": "begun",
+                      "stopped": "stopped"}.get(kind, self.state)
+        if kind == "start":
+            told = event.get("stages")
+            self.stages = [s for s in told if isinstance(s, str)] if isinstance(told, list) else self.stages
+        elif kind == "step":
+            if stage != self.step.get("stage") or event["step"] <= self.step["step"]:
+                self.recent.clear()
+            self.step = {**event, "stage": stage}
+            self.recent.append((event.get("tokens") or 0, event.get("seconds") or 0))
+        elif kind in ("stage", "score"):
+            (self.spent if kind == "stage" else self.scoring)[stage] = event.get("seconds") or 0
+
+    @property
+    def speed(self) -> float | None:
+        """Supervised tokens a second, lately."""
+        if not self.recent:
+            return None
+        tokens, took = (b - a for a, b in zip(self.recent[0] if len(self.recent) > 1 else (0, 0), self.recent[-1],
+                                              strict=True))
+        return float(tokens / took) if took > 0 else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the run's end, if each stage takes as long as those before it; None where that cannot be told."""
+        step, steps = self.step.get("step"), self.step.get("steps")
+        if self.over or not self.stages or not step or not steps:
+            return None
+        number, took = self.step["stage"], self.step.get("seconds") or 0
+        ahead = max(len(self.stages) - number, 0)
+        here = 0.0 if number in self.spent else took / step * max(steps - step, 0)
+        learning = mean(list(self.spent.values()) or [took / step * steps]) or 0
+        scores = mean(self.scoring.values()) or 0
+        return float(here + ahead * learning + (ahead + (number not in self.scoring)) * scores)
+
+    def row(self) -> list[str]:
+        """Its line of the table."""
+        step = f"{self.step['step']:.0f}/{self.step.get('steps') or 0:.0f}" if self.step else NONE
+        loss = self.step.get("loss")
+        told = NONE if loss is None else f"{loss:.3f}"
+        now = learned(self.matrix) if self.matrix else None
+        average, lost = (mean(now.final), forgetting(now)) if now else (None, None)
+        return [self.name, self.doing(), step, told, count(self.speed), percent(average), percent(lost),
+                seconds(self.left)]
+
+    def doing(self) -> str:
+        """What it does, and at which stage; and since when it has said nothing, where that is long."""
+        number, total = self.step.get("stage", 0), len(self.stages)
+        words = [self.state]
+        if not self.over and self.state != "waiting":
+            words = ["scoring"] if self.state == "scoring" else []
+            words.append(f"{number}/{total or '?'} {self.step.get('task')}" if self.step else BASE)
+        silent = 0.0 if self.time is None or self.over else time.time() - self.time
+        return " ".join(words) + (f", quiet for {seconds(silent)}" if silent > QUIET else "")
+
+
+def learned(matrix: Matrix) -> Matrix | None:
+    """The matrix of the tasks that are learned and scored so far, as if they were all; None before the first."""
+    if not matrix.sequential:
+        return matrix if matrix.finished else None
+    tasks = tuple(task for task in matrix.tasks if task in matrix.stages)
+    rows = tuple(tuple(matrix.at(i, task) for task in tasks) for i in range(len(matrix.stages)))
+    return replace(matrix, tasks=tasks, scores=rows, counts=())
+
+
+def watch(folders: Sequence[Path], console: Console, *, once: bool = False, every: float = 1.0) -> None:
+    """Show the runs in these run and comparison folders until all are over; their state alone, if `once`.
+
+    Raises MissingError for a folder that is not there, DataError for a link that leads out of one.
+    """
+    if not folders:
+        raise MissingError("continual watch needs a folder made by run, compare or adapt")
+    runs: dict[Path, Watched] = {}
+    if once or not console.is_terminal:
+        console.print(table(look(folders, runs)))
+        return
+    with suppress(KeyboardInterrupt), Live(table(look(folders, runs), console), console=console,
+                                           auto_refresh=False) as live:
+        while not all(run.over for run in runs.values()) or not runs:
+            time.sleep(every)
+            live.update(table(look(folders, runs), console), refresh=True)
+
+
+def look(folders: Sequence[Path], runs: dict[Path, Watched]) -> list[Watched]:
+    """The runs of these folders as they are now; `runs` has what was read of them before."""
+    for folder in folders:
+        for path in within(folder):
+            if path not in runs:
+                if path.is_dir():
+                    refuse_links_out(path)
+                runs[path] = Watched(path, str(path) if path == folder else path.name)
+            runs[path].look()
+    return list(runs.values())
+
+
+def within(folder: Path) -> list[Path]:
+    """The run folders that a folder is or holds, those too that a comparison has not begun."""
+    if not folder.is_dir():
+        raise MissingError(f"{folder}: there is no such folder; give the out= of continual run, adapt or compare")
+    begun = [p.parent for p in sorted(folder.glob("*/config.yaml"))]
+    planned = [folder / name for name in comparison.waiting(folder)]
+    return list(dict.fromkeys([*begun, *planned])) or [folder]
+
+
+QUIETLY = ("finished", "waiting")  # of these there may be hundreds, and they do nothing
+
+
+def table(runs: Sequence[Watched], screen: Console | None = None) -> Table:
+    """One row a run; on a screen with too little room only of those that do or want something: the rest is counted.
+
+    Every text is shown as text.
+    """
+    broken, told = sum(run.tail.broken for run in runs), list[str]()
+    if screen and len(runs) > screen.height - 5:
+        told = [f"{n} {state}" for state, n in Counter(run.state for run in runs).items() if state in QUIETLY]
+        runs = [run for run in runs if run.state not in QUIETLY]
+    made = Table(box=None, padding=(0, 1))
+    for head in ("run", "doing", "step", "loss", "tokens/s", "average", "forgetting", "left"):
+        text = head in ("run", "doing")
+        made.add_column(head, justify="left" if text else "right", no_wrap=not text, overflow="fold",
+                        min_width=10 if text else None)
+    for run in runs:
+        made.add_row(*(Text(safe(cell)) for cell in run.row()))
+    told += [f"{broken} broken lines of events are left out"] if broken else []
+    made.caption = "; ".join(told) or None
+    return made

@@ -1,0 +1,144 @@
+"""Instruction relevance as a judge sees it: a language model grades how an answer meets each requirement."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from continual.data.template import CHAT, TEMPLATES, Encoder
+from continual.data.types import Encoded, Example
+from continual.errors import ConfigError, DataError, unknown
+from continual.evaluation.likelihood import likelihoods, spelled
+from continual.evaluation.text import sentences
+from continual.models.generation import answer
+from continual.models.loading import DTYPES, hf
+from continual.models.model import Model
+
+RUBRIC = """Grade how an answer meets one requirement of its instruction.
+5: fully. 4: but for a trifle. 3: in part. 2: hardly. 1: not at all.
+
+Instruction: {instruction}
+
+Answer: {answer}
+
+Requirement: {requirement}
+
+The grade, one digit from 1 to 5:"""
+GRADES = ("1", "2", "3", "4", "5")
+ROOM = 8  # tokens of a grade that is written, more than any needs
+CUT = " ..."  # behind an answer that was shortened
+HOW = ("likelihood", "generate")
+
+
+@dataclass
+class Judge:
+    """A causal or encoder-decoder model that grades by RUBRIC; it is loaded once it is asked.
+
+    How far an answer meets the requirements is their mean (grade - 1) / 4: the ratio of requirements followed of
+    InFoBench (DRFR, Qin et al. 2024) with a grade in place of yes or no. With how="generate" a grade is what the judge
+    answers greedily, and must be a digit from 1 to 5 alone; one that is not is None and counts as 0. With
+    how="likelihood" it is the expected grade under the judge's likelihoods of the five (Liu et al. 2023, equation 1).
+    A blank answer meets nothing, and no judge is asked. Prompts longer than `limit` or the judge's context have the
+    end of the answer cut.
+    """
+
+    name: str
+    template: str = "plain"
+    how: str = "likelihood"
+    dtype: str = "fp32"
+    limit: int = 2048
+    batch_size: int = 16
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be before anything is loaded."""
+        if self.how not in HOW:
+            raise ConfigError(unknown("score.judge.how", self.how, HOW))
+        if self.template not in (*TEMPLATES, CHAT):
+            raise ConfigError(unknown("score.judge.template", self.template, [*TEMPLATES, CHAT]))
+        if self.dtype not in DTYPES:
+            raise ConfigError(unknown("score.judge.dtype", self.dtype, DTYPES))
+        for key, value in (("max_length", self.limit), ("batch_size", self.batch_size)):
+            if not isinstance(value, int):
+                raise ConfigError(f"score.judge.{key}={value}: expected a whole number of at least 1")
+
+    @cached_property
+    def model(self) -> Model:
+        """The judge in evaluation mode; what is drawn on the way leaves the run's random numbers as they are."""
+        devices = range(torch.cuda.device_count())
+        with torch.random.fork_rng(list(devices)):
+            made = hf(name=self.name, device=self.device, dtype=self.dtype)
+        made.net.eval().requires_grad_(False)
+        return made
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """For the judge's tokenizer and context."""
+        limit = min(self.limit, self.model.context or self.limit)
+        return Encoder(self.model.tokenizer, self.template, limit, self.model.layout.seq2seq)
+
+    @cached_property
+    def whole(self) -> Encoder:
+        """The same without a limit."""
+        return replace(self.encoder, limit=sys.maxsize)
+
+    def __call__(self, examples: Sequence[Example], answers: Sequence[str]) -> list[dict[str, Any]]:
+        """Each answer's `score` in [0, 1], its `grades` by requirement, and whether it was `cut` for the judge."""
+        asked = [(i, r) for i, (e, a) in enumerate(zip(examples, answers, strict=True)) if a.strip()
+                 for r in requirements(e)]
+        prompts = [self.prompt(examples[i], answers[i], r) for i, r in asked]
+        grades = self.grades([p for p, _ in prompts])
+        told: list[dict[str, Any]] = [{"grades": [], "cut": False} for _ in examples]
+        for (i, _), (_, cut), grade in zip(asked, prompts, grades, strict=True):
+            told[i]["grades"].append(grade)
+            told[i]["cut"] |= cut
+        for row in told:
+            met = [0.0 if g is None else (g - 1) / 4 for g in row["grades"]]
+            row["score"] = sum(met) / len(met) if met else 0.0
+        return told
+
+    def prompt(self, example: Example, said: str, requirement: str) -> tuple[Encoded, bool]:
+        """What the judge is asked, and whether the answer had to be cut; DataError where it is too long without."""
+        room, ids, cut = ROOM, self.encoder.ids(said), False
+        instruction = f"{example.asked}\n{example.input}" if example.input else example.asked
+        while True:
+            text = RUBRIC.format(instruction=instruction, answer=said, requirement=requirement)
+            asked = Example(example.id, example.task, text, outputs=("5",), where=example.where)
+            whole = self.whole.ask(asked, 0, room)
+            over = len(whole.ids) + room - self.encoder.limit
+            if over <= 0:
+                return whole, cut
+            if not ids:
+                raise DataError(f"{example.where}: the judge's prompt takes {len(whole.ids)} tokens without the "
+                                f"answer, and the limit is {self.encoder.limit} less {room}; raise "
+                                "score.judge.max_length as far as its context goes, or choose another judge")
+            ids, cut = ids[: max(0, len(ids) - over - len(self.encoder.ids(CUT)))], True
+            said = self.encoder.tokenizer.decode(ids, skip_special_tokens=True) + CUT
+
+    def grades(self, prompts: Sequence[Encoded]) -> list[float | None]:
+        """The grade of each prompt, from 1 to 5; None for one that cannot be read."""
+        if not prompts:
+            return []
+        if self.how == "generate":
+            return [grade(said) for said in answer(self.model, prompts, ROOM, self.batch_size)]
+        labels = list(spelled(GRADES, self.encoder).values())
+        shares = likelihoods(self.model, prompts, labels, self.batch_size).softmax(-1)
+        return [round(float(g), 6) for g in shares @ torch.arange(1.0, 6.0, dtype=shares.dtype)]
+
+
+def requirements(example: Example) -> list[str]:
+    """What an answer is graded by: the row's own requirements, or else the sentences of its instruction."""
+    return list(example.requirements) or sentences(example.asked) or [example.asked]
+
+
+def grade(said: str) -> float | None:
+    """The grade that a judge wrote: one digit from 1 to 5, perhaps with a full stop; None for anything else."""
+    found = re.fullmatch(r"([1-5])\.?", said.strip())
+    return float(found[1]) if found else None
+

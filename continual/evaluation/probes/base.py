@@ -1,0 +1,113 @@
+"""What a probe is: it readies its prompts before training, and measures a few figures at each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig
+
+from continual.data.template import Encoder
+from continual.data.types import Example, Stream, Task
+from continual.errors import ConfigError
+from continual.evaluation.judge import Judge
+from continual.evaluation.scoring import PERPLEXITY, Test, prepare
+from continual.results.matrix import Matrix
+
+Series = dict[str, float | None]  # figures by label; None where there is nothing to measure
+Found = dict[str, Series]  # by entry
+Ask = Callable[[Test], list[dict[str, Any]]]  # the prediction of each example with its mark, as `score` gives them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One table of probes.json: what its figures are, where their definition comes from, and which are better."""
+
+    says: str
+    source: str
+    better: str = "higher"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run has before its first stage."""
+
+    config: DictConfig
+    stream: Stream
+    encoder: Encoder
+    judge: Judge | None = None
+
+    def test(self, task: Task[Example], rows: Sequence[Example], encoder: Encoder | None = None) -> Test:
+        """These rows, ready to be scored as the matrix is; raises as `score.prepare` does."""
+        s = self.config.score
+        scored: dict[str, Any] = {str(s.split): tuple(rows)}
+        return prepare(replace(task, **scored), encoder or self.apart(), s.split,
+                       self.stream.tasks.index(task), metric=s.metric, max_new_tokens=s.max_new_tokens, how=s.how,
+                       judge=self.judge)
+
+    def rows(self, task: Task[Example], limit: int | None) -> Sequence[Example]:
+        """The first rows that are scored, at most `limit`."""
+        return task.split(self.config.score.split)[:limit]
+
+    def metric(self, task: Task[Example]) -> str:
+        """What marks the task's answers."""
+        return str(self.config.score.metric or task.metric)
+
+    def apart(self, **more: Any) -> Encoder:
+        """The run's encoder with counts of its own."""
+        return replace(self.encoder, skipped=[], shortened=[], fewer=[], **more)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a probe has after a stage: `ask`, the matrix up to this stage, and what it found itself before training."""
+
+    ask: Ask
+    matrix: Matrix
+    base: Found | None = None
+
+    def score(self, test: Test) -> float:
+        """The mean of the marks."""
+        marks = [float(row["score"]) for row in self.ask(test)]
+        return sum(marks) / len(marks)
+
+
+class Probe:
+    """Something to measure before training and after every stage.
+
+    `ready` comes first and once, and raises ContinualError for what cannot be measured. `measure` gives each of
+    `entries` its figures; it is the same in all processes, and depends on the weights and the prompts alone.
+    """
+
+    def ready(self, setting: Setting) -> None:
+        """Make the prompts."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What it measures, by name; once it is ready."""
+        raise NotImplementedError
+
+    def measure(self, look: Look) -> Found:
+        """The figures after this stage."""
+        raise NotImplementedError
+
+
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """The mean of what was measured; None of nothing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def at_least(name: str, least: int, **values: int | None) -> None:
+    """Raise ConfigError where a key of the probe is below what can work."""
+    for key, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"probe.{name}.{key}={value}: expected at least {least}")
+
+
+def answered(name: str, setting: Setting) -> None:
+    """Raise ConfigError where tasks are not answered, for a probe that looks at answers."""
+    if marked := [t.name for t in setting.stream.tasks if setting.metric(t) == PERPLEXITY]:
+        raise ConfigError(f"probe=[{name}] looks at answers, and by perplexity {', '.join(marked)} gives none; set "
+                          "score.metric to another, or leave the probe out")

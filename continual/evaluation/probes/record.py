@@ -1,0 +1,69 @@
+"""What probes found, kept as a run goes on: of each stage beside its predictions, and of all in RUN/probes.json.
+
+{"schema": 1, "stages": ["base", TASK, ...], "probes": {ENTRY: {"says", "source", "better": "higher" or "lower",
+"series": {LABEL: [a number or null for each stage]}}}}
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from continual.distributed.processes import agreed, leads
+from continual.evaluation.probes.base import Ask, Found, Look, Probe
+from continual.io.atomic import write_whole
+from continual.io.untrusted import is_number, json_file
+from continual.results.matrix import Matrix
+from continual.tracking.events import Events
+
+FILE = "probes.json"
+
+
+def record(out: Path, folders: Sequence[Path], probes: Mapping[str, Probe], ask: Ask, matrix: Matrix,
+           events: Events) -> None:
+    """Measure what is not measured yet after the matrix's last stage, and write RUN/probes.json.
+
+    `folders` are those of the predictions of each stage up to it, which are of the weights as they were then.
+    """
+    began, kept = time.perf_counter(), folders[-1] / FILE
+    base, found = agreed(read(folders[0] / FILE)), agreed(read(kept))
+    for done, (name, probe) in enumerate(probes.items()):
+        events.bar("probing", len(probes), done, name)
+        if not set(probe.entries) <= set(found):
+            before = base if len(folders) > 1 and set(probe.entries) <= set(base) else None
+            found |= probe.measure(Look(ask, matrix, before))
+            if leads():
+                write_whole(kept, json.dumps(found, indent=1, allow_nan=False))
+    events.clear()
+    if leads():
+        write_whole(out / FILE, json.dumps(told(matrix.stages, probes, [read(f / FILE) for f in folders]), indent=1,
+                                           allow_nan=False))
+    events({"event": "probe", "seconds": time.perf_counter() - began, "probes": found})
+    for entry, series in found.items():
+        events.say(f"  {entry}: " + ", ".join(f"{label} {value:.3f}" for label, value in [*series.items()][:SHOWN]
+                                              if value is not None))
+
+
+SHOWN = 6  # figures of an entry in the line about a stage
+
+
+def told(stages: Sequence[str], probes: Mapping[str, Probe], found: Sequence[Found]) -> dict[str, object]:
+    """What probes.json holds, from what each stage's probes found."""
+    made = {}
+    for name, entry in ((name, entry) for probe in probes.values() for name, entry in probe.entries.items()):
+        labels = dict.fromkeys(label for each in found for label in each.get(name, {}))
+        series = {label: [each.get(name, {}).get(label) for each in found] for label in labels}
+        made[name] = {"says": entry.says, "source": entry.source, "better": entry.better, "series": series}
+    return {"schema": 1, "stages": list(stages), "probes": made}
+
+
+def read(path: Path) -> Found:
+    """What a stage's probes found; nothing where the file is not whole, for it is measured again."""
+    try:
+        found = json_file(path)
+        whole = all(value is None or is_number(value) for series in found.values() for value in series.values())
+        return found if whole else {}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -1,0 +1,191 @@
+"""Answer the test prompts, deterministically, and mark the answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from continual.data.template import Encoder
+from continual.data.types import Encoded, Example, Task
+from continual.distributed.processes import apart, gather, leads
+from continual.distributed.work import deal
+from continual.errors import ConfigError, ContinualError, DataError, unknown
+from continual.evaluation.demands import level
+from continual.evaluation.likelihood import likeliest, spelled
+from continual.evaluation.metrics import METRICS
+from continual.evaluation.row_metrics import MEASURES, refuse, unread
+from continual.models.generation import answer
+from continual.models.loss import token_nll
+from continual.models.model import Model
+from continual.models.sharding import in_step
+from continual.packing.batch import Batch
+from continual.packing.layout import turn
+
+SPLITS = ("train", "dev", "test")
+PERPLEXITY = "perplexity"  # marks the reference, not an answer
+JUDGED = "relevance_judged"  # marked by another model
+HOW = ("generate", "likelihood")
+# Marks answers to examples: each mark a dictionary with a "score" in [0, 1].
+Judge = Callable[[Sequence[Example], Sequence[str]], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Test:
+    """One task ready to be scored: its examples, their prompts as ids, and the most tokens that an answer may take.
+
+    `encoded` holds prompt and reference together where the metric is perplexity. With `labels`, each with its tokens,
+    the answer is the likeliest of them.
+    """
+
+    task: str
+    metric: str
+    examples: Sequence[Example]
+    encoded: Sequence[Encoded]
+    max_new_tokens: int
+    labels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    judge: Judge | None = None
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """What is asked, without any answer: the token ids of each prompt."""
+        return [e.ids[: turn(e)] if any(e.response) else e.ids for e in self.encoded]
+
+    def of(self, indices: Sequence[int]) -> Test:
+        """Some of the examples."""
+        return replace(self, examples=[self.examples[i] for i in indices], encoded=[self.encoded[i] for i in indices])
+
+
+def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, metric: str | None = None,
+            max_new_tokens: int | None = None, limit: int | None = None, how: str = "generate",
+            judge: Judge | None = None) -> Test:
+    """Encode a task's prompts once. By default an answer may be as long as the task's longest reference.
+
+    With `how="likelihood"` the answer is the likeliest of the task's labels, whatever `max_new_tokens`. Raises
+    ConfigError for an unknown metric or way to answer and for what these need and is not given (labels, a judge, a
+    length), DataError for a split that is not there, an example that does not fit, or one that the metric cannot mark.
+    """
+    metric = metric or task.metric
+    if metric not in (known := [*METRICS, *MEASURES, JUDGED, PERPLEXITY]):
+        raise ConfigError(f"task {task.name!r}: " + unknown("metric", metric, known) +
+                          " Set score.metric to score it by another.")
+    if split not in SPLITS:
+        raise ConfigError(unknown("score.split", split, SPLITS))
+    if how not in HOW:
+        raise ConfigError(unknown("score.how", how, HOW))
+    rows = list(task.split(split))[:limit]
+    if metric == JUDGED and judge is None:
+        raise ConfigError(f"task {task.name!r}: found no judge, expected a model that grades for the metric {JUDGED}; "
+                          "name one by score.judge.name, or choose relevance_checked")
+    if metric in MEASURES:
+        refuse(metric, task.name, rows)
+    labels = _labels(task, encoder) if how == "likelihood" and metric != PERPLEXITY else {}
+    room = max(map(len, labels.values())) if labels else max_new_tokens or _room(task.name, metric, rows, encoder)
+    if metric != PERPLEXITY and not encoder.seq2seq and room >= encoder.limit:
+        whence = "score.max_new_tokens" if max_new_tokens else f"the longest of its {split} references"
+        raise ConfigError(f"task {task.name!r}: an answer may take {room} tokens ({whence}), which leaves none of the "
+                          f"{encoder.limit} for its prompt; set score.max_new_tokens lower, or raise data.max_length "
+                          "as far as the model's context goes")
+    if metric == PERPLEXITY:
+        encode: Callable[[Example], Encoded] = lambda e: encoder.train(e, index)  # noqa: E731
+    else:
+        encode = lambda e: encoder.ask(e, index, room)  # noqa: E731
+    encoded = encoder.all(rows, encode)
+    if not encoded:
+        raise DataError(f"task {task.name!r} has no {split} rows left to score; add rows, or raise data.max_length")
+    kept = {e.id for e in encoded}
+    return Test(task.name, metric, [e for e in rows if e.id in kept], encoded, room, labels,
+                judge if metric == JUDGED else None)
+
+
+def _room(task: str, metric: str, rows: Sequence[Example], encoder: Encoder) -> int:
+    """The tokens of the longest reference, where there are any."""
+    if (metric in MEASURES or metric == JUDGED) and not any(o.strip() for e in rows for o in e.outputs):
+        raise ConfigError(f"task {task!r}: found no reference that tells how long an answer may be; set "
+                          "score.max_new_tokens")
+    return max(encoder.room(e) for e in rows)
+
+
+def _labels(task: Task[Example], encoder: Encoder) -> dict[str, tuple[int, ...]]:
+    """Each of the task's labels as tokens; raises ConfigError for a task without any."""
+    if not task.labels:
+        raise ConfigError(f"task {task.name!r} has no labels, and score.how=likelihood chooses among them; list them "
+                          "as its 'labels' in stream.json, or set score.how=generate")
+    return spelled(task.labels, encoder)
+
+
+def score(model: Model, test: Test, batch_size: int, turns: Iterable[Sequence[int]] | None = None
+          ) -> tuple[float, list[dict[str, Any]]]:
+    """The task's score in [0, 1], the mean of its marks, and every prediction with its mark.
+
+    The examples are answered in `turns`, each the indices of some of them, all together by default; what gives the
+    turns may change the model between them. Several processes answer a part of the prompts each, and all have the
+    whole. Raises ContinualError where the turns are not each example once.
+    """
+    everyone = range(len(test.examples))
+    told: list[tuple[int, dict[str, Any]]] = []
+    for some in turns or [everyone]:
+        told += zip(some, _scored(model, test.of(some), batch_size), strict=True)
+    if sorted(i for i, _ in told) != [*everyone]:
+        raise ContinualError(f"of the {len(everyone)} prompts of task {test.task!r} {len(told)} were dispatched, and "
+                             "each must be once; the strategy's dispatch is wrong")
+    rows = [row for _, row in sorted(told, key=lambda each: each[0])]
+    if leads() and (said := unread(rows)):
+        print(f"{test.task}: {said}", file=sys.stderr)
+    return sum(r["score"] for r in rows) / len(rows), rows
+
+
+def _scored(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
+    """Every prediction with its mark."""
+    mine = deal([len(e.ids) for e in test.encoded])
+    part = test.of(mine)
+    found: list[dict[str, Any]] = []
+    with in_step(model), apart():
+        if mine:
+            found = _perplexity(model, part) if test.metric == PERPLEXITY else _answers(model, part, batch_size)
+    told = {i: row for share in gather([*zip(mine, found, strict=True)]) for i, row in share}
+    return [told[i] for i in range(len(told))]
+
+
+def _answers(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
+    if test.labels:
+        answers = likeliest(model, test.encoded, test.labels, batch_size)
+    else:
+        answers = answer(model, test.encoded, test.max_new_tokens, batch_size)
+    marks = test.judge(test.examples, answers) if test.judge else [
+        mark(test.metric, a, e) for e, a in zip(test.examples, answers, strict=True)]
+    return [{"id": e.id, "prompt": asked.text, "answer": a, "references": list(e.outputs), "level": composed(e), **told}
+            for e, asked, a, told in zip(test.examples, test.encoded, answers, marks, strict=True)]
+
+
+def mark(metric: str, answer: str, example: Example) -> dict[str, Any]:
+    """The `score` in [0, 1] of an answer to this row, and what it is made of; `metric` is of METRICS or MEASURES."""
+    if metric in MEASURES:
+        return MEASURES[metric].mark(answer, example)
+    return {"score": max(METRICS[metric](answer, o) for o in example.outputs)}
+
+
+def composed(example: Example) -> str:
+    """The row's own level, or else how its instruction is composed (`demands.level`)."""
+    return example.level or level(example.asked)
+
+
+@torch.no_grad()
+def _perplexity(model: Model, test: Test) -> list[dict[str, Any]]:
+    """The mark is 1 / perplexity: the geometric mean of the reference tokens' probabilities, in [0, 1]."""
+    means: dict[str, float] = {}
+    responses = replace(model.layout, instruction_weight=0.0)
+    for micro in Batch(tuple(test.encoded), responses).micro_batches():
+        nll = token_nll(model, micro)
+        for i, e in enumerate(micro.examples):
+            means[e.id] = float(nll[micro.example == i].mean())
+    return [{"id": e.id, "prompt": asked.text, "references": list(e.outputs), "level": composed(e),
+             "perplexity": _exp(means[e.id]), "score": _exp(-means[e.id])}
+            for e, asked in zip(test.examples, test.encoded, strict=True)]
+
+
+def _exp(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float64).exp())

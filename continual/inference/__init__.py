@@ -1,0 +1,7 @@
+"""A run's model after training: reopen, export, model card, chat.
+
+Other folders may import:
+
+- chat: KEYS, chat, typed
+- export: KEYS, export
+"""

@@ -1,0 +1,82 @@
+"""What a comparison consists of, told in its folder: the runs that each command asked for, and why one failed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from continual.config.quoting import quoted
+from continual.errors import DataError
+from continual.io.atomic import write_whole
+from continual.io.terminal import safe
+from continual.io.untrusted import CONTROL, contents, json_file
+
+PLAN = "cells.json"
+FAILED = "failed.txt"  # in a run's folder
+
+
+def plan(out: Path, words: Sequence[str], names: Sequence[str]) -> None:
+    """Write down that the command of these words asks for these runs, beside what earlier commands asked for."""
+    earlier = [told for told in _plans(out) if not set(told["cells"]) <= set(names)]
+    plans = [*earlier, {"words": list(words), "cells": list(names)}]
+    write_whole(out / PLAN, json.dumps({"schema": 1, "commands": plans}, indent=1, ensure_ascii=False) + "\n")
+
+
+def command(out: Path, words: Sequence[str]) -> str:
+    """What is typed to go on with the comparison in `out`."""
+    return shlex.join(["continual", "compare", *words, f"out={quoted(str(out))}"])
+
+
+def commands(out: Path) -> list[str]:
+    """The commands that made what is in a comparison's folder."""
+    return [command(out, told["words"]) for told in _plans(out)]
+
+
+def waiting(out: Path) -> list[str]:
+    """The planned runs that have scored nothing yet."""
+    return sorted({n for told in _plans(out) for n in told["cells"] if not (out / n / "matrix.json").is_file()})
+
+
+def unfinished(out: Path) -> list[str]:
+    """One text for each command that has runs to finish: which, why, and the command; raises DataError."""
+    found = []
+    for told in _plans(out):
+        if left := failures(out, told["cells"]):
+            runs = "".join(f"\n  {name}: {state}" for name, state in left.items())
+            found.append(safe(f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis finishes them:"
+                              f"\n  {command(out, told['words'])}"))
+    return found
+
+
+def failures(out: Path, names: Sequence[str]) -> dict[str, str]:
+    """Why each of these runs failed, or that it is not finished."""
+    return {name: state for name in names if (state := _state(out / name))}
+
+
+def _state(run: Path) -> str:
+    """Empty where the run is finished."""
+    if (run / "finished").exists():
+        return ""
+    if (run / FAILED).is_file():
+        return "failed: " + contents(run / FAILED).decode("utf-8", "replace").strip()
+    return "begun, and not at its end" if (run / "config.yaml").exists() else "not begun"
+
+
+def _plans(out: Path) -> list[dict[str, Any]]:
+    path = out / PLAN
+    if not path.is_file():
+        return []
+    try:
+        told = json_file(path)
+        plans = [{"words": list(map(str, t["words"])), "cells": list(map(str, t["cells"]))} for t in told["commands"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}); remove it: the same continual compare writes it again"
+                        ) from error
+    if strange := [name for t in plans for name in t["cells"] if name in ("", ".", "..") or "/" in name
+                   or CONTROL.search(name)]:
+        raise DataError(f"{path} names {safe(', '.join(strange))}, which are no folders in it; remove the file: the "
+                        "same continual compare writes it again")
+    return plans

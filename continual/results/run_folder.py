@@ -1,0 +1,264 @@
+"""Run folders on disk, read for people: one run, an adaptation's curve, and runs grouped for comparison."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from continual.errors import DataError, MissingError, gathered
+from continual.io import untrusted
+from continual.io.atomic import file_name
+from continual.results import comparison
+from continual.results.matrix import BASE, Matrix, mean
+
+# What may differ between the runs of one group: they are repetitions of the same experiment.
+REPEATED = {"seed", "order", "out", "track"}
+LONG = re.compile(r"-?\d+\.\d{4,}")
+EXPECTED = ("a run folder (matrix.json), an adapt folder (curve.json) or a comparison folder (run folders inside it); "
+            "give the out= of continual run, adapt or compare")
+
+
+def kind(folder: Path) -> str:
+    """`run`, `adapt` or `comparison`, told by the files; raises MissingError for any other folder."""
+    if not folder.is_dir():
+        raise MissingError(f"{folder}: there is no such folder; expected {EXPECTED}")
+    untrusted.refuse_links_out(folder)
+    if (folder / "curve.json").is_file():
+        return "adapt"
+    if (folder / "matrix.json").is_file():
+        return "run"
+    if any(_children(folder)):
+        return "comparison"
+    if (folder / "config.yaml").is_file():
+        raise MissingError(f"{folder}: a run that has scored nothing yet (no matrix.json); wait for its first row, or "
+                           "start it again with the same out=")
+    if left := comparison.unfinished(folder):
+        raise MissingError(f"{folder}: nothing is scored yet; {' '.join(left)}")
+    raise MissingError(f"{folder}: no run in it ({_held(folder)}); expected {EXPECTED}")
+
+
+def _children(folder: Path) -> Iterator[Path]:
+    return (path.parent for path in sorted(folder.glob("*/matrix.json")))
+
+
+def _held(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return "it holds " + ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names \
+        else "it is empty"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder; everything but the matrix is read when it is asked for."""
+
+    path: Path
+    matrix: Matrix
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Raises MissingError or DataError, as Matrix.load does; also where no stage has been scored."""
+        matrix = Matrix.load(path / "matrix.json")
+        if not matrix.stages:
+            raise DataError(f"{path / 'matrix.json'}: no stage has been scored; start the run again with the same out=")
+        return cls(path, matrix)
+
+    @cached_property
+    def config(self) -> str:
+        """The text of config.yaml, empty where there is none."""
+        return untrusted.text(self.path / "config.yaml")
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Every key of config.yaml in dotted form, but those in which repetitions of one experiment differ."""
+        told = dict(_flat(untrusted.yaml_mapping(self.path / "config.yaml")))
+        return {key: value for key, value in told.items() if not REPEATED & {key.rpartition(".")[2]}}
+
+    @cached_property
+    def log(self) -> tuple[list[dict[str, Any]], int]:
+        """The events of events.jsonl, and how many lines of it are broken: a killed run may leave half a line."""
+        return read_events(self.path)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events of one kind; of several about one stage and step the last, as a resumed run tells them anew."""
+        told = (e for e in self.log[0] if e["event"] == name)
+        return list({tuple(e.get(key) for key in ("stage", "task", "split", "step")): e for e in told}.values())
+
+    def number(self, stage: str) -> int:
+        """The stage's number in predictions/stage-NN: 0 is before training."""
+        return self.matrix.stages.index(stage) + (BASE not in self.matrix.stages)
+
+    def predictions(self, stage: str, task: str) -> list[dict[str, Any]]:
+        """Every answer to the task's test prompts after that stage; empty where none were written."""
+        path = self.path / "predictions" / f"stage-{self.number(stage):02d}" / f"{file_name(task)}.jsonl"
+        rows, problems = [], []
+        for number, line in untrusted.lines(path) if path.is_file() else ():
+            try:
+                rows.append(_prediction(untrusted.parse(line, f"{path}:{number}", line=True), f"{path}:{number}"))
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            raise DataError(gathered(problems) + "\nRemove the file, or score the run again.")
+        return rows
+
+    @property
+    def joint(self) -> bool:
+        """Whether it learned all tasks in one stage: its matrix says so, whatever its strategy is called."""
+        return self.matrix.finished and not self.matrix.sequential
+
+
+@dataclass(frozen=True)
+class Group:
+    """Repetitions of one experiment, over seeds and orders."""
+
+    label: str
+    runs: tuple[Run, ...]
+    summaries: tuple[dict[str, float | None], ...]
+
+    @property
+    def done(self) -> int:
+        """How many of its runs are finished; only these count in the mean."""
+        return sum(run.matrix.finished for run in self.runs)
+
+    @property
+    def joint(self) -> bool:
+        """Whether this is the joint arm, a ceiling to compare with."""
+        return any(run.joint for run in self.runs)
+
+    def values(self, name: str) -> list[float | None]:
+        """One value a finished run: a summary's or a cost's."""
+        told = [{**run.matrix.cost, **summary} for run, summary in zip(self.runs, self.summaries, strict=True)
+                if run.matrix.finished]
+        return [values.get(name) for values in told]
+
+    def mean(self, name: str) -> float | None:
+        """The mean over finished runs; None where one of them lacks the value."""
+        return mean(self.values(name))
+
+    def spread(self, name: str) -> float | None:
+        """The sample standard deviation (n - 1); None with fewer than two runs."""
+        known = [value for value in self.values(name) if value is not None]
+        return statistics.stdev(known) if len(known) > 1 and len(known) == len(self.values(name)) else None
+
+
+def reference(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The joint run over the same tasks to measure `run` by: that of the same seed if there is one, else the first."""
+    same = [r for r in runs if r.joint and r is not run and set(r.matrix.tasks) == set(run.matrix.tasks)]
+    return next((r for r in same if r.matrix.seed == run.matrix.seed), same[0] if same else None)
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs that differ in seed and order only are one group; best average performance first, the joint arm before all.
+
+    Its label is the strategy, or "joint"; where two groups would bear the same one, the settings that tell them apart
+    are added.
+    """
+    kinds: dict[Any, list[Run]] = {}
+    for run in runs:
+        kinds.setdefault((run.matrix.stream, _name(run), tuple(sorted(run.settings.items()))), []).append(run)
+    labels = _labels([members[0] for members in kinds.values()])
+    groups = [Group(label, tuple(members), tuple(_summary(run, runs) for run in members))
+              for label, members in zip(labels, kinds.values(), strict=True)]
+    return sorted(groups, key=lambda g: (not g.joint, -(g.mean("average_performance") or -1), g.label))
+
+
+def _summary(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
+    other = reference(run, runs)
+    return run.matrix.summary(other.matrix if other else None)
+
+
+def _name(run: Run) -> str:
+    """A joint run is known by its one stage, any other by its strategy."""
+    return run.matrix.stages[-1] if run.joint else run.matrix.strategy
+
+
+def _labels(firsts: Sequence[Run]) -> list[str]:
+    """One label for each group, from a run of each."""
+    names = Counter(map(_name, firsts))
+    told = [{"stream": r.matrix.stream, "strategy": r.matrix.strategy, **r.settings} for r in firsts]
+    labels = []
+    for run, mine in zip(firsts, told, strict=True):
+        twins = [t for r, t in zip(firsts, told, strict=True) if _name(r) == _name(run)]
+        apart = [key for key in mine if len({t.get(key) for t in twins}) > 1] if names[_name(run)] > 1 else []
+        labels.append(" ".join([_name(run), *(
+            f"{key.rpartition('.')[2]}={_short(mine[key], {t.get(key) for t in twins})}" for key in apart[:3])]))
+    return [label if labels.count(label) == 1 else f"{label} ({run.path.name})"
+            for label, run in zip(labels, firsts, strict=True)]
+
+
+def _short(value: str, others: Collection[str | None]) -> str:
+    """A long fraction, such as a search draws, in three digits where they tell it from the others."""
+    told = {other: f"{float(other):.3g}" if LONG.fullmatch(other) else other for other in others
+            if other is not None}
+    return told[value] if len(set(told.values())) == len(told) else value
+
+
+def find(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs in these run and comparison folders, and the names of those that have not scored anything yet."""
+    paths: list[Path] = []
+    waiting: list[str] = []
+    for folder in folders:
+        what = kind(folder)
+        if what == "adapt":
+            raise DataError(f"{folder}: an adapt folder has a curve, not a matrix; compare it with adapt folders only")
+        paths += [folder] if what == "run" else _children(folder)
+        if what == "comparison":
+            begun = [p.parent.name for p in sorted(folder.glob("*/config.yaml"))
+                     if not (p.parent / "matrix.json").is_file()]
+            waiting += dict.fromkeys([*begun, *comparison.waiting(folder)])
+    return [Run.read(path) for path in dict.fromkeys(paths)], waiting
+
+
+def _prediction(row: Any, where: str) -> dict[str, Any]:
+    """A line of predictions, if it is one: an id, a score, and texts beside them."""
+    whole = isinstance(row, dict) and isinstance(row.get("id"), str | int) and untrusted.is_number(row.get("score"))
+    texts = whole and all(isinstance(row.get(key), str | None) for key in ("prompt", "answer"))
+    if not texts or not isinstance(row.get("references"), list | None):
+        raise DataError(f"{where}: no prediction with an id and a score, a prompt, an answer and a list of references")
+    return {**row, "score": float(row["score"])}
+
+
+def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of events.jsonl, and how many of its lines are broken."""
+    told, broken, path = [], 0, folder / "events.jsonl"
+    for number, line in untrusted.lines(path) if path.is_file() else ():
+        try:
+            event = untrusted.parse(line, f"{path}:{number}", line=True)
+            told += [event] if (whole := is_event(event)) else []
+            broken += not whole
+        except DataError:
+            broken += 1
+    return told, broken
+
+
+# What the pages draw and write of an event, where it has them.
+NUMBERS = ("time", "stage", "step", "steps", "lr", "loss", "tokens", "seconds", "bytes", "memory_bytes",
+           "forgetting")
+TEXTS = ("task", "split")
+
+
+def is_event(event: Any) -> bool:
+    """Whether a line is an event whose parts are of their kinds."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    if event["event"] in ("step", "during") and event.get("step") is None:
+        return False
+    notes, scores = event.get("notes") or {}, event.get("scores") or {}
+    return (all(event.get(key) is None or untrusted.is_number(event[key]) for key in NUMBERS)
+            and all(isinstance(event.get(key), str | None) for key in TEXTS)
+            and isinstance(notes, dict) and all(map(untrusted.is_number, notes.values()))
+            and isinstance(scores, dict) and all(untrusted.is_number(s, 0, 1) for s in scores.values()))
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value, default=str)

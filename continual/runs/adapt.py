@@ -1,0 +1,192 @@
+"""Learn one new instruction type from a checkpoint or a base model, and draw its curves over steps and shots."""
+
+from __future__ import annotations
+
+from typing import Any
+from continual.runs.session import Bench
+from continual.errors import ConfigError
+from rich.console import Console
+from continual.results.curve import Curve
+from omegaconf import DictConfig
+from continual.data.types import Encoded
+from continual.tracking.events import Events
+from continual.results.curve import FILE
+from continual.errors import MissingError
+from pathlib import Path
+from continual.training.recipe import Recipe
+from continual.runs.signals import Signals
+from continual.strategy.interface import Strategy
+from continual.data.types import Task
+from continual.distributed.processes import agreed
+from continual.runs.lock import alone
+from continual.config import instantiate
+from continual.runs import build
+from continual.training import checkpoint
+from continual.runs.lock import claim
+from continual.models.sharding import collected
+from continual.distributed.processes import first
+from continual.config.trust import foreign
+from continual.errors import gathered
+import json
+from continual.distributed.processes import leads
+from continual.training.stage import learn
+import random
+from continual.config.run_config import read_config
+from continual.io.untrusted import refuse_links_out
+from dataclasses import replace
+from continual.reports import write
+from continual.models.weights import restore
+from continual.evaluation.scoring import score
+from continual.runs.session import set_up
+from continual.training.precision import settle
+from continual.runs.session import show_unfit
+from continual.models.weights import snapshot
+from continual.config.trust import take_over
+from continual.tracking.trackers import tracker
+from continual.io.atomic import write_whole
+
+PLAIN = f"{Strategy.__module__}.{Strategy.__name__}"  # plain fine-tuning: where no other strategy is asked for
+HALF = "curve.unfinished.json"  # the curves that are finished, while others are not
+
+
+def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
+    """Fine-tune on the stream's one task for `adapt.steps`, in each draw of each of `adapt.shots`; the curves' points.
+
+    Each curve starts from the same weights. Curves that are finished are kept: what was stopped or killed goes on
+    behind them, and ends in the same curves. Raises ConfigError where the stream has not exactly one task, Stopped
+    where a signal asked for an end.
+    """
+    folder = start_of(config)
+    with alone(out := Path(config.out)):
+        claim(out, config)
+        return _adapt(config, console, out, folder)
+
+
+def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None) -> list[dict[str, Any]]:
+    if (out / FILE).exists():
+        console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
+        return _points(Curve.read(out))
+    bench = set_up(config, out)
+    if len(bench.stream.tasks) != 1:
+        names = ", ".join(t.name for t in bench.stream.tasks)
+        raise ConfigError(f"adapt learns one task, and this stream has {len(bench.stream.tasks)}: {names}; pick one, "
+                          f"such as stream.tasks=[{bench.stream.tasks[0].name}]")
+    bench.load()
+    if folder:
+        checkpoint.load(folder, bench.model, bench.strategy if config.adapt.rule == "inner" else None)
+    task = bench.tokens.task(bench.stream.stages[0])
+    track = tracker(config, out)
+    with Events(out / "events.jsonl", console, track) as events, Signals() as signals:
+        with first():
+            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
+        show_unfit(bench.encoder, events)
+        empty = Curve(out, task.name, bench.tests[0].metric, str(folder or "base"), (), config.adapt.rule)
+        found = curves(bench, task, empty, events, signals)
+    state = {n: collected(t) for n, t in bench.model.net.state_dict().items()} if bench.model.sharded else None
+    if leads():
+        bench.model.net.save_pretrained(out / "model", state_dict=state)
+        bench.model.tokenizer.save_pretrained(out / "model")
+        write_whole(out / FILE, json.dumps(found.to_json(), indent=1))  # last: where it is, the rest is whole
+        (out / HALF).unlink(missing_ok=True)
+        write.write(out)
+    return _points(found)
+
+
+def _points(found: Curve) -> list[dict[str, Any]]:
+    points: list[dict[str, Any]] = found.to_json()["points"]
+    return points
+
+
+def start_of(config: DictConfig) -> Path | None:
+    """The checkpoint to start from, None for the base; `config` takes over the model and data keys of its run.
+
+    With adapt.rule=inner also its strategy, whose inner loop it is.
+    """
+    inner = config.adapt.rule == "inner"
+    if inner and any(part.get("_target_") != PLAIN for part in config.strategy.values()):
+        raise ConfigError(f"found strategy={'+'.join(map(str, config.strategy))} beside adapt.rule=inner, which takes "
+                          "that of the start's run; leave one of them out")
+    if config.adapt.start == "base":
+        if inner:
+            raise ConfigError("adapt.rule=inner takes the inner loop of the run that prepared the start, and the base "
+                              "has none; name a checkpoint, or set adapt.rule=train")
+        return None
+    path = Path(config.adapt.start)
+    if path.is_dir():
+        refuse_links_out(path)
+    folder = path if (path / "weights.safetensors").exists() else checkpoint.find(path).trained
+    source = next((p for p in (path, *path.parents) if (p / "config.yaml").exists()), None)
+    if folder is None or source is None:
+        raise MissingError(f"adapt.start={path} is neither a run folder with a checkpoint nor one of its checkpoints; "
+                           "name a folder made by continual run, or adapt.start=base")
+    theirs = read_config(source / "config.yaml")
+    if names := instantiate.lacking(theirs.get("strategy")):
+        raise ConfigError(f"adapt.start={path}: the strategy {'+'.join(names)} has a part of the model in its memory, "
+                          "and the weights alone never answered; start from a run of another strategy, or from "
+                          "adapt.start=base")
+    take_over(config, source / "config.yaml")
+    if inner:
+        if wrong := foreign(theirs, source / "config.yaml"):
+            raise ConfigError(gathered(wrong))
+        config.strategy = theirs.strategy
+        build.strategy(config).rule()  # refused before anything that takes long
+    return folder
+
+
+def curves(bench: Bench, task: Task[Encoded], empty: Curve, events: Events, signals: Signals) -> Curve:
+    """A curve for each draw of each number of shots (null: all training examples); the model is that of the last one.
+
+    A draw is an order of the training examples: the support set of fewer shots is a part of that of more. Curves that
+    the folder of the `empty` one holds are not learned anew.
+    """
+    settings, every, start = bench.config.adapt, len(task.train), snapshot(bench.model)
+    shots = dict.fromkeys(every if n is None else min(n, every) for n in settings.shots)
+    wanted = [(n, draw) for n in shots for draw in range(settings.draws)]
+    kept = agreed((empty.path / HALF).exists())
+    points = list(Curve.read(empty.path, HALF).points) if kept else []
+    before, done = _scored(bench), {point[:2] for point in points}
+    for number, (n, draw) in enumerate(wanted, 1):
+        if (n, draw) not in done:
+            events.stage = number
+            restore(bench.model, start)
+            points += _curve(bench, task, n, draw, before, events, signals)
+            if leads() and (n, draw) != wanted[-1]:  # whose model is kept with it
+                write_whole(empty.path / HALF, json.dumps(replace(empty, points=tuple(points)).to_json(), indent=1))
+    return replace(empty, points=tuple(sorted(points)))
+
+
+def _curve(bench: Bench, task: Task[Encoded], shots: int, draw: int, before: float, events: Events, signals: Signals
+           ) -> list[tuple[int, int, int, float]]:
+    """Its points, scored `before` training and after the steps of `adapt.at` and the last."""
+    settings, points = bench.config.adapt, []
+    rng = random.Random(f"{bench.config.seed}/{draw}")
+    support = rng.sample(list(task.train), len(task.train))[:shots]
+
+    def measure(step: int, _: Any = None) -> None:
+        if step in settings.at or step == settings.steps:
+            value = _scored(bench) if step else before
+            points.append((shots, draw, step, value))
+            events({"event": "score", "shots": shots, "draw": draw, "step": step, "scores": {task.name: value}})
+            events.say(f"{task.name}, {shots} shots, draw {draw}, step {step}: {value:.3f}")
+        signals.leave(f"in the curve of {shots} shots and draw {draw}, which begins anew", Path(bench.config.out))
+
+    measure(0)
+    strategy, recipe = _learner(bench)
+    learn(bench.model, replace(task, train=support), strategy, replace(recipe, steps=settings.steps),
+          seed=rng.getrandbits(31), log=events, after=measure)
+    return points
+
+
+def _learner(bench: Bench) -> tuple[Strategy, Recipe]:
+    """What takes the steps: the configured strategy and optimizer, or the start's own inner loop."""
+    if bench.config.adapt.rule == "train":
+        return build.strategy(bench.config), bench.recipe
+    return bench.strategy.rule(), replace(bench.recipe, optimizer="sgd", lr=1.0, schedule="constant", warmup=0.0,
+                                          weight_decay=0.0, clip=None)
+
+
+def _scored(bench: Bench) -> float:
+    bench.model.net.eval()
+    value, _ = score(bench.model, bench.tests[0], bench.config.score.batch_size)
+    bench.model.net.train()
+    return value

@@ -1,0 +1,153 @@
+"""Forgetting seen early: every so many steps of a stage a small sample of each task seen so far is scored.
+
+A task's sample is of its test examples and the same all the run through. With S[i][j] its score on task j after stage
+i, and s[j] its score now, within stage n, forgetting is what the matrix of the samples would say if the stage ended
+here: the mean, over the tasks j that earlier stages taught, of max_{i<n} S[i][j] - s[j], from the first stage i on that
+taught j (Chaudhry et al. 2018, F_k). The points within stages are not among the i: the more often one looked, the
+higher the maximum over noisy scores would be.
+
+What is scored is the model as it trains: what a strategy does at a stage's end, such as merging, is still to come. The
+tasks that the stage itself teaches are answered by the weights at hand; others as the strategy's `route` and `dispatch`
+have it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual.data.types import Stream
+from continual.errors import DataError
+from continual.io.atomic import file_name
+from continual.results.matrix import mean
+from continual.models.model import Model
+from continual.distributed.processes import agreed, leads
+from continual.training.stage_state import random_state, set_random_state
+from continual.io.untrusted import is_number, lines, parse
+from continual.evaluation.scoring import Test, score
+from continual.strategy.interface import Strategy
+from continual.models.weights import restore, snapshot
+
+
+@dataclass
+class Early:
+    """Scores `examples` test examples a task `every` so many steps, never where that is None.
+
+    `where` names the folder that holds the answers after a stage, by its number from 0, before any training.
+    """
+
+    model: Model
+    strategy: Strategy
+    stream: Stream
+    tests: Sequence[Test]
+    where: Callable[[int], Path]
+    every: int | None
+    examples: int
+    batch_size: int
+    seed: int
+    rows: list[dict[str, float]] = field(default_factory=list)  # S: of stage 0, 1, ...; by task
+
+    def __post_init__(self) -> None:
+        """Draw the samples."""
+        self.drawn = {t.task: sorted(random.Random(f"{self.seed}/{t.task}").sample(
+            range(len(t.examples)), min(self.examples, len(t.examples)))) for t in self.tests}
+        self.taught: list[set[str]] = [{e.task for e in stage.train} for stage in self.stream.stages]
+
+    def begin(self, number: int) -> dict[str, Any] | None:
+        """The event of step 0 of this stage, from 1: the samples' scores as the stage before it left them.
+
+        None where nothing is scored within stages. Raises DataError where answers of an earlier stage are not there.
+        """
+        if self.every is None:
+            return None
+        while len(self.rows) < number:
+            self.rows.append(agreed(self._row(len(self.rows)) if leads() else {}))
+        return self._event(number, 0, {t.task: self.rows[number - 1][t.task] for t in self._seen(number)})
+
+    def look(self, number: int, step: int) -> dict[str, Any] | None:
+        """The event of this step of stage `number`, which has begun; None where none is due."""
+        if self.every is None or step % self.every:
+            return None
+        began, own = time.perf_counter(), self.taught[number - 1]
+        with aside(self.model, self.strategy):
+            tests = sorted(self._seen(number), key=lambda t: t.task not in own)  # first what needs the weights at hand
+            found = {t.task: self._score(t, routed=t.task not in own) for t in tests}
+        told = self._event(number, step, {t.task: found[t.task] for t in self._seen(number)})
+        return {**told, "seconds": time.perf_counter() - began}
+
+    def _seen(self, number: int) -> list[Test]:
+        """The tasks that the stages up to this one teach, in the matrix's order."""
+        seen = set[str]().union(*self.taught[:number])
+        return [t for t in self.tests if t.task in seen]
+
+    def _row(self, number: int) -> dict[str, float]:
+        """S[number], of the tasks that are seen in the next stage."""
+        found = {}
+        for test in self._seen(number + 1):
+            told = marks(path := self.where(number) / f"{file_name(test.task)}.jsonl", test)
+            if told is None:
+                raise DataError(f"{path}: found no mark of every test example, expected them for score.during to "
+                                "compare with; restore the file, or go on with score.during=null")
+            drawn = self.drawn[test.task]
+            found[test.task] = sum(told[i] for i in drawn) / len(drawn)
+        return found
+
+    def _score(self, test: Test, *, routed: bool) -> float:
+        sample, turns = test.of(self.drawn[test.task]), None
+        if routed:
+            self.strategy.route(self.model, test.task)
+            turns = self.strategy.dispatch(self.model, sample.prompts)
+        return score(self.model, sample, self.batch_size, turns)[0]
+
+    def _event(self, number: int, step: int, scores: dict[str, float]) -> dict[str, Any]:
+        falls = []
+        for test in self._seen(number - 1):
+            first = next(i for i, names in enumerate(self.taught, 1) if test.task in names)
+            falls.append(max(row[test.task] for row in self.rows[first:number]) - scores[test.task])
+        return {"event": "during", "step": step, "scores": scores, "forgetting": mean(falls),
+                "examples": self.examples, "seconds": 0.0}
+
+
+@contextmanager
+def aside(model: Model, strategy: Strategy) -> Iterator[None]:
+    """Within it the model can be asked, also by `route` and `dispatch`; behind it all is as it was, bit for bit.
+
+    That is its mode, its weights, the virtual tokens that it reads behind, and what is drawn next.
+    """
+    routed = any(getattr(type(strategy), name) is not getattr(Strategy, name) for name in ("route", "dispatch"))
+    drawn, layout, virtual = random_state(), model.layout, getattr(model.net, "virtual", None)
+    held, fixed = snapshot(model) if routed else None, virtual.fixed if virtual else None
+    try:
+        with model.evaluating(), torch.no_grad():
+            yield
+    finally:
+        if held is not None:
+            restore(model, held)
+        if virtual:
+            virtual.fixed = fixed
+        model.layout = layout
+        set_random_state(drawn)
+
+
+def said(event: Mapping[str, Any]) -> str:
+    """The event in a line for the terminal."""
+    forgetting = "" if event["forgetting"] is None else f"forgetting {event['forgetting']:.3f}, "
+    return f"step {event['step']}: {forgetting}" + ", ".join(f"{t} {s:.3f}" for t, s in event["scores"].items())
+
+
+def marks(path: Path, test: Test) -> list[float] | None:
+    """The mark of each of the test's examples, by the answers that were written; None where they are not whole."""
+    try:
+        told = [parse(line, f"{path}:{n}", line=True) for n, line in lines(path)]
+        found = [t["score"] for t in told]
+        whole = all(is_number(m, 0, 1) for m in found) and [t["id"] for t in told] == [e.id for e in test.examples]
+        return found if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,272 @@
+"""The engine's own code run without its numbers: what it would compute and hold, for a model of any size.
+
+Weights, and all that is computed of them, are ghosts: shapes that take no memory. What a batch is made of, token ids
+and where they stand, is real. So packing, strategies, optimizer and scoring run as they are, and their matrix products
+are counted, and the memory that their tensors would take, as they come and go.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+from continual.data.types import Encoded, Task
+from continual.errors import ConfigError
+from continual.models.model import Model
+from continual.evaluation.scoring import PERPLEXITY, Test, score
+from continual.training.recipe import Recipe
+from continual.training.stage import learn
+from continual.strategy.interface import Strategy
+from continual.training.serialization import to_json
+from continual.models.weights import weights
+
+aten = torch.ops.aten
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop(q, k, v)) // (1 + causal)
+
+
+def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, dropout: float = 0.0,
+                    causal: bool = False, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop(g, q, k, v)) // (1 + causal)
+
+
+# Attention by a CPU's kernel: causally it computes half of the scores.
+COUNTS: Mapping[Any, Callable[..., int]] = {
+    **flop_registry, aten._scaled_dot_product_flash_attention_for_cpu: _flash,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+}
+
+
+class Ghosts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it tensors of numbers are ghosts and tensors of indices are real; `flops` and `peak` bytes are counted.
+
+    Where the code asks for a number that is not there, it is 1, a yes, or the token `said`. What is built within
+    `shapes` is on the meta device, to be made a network of ghosts by `haunt`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.flops = self.live = self.peak = self.said = 0
+        self.shaping = False
+        self.known: dict[int, Any] = {}
+
+    @contextmanager
+    def shapes(self) -> Iterator[None]:
+        """Within it weights are made on the meta device: modules can move and adapt them there."""
+        self.shaping = True
+        with self:
+            yield
+        self.shaping = False
+
+    def haunt(self, net: nn.Module) -> None:
+        """Make what was built within `shapes` ghosts on a CPU; from here on memory is counted."""
+        self.live, self.known = 0, {}
+        made: dict[Tensor, Tensor] = {}
+        for module in net.modules():
+            for kept in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
+                for name, t in kept.items():
+                    if t is not None and t.is_meta:
+                        if t not in made:
+                            ghost: Any = FakeTensor(self.fake, t.detach(), torch.device("cpu"))
+                            self._count(ghost)
+                            made[t] = nn.Parameter(ghost, t.requires_grad) if isinstance(t, nn.Parameter) else ghost
+                        kept[name] = made[t]
+        self.peak, self.flops = self.live, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation: for real where all of it is, else on shapes."""
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        ghost = any(isinstance(t, FakeTensor) for t in tensors)
+        meta = not ghost and any(t.is_meta for t in tensors)
+        if (ghost or meta) and func is aten._local_scalar_dense.default:
+            return tensors[0].dtype == torch.bool or 1
+        if not tensors:
+            return self._made(func, args, kwargs)
+        if ghost:
+            if func is aten.index.Tensor:
+                args = (args[0], _places(args[1]))
+            with self.fake:
+                out = func(*args, **kwargs)
+        elif meta:
+            args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
+            out = func(*args, **(kwargs | {"device": "meta"} if func is aten._to_copy.default else kwargs))
+        else:
+            return func(*args, **kwargs)
+        if func is aten.argmax.default:  # what the model says
+            return torch.full(out.shape, self.said)
+        if count := COUNTS.get(func._overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=out)
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self._count(t)
+        return out
+
+    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A new tensor: a ghost, unless it is one of indices."""
+        if not any(a.name == "device" for a in func._schema.arguments):
+            return func(*args, **kwargs)
+        with self.fake:
+            out = func(*args, **kwargs)
+        if not out.is_floating_point():
+            return func(*args, **kwargs)
+        if self.shaping:
+            return func(*args, **{**kwargs, "device": "meta"})
+        self._count(out)
+        return out
+
+    def _count(self, t: Tensor) -> None:
+        """Count a tensor's memory until it is let go."""
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+
+        def gone(_: Any) -> None:
+            if self.known.get(key) is reference:
+                del self.known[key]
+                self.live -= size
+
+        reference = self.known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage would take. Bytes of memory are those of one device, but for `buffer`, which the host has.
+
+    FLOPs are those of a step and of what comes after the last one, the strategy's `end`; `peak` is the most memory that
+    is taken at once, in a step or at the end. `weights_disk`, `memory_disk` and `progress_disk` are what a checkpoint
+    has of each.
+    """
+
+    steps: int
+    tokens: int
+    step_flops: float
+    end_flops: float
+    weights: int
+    gradients: int
+    optimizer: int
+    strategy: int
+    peak: int
+    end_peak: int
+    buffer: int
+    weights_disk: int
+    memory_disk: int
+    progress_disk: int
+
+    @property
+    def flops(self) -> float:
+        """Of the whole stage."""
+        return self.steps * self.step_flops + self.end_flops
+
+    @property
+    def activations(self) -> int:
+        """The rest of the peak: activations, and whatever a step holds for a while."""
+        return self.peak - self.weights - self.gradients - self.optimizer - self.strategy
+
+
+def rehearse(ghosts: Ghosts, model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe, *, steps: int,
+             seed: int) -> Stage:
+    """Learn a stage without its numbers: `steps` of its steps, drawn as the stage would, and its end.
+
+    Early stopping is left out: its steps are the most that the stage can take. Raises ConfigError for a strategy whose
+    code asks for numbers in a way that ghosts have no answer for, such as NumPy's.
+    """
+    total, at, optimizer, saved = recipe.total(len(task.train)), [ghosts.flops], 0, 0
+    ghosts.peak = ghosts.live
+    peak = 0
+
+    def after(step: int, progress: Callable[[], dict[str, Any]]) -> None:
+        nonlocal optimizer, saved, peak
+        at.append(ghosts.flops)
+        if step == min(steps, total):
+            peak = ghosts.peak
+            state = progress()
+            optimizer = _held(state["optimizer"])
+            saved = _on_disk(state)
+            ghosts.peak = ghosts.live
+
+    before = _held(strategy.state_dict())
+    with ghosts:
+        try:
+            learn(model, task, strategy, replace(recipe, steps=min(steps, total), patience=None), seed=seed,
+                  log=lambda event: None, after=after)
+        except (RuntimeError, ConfigError) as error:  # torch's own, where numbers are asked for all at once
+            raise ConfigError(f"a plan goes through a stage of {type(strategy).__name__} without its numbers, and was "
+                              f"stopped: {error}\nIf that is for want of them, plan a strategy that stores as much, by "
+                              "the table of continual list strategies") from error
+        trained = _held(weights(model))
+        memory = _on_disk(strategy.state_dict())
+    own = sum(t.nbytes for t in {*model.net.parameters(), *model.net.buffers()})
+    state = strategy.state_dict()
+    return Stage(total, sum(len(e.ids) for e in task.train), (at[-1] - at[0]) / (len(at) - 1), ghosts.flops - at[-1],
+                 own, sum(p.grad.nbytes for p in model.net.parameters() if p.grad is not None), optimizer, before, peak,
+                 ghosts.peak, _heavy(state, set()), trained, memory, saved)
+
+
+def scored(ghosts: Ghosts, model: Model, test: Test, batch_size: int) -> float:
+    """The FLOPs of scoring a task once, every answer as long as it may be: those of one batch, times the batches."""
+    some = min(batch_size, len(test.encoded))
+    step = max(1, len(test.encoded) // some)
+    part = test.of([*range(0, len(test.encoded), step)][:some])
+    if test.metric != PERPLEXITY:
+        part = replace(part, metric="exact_match", judge=None)  # marking is not planned
+    before, ghosts.said = ghosts.flops, int(model.tokenizer.eos_token_id == 0)
+    with ghosts:
+        score(model, part, batch_size)
+    return (ghosts.flops - before) * len(test.encoded) / len(part.encoded)
+
+
+def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with each real mask as the places where it holds: a ghost of a mask would not tell how many there are."""
+    found: list[Tensor | None] = []
+    for t in indices:
+        mask = t is not None and t.dtype == torch.bool and not isinstance(t, FakeTensor)
+        found += t.nonzero().unbind(-1) if mask and t is not None else [t]
+    return found
+
+
+def _held(value: Any) -> int:
+    """The bytes of the tensors in a value."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return value.nbytes if isinstance(value, Tensor) else sum(map(_held, parts))
+
+
+def _on_disk(value: Any) -> int:
+    """The bytes of a value in a checkpoint."""
+    import json
+
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(to_json(value, "x", tensors), ensure_ascii=False)
+    return len(text.encode()) + sum(t.nbytes for t in tensors.values())
+
+
+def _heavy(value: Any, seen: set[int]) -> int:
+    """The bytes of Python objects, tensors aside."""
+    if id(value) in seen or isinstance(value, Tensor):
+        return 0
+    seen.add(id(value))
+    parts: Sequence[Any] = ()
+    if isinstance(value, dict):
+        parts = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif is_dataclass(value):
+        parts = [getattr(value, f.name) for f in fields(value)]
+    return sys.getsizeof(value) + sum(_heavy(p, seen) for p in parts)

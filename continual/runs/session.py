@@ -1,0 +1,85 @@
+"""All that a run works with, built as its configuration says: the weights last, for a large model's take minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from continual.runs import build, validate
+from continual.data.types import Stream
+from continual.runs.forgetting_monitor import Early
+from continual.errors import ConfigError, listed
+from continual.tracking.events import Events
+from continual.models.model import Model
+from continual.evaluation.probes.base import Probe, Setting
+from continual.evaluation.scoring import Test
+from continual.training.recipe import Recipe
+from continual.strategy.interface import Strategy
+from continual.data.template import Encoder
+from continual.data.token_cache import Tokens, tokenise
+
+
+@dataclass
+class Bench:
+    """All that a run works with; until `load` the model only tokenises."""
+
+    config: DictConfig
+    stream: Stream
+    model: Model
+    strategy: Strategy
+    recipe: Recipe
+    encoder: Encoder
+    tests: list[Test]
+    tokens: Tokens  # the rows of all stages
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+
+    def load(self) -> None:
+        """Give the model its network; raises ContinualError for what is wrong with it."""
+        self.model = build.model(self.config, self.stream)
+
+
+def set_up(config: DictConfig, out: Path) -> Bench:
+    """Build what the configuration names but the network; raises ContinualError for whatever is wrong with it."""
+    validate.check(config)
+    strategy, recipe = build.strategy(config), build.recipe(config)  # before anything that takes long
+    validate.refuse_shards(config, strategy)
+    validate.refuse_optimizer(config, strategy)
+    stream = build.stream(config)
+    if recipe.patience and (bare := [stage.name for stage in stream.stages if not stage.dev]):
+        raise ConfigError(f"train.patience={recipe.patience} stops by the loss on dev rows, and there are none of "
+                          f"{listed(bare)}; add some, or set train.patience=null")
+    model = build.reader(config, stream)
+    encoder = build.encoder(config, model)
+    tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]
+    probes = build.probes(config)
+    for probe in probes.values():
+        probe.ready(Setting(config, stream, encoder, build.judge(config)))
+    tokens = tokenise(out / "tokens.safetensors", encoder, stream, dev=recipe.patience is not None)
+    return Bench(config, stream, model, strategy, recipe, encoder, tests, tokens, probes)
+
+
+def early_of(out: Path, bench: Bench) -> Early:
+    """What looks at forgetting within stages, as the configuration asks."""
+    s = bench.config.score
+    return Early(bench.model, bench.strategy, bench.stream, bench.tests, partial(predictions, out), s.during,
+                 s.during_examples, s.batch_size, bench.config.seed)
+
+
+def predictions(out: Path, number: int) -> Path:
+    """Where the answers after a stage stand."""
+    return out / "predictions" / f"stage-{number:02d}"
+
+
+def show_unfit(encoder: Encoder, events: Events) -> None:
+    """Count and show what was shortened, or left out by data.on_unfit=skip, since the last time."""
+    counts = {"skipped": len(encoder.skipped), "shortened": len(encoder.shortened)}
+    if any(counts.values()):
+        events({"event": "data", **counts})
+        events.say(f"inputs shortened to fit: {counts['shortened']}; examples skipped: {counts['skipped']}"
+                   + (f" ({', '.join(encoder.skipped[:5])} ...)" if encoder.skipped else ""))
+        encoder.skipped.clear()
+        encoder.shortened.clear()

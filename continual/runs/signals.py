@@ -1,0 +1,79 @@
+"""Stop a run at a step's end when a signal asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+from continual.errors import ContinualError
+from types import FrameType
+from pathlib import Path
+from types import TracebackType
+from continual.distributed.processes import leads
+from continual.distributed.processes import most
+import os
+from continual.config.quoting import quoted
+import shlex
+import signal
+from continual.distributed.processes import started
+import sys
+import threading
+from continual.distributed.processes import wait
+
+
+
+class Stopped(ContinualError):
+    """The user or the system asked for an end; all is kept."""
+
+    def __init__(self, message: str, number: int) -> None:
+        """`number` is the signal's."""
+        super().__init__(message)
+        self.number = number
+
+
+class Signals:
+    """Within it SIGINT and SIGTERM are noted in `caught`; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        """Nothing caught yet."""
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        """Take the signals over, in the main thread, which alone may."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+                 ) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None:
+            raise KeyboardInterrupt
+        self.caught = number
+        if leads():
+            print("\nstopping once this is kept; the same signal again stops at once", file=sys.stderr)
+
+    def leave(self, where: str, out: Path, caught: int | None = None) -> None:
+        """Raise Stopped, with the command that goes on, if a signal came, here or to a process that shares the work.
+
+        `caught` is what all of them know of already, 0 for none.
+        """
+        caught = self.any()[0] if caught is None else caught
+        if caught:
+            wait()  # whoever keeps the work has kept it
+            raise Stopped(f"stopped {where}; nothing is lost. Go on with:\n  {again(out)}", caught)
+
+    def any(self, due: bool = False) -> tuple[int, bool]:
+        """The signal that came to any process, 0 for none, and whether something is due in any: the same in all."""
+        caught, is_due = most(self.caught or 0, due)
+        return caught, bool(is_due)
+
+
+def again(out: Path) -> str:
+    """The command that was given, with the run's folder."""
+    words = [w for w in sys.argv[1:] if not w.startswith("out=")]
+    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if started() > 1 else []
+    return shlex.join([*start, "continual", *words, f"out={quoted(str(out))}"])

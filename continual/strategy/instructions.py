@@ -1,0 +1,43 @@
+"""What the prompts of a task ask for, found from their token ids alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from continual.data.types import Encoded
+from continual.packing.layout import common_prefix, grouped, turn
+
+SAMPLE = 128  # examples of a task whose instructions are looked at
+
+Instructions = list[tuple[list[int], int]]  # token ids, and how many examples have them
+
+
+def instructions(examples: Sequence[Encoded]) -> Instructions:
+    """What the prompts begin with together, and how many each; evenly from all examples.
+
+    A prompt that shares nothing with others is its own instruction.
+    """
+    chosen = _some(examples)
+    found: Counter[tuple[int, ...]] = Counter()
+    for prefix, members in grouped(chosen):
+        found.update(chosen[i].ids[: prefix or max(1, turn(chosen[i]))] for i in members)
+    return [(list(ids), count) for ids, count in found.items()]
+
+
+def beginnings(examples: Sequence[Encoded]) -> Instructions:
+    """The same, but nothing that one prompt alone holds: of those that share no instruction, what all have in common.
+
+    Where that is nothing they are left out; where it is nothing of all, there is one beginning, without a token.
+    """
+    chosen = _some(examples)
+    found: Counter[tuple[int, ...]] = Counter()
+    for prefix, members in grouped(chosen):
+        prompts = sorted(chosen[i].ids[: turn(chosen[i])] for i in members)
+        if prefix or len(prompts) > 1:
+            found[prompts[0][: prefix or common_prefix(prompts[0], prompts[-1])]] += len(prompts)
+    return [(list(ids), count) for ids, count in found.items() if ids] or [([], len(chosen))]
+
+
+def _some(examples: Sequence[Encoded]) -> Sequence[Encoded]:
+    return examples[:: -(-len(examples) // SAMPLE)]

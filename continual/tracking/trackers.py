@@ -1,0 +1,242 @@
+"""A run's events beside events.jsonl: in TensorBoard, Weights & Biases, MLflow or trackio, each an extra of its own.
+
+The horizontal axis counts optimizer steps since the run began, over all its stages. A run that is resumed goes on in
+the tracker's same run. A tracker that fails later than at its start is left out from then on, with a line that says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import DictConfig, OmegaConf
+
+from continual.config.run_config import flat
+from continual.distributed.processes import leads
+from continual.errors import ConfigError, unknown
+from continual.io.atomic import write_whole
+from continual.io.untrusted import is_number, json_file
+from continual.results.matrix import mean
+from continual.results.run_folder import read_events
+
+NONE = "none"
+PROJECT = "continual"
+KEPT = "track.json"  # in the run's folder: which of the tracker's runs it is
+
+
+class Sink(Protocol):
+    """A tracker's own client, at one of its runs."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take these figures, at this step."""
+
+    def close(self, whole: bool) -> None:
+        """Take no more; whether the run came to its end."""
+
+
+class TensorBoard:
+    """Event files in OUT/tensorboard."""
+
+    package = "tensorboard"
+
+    def __init__(self, out: Path, name: str, id: str, settings: Mapping[str, Any]) -> None:
+        from torch.utils import tensorboard
+
+        self.open: Any = tensorboard.SummaryWriter
+        self.folder, self.settings = str(out / "tensorboard"), settings
+        self.writer: Any = None
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """The first step tells TensorBoard what to forget of a run that was stopped after it."""
+        if self.writer is None:
+            self.writer = self.open(self.folder, purge_step=step)
+            rows = "\n".join(f"    {key}: {value}" for key, value in self.settings.items())
+            self.writer.add_text("config", rows, step)
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self, whole: bool) -> None:
+        """Flush."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class WandB:
+    """Weights & Biases, as its own environment variables say.
+
+    Its files are where it puts them, WANDB_DIR or the working folder: they hold links that lead out of a run's.
+    """
+
+    package = "wandb"
+
+    def __init__(self, out: Path, name: str, id: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=name, id=id, resume="allow",
+                              config=dict(settings), settings=wandb.Settings(console="off"))
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """The step is a figure of its own: a resumed run may come to one again."""
+        self.run.log({**values, "step": step})
+
+    def close(self, whole: bool) -> None:
+        """Upload what is left."""
+        self.run.finish(exit_code=0 if whole else 1)
+
+
+class MLflow:
+    """MLflow, where MLFLOW_TRACKING_URI says or else its own default."""
+
+    package = "mlflow"
+
+    def __init__(self, out: Path, name: str, id: str, settings: Mapping[str, Any]) -> None:
+        import mlflow
+        from mlflow.entities import Metric, Param
+
+        self.client, self.metric = mlflow.MlflowClient(), Metric
+        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        at = self.client.get_experiment_by_name(project)
+        where = at.experiment_id if at else self.client.create_experiment(project)
+        found = self.client.search_runs([where], f"tags.continual = '{id}'", max_results=1)
+        run = found[0] if found else self.client.create_run(where, run_name=name, tags={"continual": id})
+        self.id = run.info.run_id
+        self.client.update_run(self.id, status="RUNNING")
+        params = [] if found else [Param(_name(key), str(value)[:500]) for key, value in settings.items()]
+        for start in range(0, len(params), 100):  # as many as it takes at once
+            self.client.log_batch(self.id, params=params[start : start + 100])
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """One batch."""
+        now = int(1000 * time.time())
+        self.client.log_batch(self.id, metrics=[self.metric(_name(k), v, now, step) for k, v in values.items()])
+
+    def close(self, whole: bool) -> None:
+        """Say how it ended."""
+        self.client.set_terminated(self.id, status="FINISHED" if whole else "KILLED")
+
+
+class Trackio:
+    """trackio, in its own folder."""
+
+    package = "trackio"
+
+    def __init__(self, out: Path, name: str, id: str, settings: Mapping[str, Any]) -> None:
+        import trackio
+
+        with redirect_stdout(sys.stderr):  # on stdout there are the tables
+            self.run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=f"{name} {id}",
+                                    config=dict(settings), resume="allow", auto_log_gpu=False, auto_log_cpu=False)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """One line."""
+        self.run.log(dict(values), step=step)
+
+    def close(self, whole: bool) -> None:
+        """Write what is left."""
+        with redirect_stdout(sys.stderr):
+            self.run.finish()
+
+
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+
+
+def refuse_missing(kind: str) -> None:
+    """Raise ConfigError for a tracker that is not known, or whose package is not installed."""
+    if kind != NONE and kind not in TRACKERS:
+        raise ConfigError(unknown("track", kind, [NONE, *TRACKERS]))
+    if kind != NONE and not find_spec(TRACKERS[kind].package):
+        raise ConfigError(f"track={kind} needs {TRACKERS[kind].package}, which is not installed; install the extra: "
+                          f"uv sync --extra {kind}, or pip install 'continual[{kind}]', or set track=none")
+
+
+def tracker(config: DictConfig, out: Path) -> Tracker | None:
+    """What follows the run in `out`; None where none is asked for, and in all processes but the one that writes.
+
+    Raises ConfigError where the tracker cannot begin.
+    """
+    if config.track == NONE or not leads():
+        return None
+    settings = flat(OmegaConf.to_container(config, resolve=True))
+    try:
+        sink = TRACKERS[config.track](out, "/".join(out.absolute().parts[-2:]), _id(out), settings)
+    except Exception as e:  # of a library that is not ours, and of whatever it talks to
+        raise ConfigError(f"track={config.track} cannot begin: {e}; see to its login and address, or set track=none"
+                          ) from e
+    return Tracker(sink, out)
+
+
+class Tracker:
+    """Turns events into figures for a sink."""
+
+    def __init__(self, sink: Sink, out: Path) -> None:
+        """At a run that may have been begun before: its events tell how long its stages were."""
+        self.sink = sink
+        self.lengths: dict[int, int] = {}
+        self.last: tuple[int, float, float] = (0, 0.0, 0.0)  # stage, tokens, seconds
+        for event in read_events(out)[0]:
+            self._learned(event)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Log what figures an event has."""
+        self._learned(event)
+        values = {key: float(v) for key, v in self._figures(event).items() if is_number(v)}
+        if values:
+            self.sink.log(values, self._at(event))
+
+    def close(self, whole: bool) -> None:
+        """End the tracker's run; whether ours came to its end."""
+        self.sink.close(whole)
+
+    def _learned(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "stage":
+            self.lengths[int(event["stage"])] = int(event.get("steps") or 0)
+
+    def _at(self, event: Mapping[str, Any]) -> int:
+        """Steps since the run began; what tells no step of its own came behind its stage."""
+        stage = int(event["stage"])
+        step = event.get("step")
+        return sum(n for s, n in self.lengths.items() if s < stage) + int(
+            self.lengths.get(stage, 0) if step is None else step)
+
+    def _figures(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        kind = event["event"]
+        if kind == "step":
+            stage, tokens, took = event["stage"], event["tokens"], event["seconds"]
+            before = self.last[1:] if self.last[0] == stage and self.last[2] < took else (0.0, 0.0)
+            self.last = (stage, tokens, took)
+            return {"train/loss": event["loss"], "train/lr": event["lr"], "train/stage": stage,
+                    "train/tokens_per_second": (tokens - before[0]) / max(took - before[1], 1e-9),
+                    **{f"notes/{name}": value for name, value in event["notes"].items()}}
+        if kind in ("score", "during"):
+            scores = event["scores"]
+            return {**{f"{kind}/{task}": value for task, value in scores.items()},
+                    f"{kind}/average": mean(scores.values())}
+        if kind == "checkpoint":
+            return {"checkpoint/bytes": event["bytes"], "checkpoint/memory_bytes": event["memory_bytes"]}
+        return {f"summary/{name}": value for name, value in event["summary"].items()} if kind == "end" else {}
+
+
+def _id(out: Path) -> str:
+    """What the tracker knows this run by, the same whenever it is resumed."""
+    path = out / KEPT
+    told = json_file(path) if path.is_file() else {}
+    known = told.get("id") if isinstance(told, dict) else None
+    if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{12}", known):
+        return known
+    made = secrets.token_hex(6)
+    write_whole(path, f'{{"id": "{made}"}}\n')
+    return made
+
+
+def _name(text: str) -> str:
+    """As MLflow takes names."""
+    return re.sub(r"[^\w\-. /:]", "_", text)

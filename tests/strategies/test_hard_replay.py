@@ -1,0 +1,103 @@
+"""Hard examples: which are kept and drawn, by brute force over every example's own loss."""
+
+import pytest
+import torch
+
+from continual.errors import ConfigError
+from continual.strategy.replay_buffer import ReplayBuffer
+from strategies.hard_replay import HardReplay, losses, name
+from tests.support import toy
+
+
+def loss_by_hand(made, e) -> float:
+    return toy.mean_loss(made.net, [e]).item()
+
+
+def test_an_example_s_loss_is_the_mean_over_its_response_tokens():
+    made = toy.model(torch.float64)
+    assert losses(made, toy.examples(0)) == pytest.approx(
+        {name(e): loss_by_hand(made, e) for e in toy.examples(0)}, rel=1e-9)
+
+
+def test_by_loss_those_of_each_task_are_kept_that_are_hardest_when_it_has_been_learned():
+    made, strategy = toy.model(), HardReplay(capacity=0.25)
+    toy.train(made, strategy, 0)
+    hardest = sorted(toy.examples(0), key=lambda e: -loss_by_hand(made, e))[:3]
+    assert strategy.buffer.tasks["a"] == hardest
+    toy.train(made, strategy, 1)
+    assert strategy.buffer.tasks["a"] == hardest
+    assert strategy.buffer.tasks["b"] == sorted(toy.examples(1), key=lambda e: -loss_by_hand(made, e))[:3]
+
+
+def test_a_full_buffer_gives_up_the_easiest_first():
+    made, strategy = toy.model(), HardReplay(capacity=8)
+    toy.train(made, strategy, 0)
+    before = strategy.buffer.tasks["a"]
+    toy.train(made, strategy, 1)
+    assert strategy.buffer.tasks["a"] == before[:4]
+
+
+def forgetful(capacity: float = 8, among: int = 2):
+    """A model after three stages; which of the first task's examples were kept after it, and their losses then."""
+    made, strategy = toy.model(), HardReplay(by="forgetting", capacity=capacity, among=among)
+    toy.train(made, strategy, 0)
+    kept = [*strategy.buffer.tasks["a"]]
+    then = {name(e): loss_by_hand(made, e) for e in kept}
+    toy.train(made, strategy, 1)
+    return made, strategy, kept, then
+
+
+def test_by_forgetting_those_whose_loss_rose_least_give_way():
+    made, strategy, kept, then = forgetful()
+    rise = {name(e): loss_by_hand(made, e) - then[name(e)] for e in kept}
+    assert strategy.buffer.tasks["a"] == sorted(kept, key=lambda e: -rise[name(e)])[:4]
+    assert strategy.risen == pytest.approx(
+        {**{name(e): rise[name(e)] for e in strategy.buffer.tasks["a"]},
+         **{name(e): 0.0 for e in strategy.buffer.tasks["b"]}}, abs=1e-5)
+
+
+def test_what_was_forgotten_is_measured_from_when_it_was_learned_and_forgotten_with_its_example():
+    made, strategy, _, then = forgetful()
+    toy.train(made, strategy, 2)
+    assert strategy.learned.keys() == strategy.risen.keys() == {name(e) for e in strategy.buffer.examples}
+    for e in strategy.buffer.tasks["a"]:
+        assert strategy.learned[name(e)] == pytest.approx(then[name(e)], abs=1e-5)
+        assert strategy.risen[name(e)] == pytest.approx(loss_by_hand(made, e) - then[name(e)], abs=1e-5)
+
+
+def test_among_all_there_are_a_step_takes_the_most_forgotten():
+    _, strategy, *_ = forgetful(among=99)
+    rank = sorted(strategy.buffer.examples, key=lambda e: -strategy.risen[name(e)])
+    assert [strategy.risen[name(e)] for e in strategy.recall(3)] == [strategy.risen[name(e)] for e in rank[:3]]
+
+
+def test_among_as_many_as_are_needed_the_draw_is_uniform():
+    _, strategy, *_ = forgetful(among=1)
+    assert {name(e) for _ in range(60) for e in strategy.recall(2)} == {name(e) for e in strategy.buffer.examples}
+
+
+def test_more_than_there_are_can_be_recalled():
+    _, strategy, *_ = forgetful()
+    assert len(strategy.recall(20)) == 20
+
+
+def test_by_forgetting_what_is_kept_at_first_is_a_uniform_sample():
+    made, found = toy.model(), set()
+    for seed in range(40):
+        strategy = HardReplay(by="forgetting", capacity=3, seed=seed)
+        strategy.end(made, toy.task(0))
+        found |= {e.id for e in strategy.buffer.examples}
+    assert found == {e.id for e in toy.examples(0)}
+
+
+def test_a_ranked_buffer_keeps_the_first_of_each_task_in_equal_parts():
+    buffer = ReplayBuffer(5, "ranked")
+    buffer.add("a", toy.examples(0))
+    buffer.add("b", toy.examples(1))
+    assert buffer.tasks == {"a": toy.examples(0)[:3], "b": toy.examples(1)[:2]}
+
+
+@pytest.mark.parametrize(("wrong", "told"), [({"by": "lose"}, "did you mean 'loss'"), ({"among": 0}, "at least 1")])
+def test_what_cannot_work_is_refused(wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        HardReplay(**wrong)

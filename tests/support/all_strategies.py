@@ -1,0 +1,42 @@
+"""What every strategy comes to in two stages, in one process or in several that share the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from continual.distributed import processes
+from continual.models.sharding import whole
+from continual.training.recipe import Recipe
+from continual.training.stage import learn
+from tests.support import toy
+from tests.support.strategy_table import TABLE, make, network
+
+RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=5, patience=2, log_every=1)
+
+
+def learned(entry, ready=lambda made: None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of each step of two stages, and all weights and memory after them."""
+    made, strategy, losses = network(entry[0], torch.float64), make(*entry), []
+    ready(made)
+
+    def log(event):
+        losses.extend([event["loss"]] if event["event"] == "step" else [])
+
+    for i in (0, 1):
+        task = toy.Task(toy.NAMES[i], tuple(toy.examples(i, 8)), tuple(toy.examples(i, 5, seed=1)), columns=toy.NAMES)
+        learn(made, task, strategy, RECIPE, seed=i, log=log)
+    kept = {f"memory{path}": t for path, t in toy.memory_tensors(strategy).items()}
+    return losses, {n: whole(t).contiguous() for n, t in {**toy.everything(made), **kept}.items()}
+
+
+def learn_all(out: Path) -> None:
+    """Each process writes what it came to, so that a test can see that they are alike."""
+    with processes.joined("cpu"):
+        for i, entry in enumerate(TABLE):
+            losses, tensors = learned(entry)
+            save_file({n: t.detach().clone() for n, t in tensors.items()}, out / f"{i}-{processes.rank()}.safetensors",
+                      {"losses": json.dumps(losses)})

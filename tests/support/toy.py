@@ -1,0 +1,99 @@
+"""The toy model and tasks of `continual.testing.toy`, and what tests of strategies measure them by."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from hydra import compose as compose_config
+from hydra import initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from continual.data.types import Encoded, Task
+from continual.models.model import Model
+from continual.runs import build
+from continual.runs.rehearse import Ghosts, Stage, rehearse
+from continual.strategy.interface import Strategy
+from continual.testing import toy
+from continual.testing.toy import (
+    NAMES,
+    RECIPE,
+    SHORT,
+    VOCABULARY,
+    close,
+    everything,
+    examples,
+    gradients,
+    in_micro_batches,
+    matrix,
+    memory_tensors,
+    same,
+    task,
+    train,
+)
+from continual.training.recipe import Recipe
+from tests.support.models import network
+
+__all__ = ["NAMES", "RECIPE", "SHORT", "VOCABULARY", "Task", "close", "everything", "examples", "gradients",
+           "in_micro_batches", "matrix", "memory_tensors", "replace", "same", "task", "train"]
+CONF = Path(__file__).parents[2] / "conf" / "strategy"
+
+
+def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", **more) -> Model:
+    """A network of two layers, hidden 32, of this architecture."""
+    return toy.model(dtype, net=network(kind, VOCABULARY, context=toy.CONTEXT, seed=seed), **more)
+
+
+def prompted(dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "llama", **layout) -> Model:
+    """The same model with so many virtual tokens, which alone train."""
+    return toy.prompted(model(dtype, kind=kind, **layout), tokens)
+
+
+@cache
+def config(*overrides: str) -> DictConfig:
+    """The configuration of `continual run` on a stream folder that no one opens; Hydra's global state stays clean."""
+    with initialize_config_module("conf", version_base=None):
+        return compose_config("run", ["stream=folder", "stream.path=x", "out=x", *overrides])
+
+
+def configured(names: str, *overrides: str) -> Strategy:
+    """The strategy of these configs, such as "replay" or "replay,ewc"; their files alone are read, which is quick."""
+    made = OmegaConf.create({"seed": 0, "strategy": {}})
+    for name in names.split(","):
+        made.strategy.merge_with(OmegaConf.load(CONF / f"{name}.yaml"))
+    for told in OverridesParser.create().parse_overrides(list(overrides)):
+        OmegaConf.update(made, told.key_or_group, told.value(), force_add=told.is_add())
+    return build.strategy(made)
+
+
+def rehearsed(network, strategy: Strategy, recipe: Recipe, stages: int = 2) -> list[Stage]:
+    """Stages without numbers, of at most two steps each, on the model that `network` makes."""
+    ghosts = Ghosts()
+    with ghosts.shapes():
+        made = network()
+    ghosts.haunt(made.net)
+    return [rehearse(ghosts, made, task(i), strategy, recipe, steps=2, seed=i) for i in range(stages)]
+
+
+def log_likelihood(net, e: Encoded) -> torch.Tensor:
+    """The response's, straight from the network's own logits at every position; a scalar."""
+    logits = net(input_ids=torch.tensor([e.ids])).logits[0]
+    return sum(logits[t - 1].log_softmax(-1)[e.ids[t]] for t in range(1, len(e.ids)) if e.response[t])
+
+
+def mean_loss(net, chosen: list[Encoded]) -> torch.Tensor:
+    """The mean over the response tokens of all of them, one example at a time; a scalar."""
+    return -sum(log_likelihood(net, e) for e in chosen) / sum(sum(e.response) for e in chosen)
+
+
+@contextmanager
+def no_fused_attention():
+    """Fused attention has no second derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
