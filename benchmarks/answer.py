@@ -1,8 +1,10 @@
-"""Greedy answers to 192 prompts: this engine's, and those of transformers' `generate` on left-padded batches of 16.
+"""Greedy answers to 192 prompts: this engine's, and those of transformers' `generate` on
+left-padded batches of 16.
 
-A Llama of random weights without adapter reads agnews prompts. It hardly ever ends an answer, so each has 4 tokens, as
-the longest labels have. Both arms must answer in the same tokens, or the run fails. On a GPU the weights are bf16 once
-that was compared: before, in fp32, since rounding to bf16 decides between tokens of nearly the same logit.
+A Llama of random weights without adapter reads agnews prompts. It hardly ever ends an answer, so
+each has 4 tokens, as the longest labels have. Both arms must answer in the same tokens, or the run
+fails. On a GPU the weights are bf16 once that was compared: before, in fp32, since rounding to bf16
+decides between tokens of nearly the same logit.
 """
 
 from __future__ import annotations
@@ -24,14 +26,19 @@ TOGETHER, BATCH = 128, 16  # prompts at a time: as score.batch_size has it, and 
 
 
 class Numbers:
-    """A tokenizer whose text is the tokens' numbers: two answers read the same where they are the same tokens."""
+    """A tokenizer whose text is the tokens' numbers: two answers read the same where they are the
+    same tokens.
+    """
 
     def __init__(self, end: int) -> None:
         self.eos_token_id = end
 
     def batch_decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
         """The tokens before the end of each answer; those after it are padding."""
-        return [" ".join(map(str, takewhile(lambda token: token != self.eos_token_id, row))) for row in rows]
+        return [
+            " ".join(map(str, takewhile(lambda token: token != self.eos_token_id, row)))
+            for row in rows
+        ]
 
 
 def model(shape: works.Shape, device: str, dtype: torch.dtype) -> Model:
@@ -57,16 +64,23 @@ def generate(made: Model, prompts: Sequence[Encoded]) -> Step:
             rows = [p.ids for p in prompts[start : start + BATCH]]
             longest = max(map(len, rows))
             ids = torch.tensor([[pad] * (longest - len(r)) + [*r] for r in rows], device=device)
-            mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
+            mask = torch.tensor(
+                [[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device
+            )
             with torch.inference_mode():
-                out = made.net.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
+                out = made.net.generate(
+                    input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW
+                )
             said += made.tokenizer.batch_decode(out[:, longest:].tolist(), skip_special_tokens=True)
         return said
 
     return step
 
 
-ARMS: Mapping[str, Callable[[Model, Sequence[Encoded]], Step]] = {"continual": engine, "generate": generate}
+ARMS: Mapping[str, Callable[[Model, Sequence[Encoded]], Step]] = {
+    "continual": engine,
+    "generate": generate,
+}
 
 
 def build(arm: str, prompts: Sequence[Encoded], *of: Any) -> Step:
@@ -76,14 +90,21 @@ def build(arm: str, prompts: Sequence[Encoded], *of: Any) -> Step:
 
 def run() -> list[Row]:
     """All works; raises RuntimeError where the arms answer differently."""
-    return [one for shape, name, prompts in _works() for one in measure(shape, name, prompts, seconds=12)]
+    return [
+        one
+        for shape, name, prompts in _works()
+        for one in measure(shape, name, prompts, seconds=12)
+    ]
 
 
 def _works() -> Iterator[tuple[str, str, Sequence[Encoded]]]:
     rows = works.rows("agnews", PROMPTS)
     length = 512 if ASKED.gpu else 150
     for shape in ("0.5B", "1.5B") if ASKED.gpu else ("3M",):
-        for name, chosen in (("agnews", rows), (f"{length}-token instruction", works.behind(length, rows))):
+        for name, chosen in (
+            ("agnews", rows),
+            (f"{length}-token instruction", works.behind(length, rows)),
+        ):
             yield shape, name, [_asked(e) for e in chosen]
 
 
@@ -104,8 +125,18 @@ def measure(shape: str, name: str, prompts: Sequence[Encoded], seconds: float) -
     took = medians(interleaved(steps, seconds=seconds))
     memory = peaks({arm: (arm, prompts, size, device, dtype) for arm in ARMS}, build)
     work = f"{shape}{' bf16' if ASKED.gpu else ''}, {name}{works.source()}"
-    return [row("answer", work, arm, took[arm], len(prompts), memory[arm], ratios(arm, ["generate"], took, memory))
-            for arm in ARMS]
+    return [
+        row(
+            "answer",
+            work,
+            arm,
+            took[arm],
+            len(prompts),
+            memory[arm],
+            ratios(arm, ["generate"], took, memory),
+        )
+        for arm in ARMS
+    ]
 
 
 def compare(said: Mapping[str, Sequence[str]]) -> None:

@@ -1,8 +1,10 @@
-"""What the benchmarks share: arms timed step by step in turn, executed FLOPs, peak memory, rows and their table.
+"""What the benchmarks share: arms timed step by step in turn, executed FLOPs, peak memory, rows and
+their table.
 
-A row says what one arm did on one work: {"benchmark", "work", "arm", "median_s", "examples_per_s", "peak_bytes" (above
-the loaded model; None where it was not measured), "ratio_to": {peer: x}} and whatever else the benchmark shows.
-A ratio to "PEER" compares examples a second, more is better; one to "PEER time" or "PEER memory" compares cost.
+A row says what one arm did on one work: {"benchmark", "work", "arm", "median_s", "examples_per_s",
+"peak_bytes" (above the loaded model; None where it was not measured), "ratio_to": {peer: x}} and
+whatever else the benchmark shows. A ratio to "PEER" compares examples a second, more is better; one
+to "PEER time" or "PEER memory" compares cost.
 """
 
 from __future__ import annotations
@@ -47,16 +49,35 @@ class Asked:
 ASKED = Asked()
 
 
-def row(benchmark: str, work: str, arm: str, median_s: float, examples: int, peak_bytes: int | None = None,
-        ratio_to: Mapping[str, float] | None = None, **more: Any) -> Row:
+def row(
+    benchmark: str,
+    work: str,
+    arm: str,
+    median_s: float,
+    examples: int,
+    peak_bytes: int | None = None,
+    ratio_to: Mapping[str, float] | None = None,
+    **more: Any,
+) -> Row:
     """One row; `examples` is how many of them a step of `median_s` seconds takes."""
-    return {"benchmark": benchmark, "work": work, "arm": arm, "median_s": median_s,
-            "examples_per_s": examples / median_s, "peak_bytes": peak_bytes, "ratio_to": dict(ratio_to or {}), **more}
+    return {
+        "benchmark": benchmark,
+        "work": work,
+        "arm": arm,
+        "median_s": median_s,
+        "examples_per_s": examples / median_s,
+        "peak_bytes": peak_bytes,
+        "ratio_to": dict(ratio_to or {}),
+        **more,
+    }
 
 
-def ratios(arm: str, peers: Sequence[str], took: Mapping[str, float], memory: Mapping[str, int | None]
-           ) -> dict[str, float]:
-    """One arm's against each of the other arms that are peers: examples a second, and memory where it was measured."""
+def ratios(
+    arm: str, peers: Sequence[str], took: Mapping[str, float], memory: Mapping[str, int | None]
+) -> dict[str, float]:
+    """One arm's against each of the other arms that are peers: examples a second, and memory where
+    it was measured.
+    """
     found: dict[str, float] = {}
     for peer in (p for p in peers if p in took and p != arm):
         found[peer] = took[peer] / took[arm]
@@ -80,12 +101,15 @@ def timed(step: Step) -> float:
     return time.perf_counter() - began
 
 
-def interleaved(arms: Mapping[str, Step], *, seconds: float, least: int = 5, most: int = 60, warmup: int = 1
-                ) -> dict[str, list[float]]:
-    """The seconds of each arm's steps, in rounds of one step an arm, each round begun by another arm.
+def interleaved(
+    arms: Mapping[str, Step], *, seconds: float, least: int = 5, most: int = 60, warmup: int = 1
+) -> dict[str, list[float]]:
+    """The seconds of each arm's steps, in rounds of one step an arm, each round begun by another
+    arm.
 
-    Rounds go on for `seconds`, but are at least `least` and at most `most`. Whatever else the machine does meanwhile
-    falls on all arms alike, so ratios of medians are sound where the medians themselves are not.
+    Rounds go on for `seconds`, but are at least `least` and at most `most`. Whatever else the
+    machine does meanwhile falls on all arms alike, so ratios of medians are sound where the medians
+    themselves are not.
     """
     names = list(arms)
     for _ in range(warmup):
@@ -118,43 +142,71 @@ def matmul(dtype: torch.dtype, device: torch.device) -> tuple[Step, int]:
 def flops(step: Step) -> int:
     """The FLOPs of the matrix products and attention that one step executes, forward and backward.
 
-    They are counted as they run, so what needs no gradient (the weights below an adapter, positions dropped before the
-    LM head) costs nothing here. On a CPU causal attention counts the half that it needs, on a GPU all of it.
+    They are counted as they run, so what needs no gradient (the weights below an adapter, positions
+    dropped before the LM head) costs nothing here. On a CPU causal attention counts the half that
+    it needs, on a GPU all of it.
     """
-    def forward(q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any) -> int:
+
+    def forward(
+        q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any
+    ) -> int:
         return sdpa_flop(q, k, v) // (1 + causal)
 
-    def backward(g: Any, q: Any, k: Any, v: Any, out: Any, norm: Any, dropout: float = 0.0, causal: bool = False,
-                 *_: Any, **__: Any) -> int:
+    def backward(
+        g: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        norm: Any,
+        dropout: float = 0.0,
+        causal: bool = False,
+        *_: Any,
+        **__: Any,
+    ) -> int:
         return sdpa_backward_flop(g, q, k, v) // (1 + causal)
 
     aten = torch.ops.aten
-    exact = {aten._scaled_dot_product_flash_attention_for_cpu: forward,
-             aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    exact = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
     with FlopCounterMode(display=False, custom_mapping=exact) as counter:
         step()
     return counter.get_total_flops()
 
 
-def peaks(loads: Mapping[str, tuple[Any, ...]], build: Callable[..., Step], steps: int = 2) -> dict[str, int | None]:
-    """The peak memory above the loaded model of `build(*arguments)` and a few of its steps, each in its own process.
+def peaks(
+    loads: Mapping[str, tuple[Any, ...]], build: Callable[..., Step], steps: int = 2
+) -> dict[str, int | None]:
+    """The peak memory above the loaded model of `build(*arguments)` and a few of its steps, each in
+    its own process.
 
     `build` must be importable.
     """
-    return apart({name: (peak, build, arguments, steps) for name, arguments in loads.items()}, build.__module__,
-                 1 if ASKED.gpu else 2)
+    return apart(
+        {name: (peak, build, arguments, steps) for name, arguments in loads.items()},
+        build.__module__,
+        1 if ASKED.gpu else 2,
+    )
 
 
 def apart(calls: Mapping[str, tuple[Any, ...]], module: str, at_once: int = 1) -> dict[str, Any]:
     """What each call, an importable function and its arguments, returns in a process of its own.
 
-    The processes are forked from one that has imported the peers and run nothing, and are asked for the same rows.
+    The processes are forked from one that has imported the peers and run nothing, and are asked for
+    the same rows.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module, "peft", "transformers"])
     threads = max(1, torch.get_num_threads() // at_once)
-    with ProcessPoolExecutor(at_once, mp_context=context, max_tasks_per_child=1, initializer=_ask,
-                             initargs=(threads, ASKED.data, ASKED.gpu)) as pool:
+    with ProcessPoolExecutor(
+        at_once,
+        mp_context=context,
+        max_tasks_per_child=1,
+        initializer=_ask,
+        initargs=(threads, ASKED.data, ASKED.gpu),
+    ) as pool:
         waiting = {name: pool.submit(*call) for name, call in calls.items()}
         return {name: found.result() for name, found in waiting.items()}
 
@@ -166,9 +218,11 @@ def _ask(threads: int, data: Path | None, gpu: bool) -> None:
 
 
 def peak(build: Callable[..., Step], arguments: tuple[Any, ...], steps: int) -> int | None:
-    """How far memory grows in the steps, above what it is once built; None where the system does not tell.
+    """How far memory grows in the steps, above what it is once built; None where the system does
+    not tell.
 
-    What a process maps at its first step, whatever the model (kernels, caches), is part of it: some 20 MB on a CPU.
+    What a process maps at its first step, whatever the model (kernels, caches), is part of it: some
+    20 MB on a CPU.
     """
     step = build(*arguments)
     gc.collect()
@@ -221,8 +275,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _heading(key: str) -> str:
-    return {"median_s": "ms a step", "examples_per_s": "examples/s", "peak_bytes": "MB above the model",
-            "ratio_to": "ratio to"}.get(key, key.replace("_per_s", "/s").replace("_", " "))
+    return {
+        "median_s": "ms a step",
+        "examples_per_s": "examples/s",
+        "peak_bytes": "MB above the model",
+        "ratio_to": "ratio to",
+    }.get(key, key.replace("_per_s", "/s").replace("_", " "))
 
 
 def _cell(key: str, value: Any) -> str:

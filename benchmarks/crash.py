@@ -1,18 +1,22 @@
-"""Runs of four stages, killed (SIGKILL) at random instants and given again until they end: the same end, bit for bit.
+"""Runs of four stages, killed (SIGKILL) at random instants and given again until they end: the same
+end, bit for bit.
 
-`python -m benchmarks.crash [--kills 50] [--strategies NAME ...] [--seed 0] [--out PATH]`. So many kills for each
-strategy of conf/strategy and one composition: half at an instant drawn uniformly over the time that the whole run
-takes, the others aimed at a checkpoint, a scoring or the report being written. One run is killed again and again until
-it ends; then its matrix, steps and tokens, its predictions, and the adapter weights and strategy memory of each stage
-must equal those of the run that was left alone, and another run begins. The table says where the kills hit, by what
-they left on disk.
+`python -m benchmarks.crash [--kills 50] [--strategies NAME ...] [--seed 0] [--out PATH]`. So many
+kills for each strategy of conf/strategy and one composition: half at an instant drawn uniformly
+over the time that the whole run takes, the others aimed at a checkpoint, a scoring or the report
+being written. One run is killed again and again until it ends; then its matrix, steps and tokens,
+its predictions, and the adapter weights and strategy memory of each stage must equal those of the
+run that was left alone, and another run begins. The table says where the kills hit, by what they
+left on disk.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the order of a sum, and so its last bit, depends on the number of threads
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # the order of a sum, and so its last bit, depends on the number of threads
+)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import argparse
@@ -49,19 +53,37 @@ class Kill:
 
 
 def write_work(root: Path) -> list[str]:
-    """A stream of four tasks and a small random Llama, written into `root`; returns the keys of a run on them."""
+    """A stream of four tasks and a small random Llama, written into `root`; returns the keys of a
+    run on them.
+    """
     from benchmarks.works import write_small
 
     parts = (("train", range(24)), ("dev", range(24, 26)), ("test", range(26, 32)))
     rows = {task: {split: [_row(task, i) for i in part] for split, part in parts} for task in TASKS}
-    return [*write_small(root, rows), "model.adapter=lora", "train.epochs=3", "train.batch_size=6",
-            "train.log_every=1", "train.lr=0.003", "checkpoint.every_steps=2"]
+    return [
+        *write_small(root, rows),
+        "model.adapter=lora",
+        "train.epochs=3",
+        "train.batch_size=6",
+        "train.log_every=1",
+        "train.lr=0.003",
+        "checkpoint.every_steps=2",
+    ]
 
 
 def _row(task: str, i: int) -> dict[str, str]:
     words = [WORDS[i % 8], WORDS[(i * 3 + i // 8 + 1) % 8]]
-    answers = {"first": words[0], "last": words[-1], "loud": words[0].upper(), "both": " ".join(words[::-1])}
-    return {"instruction": f"Give the {task} word.", "input": " ".join(words), "output": answers[task]}
+    answers = {
+        "first": words[0],
+        "last": words[-1],
+        "loud": words[0].upper(),
+        "both": " ".join(words[::-1]),
+    }
+    return {
+        "instruction": f"Give the {task} word.",
+        "input": " ".join(words),
+        "output": answers[task],
+    }
 
 
 def child(work: Callable[[], None], log: Path) -> int:
@@ -87,6 +109,7 @@ def child(work: Callable[[], None], log: Path) -> int:
 
 def start(out: Path, keys: Sequence[str]) -> int:
     """A run in a process of its own; returns its number."""
+
     def work() -> None:
         from rich.console import Console
 
@@ -101,7 +124,9 @@ def start(out: Path, keys: Sequence[str]) -> int:
 def finish(number: int, out: Path) -> None:
     """Wait for a process; raises RuntimeError with what it said where it failed."""
     if code := os.waitpid(number, 0)[1]:
-        raise RuntimeError(f"a run in {out} ended with {code}:\n{out.with_suffix('.log').read_text()[-4000:]}")
+        raise RuntimeError(
+            f"a run in {out} ended with {code}:\n{out.with_suffix('.log').read_text()[-4000:]}"
+        )
 
 
 def killed(number: int, kill: Kill) -> bool:
@@ -121,16 +146,22 @@ def killed(number: int, kill: Kill) -> bool:
 def aimed(out: Path, aim: str, whole: float, rng: random.Random) -> Kill:
     """An instant of that kind."""
     if aim == "checkpoint":
-        skip, names = rng.randrange(6), set[str]()  # of those that this process writes, the one after so many
+        skip, names = (
+            rng.randrange(6),
+            set[str](),
+        )  # of those that this process writes, the one after so many
         since = time.time()
 
         def writing() -> bool:
             names.update(half_written(out, since))
             return len(names) > skip
+
         return Kill(writing, rng.uniform(0, 0.004))
     if aim == "scoring":
         stage = max(0, rows(out)) + rng.randrange(2)
-        return Kill(lambda: any((out / f"predictions/stage-{stage:02d}").glob("*")), rng.uniform(0, 0.1))
+        return Kill(
+            lambda: any((out / f"predictions/stage-{stage:02d}").glob("*")), rng.uniform(0, 0.1)
+        )
     if aim == "report":
         return Kill(lambda: rows(out) > stages(out), rng.uniform(0, 0.5))
     return Kill(lambda: True, rng.uniform(0, whole))
@@ -166,7 +197,9 @@ def half_written(out: Path, since: float) -> list[str]:
 
 
 def place(out: Path, starts: int, since: float) -> str:
-    """What the kill interrupted, by what it left; `starts` is `begun` before that process, `since` its start."""
+    """What the kill interrupted, by what it left; `starts` is `begun` before that process, `since`
+    its start.
+    """
     if begun(out) == starts:
         return "setting up"
     if half_written(out, since):
@@ -187,7 +220,10 @@ def differences(whole: Path, other: Path) -> Iterator[str]:
         if one["cost"][key] != two["cost"][key]:
             yield f"cost.{key}: {one['cost'][key]} and {two['cost'][key]}"
     kept = ("predictions/*/[!.]*", "checkpoints/*/weights.safetensors", "checkpoints/*/memory.*")
-    files = [sorted(p.relative_to(out) for pattern in kept for p in out.glob(pattern)) for out in (whole, other)]
+    files = [
+        sorted(p.relative_to(out) for pattern in kept for p in out.glob(pattern))
+        for out in (whole, other)
+    ]
     if files[0] != files[1] or not files[0]:
         yield f"files: {sorted(map(str, set(files[0]) ^ set(files[1])))}"
     for path in set(files[0]) & set(files[1]):
@@ -213,7 +249,9 @@ class Told:
 
 
 def survive(root: Path, strategy: str, keys: Sequence[str], kills: int, rng: random.Random) -> Told:
-    """Kill runs so many times, and let the last one end; raises RuntimeError where a run cannot go on."""
+    """Kill runs so many times, and let the last one end; raises RuntimeError where a run cannot go
+    on.
+    """
     from benchmarks.works import NEEDED
 
     keys, whole = [*keys, f"strategy={strategy}", *NEEDED.get(strategy, [])], root / "whole"
@@ -241,30 +279,63 @@ def survive(root: Path, strategy: str, keys: Sequence[str], kills: int, rng: ran
 def table(told: Sequence[Told]) -> str:
     """One row a strategy, and all of them."""
     heads = ["strategy", "kills", *PLACES, "runs ended", "equal"]
-    total = Told("all", sum((t.places for t in told), Counter()), sum(t.runs for t in told), sum(t.equal for t in told))
+    total = Told(
+        "all",
+        sum((t.places for t in told), Counter()),
+        sum(t.runs for t in told),
+        sum(t.equal for t in told),
+    )
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += ["| " + " | ".join(map(str, [t.strategy, t.kills, *(t.places[p] for p in PLACES), t.runs,
-                                          f"{t.equal} of {t.runs}"])) + " |" for t in (*told, total)]
+    lines += [
+        "| "
+        + " | ".join(
+            map(
+                str,
+                [
+                    t.strategy,
+                    t.kills,
+                    *(t.places[p] for p in PLACES),
+                    t.runs,
+                    f"{t.equal} of {t.runs}",
+                ],
+            )
+        )
+        + " |"
+        for t in (*told, total)
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Kill as the command line asks; exits with 1 where a run ended in anything else."""
     names = [*sorted(p.stem for p in STRATEGIES.glob("*.yaml")), COMPOSED]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.crash",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="for each strategy")
-    parser.add_argument("--strategies", nargs="+", default=names, metavar="NAME", help="all there are, if not given")
+    parser.add_argument(
+        "--strategies", nargs="+", default=names, metavar="NAME", help="all there are, if not given"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULT, metavar="PATH", help="where the table goes")
+    parser.add_argument(
+        "--out", type=Path, default=RESULT, metavar="PATH", help="where the table goes"
+    )
     asked = parser.parse_args()
     import torch
 
     from benchmarks.common import machine
     from continual.tracking import events
 
-    for name in ("continual.runs.run", "continual.reports.plots", "continual.reports.pages", "streams.folder", "peft",
-                 *(f"strategies.{p.stem}" for p in (STRATEGIES.parents[1] / "strategies").glob("[!_]*.py"))):
+    for name in (
+        "continual.runs.run",
+        "continual.reports.plots",
+        "continual.reports.pages",
+        "streams.folder",
+        "peft",
+        *(f"strategies.{p.stem}" for p in (STRATEGIES.parents[1] / "strategies").glob("[!_]*.py")),
+    ):
         import_module(name)  # for the children
     torch.set_num_threads(1)
     events.quiet()
@@ -274,10 +345,17 @@ def main() -> None:
         for name in asked.strategies:
             root = Path(folder_name) / name.strip("[]").replace(",", "-")
             root.mkdir()
-            told.append(survive(root, name, keys, asked.kills, random.Random(f"{asked.seed}/{name}")))
-            print(f"{name}: {told[-1].kills} kills, {told[-1].equal} of {told[-1].runs} runs equal", flush=True)
-            asked.out.write_text(f"# crash\n\n{__doc__.strip()}\n\nIn {time.monotonic() - began:.0f} s, seed "
-                                 f"{asked.seed}, on {machine()}.\n\n{table(told)}")
+            told.append(
+                survive(root, name, keys, asked.kills, random.Random(f"{asked.seed}/{name}"))
+            )
+            print(
+                f"{name}: {told[-1].kills} kills, {told[-1].equal} of {told[-1].runs} runs equal",
+                flush=True,
+            )
+            asked.out.write_text(
+                f"# crash\n\n{__doc__.strip()}\n\nIn {time.monotonic() - began:.0f} s, seed "
+                f"{asked.seed}, on {machine()}.\n\n{table(told)}"
+            )
     print(asked.out.read_text())
     sys.exit(any(t.equal < t.runs for t in told))
 

@@ -1,9 +1,10 @@
-"""Fuzz the readers of files that others may have written: `python -m benchmarks.fuzz [READER ...] [--seconds N]`.
+"""Fuzz the readers of files that others may have written: `python -m benchmarks.fuzz [READER ...]
+[--seconds N]`.
 
-Whatever the bytes, a reader returns or raises a ContinualError, soon and in bounded memory. This drives them by atheris
-(`pip install atheris`), which seeks bytes that reach new lines of theirs; tests/test_fuzz.py drives the same ones by
-hypothesis. A finding is written to --out as one file, named after the reader and what came out of it; it prints how
-many executions each reader had.
+Whatever the bytes, a reader returns or raises a ContinualError, soon and in bounded memory. This
+drives them by atheris (`pip install atheris`), which seeks bytes that reach new lines of theirs;
+tests/test_fuzz.py drives the same ones by hypothesis. A finding is written to --out as one file,
+named after the reader and what came out of it; it prints how many executions each reader had.
 """
 
 from __future__ import annotations
@@ -21,15 +22,42 @@ from typing import Any
 
 ROW = {"instruction": "Say it.", "input": "red", "output": ["red"], "id": "a"}
 MATRIX: dict[str, Any] = {
-    "schema": 1, "stream": "s", "order": "o", "strategy": "naive", "seed": 0, "tasks": ["a", "b"],
-    "metrics": {"a": "exact_match", "b": "exact_match"}, "stages": ["base", "a", "b"],
-    "scores": [[0.0, 0.0], [1.0, 0.5], [0.5, 1.0]], "counts": [1, 1], "cost": {"seconds": 1.0}, "summary": {}}
+    "schema": 1,
+    "stream": "s",
+    "order": "o",
+    "strategy": "naive",
+    "seed": 0,
+    "tasks": ["a", "b"],
+    "metrics": {"a": "exact_match", "b": "exact_match"},
+    "stages": ["base", "a", "b"],
+    "scores": [[0.0, 0.0], [1.0, 0.5], [0.5, 1.0]],
+    "counts": [1, 1],
+    "cost": {"seconds": 1.0},
+    "summary": {},
+}
 ANSWER = {"id": "a", "prompt": "Say it.", "answer": "red", "references": ["red"], "score": 1.0}
-STEP = {"event": "step", "time": 1.0, "stage": 1, "task": "a", "step": 5, "steps": 9, "loss": 0.5, "lr": 0.1,
-        "tokens": 9, "seconds": 1.0, "notes": {"weight/a": 0.5}}
+STEP = {
+    "event": "step",
+    "time": 1.0,
+    "stage": 1,
+    "task": "a",
+    "step": 5,
+    "steps": 9,
+    "loss": 0.5,
+    "lr": 0.1,
+    "tokens": 9,
+    "seconds": 1.0,
+    "notes": {"weight/a": 0.5},
+}
 EXAMPLE = {"example": {"id": "e", "task": 0, "text": "x", "ids": "1 2", "response": "01"}}
-BUFFER = {"capacity": 1, "kind": "balanced", "seed": 0, "tasks": {"dict": [["a", [EXAMPLE]]]}, "seen": 1,
-          "rng": {"random": [3, [1] * 625, None]}}
+BUFFER = {
+    "capacity": 1,
+    "kind": "balanced",
+    "seed": 0,
+    "tasks": {"dict": [["a", [EXAMPLE]]]},
+    "seen": 1,
+    "rng": {"random": [3, [1] * 625, None]},
+}
 
 
 def _put(folder: Path, name: str, raw: bytes) -> Path:
@@ -54,6 +82,7 @@ def _page(folder: Path) -> None:
 
 def _in_run(name: str) -> Callable[[Path, bytes], None]:
     """A reader of one file of a run folder whose other files are sound."""
+
     def read(folder: Path, raw: bytes) -> None:
         _put(folder, "matrix.json", json.dumps(MATRIX).encode())
         path = _put(folder, name, raw)
@@ -143,26 +172,113 @@ def _json(value: Any) -> bytes:
 
 # Each reader, with a file that it reads.
 READERS: dict[str, tuple[Callable[[Path, bytes], None], bytes]] = {
-    "rows": (rows, _json(ROW) + b"\n" + _json({"prompt": "x", "answer": "y"}) + b"\n" + _json(
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}) + b"\n"),
-    "stream": (stream, _json({"stream": "s", "orders": {"o": ["a"]}, "tasks": [
-        {"name": "a", "dir": "a", "category": "c", "metric": "exact_match", "labels": ["x"]}]})),
+    "rows": (
+        rows,
+        _json(ROW)
+        + b"\n"
+        + _json({"prompt": "x", "answer": "y"})
+        + b"\n"
+        + _json(
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+        )
+        + b"\n",
+    ),
+    "stream": (
+        stream,
+        _json(
+            {
+                "stream": "s",
+                "orders": {"o": ["a"]},
+                "tasks": [
+                    {
+                        "name": "a",
+                        "dir": "a",
+                        "category": "c",
+                        "metric": "exact_match",
+                        "labels": ["x"],
+                    }
+                ],
+            }
+        ),
+    ),
     "matrix": (_in_run("matrix.json"), _json(MATRIX)),
-    "events": (_in_run("events.jsonl"), b"\n".join(map(_json, (
-        STEP, {"event": "data", "skipped": 2}, {"event": "stage", "stage": 1, "task": "a", "seconds": 1.0, "tokens": 3},
-        {"event": "checkpoint", "stage": 1, "bytes": 9, "memory_bytes": 9})))),
+    "events": (
+        _in_run("events.jsonl"),
+        b"\n".join(
+            map(
+                _json,
+                (
+                    STEP,
+                    {"event": "data", "skipped": 2},
+                    {"event": "stage", "stage": 1, "task": "a", "seconds": 1.0, "tokens": 3},
+                    {"event": "checkpoint", "stage": 1, "bytes": 9, "memory_bytes": 9},
+                ),
+            )
+        ),
+    ),
     "predictions": (_in_run("predictions/stage-02/a.jsonl"), _json(ANSWER) + b"\n"),
-    "config": (config, b"seed: 0\nout: runs/x\nmodel:\n  _target_: continual.models.loading.hf\n  lr: 1.0e-3\n  a: [1, 'b']\n"),
-    "curve": (curve, _json({"schema": 1, "task": "a", "metric": "exact_match", "start": "base",
-                            "points": [{"shots": 1, "step": 0, "score": 0.5}]})),
+    "config": (
+        config,
+        b"seed: 0\nout: runs/x\nmodel:\n  _target_: continual.models.loading.hf\n  lr: 1.0e-3\n  a: [1, 'b']\n",
+    ),
+    "curve": (
+        curve,
+        _json(
+            {
+                "schema": 1,
+                "task": "a",
+                "metric": "exact_match",
+                "start": "base",
+                "points": [{"shots": 1, "step": 0, "score": 0.5}],
+            }
+        ),
+    ),
     "manifest": (manifest, _json({"memory.json": {"bytes": 2, "sha256": "0"}})),
-    "memory": (memory, _json({"dict": [["n", [1, 2.5, None, True, "x", {"tensor": "x"}]],
-                                       ["b", {"value": "ReplayBuffer", "fields": BUFFER}]]})),
+    "memory": (
+        memory,
+        _json(
+            {
+                "dict": [
+                    ["n", [1, 2.5, None, True, "x", {"tensor": "x"}]],
+                    ["b", {"value": "ReplayBuffer", "fields": BUFFER}],
+                ]
+            }
+        ),
+    ),
     "tensors": (tensors, TENSORS),
 }
-WORDS = ("1e999999", "NaN", "-Infinity", "9" * 20, "\\u0000", "\\ud800", "null", "true", "{}", "[]", '""',
-         "${oc.env:HOME}", "!!python/object/apply:os.system", "&a [", "*a", "_target_", "../..", "/etc/passwd", *ROW,
-         *MATRIX, *STEP, *ANSWER, "tensor", "random", "example", "value", "fields", "dict", "dtype", "data_offsets")
+WORDS = (
+    "1e999999",
+    "NaN",
+    "-Infinity",
+    "9" * 20,
+    "\\u0000",
+    "\\ud800",
+    "null",
+    "true",
+    "{}",
+    "[]",
+    '""',
+    "${oc.env:HOME}",
+    "!!python/object/apply:os.system",
+    "&a [",
+    "*a",
+    "_target_",
+    "../..",
+    "/etc/passwd",
+    *ROW,
+    *MATRIX,
+    *STEP,
+    *ANSWER,
+    "tensor",
+    "random",
+    "example",
+    "value",
+    "fields",
+    "dict",
+    "dtype",
+    "data_offsets",
+)
 
 
 def attempt(name: str, folder: Path, raw: bytes) -> Exception | None:
@@ -180,9 +296,14 @@ def attempt(name: str, folder: Path, raw: bytes) -> Exception | None:
 
 def main() -> None:
     """Fuzz the readers that the command line names, all at once: the first byte picks one."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="READER", help=f"of {', '.join(READERS)}; all if none is given")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="READER", help=f"of {', '.join(READERS)}; all if none is given"
+    )
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("findings"), metavar="DIR")
     asked = parser.parse_args()
@@ -213,10 +334,23 @@ def main() -> None:
 
     for i, name in enumerate(names):
         _put(Path(scratch), f"corpus/{name}", bytes([i]) + READERS[name][1])
-    (Path(scratch) / "words").write_text("".join(f"{json.dumps(w)}\n" for w in WORDS if w.isascii() and "\\" not in w))
-    atheris.Setup([sys.argv[0], f"{scratch}/corpus", f"-dict={scratch}/words", f"-max_total_time={asked.seconds}",
-                   "-max_len=2000", "-timeout=60", "-rss_limit_mb=4096", f"-artifact_prefix={scratch}/",
-                   "-verbosity=0"], one)
+    (Path(scratch) / "words").write_text(
+        "".join(f"{json.dumps(w)}\n" for w in WORDS if w.isascii() and "\\" not in w)
+    )
+    atheris.Setup(
+        [
+            sys.argv[0],
+            f"{scratch}/corpus",
+            f"-dict={scratch}/words",
+            f"-max_total_time={asked.seconds}",
+            "-max_len=2000",
+            "-timeout=60",
+            "-rss_limit_mb=4096",
+            f"-artifact_prefix={scratch}/",
+            "-verbosity=0",
+        ],
+        one,
+    )
     atheris.Fuzz()
 
 

@@ -1,9 +1,9 @@
 """The leaderboard: what comparisons came to, with 95% intervals, as docs/leaderboard.md.
 
-`python -m benchmarks.leaderboard DIR ...` writes it from comparison folders, which `continual compare` made, a table
-for each stream; what people have written under its last heading stays. `python -m benchmarks.leaderboard --tuned DIR
-...` prints what searches (`continual compare experiment=tune`) found, as the key `tuned` of
-conf/experiment/leaderboard.yaml.
+`python -m benchmarks.leaderboard DIR ...` writes it from comparison folders, which `continual
+compare` made, a table for each stream; what people have written under its last heading stays.
+`python -m benchmarks.leaderboard --tuned DIR ...` prints what searches (`continual compare
+experiment=tune`) found, as the key `tuned` of conf/experiment/leaderboard.yaml.
 
 Intervals are Student's, over the runs of a strategy (continual/results/uncertainty.py).
 """
@@ -24,7 +24,13 @@ from continual.results.run_folder import Group, Run, find, grouped
 from continual.results.uncertainty import over_runs
 from continual.runs.compare import BEST
 
-COLUMNS = ("average_performance", "forgetting", "backward_transfer", "forward_transfer", "learning_accuracy")
+COLUMNS = (
+    "average_performance",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "learning_accuracy",
+)
 PATH = Path(__file__).parents[1] / "docs" / "leaderboard.md"
 SAID = "\n## What the figures say\n"
 FLOOR, CEILINGS = "naive", ("joint", "per_task")
@@ -32,11 +38,24 @@ FLOOR, CEILINGS = "naive", ("joint", "per_task")
 
 def main() -> None:
     """Write or print what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.leaderboard", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of continual compare")
-    parser.add_argument("--tuned", action="store_true", help="they are searches: print what they found")
-    parser.add_argument("--to", type=Path, default=PATH, metavar="PATH", help="another file than docs/leaderboard.md")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.leaderboard",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="folders of continual compare"
+    )
+    parser.add_argument(
+        "--tuned", action="store_true", help="they are searches: print what they found"
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=PATH,
+        metavar="PATH",
+        help="another file than docs/leaderboard.md",
+    )
     asked = parser.parse_args()
     if asked.tuned:
         print(tuned(asked.folders))
@@ -55,13 +74,19 @@ def page(folders: Sequence[Path]) -> str:
     commands = "\n".join(command for folder in folders for command in comparison.commands(folder))
     left = f"\nNot finished, and in no mean: {', '.join(waiting)}.\n" if waiting else ""
     again = " ".join(map(str, folders))
-    return (f"# Leaderboard\n\nMade by\n\n```bash\n{commands}\npython -m benchmarks.leaderboard {again}\n```\n\n"
-            f"on {machine()}. Scores are in percent, on the {' and '.join(sorted(_splits(runs)))} rows: the mean over "
-            "the runs and its 95% interval. A ceiling learns all tasks at once (joint) or each with weights of its own "
-            "(per_task); the floor does nothing against forgetting. Seconds are those of a run, training and scoring "
-            f"together; stored is the strategy's memory in its last checkpoint.\n{left}\n"
-            + "\n".join(f"## {stream}\n\n{_facts(those)}\n\n{table(grouped(those))}" for stream, those in
-                        streams.items()))
+    return (
+        f"# Leaderboard\n\nMade by\n\n```bash\n{commands}\npython -m benchmarks.leaderboard "
+        f"{again}\n```\n\non {machine()}. Scores are in percent, on the "
+        f"{' and '.join(sorted(_splits(runs)))} rows: the mean over the runs and its 95% "
+        "interval. A ceiling learns all tasks at once (joint) or each with weights of its own "
+        "(per_task); the floor does nothing against forgetting. Seconds are those of a run, "
+        "training and scoring together; stored is the strategy's memory in its last "
+        f"checkpoint.\n{left}\n"
+        + "\n".join(
+            f"## {stream}\n\n{_facts(those)}\n\n{table(grouped(those))}"
+            for stream, those in streams.items()
+        )
+    )
 
 
 def _splits(runs: Sequence[Run]) -> set[str]:
@@ -72,23 +97,44 @@ def _facts(runs: Sequence[Run]) -> str:
     """What was run."""
     seeds = sorted({str(run.matrix.seed) for run in runs})
     orders = sorted({run.matrix.order for run in runs})
-    return (f"{len({task for run in runs for task in run.matrix.tasks})} tasks; orders {', '.join(orders)}; seeds "
-            f"{', '.join(seeds)}.")
+    return (
+        f"{len({task for run in runs for task in run.matrix.tasks})} tasks; orders "
+        f"{', '.join(orders)}; seeds {', '.join(seeds)}."
+    )
 
 
 def table(groups: Sequence[Group]) -> str:
     """A row a strategy: ceilings, then by average performance; the best of the others in bold."""
     ranked = sorted(groups, key=lambda g: (g.label not in CEILINGS, -(g.mean(COLUMNS[0]) or -1)))
-    heads = ["strategy", "runs", *(f"{MEANINGS[name].title} {MEANINGS[name].arrow}" for name in COLUMNS), "seconds",
-             "stored"]
+    heads = [
+        "strategy",
+        "runs",
+        *(f"{MEANINGS[name].title} {MEANINGS[name].arrow}" for name in COLUMNS),
+        "seconds",
+        "stored",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     arms = [g for g in ranked if g.label not in (FLOOR, *CEILINGS)]
-    best = {name: _best([g.mean(name) for g in arms], MEANINGS[name].better == "higher") for name in COLUMNS}
+    best = {
+        name: _best([g.mean(name) for g in arms], MEANINGS[name].better == "higher")
+        for name in COLUMNS
+    }
     for g in ranked:
         kind = " (floor)" if g.label == FLOOR else " (ceiling)" if g.label in CEILINGS else ""
         cells = [_cell(g, name, best[name] if g in arms else None) for name in COLUMNS]
-        lines.append("| " + " | ".join([f"{g.label}{kind}", str(g.done), *cells, seconds(g.mean("seconds")),
-                                        size(stored(g))]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    f"{g.label}{kind}",
+                    str(g.done),
+                    *cells,
+                    seconds(g.mean("seconds")),
+                    size(stored(g)),
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -100,12 +146,16 @@ def _best(values: Sequence[float | None], higher: bool) -> float | None:
 def _cell(group: Group, name: str, best: float | None) -> str:
     """The mean and its interval."""
     value, span = group.mean(name), over_runs(group.values(name))
-    told = percent(value, MEANINGS[name].signed) + (f" ± {50 * (span.high - span.low):.1f}" if span else "")
+    told = percent(value, MEANINGS[name].signed) + (
+        f" ± {50 * (span.high - span.low):.1f}" if span else ""
+    )
     return f"**{told}**" if best is not None and value == best else told or NONE
 
 
 def stored(group: Group) -> float | None:
-    """The bytes of the strategy's memory at the end, in the mean over the runs; None where a run does not say."""
+    """The bytes of the strategy's memory at the end, in the mean over the runs; None where a run
+    does not say.
+    """
     last = [run.events("checkpoint")[-1:] for run in group.runs if run.matrix.finished]
     return mean(events[0].get("memory_bytes") if events else None for events in last)
 
@@ -119,8 +169,11 @@ def tuned(folders: Sequence[Path]) -> str:
         for key, value in told["best_params"].items():
             _, name, setting = key.split(".", 2)
             found.setdefault(name, {})[setting] = json.dumps(value)
-        lines += [f"  {name}: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}  # {told['best_value']:.3f}"
-                  for name, keys in found.items()]
+        lines += [
+            f"  {name}: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}  # "
+            f"{told['best_value']:.3f}"
+            for name, keys in found.items()
+        ]
     return "\n".join(lines)
 
 

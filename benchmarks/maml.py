@@ -1,13 +1,16 @@
-"""One MAML meta-gradient over 4 tasks, 8 examples and 5 inner steps each: this engine's, and learn2learn's.
+"""One MAML meta-gradient over 4 tasks, 8 examples and 5 inner steps each: this engine's, and
+learn2learn's.
 
 - continual: `strategies.maml.MAML` through the engine, on a batch whose examples belong to 4 tasks.
-- learn2learn: `algorithms.MAML`, cloned and adapted for each task, on padded batches with prompts labelled -100. LoRA
-  takes its `allow_nograd`. Each query loss is weighted by its task's share of the response tokens, as ours are.
+- learn2learn: `algorithms.MAML`, cloned and adapted for each task, on padded batches with prompts
+  labelled -100. LoRA takes its `allow_nograd`. Each query loss is weighted by its task's share of
+  the response tokens, as ours are.
 
-LoRA (r=8 on q and v); the tasks are parts of agnews. Half of a task's examples lead to its fast weights, the other half
-are its query. Both arms use SDPA's math kernel for the second order: the fused ones have no second derivative. Their
-meta-gradients must be equal but for rounding, or the run fails; on a GPU they are compared in fp32 and then run in
-bf16. "ratio to" is in examples a second.
+LoRA (r=8 on q and v); the tasks are parts of agnews. Half of a task's examples lead to its fast
+weights, the other half are its query. Both arms use SDPA's math kernel for the second order: the
+fused ones have no second derivative. Their meta-gradients must be equal but for rounding, or the
+run fails; on a GPU they are compared in fp32 and then run in bf16. "ratio to" is in examples a
+second.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ INNER_STEPS, INNER_LR, ALLOWED = 5, 0.1, 1e-4
 
 def engine(made: Model, tasks: Sequence[Sequence[Encoded]], second_order: bool) -> Step:
     """Ours."""
-    strategy = MAML(capacity=0, inner_lr=INNER_LR, inner_steps=INNER_STEPS, second_order=second_order)
+    strategy = MAML(
+        capacity=0, inner_lr=INNER_LR, inner_steps=INNER_STEPS, second_order=second_order
+    )
     examples = [e for rows in tasks for e in rows]
 
     def step() -> None:
@@ -74,15 +79,22 @@ def labelled(made: Model, rows: Sequence[Encoded]) -> dict[str, Tensor]:
     longest = max(len(e.ids) for e in rows)
 
     def padded(of: Callable[[Encoded], list[int]], by: int) -> Tensor:
-        return torch.tensor([of(e) + [by] * (longest - len(e.ids)) for e in rows], device=made.layout.device)
+        return torch.tensor(
+            [of(e) + [by] * (longest - len(e.ids)) for e in rows], device=made.layout.device
+        )
 
-    return {"input_ids": padded(lambda e: list(e.ids), made.layout.pad),
-            "attention_mask": padded(lambda e: [1] * len(e.ids), 0),
-            "labels": padded(lambda e: [t if r else -100 for t, r in zip(e.ids, e.response, strict=True)], -100)}
+    return {
+        "input_ids": padded(lambda e: list(e.ids), made.layout.pad),
+        "attention_mask": padded(lambda e: [1] * len(e.ids), 0),
+        "labels": padded(
+            lambda e: [t if r else -100 for t, r in zip(e.ids, e.response, strict=True)], -100
+        ),
+    }
 
 
 ARMS: Mapping[str, Callable[[Model, Sequence[Sequence[Encoded]], bool], Step]] = {
-    "continual": engine, "learn2learn": learn2learn,
+    "continual": engine,
+    "learn2learn": learn2learn,
 }
 
 
@@ -92,14 +104,22 @@ def build(arm: str, tasks: Sequence[Sequence[Encoded]], second_order: bool, *of:
 
 
 def run() -> list[Row]:
-    """First and second order; raises RuntimeError where the meta-gradients differ by more than rounding."""
+    """First and second order; raises RuntimeError where the meta-gradients differ by more than
+    rounding.
+    """
     shape = "0.5B" if ASKED.gpu else "3M"
     rows = works.rows("agnews", TASKS * EXAMPLES)
     tasks = [[replace(e, task=i) for e in rows[i::TASKS]] for i in range(TASKS)]
-    return [one for second_order in (False, True) for one in measure(shape, tasks, second_order, seconds=20)]
+    return [
+        one
+        for second_order in (False, True)
+        for one in measure(shape, tasks, second_order, seconds=20)
+    ]
 
 
-def measure(shape: str, tasks: Sequence[Sequence[Encoded]], second_order: bool, seconds: float) -> list[Row]:
+def measure(
+    shape: str, tasks: Sequence[Sequence[Encoded]], second_order: bool, seconds: float
+) -> list[Row]:
     """Each arm's row, once they have agreed."""
     of = works.SHAPES[shape], "lora", ASKED.gpu, ASKED.device.type
     made = works.stirred(*of)
@@ -114,13 +134,26 @@ def measure(shape: str, tasks: Sequence[Sequence[Encoded]], second_order: bool, 
     took = medians(interleaved(steps, seconds=seconds, warmup=0))
     memory = peaks({arm: (arm, tasks, second_order, *of) for arm in ARMS}, build, steps=1)
     work = f"{shape} LoRA{' bf16' if ASKED.gpu else ''}, {'second' if second_order else 'first'} order{works.source()}"
-    return [row("maml", work, arm, took[arm], sum(map(len, tasks)), memory[arm],
-                ratios(arm, ["learn2learn"], took, memory)) for arm in ARMS]
+    return [
+        row(
+            "maml",
+            work,
+            arm,
+            took[arm],
+            sum(map(len, tasks)),
+            memory[arm],
+            ratios(arm, ["learn2learn"], took, memory),
+        )
+        for arm in ARMS
+    ]
 
 
 def compare(found: Mapping[str, Weights]) -> None:
     """Raise RuntimeError unless both arms have the same meta-gradient but for rounding."""
-    ours, theirs = (torch.cat([g.flatten() for g in found[arm].values()]) for arm in ("continual", "learn2learn"))
+    ours, theirs = (
+        torch.cat([g.flatten() for g in found[arm].values()])
+        for arm in ("continual", "learn2learn")
+    )
     apart = ((ours - theirs).norm() / ours.norm()).item()
     if not apart < ALLOWED:
         raise RuntimeError(f"the meta-gradient of learn2learn differs by {apart:.1e}")

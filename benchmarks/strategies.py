@@ -1,10 +1,12 @@
-"""What each strategy keeps, what its step costs, and what it has to be told: the README's table of them.
+"""What each strategy keeps, what its step costs, and what it has to be told: the README's table of
+them.
 
-`python -m benchmarks.strategies [NAME ...] [--to PATH]`. What a strategy stores and costs as a formula is what its
-class says; the rest is measured, on the embedded stream and its small model, after five short stages and at the end of
-a sixth: the bytes of the memory in a checkpoint, the CPU time of a step beside naive's on the same new examples (the
-two in turn, medians), whether examples of earlier tasks are kept, and whether the strategy learns something else where
-examples do not say of which task they are.
+`python -m benchmarks.strategies [NAME ...] [--to PATH]`. What a strategy stores and costs as a
+formula is what its class says; the rest is measured, on the embedded stream and its small model,
+after five short stages and at the end of a sixth: the bytes of the memory in a checkpoint, the CPU
+time of a step beside naive's on the same new examples (the two in turn, medians), whether examples
+of earlier tasks are kept, and whether the strategy learns something else where examples do not say
+of which task they are.
 """
 
 from __future__ import annotations
@@ -39,16 +41,32 @@ from continual.training.stage import learn
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- strategies -->\n", "<!-- /strategies -->"
-HEADS = ("strategy", "stores", "here", "a step takes", "here", "old data", "task identity in training", "in tests")
+HEADS = (
+    "strategy",
+    "stores",
+    "here",
+    "a step takes",
+    "here",
+    "old data",
+    "task identity in training",
+    "in tests",
+)
 STEPS, ROUNDS = 5, 25
 
 
 def main() -> None:
     """Measure the named strategies, all by default, and write their rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.strategies", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="all if none is given; others keep their rows")
-    parser.add_argument("--to", type=Path, default=README, metavar="PATH", help="a file with the table's two marks")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.strategies",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="all if none is given; others keep their rows"
+    )
+    parser.add_argument(
+        "--to", type=Path, default=README, metavar="PATH", help="a file with the table's two marks"
+    )
     asked = parser.parse_args()
     for choice in choices("strategy"):
         if not asked.names or choice.name in asked.names:
@@ -65,10 +83,16 @@ def rows(text: str) -> dict[str, str]:
 
 
 def written(text: str, known: dict[str, str]) -> str:
-    """The file with these lines as its table, those of strategies that there no longer are left out."""
+    """The file with these lines as its table, those of strategies that there no longer are left
+    out.
+    """
     before, _, rest = text.partition(BEGIN)
     there = {c.name for c in choices("strategy")}
-    lines = [_line(HEADS), "|---" * len(HEADS) + "|", *(known[name] for name in sorted(there & known.keys()))]
+    lines = [
+        _line(HEADS),
+        "|---" * len(HEADS) + "|",
+        *(known[name] for name in sorted(there & known.keys())),
+    ]
     return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{KEY}.\n\n{END}{rest.partition(END)[2]}"
 
 
@@ -92,10 +116,21 @@ def measured(choice: Choice, *words: str) -> str:
     with tempfile.TemporaryDirectory() as place:
         folder = checkpoint.save(Path(place, "stage-01"), model, strategy, toy.matrix())
         bytes_ = checkpoint.size(folder, "memory.*") if any(strategy.state_dict().values()) else 0
-    old = keeps_examples(strategy.state_dict()) or any(len({e.task for e in task.train}) > 1 for task in tasks)
-    return _line([f"`{choice.name}`", choice.facts["stores"], size(bytes_) if bytes_ else "0", choice.facts["costs"],
-                  f"{ratio:.2f}", "yes" if old else "no", identity(choice, config),
-                  "yes" if "route" in choice.moments else "no"])
+    old = keeps_examples(strategy.state_dict()) or any(
+        len({e.task for e in task.train}) > 1 for task in tasks
+    )
+    return _line(
+        [
+            f"`{choice.name}`",
+            choice.facts["stores"],
+            size(bytes_) if bytes_ else "0",
+            choice.facts["costs"],
+            f"{ratio:.2f}",
+            "yes" if old else "no",
+            identity(choice, config),
+            "yes" if "route" in choice.moments else "no",
+        ]
+    )
 
 
 def step_ratio(model: Any, strategy: Strategy, task: Task[Encoded], config: DictConfig) -> float:
@@ -119,7 +154,13 @@ def keeps_examples(value: Any) -> bool:
     """Whether a memory value holds examples."""
     if isinstance(value, ReplayBuffer):
         return len(value) > 0
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    parts = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    )
     return isinstance(value, Encoded) or any(map(keeps_examples, parts))
 
 
@@ -130,7 +171,9 @@ def subject(config: DictConfig) -> Model:
 
 
 def identity(choice: Choice, config: DictConfig) -> str:
-    """What a strategy has to know of tasks while it trains: nothing, where they end, or of which one an example is."""
+    """What a strategy has to know of tasks while it trains: nothing, where they end, or of which
+    one an example is.
+    """
     if not {"begin", "end"} & {*choice.moments}:
         return "no"
     told, untold = subject(config), subject(config)
@@ -138,9 +181,19 @@ def identity(choice: Choice, config: DictConfig) -> str:
     for i in range(3):
         toy.train(told, one, i)
         task = toy.task(i)
-        learn(untold, replace(task, train=[replace(e, task=0) for e in task.train]), other, toy.RECIPE, seed=i,
-              log=lambda event: None)
-    return "boundaries" if toy.same(toy.everything(told), toy.everything(untold)) else "of each example"
+        learn(
+            untold,
+            replace(task, train=[replace(e, task=0) for e in task.train]),
+            other,
+            toy.RECIPE,
+            seed=i,
+            log=lambda event: None,
+        )
+    return (
+        "boundaries"
+        if toy.same(toy.everything(told), toy.everything(untold))
+        else "of each example"
+    )
 
 
 if __name__ == "__main__":

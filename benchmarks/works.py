@@ -1,4 +1,6 @@
-"""The models and rows that the benchmarks work on: random weights, and rows of a stream or of random tokens."""
+"""The models and rows that the benchmarks work on: random weights, and rows of a stream or of
+random tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,24 @@ from continual.training.scratch import byte_bpe
 VOCABULARY, CONTEXT, LIMIT = 8192, 1024, 512
 LR, CLIP = 1e-3, 1.0
 TASKS = ("agnews", "MNLI", "dbpedia", "amazon", "yelp")
-LORA = {"lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}}
+LORA = {
+    "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+}
 # What a strategy needs of a run beside its own configuration.
 NEEDED = {
-    "avalanche": ["strategy.avalanche.plugin=SynapticIntelligencePlugin", "+strategy.avalanche.args.si_lambda=1"],
+    "avalanche": [
+        "strategy.avalanche.plugin=SynapticIntelligencePlugin",
+        "+strategy.avalanche.args.si_lambda=1",
+    ],
     "incremental_lora": ["model.adapter=lora", "strategy.incremental_lora.rank=1"],
-    "olora": ["model.adapter=lora", "strategy.olora.rank=1"], "slao": ["model.adapter=lora"],
+    "olora": ["model.adapter=lora", "strategy.olora.rank=1"],
+    "slao": ["model.adapter=lora"],
     "gain_lora": ["model.adapter=lora", "strategy.gain_lora.rank=1"],
     "la_maml": ["train.optimizer=sgd", "train.lr=3"],
     "progressive_prompts": ["model.adapter=prompt_tuning"],
 }
-# Tokens by an 8k BPE trained on the five tasks' training rows (cut at 512): the instruction, then deciles of the
-# inputs and quintiles of the responses.
+# Tokens by an 8k BPE trained on the five tasks' training rows (cut at 512): the instruction, then
+# deciles of the inputs and quintiles of the responses.
 LENGTHS = {
     "agnews": (30, (27, 48, 54, 59, 63, 67, 71, 76, 81, 88, 164), (2, 2, 2, 2, 4, 4)),
     "MNLI": (35, (12, 23, 29, 34, 40, 45, 51, 57, 65, 80, 278), (2, 2, 2, 2, 2, 2)),
@@ -67,14 +75,26 @@ SHAPES = {
 
 
 def model(shape: Shape, adapter: str = "lora", *, bf16: bool = False, device: str = "cpu") -> Model:
-    """A Llama of random weights, the same at every call, with LoRA on q and v or wholly trained ("none")."""
+    """A Llama of random weights, the same at every call, with LoRA on q and v or wholly trained
+    ("none").
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-                         num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-                         num_key_value_heads=shape.kv_heads, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa")
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
     with torch.device(device):
         net = LlamaForCausalLM(config)
     made = assemble(net, tokenizer(None), device=device, adapter=adapter, adapters=LORA)
@@ -92,9 +112,15 @@ def stirred(shape: Shape, adapter: str, bf16: bool, device: str) -> Model:
     return made
 
 
-def stepper(model: Model, groups: Sequence[Any], backward: Callable[[Model, Batch], Tensor],
-            batches: Iterable[Sequence[Encoded]]) -> Step:
-    """What `continual.training.stage.learn` does between two logs, on one batch after another; `groups` is what it trains."""
+def stepper(
+    model: Model,
+    groups: Sequence[Any],
+    backward: Callable[[Model, Batch], Tensor],
+    batches: Iterable[Sequence[Encoded]],
+) -> Step:
+    """What `continual.training.stage.learn` does between two logs, on one batch after another;
+    `groups` is what it trains.
+    """
     model.net.train()
     optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, fused=True)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -110,8 +136,12 @@ def stepper(model: Model, groups: Sequence[Any], backward: Callable[[Model, Batc
     return step
 
 
-def write_small(root: Path, rows: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]]) -> list[str]:
-    """A stream of these rows, by task and split, and a small random Llama for it, written into `root`; a run's keys."""
+def write_small(
+    root: Path, rows: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]]
+) -> list[str]:
+    """A stream of these rows, by task and split, and a small random Llama for it, written into
+    `root`; a run's keys.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from streams.folder import folder
@@ -120,20 +150,38 @@ def write_small(root: Path, rows: Mapping[str, Mapping[str, Sequence[Mapping[str
     for task, splits in rows.items():
         (stream / task).mkdir(parents=True, exist_ok=True)
         for split, told in splits.items():
-            (stream / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+            (stream / task / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in told)
+            )
     (stream / "stream.json").write_text(json.dumps({"tasks": [{"name": task} for task in rows]}))
     words = byte_bpe([e for t in folder(path=str(stream), seed=0).tasks for e in t.train], 400, 64)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=words.eos_token_id)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=words.eos_token_id,
+        )
     ).save_pretrained(root / "model")
     words.save_pretrained(root / "model")
-    return ["stream=folder", f"stream.path={stream}", "model=hf", f"model.name={root / 'model'}", "device=cpu"]
+    return [
+        "stream=folder",
+        f"stream.path={stream}",
+        "model=hf",
+        f"model.name={root / 'model'}",
+        "device=cpu",
+    ]
 
 
 @cache
 def tokenizer(data: Path | None) -> Any:
-    """A byte-level BPE trained on the stream's training rows; without a stream one that only knows bytes."""
+    """A byte-level BPE trained on the stream's training rows; without a stream one that only knows
+    bytes.
+    """
     corpus = [e for task in TASKS for e in _stream(data)[task]] if data else []
     return byte_bpe(corpus, VOCABULARY, CONTEXT)
 
@@ -166,8 +214,12 @@ def behind(instruction: int, examples: Sequence[Encoded]) -> list[Encoded]:
     asked = [e.ids[: e.response.index(True) - 1] for e in examples]
     shared = common_prefix(min(asked), max(asked))  # what these two begin with, all do
     ids = _draw(random.Random(0), instruction)
-    return [Encoded(e.id, e.task, (*ids, *e.ids[shared:]), (*[False] * instruction, *e.response[shared:]))
-            for e in examples]
+    return [
+        Encoded(
+            e.id, e.task, (*ids, *e.ids[shared:]), (*[False] * instruction, *e.response[shared:])
+        )
+        for e in examples
+    ]
 
 
 def _synthetic(task: str, n: int, rng: random.Random) -> list[Encoded]:
@@ -178,7 +230,11 @@ def _synthetic(task: str, n: int, rng: random.Random) -> list[Encoded]:
     for i in range(n):
         asked, answer = (_draw(rng, _quantile(q, rng)) for q in (inputs, responses))
         ids = (*instruction, *asked, *answer)
-        made.append(Encoded(f"{task}/{i}", 0, ids, (*[False] * (length + len(asked)), *[True] * len(answer))))
+        made.append(
+            Encoded(
+                f"{task}/{i}", 0, ids, (*[False] * (length + len(asked)), *[True] * len(answer))
+            )
+        )
     return made
 
 

@@ -23,34 +23,60 @@ from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
 
 LATER = ("after_update", "after_training_iteration")  # what comes after the optimizer's step
-UNHEARD = ("before_eval", "before_eval_exp", "before_eval_iteration", "before_eval_forward", "after_eval_forward",
-           "after_eval_iteration", "after_eval_exp", "after_eval", "before_train_dataset_adaptation",
-           "after_train_dataset_adaptation", "before_eval_dataset_adaptation", "after_eval_dataset_adaptation")
+UNHEARD = (
+    "before_eval",
+    "before_eval_exp",
+    "before_eval_iteration",
+    "before_eval_forward",
+    "after_eval_forward",
+    "after_eval_iteration",
+    "after_eval_exp",
+    "after_eval",
+    "before_train_dataset_adaptation",
+    "after_train_dataset_adaptation",
+    "before_eval_dataset_adaptation",
+    "after_eval_dataset_adaptation",
+)
 
-# Of Avalanche 0.6.0's own plugins those that our stage hosts, and how each differs from our strategy of its name.
+# Of Avalanche 0.6.0's own plugins those that our stage hosts, and how each differs from our
+# strategy of its name.
 HOSTED = {
-    "SynapticIntelligencePlugin": "si: the path takes in the pull's gradient; importance is cut above 0.001, not at 0",
-    "EWCPlugin": "ewc: F is of a batch's mean loss, one example's at mb_size=1; its lambda is half our strength",
-    "MASPlugin": "mas: norms are averaged over tokens, and the importance over tasks; its lambda is half our strength",
-    "RWalkPlugin": "rwalk: F is of a step's mean loss; not a number after a stage of fewer than delta_t steps",
-    "GEMPlugin": "gem: a task's first examples in a random order are remembered; no strict bound on the solver's v",
+    "SynapticIntelligencePlugin": "si: the path takes in the pull's gradient; importance is cut "
+    "above 0.001, not at 0",
+    "EWCPlugin": "ewc: F is of a batch's mean loss, one example's at mb_size=1; its lambda is "
+    "half our strength",
+    "MASPlugin": "mas: norms are averaged over tokens, and the importance over tasks; its lambda "
+    "is half our strength",
+    "RWalkPlugin": "rwalk: F is of a step's mean loss; not a number after a stage of fewer than "
+    "delta_t steps",
+    "GEMPlugin": "gem: a task's first examples in a random order are remembered; no strict bound "
+    "on the solver's v",
 }
 # Why it does not host the others.
-REFUSED = {name: reason for reason, names in {
-    "it works on classes, and our stage has no class labels": (
-        "BiCPlugin CoPEPlugin CWRStarPlugin CurrentDataFeCAMUpdate CurrentDataNCMUpdate FeCAMOracle GDumbPlugin "
-        "MIRPlugin MemoryFeCAMUpdate MemoryNCMUpdate NCMOracle"),
-    "it distils the logits of the classes seen, and our stage has no class labels: see strategy=lwf": "LwFPlugin",
-    "it asks the model for features, which a language model does not name: see strategy=lwf": (
-        "FeatureDistillationPlugin LFLPlugin"),
-    "it keeps data loaders under way, which no checkpoint can hold: see strategy=agem": "AGEMPlugin",
-    "it replaces the data loader, and our stage draws its own steps: see strategy=replay": (
-        "GSS_greedyPlugin ReplayPlugin"),
-    "it replaces the data loader and perturbs inputs, and tokens cannot be perturbed": "RARPlugin",
-    "it needs a model that generates inputs: see strategy=lamol": "GenerativeReplayPlugin TrainGeneratorAfterExpPlugin",
-    "our stage does this itself: train.patience": "EarlyStoppingPlugin",
-    "our stage does this itself: train.schedule": "LRSchedulerPlugin",
-}.items() for name in names.split()}
+REFUSED = {
+    name: reason
+    for reason, names in {
+        "it works on classes, and our stage has no class labels": (
+            "BiCPlugin CoPEPlugin CWRStarPlugin CurrentDataFeCAMUpdate CurrentDataNCMUpdate "
+            "FeCAMOracle GDumbPlugin MIRPlugin MemoryFeCAMUpdate MemoryNCMUpdate NCMOracle"
+        ),
+        "it distils the logits of the classes seen, and our stage has no class labels: see "
+        "strategy=lwf": "LwFPlugin",
+        "it asks the model for features, which a language model does not name: see strategy=lwf": (
+            "FeatureDistillationPlugin LFLPlugin"
+        ),
+        "it keeps data loaders under way, which no checkpoint can hold: see strategy=agem": "AGEMPlugin",
+        "it replaces the data loader, and our stage draws its own steps: see strategy=replay": (
+            "GSS_greedyPlugin ReplayPlugin"
+        ),
+        "it replaces the data loader and perturbs inputs, and tokens cannot be perturbed": "RARPlugin",
+        "it needs a model that generates inputs: see strategy=lamol": "GenerativeReplayPlugin "
+        "TrainGeneratorAfterExpPlugin",
+        "our stage does this itself: train.patience": "EarlyStoppingPlugin",
+        "our stage does this itself: train.schedule": "LRSchedulerPlugin",
+    }.items()
+    for name in names.split()
+}
 
 
 class Lacking(ConfigError, AttributeError):
@@ -58,7 +84,9 @@ class Lacking(ConfigError, AttributeError):
 
 
 class Seen(SimpleNamespace):
-    """What a plugin is shown under a name: these attributes, and no other; it may set those of `settable`."""
+    """What a plugin is shown under a name: these attributes, and no other; it may set those of
+    `settable`.
+    """
 
     def __init__(self, plugin: str, name: str, settable: Sequence[str] = (), **given: Any) -> None:
         self.__dict__.update(given, _told=(plugin, name, settable))
@@ -77,8 +105,10 @@ class Seen(SimpleNamespace):
     def _refused(self, does: str, key: str) -> str:
         plugin, name, _ = self.__dict__.get("_told", ("", "", ()))
         known = ", ".join(k for k in self.__dict__ if not k.startswith("__") and k != "_told")
-        return (f"{plugin} {does} {name}.{key}, which our stage does not have for it (there is {known}); it cannot be "
-                "hosted")
+        return (
+            f"{plugin} {does} {name}.{key}, which our stage does not have for it (there is "
+            f"{known}); it cannot be hosted"
+        )
 
 
 class Host(Seen):
@@ -87,21 +117,26 @@ class Host(Seen):
     mb_x = property(lambda self: self.mbatch[0])
     mb_y = property(lambda self: self.mbatch[1])
     mb_task_id = property(lambda self: self.mbatch[2])
-    mb_output = property(lambda self: self.model(self.mb_x))  # once more: the stage's own pass is in micro-batches
+    mb_output = property(
+        lambda self: self.model(self.mb_x)
+    )  # once more: the stage's own pass is in micro-batches
 
 
 @dataclass(kw_only=True)
 class Avalanche(Strategy):
-    """Any `SupervisedPlugin` of Avalanche (Lomonaco et al. 2021) that needs no class labels, inside our stage.
+    """Any `SupervisedPlugin` of Avalanche (Lomonaco et al. 2021) that needs no class labels, inside
+    our stage.
 
-    `plugin` is a name of avalanche.training.plugins or a dotted path, `args` are its constructor's. A stage is an
-    experience of one epoch. The callbacks come in Avalanche's order: those after the optimizer's step at the next step
-    or the stage's end, with the step's gradient in place, as it was before it was clipped. What a plugin adds to
-    `strategy.loss` is differentiated beside our loss. By itself it goes through a task's data in batches of `mb_size`.
+    `plugin` is a name of avalanche.training.plugins or a dotted path, `args` are its constructor's.
+    A stage is an experience of one epoch. The callbacks come in Avalanche's order: those after the
+    optimizer's step at the next step or the stage's end, with the step's gradient in place, as it
+    was before it was clipped. What a plugin adds to `strategy.loss` is differentiated beside our
+    loss. By itself it goes through a task's data in batches of `mb_size`.
 
-    What it keeps must be tensors, ParamData, numbers and texts, in lists, sets and dicts: it is in every checkpoint.
-    A tensor there that shares its memory with a weight becomes a copy, so that values from before a step stay what they
-    were, also where a plugin only moves them to the CPU that they are on.
+    What it keeps must be tensors, ParamData, numbers and texts, in lists, sets and dicts: it is in
+    every checkpoint. A tensor there that shares its memory with a weight becomes a copy, so that
+    values from before a step stay what they were, also where a plugin only moves them to the CPU
+    that they are on.
     """
 
     stores: ClassVar[str] = "what the plugin keeps"
@@ -111,7 +146,9 @@ class Avalanche(Strategy):
     mb_size: int = 1
     seed: int = 0
     running: dict[str, Any] = memory(dict)  # what plugin and clock keep
-    pending: dict[str, Any] = memory(dict)  # the last step's batch, loss and gradient, until its update is told
+    pending: dict[str, Any] = memory(
+        dict
+    )  # the last step's batch, loss and gradient, until its update is told
     live: Any = field(init=False, repr=False, default=None)
     clock: Any = field(init=False, repr=False, default=None)
     host: Any = field(init=False, repr=False, default=None)
@@ -123,8 +160,10 @@ class Avalanche(Strategy):
         try:
             self.live = kind(**(self.args or {}))
         except (TypeError, AssertionError, ValueError) as e:
-            raise ConfigError(f"{self.plugin} cannot be made with strategy.avalanche.args={dict(self.args or {})}: {e}"
-                              ) from e
+            raise ConfigError(
+                f"{self.plugin} cannot be made with "
+                f"strategy.avalanche.args={dict(self.args or {})}: {e}"
+            ) from e
         self.clock = the("training.plugins.clock.Clock")()
         kept(vars(self.live), self.plugin)  # before anything is trained
 
@@ -136,10 +175,25 @@ class Avalanche(Strategy):
         optimizer = Seen(name, "strategy.optimizer", zero_grad=lambda *_, **__: cleared(model))
         experience = Seen(name, "strategy.experience", dataset=rows, current_experience=index)
         self.host = Host(
-            name, "strategy", ("loss",), model=Shown(model), optimizer=optimizer, experience=experience, mbatch=None,
-            loss=torch.zeros((), device=model.layout.device), clock=self.clock, device=model.layout.device,
-            train_epochs=1, train_mb_size=self.mb_size, eval_mb_size=self.mb_size, is_training=True, is_eval=False,
-            adapted_dataset=rows, plugins=[self.live, self.clock], _criterion=Criterion())
+            name,
+            "strategy",
+            ("loss",),
+            model=Shown(model),
+            optimizer=optimizer,
+            experience=experience,
+            mbatch=None,
+            loss=torch.zeros((), device=model.layout.device),
+            clock=self.clock,
+            device=model.layout.device,
+            train_epochs=1,
+            train_mb_size=self.mb_size,
+            eval_mb_size=self.mb_size,
+            is_training=True,
+            is_eval=False,
+            adapted_dataset=rows,
+            plugins=[self.live, self.clock],
+            _criterion=Criterion(),
+        )
         self.pending = {}
         self.tell(model, "before_training", "before_training_exp", "before_training_epoch")
         return trained
@@ -147,14 +201,16 @@ class Avalanche(Strategy):
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """An iteration, but for what comes after its update."""
         self.settle(model)
-        mbatch = [t.to(model.layout.device) for t in tensors(batch.examples, not model.layout.seq2seq)]
+        mbatch = [
+            t.to(model.layout.device) for t in tensors(batch.examples, not model.layout.seq2seq)
+        ]
         self.host.__dict__["mbatch"] = mbatch
         self.tell(model, "before_training_iteration", "before_forward", "after_forward")
         cleared(model)
         ours = super().backward(model, batch).detach().requires_grad_()
         self.host.loss = ours.clone()
         self.tell(model, "before_backward")
-        share, = torch.autograd.grad(self.host.loss, ours, retain_graph=True, allow_unused=True)
+        (share,) = torch.autograd.grad(self.host.loss, ours, retain_graph=True, allow_unused=True)
         for w in weights(model).values():  # 1, unless the plugin has scaled or replaced our loss
             if w.grad is not None:
                 w.grad *= 0 if share is None else share
@@ -168,7 +224,9 @@ class Avalanche(Strategy):
         return loss
 
     def settle(self, model: Model) -> None:
-        """Tell of the last step's update. Where that was skipped for its gradient, no weight has moved."""
+        """Tell of the last step's update. Where that was skipped for its gradient, no weight has
+        moved.
+        """
         if self.pending:
             self.host.__dict__.update(mbatch=self.pending["mbatch"], loss=self.pending["loss"])
             if told := self.pending.get("gradient"):
@@ -189,19 +247,26 @@ class Avalanche(Strategy):
         return getattr(type(self.live), event) is not getattr(the("core.SupervisedPlugin"), event)
 
     def tell(self, model: Model, *events: str) -> None:
-        """The plugin's callbacks of these names, then the clock's; the network is left in the mode that it is in."""
+        """The plugin's callbacks of these names, then the clock's; the network is left in the mode
+        that it is in.
+        """
         self.host.model.model = model
         training = model.net.training
         for event in events:
             if self.heard(event):
-                with at_home(model, random.Random(f"{self.seed}/{self.clock.train_iterations}").getrandbits(63)):
+                with at_home(
+                    model,
+                    random.Random(f"{self.seed}/{self.clock.train_iterations}").getrandbits(63),
+                ):
                     getattr(self.live, event)(self.host)
                 model.net.train(training)
                 apart(vars(self.live), weights(model).values())
             getattr(self.clock, event)(self.host)
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory, what the plugin keeps among it; raises ContinualError where no checkpoint can hold that."""
+        """The memory, what the plugin keeps among it; raises ContinualError where no checkpoint can
+        hold that.
+        """
         running = {"plugin": kept(vars(self.live), self.plugin), "clock": dict(vars(self.clock))}
         return {**super().state_dict(), "running": running}
 
@@ -219,7 +284,9 @@ class Avalanche(Strategy):
 
 
 def found(name: str) -> Any:
-    """The plugin's class; raises ConfigError with the reason where there is none that our stage can host."""
+    """The plugin's class; raises ConfigError with the reason where there is none that our stage can
+    host.
+    """
     base = the("core.SupervisedPlugin")
     try:
         kind = get_object(name if "." in name else f"avalanche.training.plugins.{name}")
@@ -231,8 +298,10 @@ def found(name: str) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(f"strategy.avalanche.plugin={name} is no SupervisedPlugin of Avalanche's")
     if wanted := [event for event in UNHEARD if getattr(kind, event) is not getattr(base, event)]:
-        raise ConfigError(f"strategy.avalanche.plugin={name} cannot be hosted: our stage never comes to its "
-                          f"{listed(wanted)}")
+        raise ConfigError(
+            f"strategy.avalanche.plugin={name} cannot be hosted: our stage never comes to its "
+            f"{listed(wanted)}"
+        )
     return kind
 
 
@@ -244,7 +313,8 @@ def cleared(model: Model) -> None:
 
 @contextmanager
 def at_home(model: Model, seed: int) -> Iterator[None]:
-    """What a plugin makes is in the precision of the weights unless it says which; what it draws follows from the seed.
+    """What a plugin makes is in the precision of the weights unless it says which; what it draws
+    follows from the seed.
 
     It may give NumPy tensors.
     """

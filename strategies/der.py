@@ -1,4 +1,6 @@
-"""Dark experience replay: remembered examples keep the logits that they had, and the model is held to them."""
+"""Dark experience replay: remembered examples keep the logits that they had, and the model is held
+to them.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,16 @@ from continual.strategy.replay_buffer import reservoir
 class DER(Strategy):
     """Dark experience replay (Buzzega et al. 2020, eq. 5), and with `beta` above 0 DER++ (eq. 6).
 
-    The loss is that of the new examples, plus `alpha` times the mean squared distance between the logits of `minibatch`
-    remembered examples and those they had when they came into the buffer, plus `beta` times the loss of `minibatch`
-    others. The buffer is one reservoir of `capacity` examples over all that the steps bring, so logits are of the
-    weights along the way, and an example may be in it as it was at two times.
+    The loss is that of the new examples, plus `alpha` times the mean squared distance between the
+    logits of `minibatch` remembered examples and those they had when they came into the buffer,
+    plus `beta` times the loss of `minibatch` others. The buffer is one reservoir of `capacity`
+    examples over all that the steps bring, so logits are of the weights along the way, and an
+    example may be in it as it was at two times.
 
-    Logits are kept at response positions alone, in half precision (a relative error of at most 2^-11), and only the
-    `top` greatest of each position where the vocabulary has more; the mean is over what is kept. The mean over a
-    vocabulary rather than the sum of eq. 5 is that of the authors' implementation.
+    Logits are kept at response positions alone, in half precision (a relative error of at most
+    2^-11), and only the `top` greatest of each position where the vocabulary has more; the mean is
+    over what is kept. The mean over a vocabulary rather than the sum of eq. 5 is that of the
+    authors' implementation.
     """
 
     shardable = True
@@ -44,31 +48,49 @@ class DER(Strategy):
     minibatch: int = 8
     top: int = 1024
     seed: int = 0
-    kept: list[dict[str, Any]] = memory(list)  # example, logits (S, K) and, of fewer than all, their columns (S, K)
+    kept: list[dict[str, Any]] = memory(
+        list
+    )  # example, logits (S, K) and, of fewer than all, their columns (S, K)
     seen: int = memory(int)
     rng: random.Random = memory(random.Random)
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work; seed the generator."""
         super().__post_init__()
-        if self.capacity < 0 or self.minibatch < 1 or self.top < 1 or min(self.alpha, self.beta) < 0:
-            raise ConfigError(f"DER with capacity {self.capacity}, minibatch {self.minibatch}, top {self.top}, alpha "
-                              f"{self.alpha} and beta {self.beta}: expected minibatch and top of at least 1, and no "
-                              "number below 0")
+        if (
+            self.capacity < 0
+            or self.minibatch < 1
+            or self.top < 1
+            or min(self.alpha, self.beta) < 0
+        ):
+            raise ConfigError(
+                f"DER with capacity {self.capacity}, minibatch {self.minibatch}, top {self.top}, "
+                f"alpha {self.alpha} and beta {self.beta}: expected minibatch and top of at "
+                "least 1, and no number below 0"
+            )
         self.rng.seed(self.seed)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
-        """The step's own gradient and those of the two terms; then the step's examples are offered to the buffer."""
+        """The step's own gradient and those of the two terms; then the step's examples are offered
+        to the buffer.
+        """
         total = super().backward(model, batch)
         if self.kept and self.alpha:
             drawn = self.draw()
-            far = accumulate(lambda model, part: self.alpha * distance(model, part, drawn), model,
-                             numbered(model, [r["example"] for r in drawn]).micro_batches())
+            far = accumulate(
+                lambda model, part: self.alpha * distance(model, part, drawn),
+                model,
+                numbered(model, [r["example"] for r in drawn]).micro_batches(),
+            )
             total, self.notes["logits"] = total + far, float(far)
         if self.kept and self.beta:
             again = numbered(model, [r["example"] for r in self.draw()])
-            total = total + accumulate(lambda *at: self.beta * nll(*at), model, again.micro_batches())
-        if torch.isfinite(total + clip([*weights(model).values()], math.inf)):  # else the step is not taken
+            total = total + accumulate(
+                lambda *at: self.beta * nll(*at), model, again.micro_batches()
+            )
+        if torch.isfinite(
+            total + clip([*weights(model).values()], math.inf)
+        ):  # else the step is not taken
             self.remember(model, batch)
         return total
 
@@ -77,7 +99,9 @@ class DER(Strategy):
         return self.rng.sample(self.kept, min(self.minibatch, len(self.kept)))
 
     def remember(self, model: Model, batch: Batch) -> None:
-        """Offer the examples to the reservoir; those it takes are kept with the logits they have now."""
+        """Offer the examples to the reservoir; those it takes are kept with the logits they have
+        now.
+        """
         arrivals: list[dict[str, Any]] = [{"example": e} for e in batch.examples]
         kept, rng = [*self.kept], copy(self.rng)
         reservoir(kept, arrivals, self.capacity, self.seen, rng)
@@ -88,12 +112,15 @@ class DER(Strategy):
                 logits, columns = logits.topk(self.top)
             new[i]["logits"] = logits.half().cpu().clone()
             new[i]["columns"] = None if columns is None else columns.int().cpu().clone()
-        # Together, and last: where memory runs out before, the step is tried again, and offers its examples once.
+        # Together, and last: where memory runs out before, the step is tried again, and offers its
+        # examples once.
         self.kept, self.rng, self.seen = kept, rng, self.seen + len(arrivals)
 
 
 def distance(model: Model, batch: Batch, kept: list[dict[str, Any]]) -> Tensor:
-    """The mean squared distance between the batch's logits and those kept; an example's id is its place in `kept`."""
+    """The mean squared distance between the batch's logits and those kept; an example's id is its
+    place in `kept`.
+    """
     ours, records = forward(model, batch), [kept[int(e.id)] for e in batch.examples]
     theirs = torch.cat([r["logits"] for r in records]).to(ours)
     if records[0]["columns"] is not None:

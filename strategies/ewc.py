@@ -1,4 +1,6 @@
-"""A quadratic pull towards earlier weights. L2, EWC, online EWC and MAS differ in the importance of each weight."""
+"""A quadratic pull towards earlier weights. L2, EWC, online EWC and MAS differ in the importance of
+each weight.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,20 @@ from continual.strategy.interface import Strategy, memory
 from continual.strategy.replay_buffer import chosen
 
 
-def task_fisher(model: Model, task: Task[Encoded], examples: int, labels: str, seed: str) -> Weights:
-    """The diagonal Fisher information of some of a task's training examples; a resumed run draws the same."""
+def task_fisher(
+    model: Model, task: Task[Encoded], examples: int, labels: str, seed: str
+) -> Weights:
+    """The diagonal Fisher information of some of a task's training examples; a resumed run draws
+    the same.
+    """
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     return fisher(model, chosen(task, examples, seed), labels, generator)
 
 
 @dataclass(kw_only=True)
 class L2(Strategy):
-    """The penalty strength/2 * sum_i importance_i (w_i - anchor_i)^2, with importance 1 and the last weights as anchor.
+    """The penalty strength/2 * sum_i importance_i (w_i - anchor_i)^2, with importance 1 and the
+    last weights as anchor.
 
     The baseline "L2" of Kirkpatrick et al. (2017, figure 2).
     """
@@ -42,8 +49,10 @@ class L2(Strategy):
         """Refuse a push away."""
         super().__post_init__()
         if self.strength < 0:
-            raise ConfigError(f"found {self.strength} as the strength of the pull to earlier weights, expected at "
-                              "least 0")
+            raise ConfigError(
+                f"found {self.strength} as the strength of the pull to earlier weights, expected "
+                "at least 0"
+            )
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The task's loss and the pull."""
@@ -53,12 +62,15 @@ class L2(Strategy):
     def penalty(self, model: Model) -> Tensor:
         """The pull's value at the model's weights; a scalar.
 
-        Its gradient is at hand when its value is, and is not sought anew: the step reads every weight fewer times.
+        Its gradient is at hand when its value is, and is not sought anew: the step reads every
+        weight fewer times.
         """
         live, twice = weights(model), []
         for n, a in self.anchor.items():
             apart = live[n] - a
-            twice.append(((self.importance[n] * apart.detach()) * apart).sum())  # its gradient: importance * apart
+            twice.append(
+                ((self.importance[n] * apart.detach()) * apart).sum()
+            )  # its gradient: importance * apart
         value = torch.stack(twice).sum()
         return self.strength * (value - value.detach() / 2)
 
@@ -79,11 +91,13 @@ class L2(Strategy):
 
 @dataclass(kw_only=True)
 class EWC(L2):
-    """Elastic weight consolidation (Kirkpatrick et al. 2017, eq. 3): one penalty a task, weighted by its Fisher.
+    """Elastic weight consolidation (Kirkpatrick et al. 2017, eq. 3): one penalty a task, weighted
+    by its Fisher.
 
-    The tasks' penalties sum_t F_t (w - w_t)^2 are one quadratic with importance S = sum_t F_t around the mean of the
-    anchors weighted by F_t, plus a constant: memory and time do not grow with the number of tasks.
-    `examples` of each task's training data estimate the Fisher, with `labels` "empirical" or "sampled".
+    The tasks' penalties sum_t F_t (w - w_t)^2 are one quadratic with importance S = sum_t F_t
+    around the mean of the anchors weighted by F_t, plus a constant: memory and time do not grow
+    with the number of tasks. `examples` of each task's training data estimate the Fisher, with
+    `labels` "empirical" or "sampled".
     """
 
     strength: float = 1000.0
@@ -110,7 +124,9 @@ class EWC(L2):
         total = combine(torch.add, self.importance, measured)
         part = portion(measured, total)
         apart = combine(torch.sub, here, self.anchor)
-        left_over = combine(lambda s, p, d: (s * p * d.square()).sum(), self.importance, part, apart)
+        left_over = combine(
+            lambda s, p, d: (s * p * d.square()).sum(), self.importance, part, apart
+        )
         self.constant += float(torch.stack(list(left_over.values())).sum())
         self.anchor = combine(lambda a, p, d: a + p * d, self.anchor, part, apart)
         self.importance = total
@@ -118,11 +134,12 @@ class EWC(L2):
 
 @dataclass(kw_only=True)
 class OnlineEWC(EWC):
-    """Online EWC (Schwarz et al. 2018, section 4): a running Fisher F* = decay F* + F_t around the last weights only.
+    """Online EWC (Schwarz et al. 2018, section 4): a running Fisher F* = decay F* + F_t around the
+    last weights only.
 
-    The penalty weighs that running Fisher by `decay` once more, as in the paper's objective. Before it is added the
-    paper normalises each task's Fisher, by what it does not say, so that none counts for more by its scale; here a
-    task's scale counts, as in EWC.
+    The penalty weighs that running Fisher by `decay` once more, as in the paper's objective. Before
+    it is added the paper normalises each task's Fisher, by what it does not say, so that none
+    counts for more by its scale; here a task's scale counts, as in EWC.
     """
 
     decay: float = 0.9
@@ -147,10 +164,11 @@ class Summed(L2):
 
 @dataclass(kw_only=True)
 class MAS(Summed):
-    """Memory aware synapses (Aljundi et al. 2018, eq. 3-4): how much each weight changes what the model says.
+    """Memory aware synapses (Aljundi et al. 2018, eq. 3-4): how much each weight changes what the
+    model says.
 
-    The importance is the mean absolute gradient of the logits' squared norm over `examples` of the task. The paper's
-    penalty has no 1/2: its lambda, 1 in all experiments, is half our `strength`.
+    The importance is the mean absolute gradient of the logits' squared norm over `examples` of the
+    task. The paper's penalty has no 1/2: its lambda, 1 in all experiments, is half our `strength`.
     """
 
     strength: float = 2.0

@@ -22,26 +22,32 @@ from continual.strategy.interface import groups, memory
 from strategies.incremental_lora import IncrementalLoRA
 
 Gate = list[Tensor]  # G_1 (H, D), G_2 (D, H) and G_3 (1, D); D of an embedding, H hidden
-SLOPE = 4.0  # of a gate at 0, over the cosine: the authors' code, where the paper has G_3 p_2 itself
+SLOPE = (
+    4.0  # of a gate at 0, over the cosine: the authors' code, where the paper has G_3 p_2 itself
+)
 
 
 @dataclass(kw_only=True)
 class GainLoRA(IncrementalLoRA):
-    """GainLoRA (Liang et al. 2025, arXiv 2505.15424): W x + sum_i g_i(prompt) B_i A_i x, over one branch a task.
+    """GainLoRA (Liang et al. 2025, arXiv 2505.15424): W x + sum_i g_i(prompt) B_i A_i x, over one
+    branch a task.
 
-    The branches are the blocks of incremental LoRA, and learn as those do; listed beside `olora`, as O-LoRA's do. A
-    gate of an earlier task is frozen with its branch. The new one is 0 for the prompts of all of them, at first and
-    ever after (section 3): it begins as the gate before it but for G_3, which is orthogonal to all that they gave there
-    (eq. 10), and what it learns in each layer is orthogonal to what that layer read of them (eq. 12), up to the share
-    of its squares that `threshold` leaves out (appendix A.1, eq. 16).
+    The branches are the blocks of incremental LoRA, and learn as those do; listed beside `olora`,
+    as O-LoRA's do. A gate of an earlier task is frozen with its branch. The new one is 0 for the
+    prompts of all of them, at first and ever after (section 3): it begins as the gate before it but
+    for G_3, which is orthogonal to all that they gave there (eq. 10), and what it learns in each
+    layer is orthogonal to what that layer read of them (eq. 12), up to the share of its squares
+    that `threshold` leaves out (appendix A.1, eq. 16).
 
-    Different from the paper and the authors' code: eq. 12 holds for whatever the optimizer does, for what it changes is
-    a free matrix whose orthogonal part is added, where they project AdamW's step after it and restore the norms of the
-    rows; `threshold` stays, where theirs goes up to 1 over 15 tasks; and a causal model's gates read the prompt alone,
-    as the encoder's do in their T5.
+    Different from the paper and the authors' code: eq. 12 holds for whatever the optimizer does,
+    for what it changes is a free matrix whose orthogonal part is added, where they project AdamW's
+    step after it and restore the norms of the rows; `threshold` stays, where theirs goes up to 1
+    over 15 tasks; and a causal model's gates read the prompt alone, as the encoder's do in their
+    T5.
 
-    Each example has gates of its own, so no prefix is shared: examples are read, and answered, in padded rows of one
-    each. A checkpoint's own weights are the branches without their gates, a model that never answered.
+    Each example has gates of its own, so no prefix is shared: examples are read, and answered, in
+    padded rows of one each. A checkpoint's own weights are the branches without their gates, a
+    model that never answered.
     """
 
     stores: ClassVar[str] = "T gates, and the directions of what one read"
@@ -51,25 +57,36 @@ class GainLoRA(IncrementalLoRA):
     threshold: float = 0.995  # the authors' transthreshold
     seed: int = 0
     gates: dict[int, Gate] = memory(dict)  # by the first row of the branch in A
-    known: list[Tensor] = memory(list)  # (n, k) of each layer: an orthonormal basis of what it read of earlier tasks
-    change: Tensor = memory(lambda: torch.zeros(0))  # of the new gate while it learns: the free matrices, as one row
+    known: list[Tensor] = memory(
+        list
+    )  # (n, k) of each layer: an orthonormal basis of what it read of earlier tasks
+    change: Tensor = memory(
+        lambda: torch.zeros(0)
+    )  # of the new gate while it learns: the free matrices, as one row
 
     def __post_init__(self) -> None:
         """Refuse a gate without hidden units, and what is no share."""
         super().__post_init__()
         if self.hidden < 1 or not 0 < self.threshold <= 1:
-            raise ConfigError(f"found hidden={self.hidden} and threshold={self.threshold} for gain_lora; expected at "
-                              "least 1 unit, and a share of more than 0, up to 1")
+            raise ConfigError(
+                f"found hidden={self.hidden} and threshold={self.threshold} for gain_lora; "
+                "expected at least 1 unit, and a share of more than 0, up to 1"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
-        """A new branch with its gate; raises ConfigError where no gate can be open for its prompts alone."""
+        """A new branch with its gate; raises ConfigError where no gate can be open for its prompts
+        alone.
+        """
         trained = super().begin(model, task)
         if not self.rank:
             return trained
         if self.first in self.gates and not len(self.change):  # it has ended
-            raise ConfigError(f"the branch from row {self.first} of the LoRA on has the gate of an earlier stage, and "
-                              "its B is zero: that stage changed nothing, or a strategy that is listed beside "
-                              "gain_lora put the weights back; raise train.lr, or leave that strategy out")
+            raise ConfigError(
+                f"the branch from row {self.first} of the LoRA on has the gate of an earlier "
+                "stage, and its B is zero: that stage changed nothing, or a strategy that is "
+                "listed beside gain_lora put the weights back; raise train.lr, or leave that "
+                "strategy out"
+            )
         self.ready(model)
         self.gates[self.first] = gate = self.started(model, task)
         self.known = self.known or [g.new_zeros(g.shape[1], 0) for g in gate]
@@ -82,7 +99,8 @@ class GainLoRA(IncrementalLoRA):
 
     @torch.no_grad()
     def started(self, model: Model, task: Task[Encoded]) -> Gate:
-        """The new gate: G_3 points to where most of what the task's prompts give is beside what is known.
+        """The new gate: G_3 points to where most of what the task's prompts give is beside what is
+        known.
 
         So does the authors' code. G_1 and G_2 of a first one are drawn as `nn.Linear` does.
         """
@@ -92,13 +110,17 @@ class GainLoRA(IncrementalLoRA):
         else:
             rng = torch.Generator().manual_seed(self.seed)
             shapes = ((self.hidden, said.shape[1]), (said.shape[1], self.hidden))
-            front = [((2 * torch.rand(s, generator=rng) - 1) / s[1] ** 0.5).to(said) for s in shapes]
+            front = [
+                ((2 * torch.rand(s, generator=rng) - 1) / s[1] ** 0.5).to(said) for s in shapes
+            ]
         told = read([*front, said], said)[-1].double()
         left = beside(told, self.known[-1].double()) if self.known else told
         if not left.norm() > 1e-6 * told.norm():
-            raise ConfigError(f"the prompts of {task.name!r} lie within what gates have read of earlier tasks, so "
-                              "that a gate that is 0 for those is 0 for these; lower strategy.gain_lora.threshold="
-                              f"{self.threshold}, or choose another strategy")
+            raise ConfigError(
+                f"the prompts of {task.name!r} lie within what gates have read of earlier tasks, "
+                "so that a gate that is 0 for those is 0 for these; lower "
+                f"strategy.gain_lora.threshold={self.threshold}, or choose another strategy"
+            )
         return [*front, torch.linalg.eigh(left.T @ left)[1][:, -1:].T.to(said)]
 
     def now(self) -> dict[int, Gate]:
@@ -107,8 +129,12 @@ class GainLoRA(IncrementalLoRA):
             return self.gates
         gate = self.gates[self.first]
         free = torch.split(self.change, [g.numel() for g in gate])
-        return self.gates | {self.first: [g + beside(f.view_as(g), k)  # eq. 12
-                                          for g, f, k in zip(gate, free, self.known, strict=True)]}
+        return self.gates | {
+            self.first: [
+                g + beside(f.view_as(g), k)  # eq. 12
+                for g, f, k in zip(gate, free, self.known, strict=True)
+            ]
+        }
 
     def opened(self, model: Model, examples: Sequence[Encoded]) -> Tensor:
         """(E, R) of each example the gate of each row of A: 1 for a branch that has none."""
@@ -126,11 +152,16 @@ class GainLoRA(IncrementalLoRA):
 
         def turned(_: nn.Module, __: Any, out: Tensor) -> Tensor:
             if out.ndim != 3 or len(out) != len(opened):
-                raise ConfigError(f"gain_lora: found a LoRA on what is {tuple(out.shape)} for {len(opened)} examples, "
-                                  "expected a row for each; leave that layer out of model.adapters.lora.target_modules")
+                raise ConfigError(
+                    f"gain_lora: found a LoRA on what is {tuple(out.shape)} for {len(opened)} "
+                    "examples, expected a row for each; leave that layer out of "
+                    "model.adapters.lora.target_modules"
+                )
             return out * opened[..., : out.shape[2]].to(out.dtype)
 
-        readers = [model.net.get_submodule(n.rpartition(".")[0]) for n in weights(model) if ".lora_A." in n]
+        readers = [
+            model.net.get_submodule(n.rpartition(".")[0]) for n in weights(model) if ".lora_A." in n
+        ]
         handles = [reader.register_forward_hook(turned) for reader in readers]
         try:
             yield
@@ -144,8 +175,10 @@ class GainLoRA(IncrementalLoRA):
         if self.rank:
             gate = [g.detach().clone() for g in self.now()[self.first]]
             self.gates[self.first], self.change = gate, torch.zeros(0)
-            self.known = [grown(k, p, self.threshold)
-                          for k, p in zip(self.known, read(gate, pooled(model, task.train)), strict=True)]
+            self.known = [
+                grown(k, p, self.threshold)
+                for k, p in zip(self.known, read(gate, pooled(model, task.train)), strict=True)
+            ]
 
     def dispatch(self, model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
         """All prompts at once, each with its own gates."""
@@ -158,12 +191,18 @@ class GainLoRA(IncrementalLoRA):
 def pooled(model: Model, examples: Sequence[Encoded]) -> Tensor:
     """(E, D) the mean of each prompt's input embeddings, p_0, in float32 at least.
 
-    A prompt is what stands before the first token that is learned: of a conversation that is learned whole, one turn.
+    A prompt is what stands before the first token that is learned: of a conversation that is
+    learned whole, one turn.
     """
     words = model.net.get_input_embeddings().weight
     wide = torch.promote_types(words.dtype, torch.float32)
     ends = [max(1, turn(e)) if True in e.response else None for e in examples]
-    return torch.stack([words[list(e.ids[:end])].mean(0, dtype=wide) for e, end in zip(examples, ends, strict=True)])
+    return torch.stack(
+        [
+            words[list(e.ids[:end])].mean(0, dtype=wide)
+            for e, end in zip(examples, ends, strict=True)
+        ]
+    )
 
 
 def read(gate: Sequence[Tensor], said: Tensor) -> list[Tensor]:
@@ -175,12 +214,15 @@ def read(gate: Sequence[Tensor], said: Tensor) -> list[Tensor]:
 
 
 def beside(rows: Tensor, known: Tensor) -> Tensor:
-    """The part of each row (..., n) that is orthogonal to the orthonormal columns of `known` (n, k)."""
+    """The part of each row (..., n) that is orthogonal to the orthonormal columns of `known` (n,
+    k).
+    """
     return rows - rows @ known @ known.T
 
 
 def grown(known: Tensor, rows: Tensor, threshold: float) -> Tensor:
-    """The basis `known` (n, k) with the fewest more columns that hold this share of the squares of `rows` (E, n).
+    """The basis `known` (n, k) with the fewest more columns that hold this share of the squares of
+    `rows` (E, n).
 
     GPM (Saha et al. 2021), as in appendix A.1, eq. 15 and 16.
     """
@@ -188,5 +230,7 @@ def grown(known: Tensor, rows: Tensor, threshold: float) -> Tensor:
     energy, along = (t.flip(-1) for t in torch.linalg.eigh(left.T @ left))
     total = rows.double().square().sum()
     missing = energy.sum() - (1 - threshold) * total
-    new = (energy.cumsum(0) - energy < missing) & (energy > total * len(energy) * torch.finfo(energy.dtype).eps)
+    new = (energy.cumsum(0) - energy < missing) & (
+        energy > total * len(energy) * torch.finfo(energy.dtype).eps
+    )
     return torch.cat([known, along[:, : int(new.sum())].to(known)], 1)

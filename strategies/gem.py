@@ -19,13 +19,14 @@ from strategies.replay import Replay
 
 @dataclass(kw_only=True)
 class GEM(Replay):
-    """Gradient episodic memory (Lopez-Paz & Ranzato 2017): the nearest gradient that no remembered task objects to.
+    """Gradient episodic memory (Lopez-Paz & Ranzato 2017): the nearest gradient that no remembered
+    task objects to.
 
-    Each step takes the gradient of every earlier task's mean loss over its remembered examples, or over `sample` of
-    them, and projects its own so that no such loss rises to first order (eq. 8-11). To first order is along the
-    gradient: an optimizer that scales each weight's step by itself, as AdamW, keeps it in part, train.optimizer=sgd
-    wholly.
-    The `margin` is the authors' "memory strength": it turns the step towards what the remembered tasks ask for. Their
+    Each step takes the gradient of every earlier task's mean loss over its remembered examples, or
+    over `sample` of them, and projects its own so that no such loss rises to first order (eq.
+    8-11). To first order is along the gradient: an optimizer that scales each weight's step by
+    itself, as AdamW, keeps it in part, train.optimizer=sgd wholly. The `margin` is the authors'
+    "memory strength": it turns the step towards what the remembered tasks ask for. Their
     experiments have 0.5 on every stream, and 256 remembered examples a task.
     """
 
@@ -39,8 +40,13 @@ class GEM(Replay):
         loss = super().backward(model, batch)
         if len(self.buffer):
             own = gradient(model)
-            others = [flat(wide(gradient_of(nll, model, batch.of(chosen)))) for chosen in self.remembered()]
-            set_gradient(model, unflat(project(flat(wide(own)), torch.stack(others), self.margin), own))
+            others = [
+                flat(wide(gradient_of(nll, model, batch.of(chosen))))
+                for chosen in self.remembered()
+            ]
+            set_gradient(
+                model, unflat(project(flat(wide(own)), torch.stack(others), self.margin), own)
+            )
         return loss
 
     def pools(self) -> list[list[Encoded]]:
@@ -56,10 +62,11 @@ class GEM(Replay):
 
 @dataclass(kw_only=True)
 class AGEM(GEM):
-    """Averaged GEM (Chaudhry et al. 2019, eq. 11): one gradient, of examples drawn from all remembered tasks.
+    """Averaged GEM (Chaudhry et al. 2019, eq. 11): one gradient, of examples drawn from all
+    remembered tasks.
 
-    Where the step's gradient g opposes it, the step is g - (g.r / r.r) r. The paper draws 256 on MNIST and 1300 on the
-    larger images, of memories as large.
+    Where the step's gradient g opposes it, the step is g - (g.r / r.r) r. The paper draws 256 on
+    MNIST and 1300 on the larger images, of memories as large.
     """
 
     costs: ClassVar[str] = "1 + sample / batch + O(P)"
@@ -72,10 +79,12 @@ class AGEM(GEM):
 
 
 def project(g: Tensor, others: Tensor, margin: float = 0.0) -> Tensor:
-    """The vector nearest to g (P,) that has no negative product with any row of `others` (K, P); g where g has none.
+    """The vector nearest to g (P,) that has no negative product with any row of `others` (K, P); g
+    where g has none.
 
-    It is g + v others, where v minimises |g + v others|^2 over v >= margin: the dual (Lopez-Paz & Ranzato 2017,
-    eq. 11), with K variables. The paper adds the margin to v; its authors' code, as here, bounds v by it.
+    It is g + v others, where v minimises |g + v others|^2 over v >= margin: the dual (Lopez-Paz &
+    Ranzato 2017, eq. 11), with K variables. The paper adds the margin to v; its authors' code, as
+    here, bounds v by it.
     """
     products = others @ g
     if not products.isfinite().all():
@@ -84,7 +93,9 @@ def project(g: Tensor, others: Tensor, margin: float = 0.0) -> Tensor:
         return g
     from scipy.optimize import nnls
 
-    q, r = torch.linalg.qr(others.T)  # |g + v others| is |r v + q^T g|, but for what lies outside of the rows' span
+    q, r = torch.linalg.qr(
+        others.T
+    )  # |g + v others| is |r v + q^T g|, but for what lies outside of the rows' span
     least = torch.full_like(products, margin)
     above, _ = nnls(r.double().tolist(), (-(q.T @ g + r @ least)).double().tolist())
     return g + (torch.tensor(above).to(least) + least) @ others

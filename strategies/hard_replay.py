@@ -23,12 +23,13 @@ CHOICES = ("loss", "forgetting")
 class HardReplay(Rehearsal):
     """Replay that chooses by each example's mean loss, measured at the end of every stage.
 
-    With `by="loss"` those of a task are kept that have the highest loss when it has been learned (the memory's
-    counterpart of hard example mining, Shrivastava et al. 2016), and drawn uniformly. With "forgetting" a uniform
-    sample is kept; by how much each one's loss has risen since its task was learned decides which give way when the
-    buffer is full (those that rose least), and which of `among` times as many, drawn uniformly, a step takes (those
-    that rose most: the criterion and the two draws of maximally interfered retrieval, Aljundi et al. 2019, algorithm 1,
-    whose loss rises in one virtual step instead of since it was learned).
+    With `by="loss"` those of a task are kept that have the highest loss when it has been learned
+    (the memory's counterpart of hard example mining, Shrivastava et al. 2016), and drawn uniformly.
+    With "forgetting" a uniform sample is kept; by how much each one's loss has risen since its task
+    was learned decides which give way when the buffer is full (those that rose least), and which of
+    `among` times as many, drawn uniformly, a step takes (those that rose most: the criterion and
+    the two draws of maximally interfered retrieval, Aljundi et al. 2019, algorithm 1, whose loss
+    rises in one virtual step instead of since it was learned).
     """
 
     shardable = True
@@ -36,7 +37,9 @@ class HardReplay(Rehearsal):
     capacity: float = 0.1
     by: str = "loss"
     among: int = 2
-    learned: dict[str, float] = memory(dict)  # the loss of what is kept when its task had been learned
+    learned: dict[str, float] = memory(
+        dict
+    )  # the loss of what is kept when its task had been learned
     risen: dict[str, float] = memory(dict)  # by how much it is higher now
 
     def __post_init__(self) -> None:
@@ -45,26 +48,34 @@ class HardReplay(Rehearsal):
         if self.by not in CHOICES:
             raise ConfigError(unknown("hard examples by", self.by, CHOICES))
         if self.among < 1:
-            raise ConfigError(f"hard examples among {self.among} times as many: expected at least 1")
+            raise ConfigError(
+                f"hard examples among {self.among} times as many: expected at least 1"
+            )
         self.buffer = ReplayBuffer(self.capacity, "ranked", self.seed)
 
     @instead
     def recall(self, n: int) -> Sequence[Encoded]:
-        """By forgetting, the most forgotten of several times as many as are needed, or of all there are."""
+        """By forgetting, the most forgotten of several times as many as are needed, or of all there
+        are.
+        """
         if self.by == "loss":
             return super().recall(n)
         drawn = self.buffer.draw(max(n, min(self.among * n, len(self.buffer))))
         return sorted(drawn, key=lambda e: -self.risen[name(e)])[:n]
 
     def fill(self, model: Model, task: Task[Encoded]) -> None:
-        """Rank the new examples, and by forgetting the earlier ones too; keep the first of each task."""
+        """Rank the new examples, and by forgetting the earlier ones too; keep the first of each
+        task.
+        """
         if self.by == "loss":
             new = losses(model, task.train)
             self.buffer.add(task.name, sorted(task.train, key=lambda e: -new[name(e)]))
             return
         now = losses(model, self.buffer.examples)
-        self.buffer.tasks = {t: sorted(kept, key=lambda e: self.learned[name(e)] - now[name(e)])
-                             for t, kept in self.buffer.tasks.items()}
+        self.buffer.tasks = {
+            t: sorted(kept, key=lambda e: self.learned[name(e)] - now[name(e)])
+            for t, kept in self.buffer.tasks.items()
+        }
         self.buffer.add(task.name, self.buffer.rng.sample(list(task.train), len(task.train)))
         now |= losses(model, [e for e in self.buffer.examples if name(e) not in now])
         self.learned = {k: self.learned.get(k, now[k]) for k in map(name, self.buffer.examples)}
@@ -78,4 +89,6 @@ def name(e: Encoded) -> str:
 
 def losses(model: Model, examples: Sequence[Encoded]) -> dict[str, float]:
     """Each example's mean negative log-likelihood of a response token, in nats, by name."""
-    return {name(examples[i]): float(F.cross_entropy(z, y)) for i, y, z in responses(model, examples)}
+    return {
+        name(examples[i]): float(F.cross_entropy(z, y)) for i, y, z in responses(model, examples)
+    }

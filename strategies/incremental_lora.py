@@ -1,4 +1,6 @@
-"""Incremental LoRA: each task learns a block of the LoRA's rank, and those of earlier tasks stay as they are."""
+"""Incremental LoRA: each task learns a block of the LoRA's rank, and those of earlier tasks stay as
+they are.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +20,37 @@ from continual.strategy.interface import Strategy, groups
 
 @dataclass(kw_only=True)
 class IncrementalLoRA(Strategy):
-    """A new LoRA of `rank` for each task, the sum of all of them active (IncLoRA, a baseline of Wang et al. 2023).
+    """A new LoRA of `rank` for each task, the sum of all of them active (IncLoRA, a baseline of
+    Wang et al. 2023).
 
-    The model's one LoRA, of rank R, is the sum of R / rank such blocks, each some rows of A and columns of B:
-    B A = sum_k B_k A_k. A task learns the block behind the last one whose B is not zero, for a LoRA begins with B = 0
-    and a checkpoint goes on where it is. Earlier blocks are frozen, later ones give nothing. Weight decay is off, for
-    it would shrink the frozen blocks too. With `rank=0` the whole LoRA learns every task, as without the strategy.
+    The model's one LoRA, of rank R, is the sum of R / rank such blocks, each some rows of A and
+    columns of B: B A = sum_k B_k A_k. A task learns the block behind the last one whose B is not
+    zero, for a LoRA begins with B = 0 and a checkpoint goes on where it is. Earlier blocks are
+    frozen, later ones give nothing. Weight decay is off, for it would shrink the frozen blocks too.
+    With `rank=0` the whole LoRA learns every task, as without the strategy.
     """
 
     rank: int = 8  # the authors' lora_dim
-    first: int = field(init=False, repr=False, default=0)  # row of A where the task's block begins; `begin` finds it
-    earlier: list[Tensor] = field(init=False, repr=False, default_factory=list)  # the blocks before it, as they were
+    first: int = field(
+        init=False, repr=False, default=0
+    )  # row of A where the task's block begins; `begin` finds it
+    earlier: list[Tensor] = field(
+        init=False, repr=False, default_factory=list
+    )  # the blocks before it, as they were
 
     def __post_init__(self) -> None:
         """Refuse a rank below 0."""
         super().__post_init__()
         if self.rank < 0:
-            raise ConfigError(f"found {self.rank} as the rank of a task's block of the LoRA; expected at least 1, or 0 "
-                              "to let all of it learn every task")
+            raise ConfigError(
+                f"found {self.rank} as the rank of a task's block of the LoRA; expected at least "
+                "1, or 0 to let all of it learn every task"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
-        """Find the task's block; raises ConfigError where there is no room, for a stream's first task for all of it."""
+        """Find the task's block; raises ConfigError where there is no room, for a stream's first
+        task for all of it.
+        """
         trained = super().begin(model, task)
         if not self.rank:
             return trained
@@ -46,17 +58,26 @@ class IncrementalLoRA(Strategy):
         used = max(_in_use(b) for _, b in pairs)
         self.first = -(-used // self.rank) * self.rank
         left = (min(len(a) for a, _ in pairs) - self.first) // self.rank
-        wanted = 1 if used else 1 + len(set(range(len(task.columns))) - {e.task for e in task.train})
+        wanted = (
+            1 if used else 1 + len(set(range(len(task.columns))) - {e.task for e in task.train})
+        )
         if left < wanted:
-            raise ConfigError(f"the LoRA has room for {left} more tasks of rank {self.rank}, expected {wanted}; set "
-                              f"model.adapters.lora.r={self.first + wanted * self.rank} or more (its lora_alpha in "
-                              "proportion, for a LoRA's scale is lora_alpha / r), or a lower rank for each task")
+            raise ConfigError(
+                f"the LoRA has room for {left} more tasks of rank {self.rank}, expected "
+                f"{wanted}; set model.adapters.lora.r={self.first + wanted * self.rank} or more "
+                "(its lora_alpha in proportion, for a LoRA's scale is lora_alpha / r), or a "
+                "lower rank for each task"
+            )
         self.earlier = [t.clone() for t in self.before(model)]
         return [{**group, "weight_decay": 0.0} for group in groups(trained)]
 
     def before(self, model: Model) -> list[Tensor]:
         """What each factor has of the blocks before the task's."""
-        return [t for a, b in factors(model) for t in (a.detach()[: self.first], b.detach()[:, : self.first])]
+        return [
+            t
+            for a, b in factors(model)
+            for t in (a.detach()[: self.first], b.detach()[:, : self.first])
+        ]
 
     @property
     def block(self) -> slice:
@@ -75,12 +96,18 @@ class IncrementalLoRA(Strategy):
         return loss
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
-        """See that no step moved another block: earlier ones stand still, and later ones would be in use."""
+        """See that no step moved another block: earlier ones stand still, and later ones would be
+        in use.
+        """
         before = zip(self.earlier, self.before(model), strict=True)
-        if self.rank and (max(_in_use(b) for _, b in factors(model)) > self.block.stop
-                          or not all((was == now).all() for was, now in before)):
-            raise ConfigError("a strategy that is listed beside this one moved other blocks than the task's, for its "
-                              "steps do not end here; list this one first")
+        if self.rank and (
+            max(_in_use(b) for _, b in factors(model)) > self.block.stop
+            or not all((was == now).all() for was, now in before)
+        ):
+            raise ConfigError(
+                "a strategy that is listed beside this one moved other blocks than the task's, "
+                "for its steps do not end here; list this one first"
+            )
         super().end(model, task)
 
 

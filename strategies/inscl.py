@@ -1,4 +1,6 @@
-"""Replay by instruction: the more a remembered task's instructions differ from the new one's, the more of it."""
+"""Replay by instruction: the more a remembered task's instructions differ from the new one's, the
+more of it.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,22 @@ from strategies.replay import Replay
 
 @dataclass(kw_only=True)
 class InsCL(Replay):
-    """Instruction-based replay (Wang et al. 2024, section 3.1): of the replayed examples, task j has the share W_j.
+    """Instruction-based replay (Wang et al. 2024, section 3.1): of the replayed examples, task j
+    has the share W_j.
 
-    W_j is the Wasserstein distance between the instructions of task j and of the new task, divided by the sum over all
-    remembered tasks. As in the authors' implementation the cost is the cosine distance and each instruction weighs as
-    often as it occurs. An instruction's embedding is the mean of the model's own input embeddings over its tokens,
-    instead of a sentence encoder's. What prompts have in common is their instruction; one that shares nothing with
-    others is its own. The paper's choice of examples by tags, which a larger model writes, has no part here.
+    W_j is the Wasserstein distance between the instructions of task j and of the new task, divided
+    by the sum over all remembered tasks. As in the authors' implementation the cost is the cosine
+    distance and each instruction weighs as often as it occurs. An instruction's embedding is the
+    mean of the model's own input embeddings over its tokens, instead of a sentence encoder's. What
+    prompts have in common is their instruction; one that shares nothing with others is its own. The
+    paper's choice of examples by tags, which a larger model writes, has no part here.
     """
 
     stores: ClassVar[str] = "E examples and at most 128 T instructions"
     instructions: dict[int, Instructions] = memory(dict)  # of each remembered task
-    shares: dict[int, float] = field(init=False, repr=False, default_factory=dict)  # what `begin` makes
+    shares: dict[int, float] = field(
+        init=False, repr=False, default_factory=dict
+    )  # what `begin` makes
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Measure how far each remembered task is from the new one."""
@@ -56,14 +62,21 @@ class InsCL(Replay):
 
 @torch.no_grad()
 def distance(model: Model, old: Instructions, new: Instructions) -> float:
-    """The Wasserstein distance between the embedded instructions of two tasks, with cosine distance as the cost."""
+    """The Wasserstein distance between the embedded instructions of two tasks, with cosine distance
+    as the cost.
+    """
     words = model.net.get_input_embeddings().weight
-    a, b = (F.normalize(torch.stack([words[ids].mean(0) for ids, _ in side]).double(), dim=1) for side in (old, new))
+    a, b = (
+        F.normalize(torch.stack([words[ids].mean(0) for ids, _ in side]).double(), dim=1)
+        for side in (old, new)
+    )
     return transport((1 - a @ b.T).clamp(min=0), *([n for _, n in side] for side in (old, new)))
 
 
 def transport(cost: Tensor, a: Sequence[float], b: Sequence[float]) -> float:
-    """The least of `cost` (I, J) that moves I weights a onto J weights b, each scaled to sum 1: a linear programme."""
+    """The least of `cost` (I, J) that moves I weights a onto J weights b, each scaled to sum 1: a
+    linear programme.
+    """
     import numpy as np
     from scipy.optimize import linprog
     from scipy.sparse import eye_array, kron, vstack
@@ -73,6 +86,10 @@ def transport(cost: Tensor, a: Sequence[float], b: Sequence[float]) -> float:
     arrives = kron(np.ones((1, i)), eye_array(j))  # in each column
     weights = [n / sum(side) for side in (a, b) for n in side]
     # The constraints sum to the same on both sides: the last one follows from the others.
-    told = linprog(cost.flatten().tolist(), A_eq=vstack([leaves, arrives]).tocsr()[:-1], b_eq=weights[:-1],
-                   method="highs")
+    told = linprog(
+        cost.flatten().tolist(),
+        A_eq=vstack([leaves, arrives]).tocsr()[:-1],
+        b_eq=weights[:-1],
+        method="highs",
+    )
     return float(told.fun)

@@ -23,22 +23,25 @@ from strategies.maml import MAML
 class LaMAML(MAML):
     """Look-ahead MAML (Gupta, Yadav & Paull 2020, arXiv 2007.13904, algorithm 1).
 
-    From the weights w, `inner_steps` of SGD at the rates a, each on a part of the step's new examples, lead to fast
-    weights, whose loss L on new and remembered examples together is what counts. First the rates learn from it,
-    a <- a - rates_lr dL/da, and then the weights, at the new rates: w <- w - max(0, a) dL/dw. In the first order dL/dw
-    is the gradient at the fast weights, and dL/da is minus its product, weight by weight, with the sum of the inner
-    gradients: a weight on which new and old examples agree learns faster, one on which they do not slower, or not at
-    all. Inner steps go at a itself, so that a rate below 0 can rise again. Every gradient is first scaled down to the
-    norm `clip`; the authors' code does so but for inner ones, whose numbers it cuts off at +-`clip`. It also takes L
-    after every inner step, and the mean.
+    From the weights w, `inner_steps` of SGD at the rates a, each on a part of the step's new
+    examples, lead to fast weights, whose loss L on new and remembered examples together is what
+    counts. First the rates learn from it, a <- a - rates_lr dL/da, and then the weights, at the new
+    rates: w <- w - max(0, a) dL/dw. In the first order dL/dw is the gradient at the fast weights,
+    and dL/da is minus its product, weight by weight, with the sum of the inner gradients: a weight
+    on which new and old examples agree learns faster, one on which they do not slower, or not at
+    all. Inner steps go at a itself, so that a rate below 0 can rise again. Every gradient is first
+    scaled down to the norm `clip`; the authors' code does so but for inner ones, whose numbers it
+    cuts off at +-`clip`. It also takes L after every inner step, and the mean.
 
-    The weights' step is one of plain SGD: it takes train.optimizer=sgd, and is the paper's at a train.lr of 1, which
-    the schedule varies. AdamW, which scales each weight's step by itself, would undo the rates. What is tested is w,
-    and it comes behind the fast weights: the farther the inner steps lead, the less it answers by itself.
+    The weights' step is one of plain SGD: it takes train.optimizer=sgd, and is the paper's at a
+    train.lr of 1, which the schedule varies. AdamW, which scales each weight's step by itself,
+    would undo the rates. What is tested is w, and it comes behind the fast weights: the farther the
+    inner steps lead, the less it answers by itself.
 
-    The authors' code begins with rates of 0.1, rates_lr 0.25, 5 inner steps and a clip of 1 on CIFAR, and has 0.15,
-    0.3, one step an example and 2 on MNIST; conf/strategy/la_maml.yaml says why ours differ. Half of what judges is
-    remembered, as there, in a reservoir; ours takes a task in at its end, as their use_old_task_memory draws.
+    The authors' code begins with rates of 0.1, rates_lr 0.25, 5 inner steps and a clip of 1 on
+    CIFAR, and has 0.15, 0.3, one step an example and 2 on MNIST; conf/strategy/la_maml.yaml says
+    why ours differ. Half of what judges is remembered, as there, in a reservoir; ours takes a task
+    in at its end, as their use_old_task_memory draws.
     """
 
     stores: ClassVar[str] = "E examples, 4 P"
@@ -52,7 +55,9 @@ class LaMAML(MAML):
     buffer_kind: str = "reservoir"
     inner: str = field(init=False, default="meta_sgd")
     adapts: str = field(init=False, default="all")
-    new: int = field(init=False, repr=False, default=0)  # so many of the step's examples, the first ones
+    new: int = field(
+        init=False, repr=False, default=0
+    )  # so many of the step's examples, the first ones
 
     def recall(self, n: int) -> Sequence[Encoded]:
         """Of all that is remembered: Sample(R)."""
@@ -74,14 +79,20 @@ class LaMAML(MAML):
         return 1.0 if self.clip is None else (self.clip / (norm + 1e-6)).clamp(max=1)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
-        """Move the rates, algorithm 1 (a), and leave in every `.grad` what they make of the weights' step (b)."""
+        """Move the rates, algorithm 1 (a), and leave in every `.grad` what they make of the
+        weights' step (b).
+        """
         loss = super().backward(model, batch)
         live, rates, limit = weights(model), self.rates.detach(), self.clip or math.inf
         if (g := self.rates.grad) is not None:
-            norm = sharding.clip([self.rates], limit) + sharding.clip([*live.values()], limit)  # in place
+            norm = sharding.clip([self.rates], limit) + sharding.clip(
+                [*live.values()], limit
+            )  # in place
             # The stage passes over a step that is not finite, and so do the rates.
             rates.copy_(torch.where(norm.isfinite(), rates - self.rates_lr * g, rates))
-            self.rates.grad = None  # the optimizer has the rates, for what processes share, and leaves them alone
+            self.rates.grad = (
+                None  # the optimizer has the rates, for what processes share, and leaves them alone
+            )
             for n, rate in unflat(rates.clamp(min=0), live).items():
                 live[n].grad = None if (g := live[n].grad) is None else rate * g
         return loss

@@ -1,4 +1,6 @@
-"""Generative replay: the model also learns to write the tasks' prompts, and later writes and answers them itself."""
+"""Generative replay: the model also learns to write the tasks' prompts, and later writes and
+answers them itself.
+"""
 
 from __future__ import annotations
 
@@ -25,45 +27,62 @@ TOGETHER = 128  # prompts written or answered at a time
 
 @dataclass(kw_only=True)
 class LAMOL(Rehearsal):
-    """Language modelling for lifelong language learning (Sun et al. 2020): no example of an earlier task is kept.
+    """Language modelling for lifelong language learning (Sun et al. 2020): no example of an earlier
+    task is kept.
 
-    A step's loss is (L_QA + `lm_weight` L_LM) / (1 + `lm_weight`) (section 3.2): that of the responses, and that of the
-    prompts, each written after a start token, closed with it, and averaged over its own tokens. Before a stage the
-    model writes so many examples that `share` = gamma / (1 + gamma) of all are its own, equally many of each earlier
-    task (section 3.3): it goes on from the start token and one of the task's instructions, drawn by how many of its
-    examples have it, which stands for the paper's task token, sampling from the `top_k` likeliest tokens, and then
-    answers what it wrote, greedily. What is not closed in the length that the task's examples had is discarded. The
-    start token is the padding token. In the paper and its authors' code L_LM is also that of the answers, and a whole
-    example is sampled in one pass; here the model answers as it is asked.
+    A step's loss is (L_QA + `lm_weight` L_LM) / (1 + `lm_weight`) (section 3.2): that of the
+    responses, and that of the prompts, each written after a start token, closed with it, and
+    averaged over its own tokens. Before a stage the model writes so many examples that `share` =
+    gamma / (1 + gamma) of all are its own, equally many of each earlier task (section 3.3): it goes
+    on from the start token and one of the task's instructions, drawn by how many of its examples
+    have it, which stands for the paper's task token, sampling from the `top_k` likeliest tokens,
+    and then answers what it wrote, greedily. What is not closed in the length that the task's
+    examples had is discarded. The start token is the padding token. In the paper and its authors'
+    code L_LM is also that of the answers, and a whole example is sampled in one pass; here the
+    model answers as it is asked.
     """
 
     shardable = True
     stores: ClassVar[str] = "at most 64 T instructions"
-    costs: ClassVar[str] = "1 / (1 - share), and its prompts are learned too; a stage begins by writing"
+    costs: ClassVar[str] = (
+        "1 / (1 - share), and its prompts are learned too; a stage begins by writing"
+    )
     lm_weight: float = 0.25
     top_k: int = 20
-    tasks: dict[int, dict[str, Any]] = memory(dict)  # of each: its instructions, and its longest lengths
+    tasks: dict[int, dict[str, Any]] = memory(
+        dict
+    )  # of each: its instructions, and its longest lengths
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
         super().__post_init__()
         if self.lm_weight < 0 or self.top_k < 1:
-            raise ConfigError(f"LAMOL with lm_weight {self.lm_weight} and top_k {self.top_k}: expected at least 0 and "
-                              "at least 1")
+            raise ConfigError(
+                f"LAMOL with lm_weight {self.lm_weight} and top_k {self.top_k}: expected at "
+                "least 0 and at least 1"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Write and answer examples of the earlier tasks."""
         trained = super().begin(model, task)
         if model.layout.seq2seq:
-            raise ConfigError("lamol writes prompts with the part of a model that reads them, which an encoder cannot; "
-                              "choose a causal model, or another strategy")
+            raise ConfigError(
+                "lamol writes prompts with the part of a model that reads them, which an encoder "
+                "cannot; choose a causal model, or another strategy"
+            )
         if any(model.layout.pad in e.ids[: turn(e)] for e in task.train):
-            raise DataError(f"a prompt of task {task.name!r} holds the padding token, with which lamol marks where "
-                            "prompts begin and end; give the tokenizer a padding token that no prompt holds")
+            raise DataError(
+                f"a prompt of task {task.name!r} holds the padding token, with which lamol marks "
+                "where prompts begin and end; give the tokenizer a padding token that no prompt "
+                "holds"
+            )
         wanted = round(len(task.train) * self.share / (1 - self.share))
         with model.evaluating():
-            self.buffer.tasks = {task.columns[t]: self.written(model, t, -(-wanted // len(self.tasks)))
-                                 for t in self.tasks if wanted}
+            self.buffer.tasks = {
+                task.columns[t]: self.written(model, t, -(-wanted // len(self.tasks)))
+                for t in self.tasks
+                if wanted
+            }
         if self.tasks:
             self.notes["pseudo"] = len(self.buffer)
         return trained
@@ -74,16 +93,30 @@ class LAMOL(Rehearsal):
         generator = torch.Generator().manual_seed(self.buffer.rng.getrandbits(63))
         begins, counts = zip(*told["begins"], strict=True)
         prompts: list[list[int]] = []
-        for i, many in sorted(Counter(self.buffer.rng.choices(range(len(begins)), counts, k=n)).items()):
-            starts, room = [unanswered("", index, [mark, *begins[i]])] * many, told["prompt"] - len(begins[i]) + 1
+        for i, many in sorted(
+            Counter(self.buffer.rng.choices(range(len(begins)), counts, k=n)).items()
+        ):
+            starts, room = (
+                [unanswered("", index, [mark, *begins[i]])] * many,
+                told["prompt"] - len(begins[i]) + 1,
+            )
             draws = torch.rand(many, room, dtype=torch.float64, generator=generator)
             said = complete(model, starts, room, TOGETHER, mark, sampled(self.top_k, draws))
             prompts += [[*begins[i], *ids[:-1]] for ids in said if ids[-1] == mark]
-        asked = [unanswered(f"pseudo/{index}/{i}", index, ids) for i, ids in enumerate(prompts) if ids]
+        asked = [
+            unanswered(f"pseudo/{index}/{i}", index, ids) for i, ids in enumerate(prompts) if ids
+        ]
         answers = complete(model, asked, told["response"], TOGETHER, end)
-        return [replace(e, ids=(*e.ids, *ids), text=read(model, [*e.ids, *ids]),
-                        response=(*e.response, *(True,) * len(ids)))
-                for e, ids in zip(asked, answers, strict=True) if ids[-1] == end]
+        return [
+            replace(
+                e,
+                ids=(*e.ids, *ids),
+                text=read(model, [*e.ids, *ids]),
+                response=(*e.response, *(True,) * len(ids)),
+            )
+            for e, ids in zip(asked, answers, strict=True)
+            if ids[-1] == end
+        ]
 
     def joined(self, batch: Batch) -> Batch:
         """New and self-written examples, and the prompts of both to be written."""
@@ -91,8 +124,15 @@ class LAMOL(Rehearsal):
         if not self.lm_weight:
             return batch
         mark = batch.layout.pad
-        prompts = [replace(e, id=f"prompt/{e.id}", ids=(mark, *e.ids[: turn(e)], mark),  # what is kept of e is not its
-                           response=(False, *(True,) * (turn(e) + 1))) for e in batch.examples]
+        prompts = [
+            replace(
+                e,
+                id=f"prompt/{e.id}",
+                ids=(mark, *e.ids[: turn(e)], mark),  # what is kept of e is not its
+                response=(False, *(True,) * (turn(e) + 1)),
+            )
+            for e in batch.examples
+        ]
         weight = self.lm_weight * batch.tokens / batch.of(prompts).tokens
         answers = batch.scale or (1.0,) * len(batch.examples)
         return batch.of([*batch.examples, *prompts], [*answers, *(weight,) * len(prompts)])
@@ -101,8 +141,11 @@ class LAMOL(Rehearsal):
         """Forget what was written; remember each task's instructions and its lengths."""
         for t in {e.task for e in task.train}:
             rows = [e for e in task.train if e.task == t]
-            self.tasks[t] = {"begins": beginnings(rows), "prompt": max(map(turn, rows)),
-                             "response": max(len(e.ids) - turn(e) for e in rows)}
+            self.tasks[t] = {
+                "begins": beginnings(rows),
+                "prompt": max(map(turn, rows)),
+                "response": max(len(e.ids) - turn(e) for e in rows),
+            }
         self.buffer = ReplayBuffer(0, seed=self.seed + len(self.tasks))
 
 

@@ -1,4 +1,6 @@
-"""Distillation: on the new task's examples the model is held to what an earlier one would have said. LwF and ASFT."""
+"""Distillation: on the new task's examples the model is held to what an earlier one would have
+said. LwF and ASFT.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,28 @@ from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
 
 TEACHERS = ("previous", "base")
-Taught = tuple[Tensor, Tensor | None]  # log-probabilities (S, K), and of fewer than all their columns (S, K - 1)
+Taught = tuple[
+    Tensor, Tensor | None
+]  # log-probabilities (S, K), and of fewer than all their columns (S, K - 1)
 
 
 @dataclass(kw_only=True)
 class LwF(Strategy):
-    """Learning without forgetting (Li & Hoiem 2016, eq. 1 to 3), at response positions of the new task's examples.
+    """Learning without forgetting (Li & Hoiem 2016, eq. 1 to 3), at response positions of the new
+    task's examples.
 
-    The term is `strength` times the mean over the step's tokens of KL(teacher || model), both softened by
-    `temperature`: eq. 2's cross-entropy less the teacher's entropy, which has no gradient. The `teacher` is the model
-    as it was before the stage ("previous") or before the first ("base", whose trainable weights are kept). It answers
-    once, in `begin`, without dropout. Examples of other tasks, which another strategy may bring along, have no term.
+    The term is `strength` times the mean over the step's tokens of KL(teacher || model), both
+    softened by `temperature`: eq. 2's cross-entropy less the teacher's entropy, which has no
+    gradient. The `teacher` is the model as it was before the stage ("previous") or before the first
+    ("base", whose trainable weights are kept). It answers once, in `begin`, without dropout.
+    Examples of other tasks, which another strategy may bring along, have no term.
 
-    Where the vocabulary has more than `top` tokens, the teacher's likeliest are told apart and all others count as one.
-    That divergence is exact for what it tells apart and never above the whole one.
+    Where the vocabulary has more than `top` tokens, the teacher's likeliest are told apart and all
+    others count as one. That divergence is exact for what it tells apart and never above the whole
+    one.
 
-    With `dynamic` the loss of each token of the step is weighed by the probability p that the model gives it, a factor
-    without a gradient: dynamic fine-tuning (DFT, Wu et al. 2025).
+    With `dynamic` the loss of each token of the step is weighed by the probability p that the model
+    gives it, a factor without a gradient: dynamic fine-tuning (DFT, Wu et al. 2025).
     """
 
     shardable = True
@@ -46,7 +53,9 @@ class LwF(Strategy):
     top: int = 1024
     dynamic: bool = False
     base: Weights = memory(dict)
-    told: dict[tuple[int, str], Taught] = field(init=False, repr=False, default_factory=dict)  # what `begin` makes
+    told: dict[tuple[int, str], Taught] = field(
+        init=False, repr=False, default_factory=dict
+    )  # what `begin` makes
 
     def __post_init__(self) -> None:
         """Refuse a teacher that does not exist and numbers that cannot work."""
@@ -54,9 +63,14 @@ class LwF(Strategy):
         if self.teacher not in TEACHERS:
             raise ConfigError(unknown("teacher", self.teacher, TEACHERS))
         if self.strength < 0 or not self.temperature > 0 or self.top < 1:
-            raise ConfigError(f"LwF with strength {self.strength}, temperature {self.temperature} and top {self.top}: "
-                              "expected a strength of at least 0, a temperature above it and a top of at least 1")
-        self.shardable = self.shardable and self.teacher == "previous"  # the base answers at other weights
+            raise ConfigError(
+                f"LwF with strength {self.strength}, temperature {self.temperature} and top "
+                f"{self.top}: expected a strength of at least 0, a temperature above it and a "
+                "top of at least 1"
+            )
+        self.shardable = (
+            self.shardable and self.teacher == "previous"
+        )  # the base answers at other weights
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Ask the teacher for every example of the task."""
@@ -70,7 +84,9 @@ class LwF(Strategy):
         return trained
 
     def asked(self, logits: Tensor) -> Taught:
-        """The softened distribution of logits (S, V), with the rest as the last of its columns where it is cut."""
+        """The softened distribution of logits (S, V), with the rest as the last of its columns
+        where it is cut.
+        """
         whole = (logits / self.temperature).log_softmax(-1)
         if self.top >= whole.shape[1]:
             return whole.clone(), None
@@ -88,7 +104,9 @@ class LwF(Strategy):
         return loss + self.strength * self.divergence(batch, logits()) if self.told else loss
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
-        """KL(teacher || model), a scalar: summed over the response tokens that were taught, by the step's tokens."""
+        """KL(teacher || model), a scalar: summed over the response tokens that were taught, by the
+        step's tokens.
+        """
         keys = [(e.task, e.id) for e in batch.examples]
         known = torch.tensor([k in self.told for k in keys], device=logits.device)
         at = batch.response & known[batch.example]
@@ -103,7 +121,9 @@ class LwF(Strategy):
 
 
 def damped(batch: Batch, logits: Tensor) -> Tensor:
-    """What weighing each token's loss by its probability p changes of the mean: that of (p - 1) times it, a scalar."""
+    """What weighing each token's loss by its probability p changes of the mean: that of (p - 1)
+    times it, a scalar.
+    """
     loss = F.cross_entropy(logits, batch.targets, reduction="none")
     return (((-loss.detach()).exp() - 1) * loss * batch.weight).sum() / batch.tokens
 
@@ -116,7 +136,8 @@ def with_rest(log_p: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class ASFT(LwF):
-    """Anchored supervised fine-tuning (Zhu et al. 2025): dynamic fine-tuning beside the divergence from the base.
+    """Anchored supervised fine-tuning (Zhu et al. 2025): dynamic fine-tuning beside the divergence
+    from the base.
 
     The defaults are those of the authors' command line.
     """

@@ -1,4 +1,6 @@
-"""Meta-learning: each step prepares the weights for a few steps of learning, on the current and remembered tasks."""
+"""Meta-learning: each step prepares the weights for a few steps of learning, on the current and
+remembered tasks.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ GRAPH = 3  # so many times what a forward pass leaves behind, a gradient's own g
 
 @dataclass(kw_only=True)
 class Episodic(Replay):
-    """A step is one episode a task: the new examples, and remembered ones of one earlier task beside them.
+    """A step is one episode a task: the new examples, and remembered ones of one earlier task
+    beside them.
 
     With `inner_steps=0` there is no inner loop, and the step is plain replay.
     """
@@ -82,17 +85,23 @@ class Episodic(Replay):
         return InnerLoop(of=self) if self.inner_steps else super().rule()
 
     def judged(self, model: Model, at: Weights, batch: Batch, share: float) -> Tensor:
-        """Back-propagate `share` of the loss at the weights `at` to them, by micro-batches; that share of it.
+        """Back-propagate `share` of the loss at the weights `at` to them, by micro-batches; that
+        share of it.
 
         The terms of strategies that this one is composed with have their part in it.
         """
-        return accumulate(lambda model, part: share * evaluated_at(model, at, lambda: self.loss(model, part)), model,
-                          batch.micro_batches())
+        return accumulate(
+            lambda model, part: share * evaluated_at(model, at, lambda: self.loss(model, part)),
+            model,
+            batch.micro_batches(),
+        )
 
 
 @dataclass(kw_only=True)
 class InnerLoop(Strategy):
-    """The inner loop of another strategy, taken for good: under plain SGD at lr 1 a step is one of its own."""
+    """The inner loop of another strategy, taken for good: under plain SGD at lr 1 a step is one of
+    its own.
+    """
 
     of: Episodic
 
@@ -112,24 +121,29 @@ class InnerLoop(Strategy):
 
 @dataclass(kw_only=True)
 class MAML(Episodic):
-    """Model-agnostic meta-learning (Finn et al. 2017, algorithm 1), on every optimizer step's examples.
+    """Model-agnostic meta-learning (Finn et al. 2017, algorithm 1), on every optimizer step's
+    examples.
 
-    Each task's examples are halved: `inner_steps` of SGD on the support half lead to fast weights, whose loss on the
-    query half is minimised with respect to the weights before them. `second_order=False` takes the fast weights'
-    gradient as that of the weights (section 5.2). An episode of a single example serves as both halves.
+    Each task's examples are halved: `inner_steps` of SGD on the support half lead to fast weights,
+    whose loss on the query half is minimised with respect to the weights before them.
+    `second_order=False` takes the fast weights' gradient as that of the weights (section 5.2). An
+    episode of a single example serves as both halves.
 
-    `adapts="head"` is ANIL (Raghu et al. 2020, section 4): all weights are meta-learned, and the inner loop changes the
-    head alone. That is the LM head where its weights are trained and not the input embedding's as well; else, as under
-    an adapter, what is trained in the last layer that has any trained weights.
+    `adapts="head"` is ANIL (Raghu et al. 2020, section 4): all weights are meta-learned, and the
+    inner loop changes the head alone. That is the LM head where its weights are trained and not the
+    input embedding's as well; else, as under an adapter, what is trained in the last layer that has
+    any trained weights.
 
-    `inner="meta_sgd"` is Meta-SGD (Li et al. 2017, algorithm 1): each weight that the inner loop changes has a rate of
-    its own in place of `inner_lr`, where it begins, learned by the same meta-gradient, with `rates_lr` as the
-    optimizer's learning rate. The paper takes the weights' one; its rates begin at random between 0.005 and 0.1.
+    `inner="meta_sgd"` is Meta-SGD (Li et al. 2017, algorithm 1): each weight that the inner loop
+    changes has a rate of its own in place of `inner_lr`, where it begins, learned by the same
+    meta-gradient, with `rates_lr` as the optimizer's learning rate. The paper takes the weights'
+    one; its rates begin at random between 0.005 and 0.1.
 
-    The second order goes back through the inner loop step by step, v <- v - H (rate * v) with the Hessian H of the
-    support loss at the weights before the step; where rates are learned, their gradient is -g * v with the step's
-    gradient g. The graphs of the last steps are kept for that while they fit `train.tokens_per_microbatch`; those of
-    the steps before are made once more, a micro-batch at a time.
+    The second order goes back through the inner loop step by step, v <- v - H (rate * v) with the
+    Hessian H of the support loss at the weights before the step; where rates are learned, their
+    gradient is -g * v with the step's gradient g. The graphs of the last steps are kept for that
+    while they fit `train.tokens_per_microbatch`; those of the steps before are made once more, a
+    micro-batch at a time.
     """
 
     stores: ClassVar[str] = "E examples; 4 P more with learned rates"
@@ -138,7 +152,9 @@ class MAML(Episodic):
     adapts: str = "all"
     inner: str = "sgd"
     rates_lr: float = 1e-3
-    rates: Tensor = memory(lambda: torch.zeros(0))  # (P,) of all weights that the inner loop changes, if learned
+    rates: Tensor = memory(
+        lambda: torch.zeros(0)
+    )  # (P,) of all weights that the inner loop changes, if learned
 
     def __post_init__(self) -> None:
         """Refuse what cannot be an inner loop."""
@@ -154,7 +170,9 @@ class MAML(Episodic):
             return trained
         start = self.rates.detach()
         if not len(start):
-            start = flat({n: torch.full_like(w, self.inner_lr) for n, w in self.changed(model).items()})
+            start = flat(
+                {n: torch.full_like(w, self.inner_lr) for n, w in self.changed(model).items()}
+            )
         self.rates = Parameter(start.to(model.layout.device))
         return [*groups(trained), {"params": [self.rates], "lr": self.rates_lr, "weight_decay": 0}]
 
@@ -167,7 +185,9 @@ class MAML(Episodic):
         return unflat(self.rates.detach(), changed) if len(self.rates) else super().rate(changed)
 
     def episode(self, model: Model, episode: Batch, share: float) -> Tensor:
-        """The gradient of the query loss at the fast weights, as a function of the weights before them."""
+        """The gradient of the query loss at the fast weights, as a function of the weights before
+        them.
+        """
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if self.second_order else nullcontext():
             return self.through(model, *self.split(episode), share)
@@ -179,8 +199,12 @@ class MAML(Episodic):
         support, query = episode.pick(range(half)), episode.pick(range(half if n > 1 else 0, n))
         return [support.micro_batches()] * self.inner_steps, query
 
-    def through(self, model: Model, steps: Sequence[Sequence[Batch]], query: Batch, share: float) -> Tensor:
-        """Add `share` of the query loss's gradient through these inner steps; that share of the loss."""
+    def through(
+        self, model: Model, steps: Sequence[Sequence[Batch]], query: Batch, share: float
+    ) -> Tensor:
+        """Add `share` of the query loss's gradient through these inner steps; that share of the
+        loss.
+        """
         changed, path = self.changed(model), []
         still = {n: w.detach() for n, w in weights(model).items() if n not in changed}
         rate = self.rate(changed)
@@ -188,7 +212,11 @@ class MAML(Episodic):
         for i, parts in enumerate(steps):
             torch.manual_seed(seed + i)
             left = GRAPH * sum(part.length for later in steps[i:] for part in later)
-            if held := self.second_order and left <= model.layout.tokens and any(part.tokens for part in parts):
+            if (
+                held := self.second_order
+                and left <= model.layout.tokens
+                and any(part.tokens for part in parts)
+            ):
                 g = slope(model, at, parts)
             else:
                 accumulate(partial(nll, at=still | at), model, parts)
@@ -204,7 +232,9 @@ class MAML(Episodic):
             if len(self.rates):
                 self.learn(combine(lambda g, v, c=c: -c * g * v, g, v))
             if self.second_order:
-                torch.manual_seed(again)  # what was dropped out on the way there is so on the way back
+                torch.manual_seed(
+                    again
+                )  # what was dropped out on the way there is so on the way back
                 turn = combine(lambda r, v, c=c: -c * r * v, rate, v)
                 v = combine(torch.add, v, bent(model, before, parts, turn, g if held else None))
         add(changed, v)
@@ -218,10 +248,12 @@ class MAML(Episodic):
 
 @dataclass(kw_only=True)
 class Reptile(Episodic):
-    """Reptile (Nichol et al. 2018, algorithm 2): the step points to where `inner_steps` of SGD lead from here.
+    """Reptile (Nichol et al. 2018, algorithm 2): the step points to where `inner_steps` of SGD lead
+    from here.
 
-    Each task's examples are dealt to the inner steps; the gradient is (weights - fast weights) / inner_lr, which is the
-    sum of the inner gradients, averaged over the tasks by their share of the step's supervised tokens.
+    Each task's examples are dealt to the inner steps; the gradient is (weights - fast weights) /
+    inner_lr, which is the sum of the inner gradients, averaged over the tasks by their share of the
+    step's supervised tokens.
     """
 
     inner_steps: int = 4
@@ -245,7 +277,10 @@ def leaves(w: Weights) -> Weights:
 
 def taken(at: Weights) -> Weights:
     """The leaves' gradients, zero where there is none; the leaves have none any more."""
-    found = {n: torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad for n, w in at.items()}
+    found = {
+        n: torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad
+        for n, w in at.items()
+    }
     for w in at.values():
         w.grad = None
     return found
@@ -260,16 +295,23 @@ def add(live: Weights, g: Weights) -> None:
 def slope(model: Model, at: Weights, parts: Sequence[Batch]) -> Weights:
     """The gradient of the parts' mean loss at the leaves `at`, to go back through."""
     tokens = sum(part.tokens for part in parts)
-    loss = torch.stack([nll(model, part, at) * (part.tokens / tokens) for part in parts if part.tokens]).sum()
+    loss = torch.stack(
+        [nll(model, part, at) * (part.tokens / tokens) for part in parts if part.tokens]
+    ).sum()
     found = torch.autograd.grad(loss, list(at.values()), create_graph=True, materialize_grads=True)
     return dict(zip(at, found, strict=True))
 
 
-def bent(model: Model, at: Weights, parts: Sequence[Batch], v: Weights, g: Weights | None) -> Weights:
-    """H v, where H is the Hessian of the parts' mean loss at the leaves `at`, from the gradient `g` if it is there.
+def bent(
+    model: Model, at: Weights, parts: Sequence[Batch], v: Weights, g: Weights | None
+) -> Weights:
+    """H v, where H is the Hessian of the parts' mean loss at the leaves `at`, from the gradient `g`
+    if it is there.
 
-    What the gradient at the leaves changes by with other weights, along v, is added to those weights' `.grad`.
+    What the gradient at the leaves changes by with other weights, along v, is added to those
+    weights' `.grad`.
     """
+
     def along(g: Weights) -> Tensor:
         return torch.stack([(d * v[n]).sum() for n, d in g.items()]).sum()
 
@@ -281,19 +323,26 @@ def bent(model: Model, at: Weights, parts: Sequence[Batch], v: Weights, g: Weigh
 
 
 def head(model: Model) -> Weights:
-    """The LM head's live weights, if they are trained and its own, or else those of the last layer that has some.
+    """The LM head's live weights, if they are trained and its own, or else those of the last layer
+    that has some.
 
     Raises ConfigError where no weight of either is trained.
     """
     live = weights(model)
-    words, said = ({id(p) for p in part.parameters()}
-                   for part in (model.net.get_input_embeddings(), model.net.get_output_embeddings()))
+    words, said = (
+        {id(p) for p in part.parameters()}
+        for part in (model.net.get_input_embeddings(), model.net.get_output_embeddings())
+    )
     if own := {n: w for n, w in live.items() if id(w) in said - words}:
         return own
-    layers = {n: (m[1], int(m[2])) for n in live if (m := re.match(r"(.*?)\.(\d+)\.", n))}  # stack and number
+    layers = {
+        n: (m[1], int(m[2])) for n in live if (m := re.match(r"(.*?)\.(\d+)\.", n))
+    }  # stack and number
     if not layers:
-        raise ConfigError("adapts=head: no weight of the LM head's own and none of a layer is trained; choose "
-                          "another model.adapter, or adapts=all")
+        raise ConfigError(
+            "adapts=head: no weight of the LM head's own and none of a layer is trained; choose "
+            "another model.adapter, or adapts=all"
+        )
     stack = [*layers.values()][-1][0]
     last = max(number for s, number in layers.values() if s == stack)
     return {n: live[n] for n, place in layers.items() if place == (stack, last)}

@@ -11,7 +11,17 @@ from torch import Tensor
 from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, unknown
 from continual.models.model import Model
-from continual.models.weights import Weights, combine, flat, portion, restore, snapshot, top, weights, wide
+from continual.models.weights import (
+    Weights,
+    combine,
+    flat,
+    portion,
+    restore,
+    snapshot,
+    top,
+    weights,
+    wide,
+)
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
 from strategies.ewc import task_fisher
@@ -21,15 +31,17 @@ BEGINNINGS = ("merged", "own", "base")
 
 @dataclass(kw_only=True)
 class Merge(Strategy):
-    """When a stage ends, its weights give way to what they and those of the earlier stages are merged into.
+    """When a stage ends, its weights give way to what they and those of the earlier stages are
+    merged into.
 
-    The next stage begins there (`begin_at="merged"`), or at the stage's own weights ("own": plain sequential
-    fine-tuning, merged for the test alone, as Marczak et al. 2024, "MagMax"), or where the first one began ("base":
-    every task is learned alone, as the task vectors of Ilharco et al. 2023). `blend` is how far a stage's weights go
-    towards the merged ones: 1 is all the way, as in every paper below, and 0 no merging.
+    The next stage begins there (`begin_at="merged"`), or at the stage's own weights ("own": plain
+    sequential fine-tuning, merged for the test alone, as Marczak et al. 2024, "MagMax"), or where
+    the first one began ("base": every task is learned alone, as the task vectors of Ilharco et al.
+    2023). `blend` is how far a stage's weights go towards the merged ones: 1 is all the way, as in
+    every paper below, and 0 no merging.
 
-    What is merged are the trainable weights. Of a LoRA adapter these are A and B, each by itself: their product is not
-    what merging the products would give.
+    What is merged are the trainable weights. Of a LoRA adapter these are A and B, each by itself:
+    their product is not what merging the products would give.
     """
 
     blend: float = 1.0
@@ -43,7 +55,10 @@ class Merge(Strategy):
         if self.begin_at not in BEGINNINGS:
             raise ConfigError(unknown("begin_at", self.begin_at, BEGINNINGS))
         if not 0 <= self.blend <= 1:
-            raise ConfigError(f"merging with blend {self.blend}: expected 0 (the stage's own weights) to 1 (merged)")
+            raise ConfigError(
+                f"merging with blend {self.blend}: expected 0 (the stage's own weights) to 1 "
+                "(merged)"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Go to where this stage begins."""
@@ -55,7 +70,9 @@ class Merge(Strategy):
         return super().begin(model, task)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
-        """Merge. What is listed after this strategy sees the stage's own weights, what is listed before it the new."""
+        """Merge. What is listed after this strategy sees the stage's own weights, what is listed
+        before it the new.
+        """
         super().end(model, task)
         if not self.blend:
             return
@@ -72,10 +89,12 @@ class Merge(Strategy):
 
 @dataclass(kw_only=True)
 class Average(Merge):
-    """The mean of all stages' weights (Wortsman et al. 2022, "Model soups"), each a stage of one model's life.
+    """The mean of all stages' weights (Wortsman et al. 2022, "Model soups"), each a stage of one
+    model's life.
 
-    A running mean, weighted by what `weigh` gives. Where each stage begins at the mean so far it is continual model
-    averaging (CoMA, Marouf et al. 2024) with 1/t as the weight of stage t, which makes all stages weigh alike.
+    A running mean, weighted by what `weigh` gives. Where each stage begins at the mean so far it is
+    continual model averaging (CoMA, Marouf et al. 2024) with 1/t as the weight of stage t, which
+    makes all stages weigh alike.
     """
 
     stores: ClassVar[str] = "4 P; 8 P where stages begin elsewhere"
@@ -91,17 +110,21 @@ class Average(Merge):
 
     def weigh(self, model: Model, task: Task[Encoded]) -> Weights:
         """How much each of the stage's weights counts: a number, or one for every weight."""
-        return wide({n: torch.ones((), dtype=w.dtype, device=w.device) for n, w in weights(model).items()})
+        return wide(
+            {n: torch.ones((), dtype=w.dtype, device=w.device) for n, w in weights(model).items()}
+        )
 
 
 @dataclass(kw_only=True)
 class FisherMerge(Average):
-    """Fisher-weighted averaging (Matena & Raffel 2022): sum_t F_t w_t / sum_t F_t, weight by weight.
+    """Fisher-weighted averaging (Matena & Raffel 2022): sum_t F_t w_t / sum_t F_t, weight by
+    weight.
 
-    It is where the sum of the stages' losses would be lowest, were each a quadratic with curvature F_t. Each F_t, of
-    `examples` with `labels` "sampled" (the paper's expectation) or "empirical", is divided by its norm as in the
-    authors' code, for Fisher values differ by orders of magnitude between tasks; a weight that has none in any task
-    stays as it is. Where each stage begins at the merged weights it is CoFiMA (Marouf et al. 2024).
+    It is where the sum of the stages' losses would be lowest, were each a quadratic with curvature
+    F_t. Each F_t, of `examples` with `labels` "sampled" (the paper's expectation) or "empirical",
+    is divided by its norm as in the authors' code, for Fisher values differ by orders of magnitude
+    between tasks; a weight that has none in any task stays as it is. Where each stage begins at the
+    merged weights it is CoFiMA (Marouf et al. 2024).
     """
 
     stores: ClassVar[str] = "8 P; 12 P where stages begin elsewhere"
@@ -121,10 +144,12 @@ class FisherMerge(Average):
 
 @dataclass(kw_only=True)
 class EMA(Merge):
-    """An exponential moving average over all steps of all stages (Soutif-Cormerais et al. 2023), tested in their place.
+    """An exponential moving average over all steps of all stages (Soutif-Cormerais et al. 2023),
+    tested in their place.
 
-    After each optimizer step mean = decay mean + (1 - decay) weights, from where the first stage began. Training goes
-    on from its own weights, and knows nothing of the mean. 0.99 is the authors' momentum.
+    After each optimizer step mean = decay mean + (1 - decay) weights, from where the first stage
+    began. Training goes on from its own weights, and knows nothing of the mean. 0.99 is the
+    authors' momentum.
     """
 
     stores: ClassVar[str] = "8 P; 4 P with begin_at=merged"
@@ -138,7 +163,9 @@ class EMA(Merge):
         """Refuse a decay that is none."""
         super().__post_init__()
         if not 0 <= self.decay < 1:
-            raise ConfigError(f"a moving average with decay {self.decay}: expected 0 up to but not including 1")
+            raise ConfigError(
+                f"a moving average with decay {self.decay}: expected 0 up to but not including 1"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """The mean begins with the first stage."""
@@ -166,10 +193,11 @@ class EMA(Merge):
 
 @dataclass(kw_only=True)
 class Vectors(Merge):
-    """Where the first stage began plus `scale` times what the stages' task vectors, their ways from there, join into.
+    """Where the first stage began plus `scale` times what the stages' task vectors, their ways from
+    there, join into.
 
-    By default each stage begins there too, so that its vector is its own task's. From the merged weights it cannot
-    begin: each vector would hold the ones before it once more.
+    By default each stage begins there too, so that its vector is its own task's. From the merged
+    weights it cannot begin: each vector would hold the ones before it once more.
     """
 
     begin_at: str = "base"
@@ -179,8 +207,10 @@ class Vectors(Merge):
         """Refuse to count a vector twice."""
         super().__post_init__()
         if self.begin_at == "merged":
-            raise ConfigError("task vectors with begin_at=merged: each would hold the ones before it once more; give "
-                              "base (every task alone) or own (one after another)")
+            raise ConfigError(
+                "task vectors with begin_at=merged: each would hold the ones before it once "
+                "more; give base (every task alone) or own (one after another)"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Where the first stage begins, all vectors do."""
@@ -218,14 +248,17 @@ class TaskArithmetic(Vectors):
 class TIES(Vectors):
     """TIES-merging (Yadav et al. 2023, algorithm 1): trim, elect a sign, and average what has it.
 
-    Of each vector the `density` largest values are kept; a weight's sign is that of their sum; its value is their mean
-    over the vectors that agree. Sums and counts of the positive and of the negative values say all that, so the
-    vectors themselves are not kept. 20% and a scale of 1 are the paper's for when there is nothing to tune them on.
+    Of each vector the `density` largest values are kept; a weight's sign is that of their sum; its
+    value is their mean over the vectors that agree. Sums and counts of the positive and of the
+    negative values say all that, so the vectors themselves are not kept. 20% and a scale of 1 are
+    the paper's for when there is nothing to tune them on.
     """
 
     stores: ClassVar[str] = "16 P; 20 P with begin_at=own"
     density: float = 0.2
-    up: Weights = memory(dict)  # sums of the positive and of the negative values kept, and how many these are
+    up: Weights = memory(
+        dict
+    )  # sums of the positive and of the negative values kept, and how many these are
     down: Weights = memory(dict)
     ups: Weights = memory(dict)
     downs: Weights = memory(dict)
@@ -240,11 +273,18 @@ class TIES(Vectors):
         """The disjoint mean of all vectors so far."""
         if not self.up:
             self.up = self.down = combine(torch.zeros_like, vector)
-            self.ups = self.downs = combine(lambda v: torch.zeros_like(v, dtype=torch.int16), vector)
+            self.ups = self.downs = combine(
+                lambda v: torch.zeros_like(v, dtype=torch.int16), vector
+            )
         kept = combine(torch.mul, vector, top(combine(torch.abs, vector), self.density))
         self.up = combine(lambda s, v: s + v.clamp(min=0), self.up, kept)
         self.down = combine(lambda s, v: s + v.clamp(max=0), self.down, kept)
         self.ups = combine(lambda n, v: n + (v > 0), self.ups, kept)
         self.downs = combine(lambda n, v: n + (v < 0), self.downs, kept)
-        return combine(lambda a, b, n, m: torch.where(a + b >= 0, a / n.clamp(min=1), b / m.clamp(min=1)), self.up,
-                       self.down, self.ups, self.downs)
+        return combine(
+            lambda a, b, n, m: torch.where(a + b >= 0, a / n.clamp(min=1), b / m.clamp(min=1)),
+            self.up,
+            self.down,
+            self.ups,
+            self.downs,
+        )

@@ -21,34 +21,47 @@ from continual.strategy.interface import Strategy, memory
 
 @dataclass(kw_only=True)
 class MIGU(Strategy):
-    """Magnitude-based gradient updating (Du et al. 2024), from the second stage on as in the authors' code.
+    """Magnitude-based gradient updating (Du et al. 2024), from the second stage on as in the
+    authors' code.
 
-    Of each linear layer with trained weights, a LoRA's A and B each by itself, the outputs' absolute values are divided
-    by their sum and added up over the step's tokens; only the `updated` part of the layer's neurons, those with the
-    largest, keeps its gradient. 0.3 is the authors' (they name what is masked: 0.7). A layer that was silent, as B is
-    before its first step, is not masked, nor is what is no linear layer; an embedding tied to the head is the head.
+    Of each linear layer with trained weights, a LoRA's A and B each by itself, the outputs'
+    absolute values are divided by their sum and added up over the step's tokens; only the `updated`
+    part of the layer's neurons, those with the largest, keeps its gradient. 0.3 is the authors'
+    (they name what is masked: 0.7). A layer that was silent, as B is before its first step, is not
+    masked, nor is what is no linear layer; an embedding tied to the head is the head.
 
-    The tokens are those that predict a supervised one (of an encoder, all), so that how a step is laid out does not
-    change its mask; the authors' are all, padding included. AdamW's momentum still moves what an earlier step let by.
+    The tokens are those that predict a supervised one (of an encoder, all), so that how a step is
+    laid out does not change its mask; the authors' are all, padding included. AdamW's momentum
+    still moves what an earlier step let by.
     """
 
     stores: ClassVar[str] = "one flag"
     costs: ClassVar[str] = "1 + O(P)"
     updated: float = 0.3
     later: bool = memory(bool)  # a stage is over
-    sums: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)  # of the step under way
+    sums: dict[str, Tensor] = field(
+        init=False, repr=False, default_factory=dict
+    )  # of the step under way
 
     def __post_init__(self) -> None:
         """Refuse a part that is none."""
         super().__post_init__()
         if not 0 < self.updated <= 1:
-            raise ConfigError(f"MIGU with updated {self.updated}: expected more than 0, up to 1 (no mask)")
+            raise ConfigError(
+                f"MIGU with updated {self.updated}: expected more than 0, up to 1 (no mask)"
+            )
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Leave the gradient of each layer's loudest neurons."""
         layers = linear_layers(model) if self.later and self.updated < 1 else {}
-        self.sums = {n: torch.zeros(neurons(m), dtype=torch.promote_types(m.weight.dtype, torch.float32),
-                                    device=m.weight.device) for n, m in layers.items()}
+        self.sums = {
+            n: torch.zeros(
+                neurons(m),
+                dtype=torch.promote_types(m.weight.dtype, torch.float32),
+                device=m.weight.device,
+            )
+            for n, m in layers.items()
+        }
         loss = super().backward(model, batch)
         add_up([*self.sums.values()])
         for n, m in layers.items():
@@ -81,8 +94,12 @@ def neurons(layer: Any) -> int:
 
 
 def keep(layer: nn.Module, loud: Tensor) -> None:
-    """Only these neurons keep their gradient: rows of a weight, or a transposed one's columns, and of a bias."""
-    heard = torch.zeros(neurons(layer), dtype=torch.bool, device=loud.device).index_fill_(0, loud, True)
+    """Only these neurons keep their gradient: rows of a weight, or a transposed one's columns, and
+    of a bias.
+    """
+    heard = torch.zeros(neurons(layer), dtype=torch.bool, device=loud.device).index_fill_(
+        0, loud, True
+    )
     for p in layer.parameters(recurse=False):
         if p.grad is not None:
             rows = p.ndim > 1 and isinstance(layer, nn.Linear)
@@ -91,7 +108,9 @@ def keep(layer: nn.Module, loud: Tensor) -> None:
 
 @contextmanager
 def listening(model: Model, batch: Batch, sums: dict[str, Tensor]) -> Iterator[None]:
-    """Within it the forward passes of this very batch add their outputs' magnitudes to the layers' `sums`."""
+    """Within it the forward passes of this very batch add their outputs' magnitudes to the layers'
+    `sums`.
+    """
     own = False
 
     def come(_: nn.Module, __: Any, inputs: dict[str, Any]) -> None:
@@ -102,7 +121,9 @@ def listening(model: Model, batch: Batch, sums: dict[str, Tensor]) -> Iterator[N
         def see(_: nn.Module, __: Any, out: Tensor) -> None:
             if own:
                 heard = spoken(batch, out.detach(), encoder).to(sums[name].dtype).abs()
-                sums[name] += (heard / heard.sum(-1, keepdim=True).clamp(min=torch.finfo(heard.dtype).tiny)).sum(0)
+                sums[name] += (
+                    heard / heard.sum(-1, keepdim=True).clamp(min=torch.finfo(heard.dtype).tiny)
+                ).sum(0)
 
         return see
 
@@ -115,12 +136,16 @@ def listening(model: Model, batch: Batch, sums: dict[str, Tensor]) -> Iterator[N
 
 
 def spoken(batch: Batch, out: Tensor, encoder: bool) -> Tensor:
-    """Of a layer's output (..., D) what it says at the tokens that count: (S, D), or for an encoder's (all tokens, D).
+    """Of a layer's output (..., D) what it says at the tokens that count: (S, D), or for an
+    encoder's (all tokens, D).
 
-    Where a row is as long as what it is answered with, keys and values of the encoder's states pass for the decoder's.
+    Where a row is as long as what it is answered with, keys and values of the encoder's states pass
+    for the decoder's.
     """
     rows, ids = out.flatten(0, -2), batch.inputs["input_ids"]
     said = batch.inputs.get("decoder_input_ids", ids)
     if len(rows) == ids.numel() and (encoder or ids.numel() != said.numel()):
         return rows[batch.inputs["attention_mask"].flatten().bool()]
-    return rows[batch.at] if len(rows) == said.numel() else rows  # or looked up before, or an expert's
+    return (
+        rows[batch.at] if len(rows) == said.numel() else rows
+    )  # or looked up before, or an expert's

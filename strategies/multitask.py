@@ -25,16 +25,19 @@ CONFLICTS = ("keep", "project")
 
 @dataclass(kw_only=True)
 class MultiTask(Replay):
-    """The loss of a step is sum_t weight_t * (mean loss over the tokens of task t in it), the weights summing to 1.
+    """The loss of a step is sum_t weight_t * (mean loss over the tokens of task t in it), the
+    weights summing to 1.
 
-    `weighting` says whence the weights come. "fixed": `weights` by task name, 1 where none is given, 0 to leave a task
-    out. "size": the task's number of training examples. "temperature": equal weights for tokens, while the remembered
-    tasks are drawn in proportion to size^(1 / `temperature`) (Raffel et al. 2020, section 3.5.2). "uncertainty":
-    equal weights times exp(-s_t), plus s_t / 2, with a log variance s_t a task that is learned along at
+    `weighting` says whence the weights come. "fixed": `weights` by task name, 1 where none is
+    given, 0 to leave a task out. "size": the task's number of training examples. "temperature":
+    equal weights for tokens, while the remembered tasks are drawn in proportion to size^(1 /
+    `temperature`) (Raffel et al. 2020, section 3.5.2). "uncertainty": equal weights times
+    exp(-s_t), plus s_t / 2, with a log variance s_t a task that is learned along at
     `uncertainty_lr` (Kendall et al. 2018, eq. 10, with the classification likelihood).
 
-    `conflicts` says what becomes of tasks whose gradients oppose each other. "keep": they are added up. "project":
-    each gives way before it is, PCGrad (Yu et al. 2020, algorithm 1), which costs a second pass over the step.
+    `conflicts` says what becomes of tasks whose gradients oppose each other. "keep": they are added
+    up. "project": each gives way before it is, PCGrad (Yu et al. 2020, algorithm 1), which costs a
+    second pass over the step.
     """
 
     shardable = True
@@ -46,7 +49,9 @@ class MultiTask(Replay):
     sizes: dict[int, int] = memory(dict)
     columns: list[str] = memory(list)
     log_variance: Tensor = memory(lambda: torch.zeros(0))
-    step: list[Batch] = field(init=False, repr=False, default_factory=list)  # its examples, a batch for each task
+    step: list[Batch] = field(
+        init=False, repr=False, default_factory=list
+    )  # its examples, a batch for each task
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a weighting."""
@@ -57,13 +62,17 @@ class MultiTask(Replay):
             raise ConfigError(unknown("conflicts", self.conflicts, CONFLICTS))
         if not self.temperature > 0 or any(w < 0 for w in (self.weights or {}).values()):
             raise ConfigError("a multitask temperature must be above 0, and no weight below it")
-        self.shardable = self.shardable and self.conflicts == "keep"  # whole gradients are projected
+        self.shardable = (
+            self.shardable and self.conflicts == "keep"
+        )  # whole gradients are projected
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Count the tasks' sizes; hand the log variances to the optimizer where they are learned."""
         self.columns = list(task.columns)
         if strange := set(self.weights or {}) - set(self.columns):
-            raise ConfigError(unknown("task in strategy.multitask.weights", min(strange), self.columns))
+            raise ConfigError(
+                unknown("task in strategy.multitask.weights", min(strange), self.columns)
+            )
         for e in task.train:
             self.sizes[e.task] = 0
         for e in task.train:
@@ -71,22 +80,38 @@ class MultiTask(Replay):
         trained = super().begin(model, task)
         if self.weighting != "uncertainty":
             return trained
-        start = self.log_variance.detach() if len(self.log_variance) else torch.zeros(len(self.columns))
+        start = (
+            self.log_variance.detach() if len(self.log_variance) else torch.zeros(len(self.columns))
+        )
         self.log_variance = torch.nn.Parameter(start.to(model.layout.device))
-        return [*groups(trained), {"params": [self.log_variance], "lr": self.uncertainty_lr, "weight_decay": 0}]
+        return [
+            *groups(trained),
+            {"params": [self.log_variance], "lr": self.uncertainty_lr, "weight_decay": 0},
+        ]
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
-        """The weighted step; where conflicts are projected, what that changes of the tasks' gradients is added."""
+        """The weighted step; where conflicts are projected, what that changes of the tasks'
+        gradients is added.
+        """
         loss = super().backward(model, batch)
-        if self.conflicts == "project" and len(parts := [part for part in self.step if part.tokens]) > 1:
+        if (
+            self.conflicts == "project"
+            and len(parts := [part for part in self.step if part.tokens]) > 1
+        ):
             own = gradient(model)
             tokens = sum(part.tokens for part in parts)
-            each = torch.stack([part.tokens / tokens * flat(gradient_of(self.loss, model, part)) for part in parts])
-            set_gradient(model, unflat(flat(own) + (surgery(each, self.buffer.rng) - each).sum(0), own))
+            each = torch.stack(
+                [part.tokens / tokens * flat(gradient_of(self.loss, model, part)) for part in parts]
+            )
+            set_gradient(
+                model, unflat(flat(own) + (surgery(each, self.buffer.rng) - each).sum(0), own)
+            )
         return loss
 
     def joined(self, batch: Batch) -> Batch:
-        """New and remembered examples, each scaled so that the tasks' token means get their weights."""
+        """New and remembered examples, each scaled so that the tasks' token means get their
+        weights.
+        """
         batch = super().joined(batch)
         tokens = {t: part.tokens for t, part in batch.by_task().items()}
         if self.weighting == "temperature":
@@ -107,13 +132,17 @@ class MultiTask(Replay):
 
     def _note(self, share: Mapping[int, float]) -> None:
         factor = torch.exp(-self.log_variance.detach()).tolist() if len(self.log_variance) else None
-        self.notes = {f"weight/{self.columns[t]}": w * (factor[t] if factor else 1) for t, w in share.items()}
+        self.notes = {
+            f"weight/{self.columns[t]}": w * (factor[t] if factor else 1) for t, w in share.items()
+        }
 
     def recall(self, n: int) -> Sequence[Encoded]:
         """With a temperature, the remembered tasks are drawn first, then an example of each."""
         if self.weighting != "temperature":
             return super().recall(n)
-        return self.buffer.draw_by_task(n, {t: size ** (1 / self.temperature) for t, size in self.sizes.items()})
+        return self.buffer.draw_by_task(
+            n, {t: size ** (1 / self.temperature) for t, size in self.sizes.items()}
+        )
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The weighted loss, and the log variances' own term where they are learned."""

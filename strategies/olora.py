@@ -1,4 +1,6 @@
-"""Orthogonal low-rank adaptation: a task's LoRA keeps away from the directions that earlier ones read."""
+"""Orthogonal low-rank adaptation: a task's LoRA keeps away from the directions that earlier ones
+read.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,14 @@ from strategies.incremental_lora import IncrementalLoRA
 
 @dataclass(kw_only=True)
 class OLoRA(IncrementalLoRA):
-    """O-LoRA (Wang et al. 2023, arXiv 2310.14152): incremental LoRA and a loss for what is not orthogonal.
+    """O-LoRA (Wang et al. 2023, arXiv 2310.14152): incremental LoRA and a loss for what is not
+    orthogonal.
 
-    The rows of A stand for the directions that a task's gradients have. The loss adds lambda_1 * sum_i |A_i A_t^T|, all
-    entries' absolute values over every earlier task i and every module, and lambda_2 * the norms of the task's own A_t
-    and B_t, as the authors' code does. The defaults are those of their scripts, which train large models at a rate of
-    1e-3: the pull is as strong for a small entry as for a large one, and at a higher rate A jitters and learns nothing.
+    The rows of A stand for the directions that a task's gradients have. The loss adds lambda_1 *
+    sum_i |A_i A_t^T|, all entries' absolute values over every earlier task i and every module, and
+    lambda_2 * the norms of the task's own A_t and B_t, as the authors' code does. The defaults are
+    those of their scripts, which train large models at a rate of 1e-3: the pull is as strong for a
+    small entry as for a large one, and at a higher rate A jitters and learns nothing.
     """
 
     costs: ClassVar[str] = "1 + O(rank P)"

@@ -1,4 +1,6 @@
-"""Orthogonal subspace fine-tuning: the strongest directions of every weight matrix stay as they were."""
+"""Orthogonal subspace fine-tuning: the strongest directions of every weight matrix stay as they
+were.
+"""
 
 from __future__ import annotations
 
@@ -18,36 +20,50 @@ from continual.strategy.interface import Strategy
 
 @dataclass(kw_only=True)
 class OSF(Strategy):
-    """Orthogonal subspace fine-tuning (Nayak et al. 2025, arXiv 2504.07097): full fine-tuning beside what is known.
+    """Orthogonal subspace fine-tuning (Nayak et al. 2025, arXiv 2504.07097): full fine-tuning
+    beside what is known.
 
-    At a stage's begin each matrix is decomposed, W = U S V^T. Of its singular vectors the first ones, the share `keep`
-    of the smaller dimension, stay with their singular values: the change D of the matrix has U_high^T D = 0 and
-    D V_high = 0. Gradients are projected, g - U U^T g - g V V^T + U U^T g V V^T, which is what the paper's projected
-    gradients of the factors U_low, S_low and V_low add up to. An optimizer that scales each weight's step by itself, as
-    AdamW and not train.optimizer=sgd, leaves that subspace again: so before the next step, and at the end, the stage's
-    whole change is projected.
+    At a stage's begin each matrix is decomposed, W = U S V^T. Of its singular vectors the first
+    ones, the share `keep` of the smaller dimension, stay with their singular values: the change D
+    of the matrix has U_high^T D = 0 and D V_high = 0. Gradients are projected, g - U U^T g - g V
+    V^T + U U^T g V V^T, which is what the paper's projected gradients of the factors U_low, S_low
+    and V_low add up to. An optimizer that scales each weight's step by itself, as AdamW and not
+    train.optimizer=sgd, leaves that subspace again: so before the next step, and at the end, the
+    stage's whole change is projected.
 
-    peft's OSF has a `keep` of 0.5 by default. The paper lets it differ from layer to layer, by how alike a layer's
-    inputs and outputs are; here it is one number, as in peft's and the authors' training code. Embeddings and vectors
-    train freely, as do directions that do nothing: of an adapter, whose factors are matrices too, those still at zero.
+    peft's OSF has a `keep` of 0.5 by default. The paper lets it differ from layer to layer, by how
+    alike a layer's inputs and outputs are; here it is one number, as in peft's and the authors'
+    training code. Embeddings and vectors train freely, as do directions that do nothing: of an
+    adapter, whose factors are matrices too, those still at zero.
     """
 
     stores: ClassVar[str] = "nothing"
     costs: ClassVar[str] = "1 + two projections of each matrix; an SVD a stage"
     keep: float = 0.5
-    held: dict[str, tuple[Tensor, Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
+    held: dict[str, tuple[Tensor, Tensor, Tensor]] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
         super().__post_init__()
         if not 0 <= self.keep <= 1:
-            raise ConfigError(f"osf with keep {self.keep}: expected a share from 0 to 1 of each matrix's directions")
+            raise ConfigError(
+                f"osf with keep {self.keep}: expected a share from 0 to 1 of each matrix's "
+                "directions"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Decompose the matrices as they are now."""
         trained = super().begin(model, task)
-        self.held = {n: (w.detach().clone(), *strongest(w.detach(), self.keep)) for n, w in matrices(model).items()
-                     } if self.keep else {}
+        self.held = (
+            {
+                n: (w.detach().clone(), *strongest(w.detach(), self.keep))
+                for n, w in matrices(model).items()
+            }
+            if self.keep
+            else {}
+        )
         return trained
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
@@ -67,35 +83,50 @@ class OSF(Strategy):
 
     @torch.no_grad()
     def hold(self, model: Model) -> None:
-        """Take from the stage's change so far what lies in the kept directions; exactly nothing, where nothing does."""
+        """Take from the stage's change so far what lies in the kept directions; exactly nothing,
+        where nothing does.
+        """
         for w, start, u, v in self.with_live(model):
             w.copy_(start + beside(w - start, u, v))
 
     def with_live(self, model: Model) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Each live matrix (M, N) with its start (M, N) and what is kept of it, U (M, k) and V (N, k)."""
+        """Each live matrix (M, N) with its start (M, N) and what is kept of it, U (M, k) and V (N,
+        k).
+        """
         live = weights(model)
         return [(live[n], *kept) for n, kept in self.held.items()]
 
 
 def matrices(model: Model) -> Weights:
-    """The live trainable weights with two dimensions, but for embeddings, of words or positions, and the head."""
-    others = [*(m for m in model.net.modules() if isinstance(m, nn.Embedding)), model.net.get_output_embeddings()]
+    """The live trainable weights with two dimensions, but for embeddings, of words or positions,
+    and the head.
+    """
+    others = [
+        *(m for m in model.net.modules() if isinstance(m, nn.Embedding)),
+        model.net.get_output_embeddings(),
+    ]
     free = {id(m.weight) for m in others if m}
     return {n: w for n, w in weights(model).items() if w.ndim == 2 and id(w) not in free}
 
 
 def strongest(w: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """U (M, k) and V (N, k): the left and right singular vectors of w (M, N) with the largest singular values.
+    """U (M, k) and V (N, k): the left and right singular vectors of w (M, N) with the largest
+    singular values.
 
-    k is the share of min(M, N), rounded down as peft does; a vector whose singular value is 0 is 0 itself.
+    k is the share of min(M, N), rounded down as peft does; a vector whose singular value is 0 is 0
+    itself.
     """
-    u, s, vt = torch.linalg.svd(w.to(torch.promote_types(w.dtype, torch.float32)), full_matrices=False)
+    u, s, vt = torch.linalg.svd(
+        w.to(torch.promote_types(w.dtype, torch.float32)), full_matrices=False
+    )
     there = s > s[0] * max(w.shape) * torch.finfo(s.dtype).eps  # as torch.linalg.matrix_rank
     k = int(min(w.shape) * share)
     return (u * there)[:, :k].to(w.dtype), (vt.T * there)[:, :k].to(w.dtype)
 
 
 def beside(d: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """The part of d (M, N) that is orthogonal to the columns of u (M, k) on the left and of v (N, k) on the right."""
+    """The part of d (M, N) that is orthogonal to the columns of u (M, k) on the left and of v (N,
+    k) on the right.
+    """
     d = d - u @ (u.T @ d)
     return d - (d @ v) @ v.T

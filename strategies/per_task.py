@@ -16,11 +16,13 @@ STARTS = ("base", "last")
 
 @dataclass(kw_only=True)
 class Adapters(Strategy):
-    """Each stage's weights are kept, all that trains: a LoRA or other adapter, or the whole network.
+    """Each stage's weights are kept, all that trains: a LoRA or other adapter, or the whole
+    network.
 
-    With `start="base"` each is learned from the weights before the first stage, as if alone; with "last" from the
-    previous one, and learning is that of plain fine-tuning. Which of them answers a prompt, a subclass says. A
-    checkpoint's own weights are the adapter of the stage that it ends: `adapt.start` names the one to go on from.
+    With `start="base"` each is learned from the weights before the first stage, as if alone; with
+    "last" from the previous one, and learning is that of plain fine-tuning. Which of them answers a
+    prompt, a subclass says. A checkpoint's own weights are the adapter of the stage that it ends:
+    `adapt.start` names the one to go on from.
     """
 
     stores: ClassVar[str] = "4 P (T + 1)"
@@ -43,7 +45,11 @@ class Adapters(Strategy):
 
     def untaught(self) -> Weights:
         """What a new adapter starts from, which is also the best there is for a task that has none."""
-        return self.base if self.start == "base" or not self.adapters else [*self.adapters.values()][-1]
+        return (
+            self.base
+            if self.start == "base" or not self.adapters
+            else [*self.adapters.values()][-1]
+        )
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Keep it."""
@@ -54,11 +60,12 @@ class Adapters(Strategy):
 
 @dataclass(kw_only=True)
 class PerTask(Adapters):
-    """One adapter a task, chosen by the task's name: the ceiling that methods without it are held against.
+    """One adapter a task, chosen by the task's name: the ceiling that methods without it are held
+    against.
 
-    So LoRA is meant to be used (Hu et al. 2022, section 4.1: tasks are switched by exchanging BA); in continual
-    learning it is the baseline PerTaskFT of Wang et al. (2023), and forgets nothing. A task that no stage has learned
-    is answered by what its adapter would start from.
+    So LoRA is meant to be used (Hu et al. 2022, section 4.1: tasks are switched by exchanging BA);
+    in continual learning it is the baseline PerTaskFT of Wang et al. (2023), and forgets nothing. A
+    task that no stage has learned is answered by what its adapter would start from.
     """
 
     def route(self, model: Model, task: str) -> None:

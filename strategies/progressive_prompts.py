@@ -1,4 +1,6 @@
-"""Progressive prompts: a task learns virtual tokens of its own, behind which those of the earlier tasks stand still."""
+"""Progressive prompts: a task learns virtual tokens of its own, behind which those of the earlier
+tasks stand still.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,18 @@ from continual.strategy.interface import Strategy, memory
 
 @dataclass(kw_only=True)
 class ProgressivePrompts(Strategy):
-    """Progressive prompts (Razdaibiedina et al. 2023, section 3): task k is learned behind [P_k, ..., P_1].
+    """Progressive prompts (Razdaibiedina et al. 2023, section 3): task k is learned behind [P_k,
+    ..., P_1].
 
-    P_k alone trains, of a model with `model.adapter=prompt_tuning`: no other weight changes, and what an earlier task
-    is answered behind, [P_j, ..., P_1], never does. As in the authors' code a new prompt starts as the embeddings of
-    random words. Their reparameterisation by a residual MLP, which is thrown away after a task, has no part here.
+    P_k alone trains, of a model with `model.adapter=prompt_tuning`: no other weight changes, and
+    what an earlier task is answered behind, [P_j, ..., P_1], never does. As in the authors' code a
+    new prompt starts as the embeddings of random words. Their reparameterisation by a residual MLP,
+    which is thrown away after a task, has no part here.
 
-    At `most` so many prompts are learned, null: one a stage. After that the newest trains on, and its tasks share it.
-    A task that has not been learned is answered behind all prompts there are. A checkpoint's own weights are the newest
-    prompt alone, which no task is answered behind from the second stage on.
+    At `most` so many prompts are learned, null: one a stage. After that the newest trains on, and
+    its tasks share it. A task that has not been learned is answered behind all prompts there are. A
+    checkpoint's own weights are the newest prompt alone, which no task is answered behind from the
+    second stage on.
     """
 
     stores: ClassVar[str] = "4 P T"
@@ -41,7 +46,9 @@ class ProgressivePrompts(Strategy):
         """Refuse a number of prompts that cannot be."""
         super().__post_init__()
         if self.most is not None and self.most < 1:
-            raise ConfigError(f"progressive prompts with most={self.most}: expected at least 1, or null")
+            raise ConfigError(
+                f"progressive prompts with most={self.most}: expected at least 1, or null"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """The earlier prompts stand still, and a new one starts."""
@@ -60,11 +67,17 @@ class ProgressivePrompts(Strategy):
     def drawn(self, model: Model, seed: str) -> dict[str, Tensor]:
         """A prompt (n, H) of random words, each as likely, under its name among the weights."""
         words, rng = model.net.get_input_embeddings(), random.Random(seed)
-        return {name: words(torch.tensor(rng.choices(range(words.num_embeddings), k=len(w)), device=w.device))
-                for name, w in weights(model).items()}
+        return {
+            name: words(
+                torch.tensor(rng.choices(range(words.num_embeddings), k=len(w)), device=w.device)
+            )
+            for name, w in weights(model).items()
+        }
 
     def refuse_overflow(self, model: Model, task: Task[Encoded]) -> None:
-        """Raise ConfigError now where the prompts of all tasks to come would leave no room for examples like these."""
+        """Raise ConfigError now where the prompts of all tasks to come would leave no room for
+        examples like these.
+        """
         coming = len(set(task.columns) - learned(task) - self.reach.keys())
         count = min(len(self.still()) + 1 + coming, self.most or len(task.columns))
         n = sum(len(w) for w in weights(model).values())

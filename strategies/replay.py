@@ -20,8 +20,9 @@ from continual.strategy.replay_buffer import ReplayBuffer
 class Rehearsal(Strategy):
     """Steps on new and remembered examples together; what is remembered, another class says.
 
-    `share` of each optimizer step's examples come from the buffer, added to the step's new ones. Where that is no whole
-    number, the rest is carried to the next step, so the stage's share is exact to within one example.
+    `share` of each optimizer step's examples come from the buffer, added to the step's new ones.
+    Where that is no whole number, the rest is carried to the next step, so the stage's share is
+    exact to within one example.
     """
 
     shardable = True
@@ -36,7 +37,9 @@ class Rehearsal(Strategy):
         """Refuse a share that leaves no room for new examples."""
         super().__post_init__()
         if not 0 <= self.share < 1:
-            raise ConfigError(f"replay share {self.share}: expected a number from 0 up to but not including 1")
+            raise ConfigError(
+                f"replay share {self.share}: expected a number from 0 up to but not including 1"
+            )
         self.buffer = ReplayBuffer(0, seed=self.seed)
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
@@ -67,7 +70,9 @@ class Rehearsal(Strategy):
         self.fill(model, task)
 
     def fill(self, model: Model, task: Task[Encoded]) -> None:
-        """What of a task that was just learned is remembered. Only one of composed strategies can say."""
+        """What of a task that was just learned is remembered. Only one of composed strategies can
+        say.
+        """
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,6 @@
-"""A set of trained weights a task, and for each prompt those of the task whose instruction it begins with."""
+"""A set of trained weights a task, and for each prompt those of the task whose instruction it
+begins with.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,16 @@ CLOSE = 1e-6  # of two cosines that differ by less, neither is nearer
 
 @dataclass(kw_only=True)
 class Router(Adapters):
-    """One adapter a task, chosen for each prompt alone: the one whose instruction is nearest to the prompt's beginning.
+    """One adapter a task, chosen for each prompt alone: the one whose instruction is nearest to the
+    prompt's beginning.
 
-    The retrieval of LoraRetriever (Zhao et al. 2024: the nearest adapter by the cosine between embeddings), with the
-    instructions of a task as its prototypes instead of the mean of some examples, and the mean of the model's own input
-    embeddings, at the weights before the first stage, instead of a sentence encoder's. The prompt is compared with an
-    instruction of L tokens by its first L. Of equally near ones the longest counts, for it says most: what all prompts
-    of a task have in common may begin another's too. A prompt of a task that no stage has learned also goes to the
-    nearest one; before the first stage the model answers as it is.
+    The retrieval of LoraRetriever (Zhao et al. 2024: the nearest adapter by the cosine between
+    embeddings), with the instructions of a task as its prototypes instead of the mean of some
+    examples, and the mean of the model's own input embeddings, at the weights before the first
+    stage, instead of a sentence encoder's. The prompt is compared with an instruction of L tokens
+    by its first L. Of equally near ones the longest counts, for it says most: what all prompts of a
+    task have in common may begin another's too. A prompt of a task that no stage has learned also
+    goes to the nearest one; before the first stage the model answers as it is.
     """
 
     stores: ClassVar[str] = "4 P (T + 1) and T instructions"
@@ -53,7 +57,10 @@ class Router(Adapters):
     @torch.no_grad()
     def nearest(self, model: Model, prompts: Sequence[Sequence[int]]) -> list[str]:
         """The adapter for each of the prompts; there must be one."""
-        words, known = self.words(model), [(name, ids) for name, told in self.instructions.items() for ids in told]
+        words, known = (
+            self.words(model),
+            [(name, ids) for name, told in self.instructions.items() for ids in told],
+        )
         lengths = torch.tensor([len(ids) for _, ids in known], device=words.device)
         prototypes = torch.stack([beginnings(words, ids)[-1] for _, ids in known])
         chosen = []

@@ -1,4 +1,6 @@
-"""Self-distillation: the model, shown the right answer, teaches itself without it, on answers of its own."""
+"""Self-distillation: the model, shown the right answer, teaches itself without it, on answers of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,19 @@ WHOLE = 2**31  # of the vocabulary
 
 @dataclass(kw_only=True)
 class SDFT(Strategy):
-    """Self-distillation fine-tuning (Shenfeld et al. 2026): on-policy learning from demonstrations, without a reward.
+    """Self-distillation fine-tuning (Shenfeld et al. 2026): on-policy learning from demonstrations,
+    without a reward.
 
-    At each step the model samples an answer y to every prompt x, and the loss is the mean over their tokens of
-    KL(model(. | x, y_<t) || teacher(. | c, x, y_<t)), the paper's reverse divergence, over the whole vocabulary and
-    without a gradient through the draw. The demonstration c, x with its right answer, stands before x as a turn of its
-    own; the paper writes the answer into x, in words for models that follow them. The teacher's weights, in float32 at
-    least, are a moving average of the model's that begins anew with each stage, `rate` weights + (1 - `rate`) teacher.
+    At each step the model samples an answer y to every prompt x, and the loss is the mean over
+    their tokens of KL(model(. | x, y_<t) || teacher(. | c, x, y_<t)), the paper's reverse
+    divergence, over the whole vocabulary and without a gradient through the draw. The demonstration
+    c, x with its right answer, stands before x as a turn of its own; the paper writes the answer
+    into x, in words for models that follow them. The teacher's weights, in float32 at least, are a
+    moving average of the model's that begins anew with each stage, `rate` weights + (1 - `rate`)
+    teacher.
 
-    `strength` is that loss's share, the rest is the usual one's. The paper's is 1, of models that learn in context.
+    `strength` is that loss's share, the rest is the usual one's. The paper's is 1, of models that
+    learn in context.
     """
 
     stores: ClassVar[str] = "a generator; 4 P within a stage"
@@ -51,19 +57,27 @@ class SDFT(Strategy):
         """Refuse shares that are none; seed the generator."""
         super().__post_init__()
         if not (0 <= self.strength <= 1 and 0 <= self.rate <= 1):
-            raise ConfigError(f"SDFT with strength {self.strength} and rate {self.rate}: expected shares from 0 to 1")
+            raise ConfigError(
+                f"SDFT with strength {self.strength} and rate {self.rate}: expected shares from "
+                "0 to 1"
+            )
         self.generator.seed(self.seed)
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
-        """The teacher is the model as it is; raises DataError where an example does not fit twice into its context."""
+        """The teacher is the model as it is; raises DataError where an example does not fit twice
+        into its context.
+        """
         trained = super().begin(model, task)
         if self.strength:
             self.teacher = wide(snapshot(model))
             longest = max(len(e.ids) + turn(e) for e in task.train) + room(task.train)
             if model.context and longest > model.context:
-                raise DataError(f"an example of task {task.name!r} behind its demonstration takes {longest} tokens, "
-                                f"and the model has {model.context}; set data.max_length={model.context // 2}, or "
-                                "choose a model with a longer context")
+                raise DataError(
+                    f"an example of task {task.name!r} behind its demonstration takes {longest} "
+                    f"tokens, and the model has {model.context}; set "
+                    f"data.max_length={model.context // 2}, or choose a model with a longer "
+                    "context"
+                )
         return trained
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
@@ -77,34 +91,60 @@ class SDFT(Strategy):
         if not self.strength:
             return total
         here = weights(model)
-        self.teacher = combine(lambda w, t: self.rate * w.to(t.dtype) + (1 - self.rate) * t, here,
-                               self.teacher or wide(here))
+        self.teacher = combine(
+            lambda w, t: self.rate * w.to(t.dtype) + (1 - self.rate) * t,
+            here,
+            self.teacher or wide(here),
+        )
         own = self.answered(model, batch.examples)
         shown = [shown_first(e, y) for e, y in zip(batch.examples, own, strict=True)]
-        far = accumulate(lambda model, part: self.strength * self.divergence(model, part, shown), model,
-                         numbered(model, own).micro_batches())
+        far = accumulate(
+            lambda model, part: self.strength * self.divergence(model, part, shown),
+            model,
+            numbered(model, own).micro_batches(),
+        )
         self.notes["divergence"] = float(far) / self.strength
         return total + far
 
     def answered(self, model: Model, examples: Sequence[Encoded]) -> list[Encoded]:
-        """The prompts, with answers sampled from the model as responses; several processes answer a part each."""
-        prompts = [replace(e, ids=e.ids[: turn(e)], response=e.response[: turn(e)]) for e in examples]
+        """The prompts, with answers sampled from the model as responses; several processes answer a
+        part each.
+        """
+        prompts = [
+            replace(e, ids=e.ids[: turn(e)], response=e.response[: turn(e)]) for e in examples
+        ]
         most = room(examples)
         generator = torch.Generator().manual_seed(self.generator.getrandbits(63))
         draws = torch.rand(len(prompts), most, dtype=torch.float64, generator=generator)
         mine = deal([len(p.ids) for p in prompts])
         with model.evaluating(), apart():
-            said = complete(model, [prompts[i] for i in mine], most, TOGETHER, model.tokenizer.eos_token_id,
-                            sampled(WHOLE, draws[mine])) if mine else []
+            said = (
+                complete(
+                    model,
+                    [prompts[i] for i in mine],
+                    most,
+                    TOGETHER,
+                    model.tokenizer.eos_token_id,
+                    sampled(WHOLE, draws[mine]),
+                )
+                if mine
+                else []
+            )
         told = {i: ids for share in gather([*zip(mine, said, strict=True)]) for i, ids in share}
-        return [replace(p, ids=(*p.ids, *told[i]), response=(*p.response, *(True,) * len(told[i])))
-                for i, p in enumerate(prompts)]
+        return [
+            replace(p, ids=(*p.ids, *told[i]), response=(*p.response, *(True,) * len(told[i])))
+            for i, p in enumerate(prompts)
+        ]
 
     def divergence(self, model: Model, batch: Batch, shown: Sequence[Encoded]) -> Tensor:
-        """KL(model || teacher), a mean over the batch's tokens. The teacher sees `shown`, where ids say which stand."""
+        """KL(model || teacher), a mean over the batch's tokens. The teacher sees `shown`, where ids
+        say which stand.
+        """
         q = forward(model, batch).log_softmax(-1)
         at = combine(lambda w, t: t.to(w.dtype), weights(model), self.teacher)
-        told = {i: z for i, _, z in responses(model, [shown[int(e.id)] for e in batch.examples], at)}
+        told = {
+            i: z for i, _, z in responses(model, [shown[int(e.id)] for e in batch.examples], at)
+        }
         p = torch.cat([told[i] for i in range(len(told))]).log_softmax(-1)
         return ((q.exp() * (q - p)).sum(-1) * batch.weight).sum() / batch.tokens
 
@@ -121,4 +161,6 @@ def room(examples: Sequence[Encoded]) -> int:
 
 def shown_first(example: Encoded, own: Encoded) -> Encoded:
     """The example, and after it its prompt again with an answer of the model's own, the response."""
-    return replace(own, ids=(*example.ids, *own.ids), response=(*(False,) * len(example.ids), *own.response))
+    return replace(
+        own, ids=(*example.ids, *own.ids), response=(*(False,) * len(example.ids), *own.response)
+    )

@@ -19,15 +19,18 @@ from strategies.ewc import task_fisher
 
 @dataclass(kw_only=True)
 class Sparse(Strategy):
-    """Fisher-masked sparse fine-tuning (FISH mask, Sung et al. 2021, section 3), with a mask for each task.
+    """Fisher-masked sparse fine-tuning (FISH mask, Sung et al. 2021, section 3), with a mask for
+    each task.
 
-    Before a stage the Fisher information of `examples` of the task, its instructions with their responses, is taken at
-    the weights as they are, and only the `fraction` of all trainable weights with the largest is trained. All others
-    stay bit for bit: they get no gradient, so AdamW has no moments for them, and what its weight decay takes from them
-    is given back. 0.5% and 1024 examples are those of the paper's table 1.
+    Before a stage the Fisher information of `examples` of the task, its instructions with their
+    responses, is taken at the weights as they are, and only the `fraction` of all trainable weights
+    with the largest is trained. All others stay bit for bit: they get no gradient, so AdamW has no
+    moments for them, and what its weight decay takes from them is given back. 0.5% and 1024
+    examples are those of the paper's table 1.
 
-    Weights that are among the `avoid` (a fraction) with the largest Fisher information for the earlier tasks, summed
-    over these as measured at each one's end, are left out first. The paper has one task, and none of this.
+    Weights that are among the `avoid` (a fraction) with the largest Fisher information for the
+    earlier tasks, summed over these as measured at each one's end, are left out first. The paper
+    has one task, and none of this.
     """
 
     stores: ClassVar[str] = "a count; 4 P with avoid; 5 P more within a stage"
@@ -38,16 +41,24 @@ class Sparse(Strategy):
     labels: str = "empirical"
     seed: int = 0
     past: int = memory(int)  # stages
-    needed: Weights = memory(dict)  # the Fisher information of the earlier tasks, where it is to be avoided
+    needed: Weights = memory(
+        dict
+    )  # the Fisher information of the earlier tasks, where it is to be avoided
     mask: Weights = memory(dict)  # of this stage: True where it trains
     held: Weights = memory(dict)  # where this stage began
 
     def __post_init__(self) -> None:
         """Refuse fractions that leave nothing to train."""
         super().__post_init__()
-        if not (0 < self.fraction <= 1 and self.avoid >= 0 and (self.avoid == 0 or self.fraction + self.avoid <= 1)):
-            raise ConfigError(f"sparse fine-tuning of a fraction {self.fraction} that avoids {self.avoid}: expected a "
-                              "fraction above 0 and both together at most 1")
+        if not (
+            0 < self.fraction <= 1
+            and self.avoid >= 0
+            and (self.avoid == 0 or self.fraction + self.avoid <= 1)
+        ):
+            raise ConfigError(
+                f"sparse fine-tuning of a fraction {self.fraction} that avoids {self.avoid}: "
+                "expected a fraction above 0 and both together at most 1"
+            )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Choose the weights that this stage trains, without dropout."""
@@ -64,7 +75,9 @@ class Sparse(Strategy):
     def choose(self, measured: Weights) -> Weights:
         """True for the weights that matter most, but for those to be avoided."""
         if self.needed:
-            measured = combine(lambda f, old: f.masked_fill(old, -1), measured, top(self.needed, self.avoid))
+            measured = combine(
+                lambda f, old: f.masked_fill(old, -1), measured, top(self.needed, self.avoid)
+            )
         return top(measured, self.fraction)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
@@ -83,7 +96,9 @@ class Sparse(Strategy):
             w.copy_(torch.where(self.mask[n], w, self.held[n]))
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
-        """The mask was this stage's; what matters to its task is kept where later ones are to avoid it."""
+        """The mask was this stage's; what matters to its task is kept where later ones are to avoid
+        it.
+        """
         self.hold(model)
         super().end(model, task)
         self.mask, self.held = {}, {}

@@ -1,7 +1,8 @@
 """Which tasks of a stream, in which order, and in which stages they are learned.
 
-Every stream takes the same keys (`tasks`, `order`, `limit`, `arrangement`, `seed`) and ends in `arrange`, so that any
-stream can be shortened, reordered, or turned into the joint or cumulative reference of itself.
+Every stream takes the same keys (`tasks`, `order`, `limit`, `arrangement`, `seed`) and ends in
+`arrange`, so that any stream can be shortened, reordered, or turned into the joint or cumulative
+reference of itself.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ def arrange(
     arrangement: str,
     seed: int,
 ) -> Stream:
-    """The `stream` (its natural order, a stage a task) with the asked tasks, order, size and stages.
+    """The `stream` (its natural order, a stage a task) with the asked tasks, order, size and
+    stages.
 
-    `limit` keeps the first so many train rows of each task. Raises ConfigError for a name or a limit that cannot be,
-    DataError for a stage without train rows.
+    `limit` keeps the first so many train rows of each task. Raises ConfigError for a name or a
+    limit that cannot be, DataError for a stage without train rows.
     """
     by_name = {task.name: task for task in stream.tasks}
     names = choose(list(by_name), orders=orders, tasks=tasks, order=order, seed=seed)
-    return stage([by_name[name] for name in names], stream, order=order, limit=limit, arrangement=arrangement)
+    return stage(
+        [by_name[name] for name in names], stream, order=order, limit=limit, arrangement=arrangement
+    )
 
 
 def choose(
@@ -48,9 +52,10 @@ def choose(
 ) -> list[str]:
     """The names of the tasks to be learned, in their order, before any of their data is read.
 
-    `tasks` picks among `names`; None is all. `order` sorts them: a named one of `orders`, "random" (by the `seed`), or
-    none: as `tasks` lists them, or else the order named "default" if there is one, or else as in `names`. An order
-    that leaves tasks out shortens the stream, unless `tasks` asks for them.
+    `tasks` picks among `names`; None is all. `order` sorts them: a named one of `orders`, "random"
+    (by the `seed`), or none: as `tasks` lists them, or else the order named "default" if there is
+    one, or else as in `names`. An order that leaves tasks out shortens the stream, unless `tasks`
+    asks for them.
     """
     picked = _checked(names if tasks is None else tasks, names, "stream.tasks")
     if order == "random":
@@ -62,20 +67,30 @@ def choose(
         raise ConfigError(unknown("stream.order", name, [*orders, "random"]))
     ordered = _checked(orders[name], names, f"order {name!r}")
     if tasks is not None and (left_out := [task for task in picked if task not in ordered]):
-        raise ConfigError(f"found {', '.join(left_out)} in stream.tasks, expected tasks of order {name!r} "
-                          f"({', '.join(ordered)}); drop them from stream.tasks or choose another stream.order")
+        raise ConfigError(
+            f"found {', '.join(left_out)} in stream.tasks, expected tasks of order {name!r} "
+            f"({', '.join(ordered)}); drop them from stream.tasks or choose another stream.order"
+        )
     return [task for task in ordered if task in picked]
 
 
 def stage(
-    tasks: Sequence[Task[Example]], stream: Stream, *, order: str | None, limit: int | None, arrangement: str
+    tasks: Sequence[Task[Example]],
+    stream: Stream,
+    *,
+    order: str | None,
+    limit: int | None,
+    arrangement: str,
 ) -> Stream:
     """The `stream` of these `tasks`, in this order, learned in the stages of the `arrangement`."""
     if limit is not None and limit < 1:
-        raise ConfigError(f"found stream.limit={limit}, expected at least 1 train row a task; null keeps all rows")
+        raise ConfigError(
+            f"found stream.limit={limit}, expected at least 1 train row a task; null keeps all rows"
+        )
     if arrangement not in ARRANGEMENTS:
         raise ConfigError(unknown("stream.arrangement", arrangement, ARRANGEMENTS))
-    # The first rows, not a seeded draw: limits are nested (the 100 rows are among the 200), whatever the seed.
+    # The first rows, not a seeded draw: limits are nested (the 100 rows are among the 200),
+    # whatever the seed.
     limited = tuple(replace(task, train=task.train[:limit]) for task in tasks)
     stages = ARRANGEMENTS[arrangement](limited)
     _refuse_empty(stages, limited)
@@ -83,7 +98,9 @@ def stage(
 
 
 def mixture(name: str, tasks: Sequence[Task[Example]]) -> Task[Example]:
-    """A mixture of tasks is a task: the train and the dev rows of all, in turn; each row keeps its task's name."""
+    """A mixture of tasks is a task: the train and the dev rows of all, in turn; each row keeps its
+    task's name.
+    """
     train = tuple(row for task in tasks for row in task.train)
     return Task(name=name, train=train, dev=tuple(row for task in tasks for row in task.dev))
 
@@ -99,7 +116,9 @@ def joint(tasks: Tasks) -> Tasks:
 
 
 def cumulative(tasks: Tasks) -> Tasks:
-    """As many stages as tasks; stage i, named for task i, learns all tasks up to i: replay without a limit."""
+    """As many stages as tasks; stage i, named for task i, learns all tasks up to i: replay without
+    a limit.
+    """
     return tuple(mixture(task.name, tasks[: i + 1]) for i, task in enumerate(tasks))
 
 
@@ -109,28 +128,37 @@ def none(tasks: Tasks) -> Tasks:
 
 
 def episodes(tasks: Tasks) -> Tasks:
-    """One stage of all tasks, in episodes of one instruction type each: what meta-learning prepares new ones with.
+    """One stage of all tasks, in episodes of one instruction type each: what meta-learning prepares
+    new ones with.
 
-    `maml` and its kin take half of an episode to adapt and half to judge; a step has train.batch_size / EPISODE of
-    them. To `naive` it is the joint stage but for the order of the rows.
+    `maml` and its kin take half of an episode to adapt and half to judge; a step has
+    train.batch_size / EPISODE of them. To `naive` it is the joint stage but for the order of the
+    rows.
     """
     return (replace(mixture("episodes", tasks), episode=EPISODE),)
 
 
 ARRANGEMENTS: dict[str, Callable[[Tasks], Tasks]] = {
-    f.__name__: f for f in (sequential, joint, cumulative, episodes, none)}
+    f.__name__: f for f in (sequential, joint, cumulative, episodes, none)
+}
 
 
 def _checked(asked: Sequence[str], known: Sequence[str], where: str) -> list[str]:
     """The `asked` names, if all are `known`, none is there twice, and there is one at all."""
     if isinstance(asked, str):
-        raise ConfigError(f"found the text {asked!r} in {where}, expected a list of tasks; write [{asked}]")
+        raise ConfigError(
+            f"found the text {asked!r} in {where}, expected a list of tasks; write [{asked}]"
+        )
     problems = [unknown(f"task in {where}", name, known) for name in asked if name not in known]
     twice = [name for name, n in Counter(asked).items() if n > 1]
-    problems += [f"found task {name!r} more than once in {where}, expected each task once; drop the rest"
-                 for name in twice]
+    problems += [
+        f"found task {name!r} more than once in {where}, expected each task once; drop the rest"
+        for name in twice
+    ]
     if not asked:
-        problems += [f"found no task in {where}, expected at least one of {', '.join(known) or 'none'}"]
+        problems += [
+            f"found no task in {where}, expected at least one of {', '.join(known) or 'none'}"
+        ]
     if problems:
         raise ConfigError(gathered(problems))
     return list(asked)
@@ -141,5 +169,12 @@ def _refuse_empty(stages: Tasks, tasks: Tasks) -> None:
     if empty := [task.name for task in stages if not task.train]:
         rest = [task.name for task in tasks if task.train]
         leave_out = f", or leave it out: stream.tasks=[{','.join(rest)}]" if rest else ""
-        raise DataError(gathered([f"found no train rows in task {name!r}, expected at least one to learn from; "
-                                  f"add rows to its train split{leave_out}" for name in empty]))
+        raise DataError(
+            gathered(
+                [
+                    f"found no train rows in task {name!r}, expected at least one to learn from; "
+                    f"add rows to its train split{leave_out}"
+                    for name in empty
+                ]
+            )
+        )

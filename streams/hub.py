@@ -1,4 +1,5 @@
-"""A stream of datasets on the Hugging Face Hub, or of local parquet, csv and json files, through `datasets`.
+"""A stream of datasets on the Hugging Face Hub, or of local parquet, csv and json files, through
+`datasets`.
 
 Each task says where its rows are and which columns are instruction, input and output:
 
@@ -7,9 +8,10 @@ Each task says where its rows are and which columns are instruction, input and o
     own:  {path: csv, data_files: {train: own/train.csv, dev: own/dev.csv}}
 
 A column is named (`sentence`; a nested one by its path, `answers.text`) or written into a template
-(`"Premise: {premise}\\nHypothesis: {hypothesis}"`). A class number becomes its label's name: of `labels` if given, or
-else of the dataset's own. Without `columns` the rows are read as those of a stream folder are (`streams.rows`).
-Repositories that need their own code to be loaded are refused, as `datasets` does.
+(`"Premise: {premise}\\nHypothesis: {hypothesis}"`). A class number becomes its label's name: of
+`labels` if given, or else of the dataset's own. Without `columns` the rows are read as those of a
+stream folder are (`streams.rows`). Repositories that need their own code to be loaded are refused,
+as `datasets` does.
 """
 
 from __future__ import annotations
@@ -26,9 +28,23 @@ from streams.rows import read_row
 
 SPLITS = ("train", "dev", "test")
 FIELDS = ("instruction", "input", "output", "messages")
-KEYS = ("path", "name", "revision", "data_files", "splits", "columns", "instruction_text", "labels", "metric",
-        "category")
-FILES = ("parquet", "csv", "json")  # `datasets` would read the working directory where these are given no files
+KEYS = (
+    "path",
+    "name",
+    "revision",
+    "data_files",
+    "splits",
+    "columns",
+    "instruction_text",
+    "labels",
+    "metric",
+    "category",
+)
+FILES = (
+    "parquet",
+    "csv",
+    "json",
+)  # `datasets` would read the working directory where these are given no files
 
 
 def hub(
@@ -44,19 +60,27 @@ def hub(
 ) -> Stream:
     """The stream of these `datasets`, by task name; only the tasks that are asked for are loaded.
 
-    An entry's keys: `path` (a Hub id, a local folder, or parquet, csv or json with `data_files`), `name` (its
-    configuration), `revision`, `data_files`, `splits` ({train, dev, test: a split, sliced if need be, such as
-    "train[:90%]"}; `data_files` by split make it needless), `columns` ({instruction, input, output or messages: column
-    or template}), `instruction_text` (one instruction for all rows), `labels`, `metric` (exact_match), `category`.
-    The other arguments are those of `arrange`. Raises ConfigError for a wrong entry, MissingError for data that is not
+    An entry's keys: `path` (a Hub id, a local folder, or parquet, csv or json with `data_files`),
+    `name` (its configuration), `revision`, `data_files`, `splits` ({train, dev, test: a split,
+    sliced if need be, such as "train[:90%]"}; `data_files` by split make it needless), `columns`
+    ({instruction, input, output or messages: column or template}), `instruction_text` (one
+    instruction for all rows), `labels`, `metric` (exact_match), `category`. The other arguments are
+    those of `arrange`. Raises ConfigError for a wrong entry, MissingError for data that is not
     there, DataError for rows that are wrong.
     """
-    if problems := [f"stream.datasets.{task}: {p}" for task, spec in datasets.items() for p in _problems(spec)]:
+    if problems := [
+        f"stream.datasets.{task}: {p}" for task, spec in datasets.items() for p in _problems(spec)
+    ]:
         raise ConfigError(gathered(problems))
     chosen = choose(list(datasets), orders=orders or {}, tasks=tasks, order=order, seed=seed)
     loaded = tuple(_task(task, datasets[task]) for task in chosen)
-    return stage(loaded, Stream(name, order or "default", loaded, loaded), order=order, limit=limit,
-                 arrangement=arrangement)
+    return stage(
+        loaded,
+        Stream(name, order or "default", loaded, loaded),
+        order=order,
+        limit=limit,
+        arrangement=arrangement,
+    )
 
 
 def _problems(spec: Any) -> list[str]:
@@ -65,9 +89,13 @@ def _problems(spec: Any) -> list[str]:
         return [f"found {spec!r}, expected {{path: ..., splits: ..., columns: ...}}; write it so"]
     problems = [unknown("key", str(key), KEYS) for key in spec if key not in KEYS]
     if not spec.get("path"):
-        problems.append("found no path, expected a Hub id, a folder, or one of parquet, csv, json; add it")
+        problems.append(
+            "found no path, expected a Hub id, a folder, or one of parquet, csv, json; add it"
+        )
     if spec.get("path") in FILES and not spec.get("data_files"):
-        problems.append(f"found no data_files beside path={spec['path']}, expected the files to read; add them")
+        problems.append(
+            f"found no data_files beside path={spec['path']}, expected the files to read; add them"
+        )
     labels = spec.get("labels") or []
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         problems.append(f"found labels {labels!r}, expected a list of texts; quote them")
@@ -76,38 +104,55 @@ def _problems(spec: Any) -> list[str]:
 
 def _form_problems(spec: Mapping[str, Any]) -> list[str]:
     """Keys that must map names to texts and do not."""
-    return [f"found {key} {spec[key]!r}, expected {{name: text, ...}}; write it so" for key in ("splits", "columns")
-            if spec.get(key) and not (isinstance(spec[key], Mapping)
-                                      and all(isinstance(text, str) for text in spec[key].values()))]
+    return [
+        f"found {key} {spec[key]!r}, expected {{name: text, ...}}; write it so"
+        for key in ("splits", "columns")
+        if spec.get(key)
+        and not (
+            isinstance(spec[key], Mapping)
+            and all(isinstance(text, str) for text in spec[key].values())
+        )
+    ]
 
 
 def _split_problems(spec: Mapping[str, Any]) -> list[str]:
     """Splits that are none of ours, or none at all."""
     splits = _splits(spec)
     if not splits:
-        return ['found no splits, expected such as {train: "train[:90%]", dev: "train[90%:]"}; add them']
+        return [
+            'found no splits, expected such as {train: "train[:90%]", dev: "train[90%:]"}; add them'
+        ]
     return [unknown("split", split, SPLITS) for split in splits if split not in SPLITS]
 
 
 def _column_problems(spec: Mapping[str, Any]) -> list[str]:
     """Fields that are none of an example's, and those that an example lacks."""
     columns, literal = spec.get("columns") or {}, bool(spec.get("instruction_text"))
-    problems = [unknown("field in columns", field, FIELDS) for field in columns if field not in FIELDS]
+    problems = [
+        unknown("field in columns", field, FIELDS) for field in columns if field not in FIELDS
+    ]
     if not (columns or literal) or "messages" in columns:
         return problems
     if "output" not in columns:
         problems.append("found no output in columns, expected the column of the answers; add it")
     if ("instruction" in columns) == literal:
-        found = ("both {} and {}" if literal else "neither {} nor {}").format("columns.instruction", "instruction_text")
-        problems.append(f"found {found}, expected one of them; the first names a column, the second is one text for "
-                        "all rows")
+        found = ("both {} and {}" if literal else "neither {} nor {}").format(
+            "columns.instruction", "instruction_text"
+        )
+        problems.append(
+            f"found {found}, expected one of them; the first names a column, the second is one "
+            "text for all rows"
+        )
     return problems
 
 
 def _splits(spec: Mapping[str, Any]) -> dict[str, str]:
     """Our splits by name, each with the dataset's split that it is."""
     files = spec.get("data_files")
-    return dict(spec.get("splits") or ({split: split for split in files} if isinstance(files, Mapping) else {}))
+    return dict(
+        spec.get("splits")
+        or ({split: split for split in files} if isinstance(files, Mapping) else {})
+    )
 
 
 def _task(task: str, spec: Mapping[str, Any]) -> Task[Example]:
@@ -119,13 +164,22 @@ def _task(task: str, spec: Mapping[str, Any]) -> Task[Example]:
         names = _classes(data, spec)
         rows[split] = _read(data, names, source)
         labels = labels or tuple(names.get(_output(spec), ()))
-    return Task(task, rows.get("train", ()), rows.get("dev", ()), rows.get("test", ()),
-                spec.get("metric") or "exact_match", labels, spec.get("category") or "")
+    return Task(
+        task,
+        rows.get("train", ()),
+        rows.get("dev", ()),
+        rows.get("test", ()),
+        spec.get("metric") or "exact_match",
+        labels,
+        spec.get("category") or "",
+    )
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of one of our splits come from: split `of` the dataset that the entry `spec` names."""
+    """Where the rows of one of our splits come from: split `of` the dataset that the entry `spec`
+    names.
+    """
 
     task: str
     split: str
@@ -147,17 +201,28 @@ def _load(source: Source) -> Any:
 
     spec, at = source.spec, f"stream.datasets.{source.task}: {source}"
     try:
-        return load_dataset(spec["path"], spec.get("name"), data_files=spec.get("data_files"), split=source.of,
-                            revision=spec.get("revision")).flatten()
+        return load_dataset(
+            spec["path"],
+            spec.get("name"),
+            data_files=spec.get("data_files"),
+            split=source.of,
+            revision=spec.get("revision"),
+        ).flatten()
     except OSError as error:
-        raise MissingError(f"{at}: found no data, expected to load it ({error}); mend path, name or data_files, or go "
-                           "online and log in if the Hub asks for it") from error
+        raise MissingError(
+            f"{at}: found no data, expected to load it ({error}); mend path, name or data_files, "
+            "or go online and log in if the Hub asks for it"
+        ) from error
     except DatasetsError as error:
-        raise DataError(f"{at}: found data that cannot be read, expected the format that path names "
-                        f"({error.__cause__ or error}); mend the files") from error
+        raise DataError(
+            f"{at}: found data that cannot be read, expected the format that path names "
+            f"({error.__cause__ or error}); mend the files"
+        ) from error
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"{at}: found settings that do not fit the data, expected path, name and splits as the "
-                          f"dataset has them ({error}); mend them") from error
+        raise ConfigError(
+            f"{at}: found settings that do not fit the data, expected path, name and splits as the "
+            f"dataset has them ({error}); mend them"
+        ) from error
 
 
 def _output(spec: Mapping[str, Any]) -> str:
@@ -166,27 +231,41 @@ def _output(spec: Mapping[str, Any]) -> str:
 
 
 def _classes(data: Any, spec: Mapping[str, Any]) -> dict[str, Sequence[str]]:
-    """The names of the classes of each column that holds class numbers; `labels` rename those of the output."""
+    """The names of the classes of each column that holds class numbers; `labels` rename those of
+    the output.
+    """
     from datasets import ClassLabel
 
-    names = {column: feature.names for column, feature in data.features.items() if isinstance(feature, ClassLabel)}
+    names = {
+        column: feature.names
+        for column, feature in data.features.items()
+        if isinstance(feature, ClassLabel)
+    }
     given = spec.get("labels") and _output(spec) in data.column_names
     return {**names, **({_output(spec): spec["labels"]} if given else {})}
 
 
 def _read(data: Any, names: Mapping[str, Sequence[str]], source: Source) -> tuple[Example, ...]:
-    """The rows of one split, numbered from 0 as `datasets` does; all that is wrong with them is raised at once."""
+    """The rows of one split, numbered from 0 as `datasets` does; all that is wrong with them is
+    raised at once.
+    """
     columns, literal = source.spec.get("columns") or {}, source.spec.get("instruction_text")
     as_it_is = not columns and not literal  # then only class numbers are changed, to names
-    fields = {field: _field(text, data.column_names, names, f"{source}: columns.{field}")
-              for field, text in ({column: column for column in names} if as_it_is else columns).items()}
+    fields = {
+        field: _field(text, data.column_names, names, f"{source}: columns.{field}")
+        for field, text in ({column: column for column in names} if as_it_is else columns).items()
+    }
     examples, problems = [], []
     for n, row in enumerate(data):
         where = f"{source} row {n}"
         base = row if as_it_is else {"instruction": literal} if literal else {}
         try:
             whole = {**base, **{field: value(row) for field, value in fields.items()}}
-            examples.append(read_row(whole, task=source.task, id=f"{source.task}/{source.split}/{n}", where=where))
+            examples.append(
+                read_row(
+                    whole, task=source.task, id=f"{source.task}/{source.split}/{n}", where=where
+                )
+            )
         except Unmapped as error:
             problems.append(f"{where}: {error}")
         except DataError as error:
@@ -203,21 +282,27 @@ class Unmapped(DataError):
 def _field(
     text: str, columns: Sequence[str], names: Mapping[str, Sequence[str]], where: str
 ) -> Callable[[Mapping[str, Any]], Any]:
-    """How a field's value comes out of a row: one column as it is, or several written into a template."""
+    """How a field's value comes out of a row: one column as it is, or several written into a
+    template.
+    """
     try:
         pieces = list(Formatter().parse(text)) if "{" in text or "}" in text else []
         if any(piece[2] or piece[3] for piece in pieces):
             raise ValueError("a format or a conversion after the column")
     except ValueError as error:
-        raise ConfigError(f"{where}: found the template {text!r} ({error}), expected such as \"{{column}}\"; "
-                          "write {{ and }} for braces that are meant") from error
+        raise ConfigError(
+            f'{where}: found the template {text!r} ({error}), expected such as "{{column}}"; '
+            "write {{ and }} for braces that are meant"
+        ) from error
     parts = [(literal, column) for literal, column, _, _ in pieces]
     used = [column for _, column in parts if column is not None] if parts else [text]
     if absent := [unknown("column", column, columns) for column in used if column not in columns]:
         raise ConfigError(gathered([f"{where}: {problem}" for problem in absent]))
     if not parts:
         return lambda row: _plain(row, text, names)
-    return lambda row: "".join(literal + (_written(row, column, names) if column else "") for literal, column in parts)
+    return lambda row: "".join(
+        literal + (_written(row, column, names) if column else "") for literal, column in parts
+    )
 
 
 def _named(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str]]) -> Any:
@@ -226,17 +311,23 @@ def _named(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str
     if classes is None or isinstance(value, bool) or not isinstance(value, int):
         return value
     if not 0 <= value < len(classes):
-        raise Unmapped(f"found class {value} in column {column!r}, expected 0 to {len(classes) - 1} "
-                       f"({', '.join(classes)}); mend labels, or leave the unlabelled rows or split out")
+        raise Unmapped(
+            f"found class {value} in column {column!r}, expected 0 to {len(classes) - 1} "
+            f"({', '.join(classes)}); mend labels, or leave the unlabelled rows or split out"
+        )
     return classes[value]
 
 
 def _plain(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str]]) -> Any:
-    """The value of a column by itself: a number is no text, and must be named or written by a template."""
+    """The value of a column by itself: a number is no text, and must be named or written by a
+    template.
+    """
     value = _named(row, column, names)
     if isinstance(value, int | float):
-        raise Unmapped(f"found the number {value} in column {column!r}, expected text; name the classes by "
-                       f"labels: [...], or write the number itself by the template \"{{{column}}}\"")
+        raise Unmapped(
+            f"found the number {value} in column {column!r}, expected text; name the classes by "
+            f'labels: [...], or write the number itself by the template "{{{column}}}"'
+        )
     return value
 
 
@@ -244,6 +335,8 @@ def _written(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[s
     """The value of a column inside a template."""
     value = _named(row, column, names)
     if value is None or isinstance(value, list | dict):
-        raise Unmapped(f"found {'nothing' if value is None else 'a list'} in column {column!r}, expected text or a "
-                       "number to write into the template; fill it, or map the column by itself")
+        raise Unmapped(
+            f"found {'nothing' if value is None else 'a list'} in column {column!r}, expected "
+            "text or a number to write into the template; fill it, or map the column by itself"
+        )
     return str(value)

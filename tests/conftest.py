@@ -1,4 +1,6 @@
-"""One small stream folder and one small local model, written once, serve most tests; the cache is not the user's."""
+"""One small stream folder and one small local model, written once, serve most tests; the cache is
+not the user's.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ from hypothesis import settings
 
 from tests.support.models import write_model, write_stream
 
-# One thread, here and in the processes that tests start: bits are only the same for the same number of threads, and
-# models this small are slower on more.
+# One thread, here and in the processes that tests start: bits are only the same for the same number
+# of threads, and models this small are slower on more.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the network for anything must fail
 # Of rouge-score: Hydra closes what its handler writes to, which here is pytest's own.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
-settings.register_profile("ours", deadline=None)  # how long an example takes is the machine's affair
+settings.register_profile(
+    "ours", deadline=None
+)  # how long an example takes is the machine's affair
 settings.load_profile("ours")
 
 
@@ -44,13 +48,24 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def keys(stream_folder, model_folder):
     """What a small run needs to be told, beside out=."""
-    return ("stream=folder", f"stream.path={stream_folder}", "model=hf", f"model.name={model_folder}", "device=cpu",
-            "train.epochs=2", "train.batch_size=6", "train.log_every=1", "train.lr=0.003")
+    return (
+        "stream=folder",
+        f"stream.path={stream_folder}",
+        "model=hf",
+        f"model.name={model_folder}",
+        "device=cpu",
+        "train.epochs=2",
+        "train.batch_size=6",
+        "train.log_every=1",
+        "train.lr=0.003",
+    )
 
 
 @pytest.fixture
 def cli(capsys, monkeypatch, tmp_path):
-    """The command line in this process, in an empty folder: its exit code, and what it wrote to stdout and stderr."""
+    """The command line in this process, in an empty folder: its exit code, and what it wrote to
+    stdout and stderr.
+    """
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -70,7 +85,10 @@ def cli(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def refused(cli):
-    """What the command line says of what it refuses: exit code 2, one message, no traceback, nothing else."""
+    """What the command line says of what it refuses: exit code 2, one message, no traceback,
+    nothing else.
+    """
+
     def command(*words):
         code, out, err = cli(*words)
         assert code == 2, (out, err)

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("continual", "strategies", "streams")
 
-# The folders of `continual/`, low to high: a folder imports only from folders before it in this list.
+# The folders of `continual/`, low to high: a folder imports only from folders before it in this
+# list.
 FOLDERS = (
     "errors",
     "io",
@@ -47,7 +48,9 @@ OPTIONAL_PACKAGES = {"avalanche", "learn2learn"}
 
 
 def modules(*packages: str) -> list[Path]:
-    return sorted(path for package in packages or PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return sorted(
+        path for package in packages or PACKAGES for path in (ROOT / package).rglob("*.py")
+    )
 
 
 def dotted(path: Path) -> str:
@@ -70,7 +73,8 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def imports(path: Path, typing: bool = False) -> set[tuple[str, str]]:
-    """Return the (module, name) pairs that a file imports anywhere in it; the name is empty for whole modules.
+    """Return the (module, name) pairs that a file imports anywhere in it; the name is empty for
+    whole modules.
 
     Imports for type annotations only (under TYPE_CHECKING) are left out unless `typing` is set.
     """
@@ -81,11 +85,15 @@ def imports(path: Path, typing: bool = False) -> set[tuple[str, str]]:
         if isinstance(node, ast.Import):
             pairs |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno} imports relatively; name the whole module"
+            assert node.level == 0, (
+                f"{path}:{node.lineno} imports relatively; name the whole module"
+            )
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 pairs.add((whole, "") if whole in MODULES else (str(node.module), alias.name))
-        queue += node.orelse if is_type_checking(node) and not typing else ast.iter_child_nodes(node)
+        queue += (
+            node.orelse if is_type_checking(node) and not typing else ast.iter_child_nodes(node)
+        )
     return pairs
 
 
@@ -107,21 +115,31 @@ def surface(folder: str) -> dict[str, set[str]]:
 
 
 def test_every_folder_of_the_engine_has_its_place_in_the_order():
-    folders = {path.stem for path in (ROOT / "continual").glob("[!_]*") if path.is_dir() or path.suffix == ".py"}
+    folders = {
+        path.stem
+        for path in (ROOT / "continual").glob("[!_]*")
+        if path.is_dir() or path.suffix == ".py"
+    }
     assert folders == set(FOLDERS)
 
 
 @pytest.mark.parametrize("path", modules("continual"), ids=dotted)
 def test_a_folder_imports_only_from_folders_before_it(path):
     folder = folder_of(dotted(path))
-    wrong = [module for module, _ in internal(path, typing=True)
-             if module != "continual" and folder_of(module) != folder
-             and RANK.get(folder_of(module), len(FOLDERS)) > RANK.get(folder, len(FOLDERS))]
+    wrong = [
+        module
+        for module, _ in internal(path, typing=True)
+        if module != "continual"
+        and folder_of(module) != folder
+        and RANK.get(folder_of(module), len(FOLDERS)) > RANK.get(folder, len(FOLDERS))
+    ]
     assert not wrong
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    TopologicalSorter({dotted(path): {module for module, _ in internal(path)} for path in modules()}).prepare()
+    TopologicalSorter(
+        {dotted(path): {module for module, _ in internal(path)} for path in modules()}
+    ).prepare()
 
 
 @pytest.mark.parametrize("folder", FOLDERS[1:])
@@ -133,9 +151,13 @@ def test_other_folders_import_only_what_a_folder_s_docstring_names(folder):
         for module, name in internal(path, typing=True):
             if folder_of(module) == folder and name:
                 where = f"{path.relative_to(ROOT)} imports {name} from {module}"
-                assert name in public.get(module, set()), f"{where}; list it in the __init__ of continual/{folder}"
+                assert name in public.get(module, set()), (
+                    f"{where}; list it in the __init__ of continual/{folder}"
+                )
             elif folder_of(module) == folder and module in MODULES:
-                assert module in public, f"{path.relative_to(ROOT)} imports {module}, which its __init__ does not list"
+                assert module in public, (
+                    f"{path.relative_to(ROOT)} imports {module}, which its __init__ does not list"
+                )
 
 
 @pytest.mark.parametrize("folder", FOLDERS[1:])
@@ -156,14 +178,19 @@ def definitions(node: ast.stmt) -> list[str]:
 
 @pytest.mark.parametrize("path", modules("continual"), ids=dotted)
 def test_the_engine_knows_no_strategy_and_no_stream(path):
-    assert not [module for module, _ in internal(path, typing=True) if not module.startswith("continual")]
+    assert not [
+        module for module, _ in internal(path, typing=True) if not module.startswith("continual")
+    ]
 
 
 @pytest.mark.parametrize("path", modules("strategies", "streams"), ids=dotted)
 def test_strategies_and_streams_are_built_from_these_folders_only(path):
     package = dotted(path).partition(".")[0]
-    assert not [module for module, _ in internal(path, typing=True)
-                if folder_of(module) not in {*ALLOWED[package], package}]
+    assert not [
+        module
+        for module, _ in internal(path, typing=True)
+        if folder_of(module) not in {*ALLOWED[package], package}
+    ]
 
 
 @pytest.mark.parametrize("path", modules(), ids=dotted)
@@ -172,20 +199,30 @@ def test_the_optional_packages_are_imported_nowhere(path):
 
 
 def classes(path: Path) -> set[str]:
-    return {n.name for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.ClassDef)}
+    return {
+        n.name for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.ClassDef)
+    }
 
 
 @pytest.mark.parametrize("path", modules("continual"), ids=dotted)
 def test_the_engine_asks_no_strategy_and_no_stream_who_it_is(path):
     kinds = {name for p in modules("strategies", "streams") for name in classes(p)} | {"Strategy"}
-    configured = {p.stem for group in ("strategy", "stream") for p in (ROOT / "conf" / group).glob("*.yaml")}
+    configured = {
+        p.stem for group in ("strategy", "stream") for p in (ROOT / "conf" / group).glob("*.yaml")
+    }
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
             checked = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
             assert not checked & kinds, f"{path.name}:{node.lineno} asks for {checked & kinds}"
         if isinstance(node, ast.Compare):
-            texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-            assert not texts & configured, f"{path.name}:{node.lineno} compares with {texts & configured}"
+            texts = {
+                n.value
+                for n in ast.walk(node)
+                if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            }
+            assert not texts & configured, (
+                f"{path.name}:{node.lineno} compares with {texts & configured}"
+            )
 
 
 def test_no_test_file_imports_from_another_test_file():
@@ -195,14 +232,20 @@ def test_no_test_file_imports_from_another_test_file():
         assert not imported & tests, path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "strategies"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["list", "strategies"]], ids=" ".join
+)
 def test_help_loads_nothing_heavy(arguments):
-    code = ("import sys\nfrom continual.cli.main import main\n"
-            f"sys.argv = ['continual', *{arguments}]\n"
-            "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-            "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'peft', 'pandas', 'pyarrow',\n"
-            "         'avalanche', 'learn2learn'}\n"
-            "print('loaded:', sorted(heavy & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    code = (
+        "import sys\nfrom continual.cli.main import main\n"
+        f"sys.argv = ['continual', *{arguments}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'peft', 'pandas', 'pyarrow',\n"
+        "         'avalanche', 'learn2learn'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded: []"

@@ -19,7 +19,11 @@ GUIDE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
 def block(language: str, begins: str) -> str:
     """The code of CONTRIBUTING that begins so."""
-    return next(found for found in re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL) if begins in found)
+    return next(
+        found
+        for found in re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
+        if begins in found
+    )
 
 
 @pytest.fixture
@@ -31,7 +35,9 @@ def first(tmp_path, monkeypatch):
     info = tmp_path / "guide-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guide\nVersion: 1.0\n")
-    points = block("toml", "continual.strategies").replace('"', "").replace("project.entry-points.", "")
+    points = (
+        block("toml", "continual.strategies").replace('"', "").replace("project.entry-points.", "")
+    )
     (info / "entry_points.txt").write_text(points.replace("strategies.first:", "guide_first:"))
     monkeypatch.syspath_prepend(tmp_path)
     yield __import__("guide_first").First
@@ -50,7 +56,14 @@ def test_the_guide_s_strategy_keeps_to_every_rule(first):
 
 def test_the_guide_s_strategy_runs_by_its_name(first, keys, tmp_path):
     words = ("train.epochs=1", "stream.tasks=[first,loud]")
-    far, _ = run(tmp_path / "far", keys, *words, "strategy=first", "strategy.first.strength=1e6", "train.lr=1e-4")
+    far, _ = run(
+        tmp_path / "far",
+        keys,
+        *words,
+        "strategy=first",
+        "strategy.first.strength=1e6",
+        "train.lr=1e-4",
+    )
     assert far.strategy == "first"
     assert far.scores[0] == far.scores[-1]  # so strong a pull lets nothing move far
 
@@ -64,7 +77,10 @@ def test_the_guide_s_configuration_has_the_constructor_s_keys(first):
 def shown():
     """The cells of the README's table, by strategy."""
     lines = table.rows((ROOT / "README.md").read_text("utf-8"))
-    return {name: [cell.strip() for cell in line.strip("| ").split(" | ")] for name, line in lines.items()}
+    return {
+        name: [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for name, line in lines.items()
+    }
 
 
 def test_the_readme_s_table_has_every_strategy(shown):
@@ -75,7 +91,10 @@ def test_the_readme_s_table_has_every_strategy(shown):
 def test_the_readme_s_table_says_what_the_strategies_say(shown):
     for choice in catalogue.choices("strategy"):
         cells = dict(zip(table.HEADS, shown[choice.name], strict=True))
-        assert (cells["stores"], cells["a step takes"]) == (choice.facts["stores"], choice.facts["costs"]), choice.name
+        assert (cells["stores"], cells["a step takes"]) == (
+            choice.facts["stores"],
+            choice.facts["costs"],
+        ), choice.name
         assert (cells["in tests"] == "yes") == ("route" in choice.moments), choice.name
 
 
@@ -85,13 +104,23 @@ def test_what_a_strategy_says_it_stores_is_nothing_exactly_where_it_stores_nothi
 
 
 def test_the_readme_names_every_strategy_in_its_prose():
-    prose = (ROOT / "README.md").read_text("utf-8").partition("**Strategies**")[2].partition(table.BEGIN)[0]
+    prose = (
+        (ROOT / "README.md")
+        .read_text("utf-8")
+        .partition("**Strategies**")[2]
+        .partition(table.BEGIN)[0]
+    )
     assert {c.name for c in catalogue.choices("strategy")} <= set(re.findall(r"`(\w+)`", prose))
 
 
 def test_a_row_is_measured_by_one_command(stream_folder, model_folder, tmp_path):
-    keys = ("stream=folder", f"stream.path={stream_folder}", "model=hf", f"model.name={model_folder}",
-            "train.batch_size=6")
+    keys = (
+        "stream=folder",
+        f"stream.path={stream_folder}",
+        "model=hf",
+        f"model.name={model_folder}",
+        "train.batch_size=6",
+    )
     choice = next(c for c in catalogue.choices("strategy") if c.name == "multitask")
     name, stores, size, costs, ratio, *told = table.measured(choice, *keys).strip("| ").split(" | ")
     assert (name, stores, costs) == ("`multitask`", choice.facts["stores"], choice.facts["costs"])
@@ -110,6 +139,11 @@ def test_rows_that_are_not_measured_again_stay():
 
 @pytest.mark.parametrize("module", ["strategies", "leaderboard"])
 def test_the_tables_commands_have_help(module):
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", "--help"], capture_output=True, text=True,
-                          cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
     assert "README" in done.stdout or "leaderboard.md" in done.stdout

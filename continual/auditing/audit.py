@@ -1,7 +1,8 @@
-"""What is amiss in a stream's rows, counted before anything is learned: nothing is changed, and no model is asked.
+"""What is amiss in a stream's rows, counted before anything is learned: nothing is changed, and no
+model is asked.
 
-Training rows are what the stages learn and what a model made for the stream is pre-trained on; a replay buffer holds
-nothing else.
+Training rows are what the stages learn and what a model made for the stream is pre-trained on; a
+replay buffer holds nothing else.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ SAYS = {  # the gravest first
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing amiss in one task, in words: how many rows it concerns, and one of them with its file and line."""
+    """One thing amiss in one task, in words: how many rows it concerns, and one of them with its
+    file and line.
+    """
 
     kind: str
     task: str
@@ -60,9 +63,17 @@ class Audit:
         return {"schema": 1, **asdict(self)}
 
 
-def audit(stream: Stream, split: str = "test", *, metric: str | None = None, limit: int | None = None,
-          lengths: Mapping[str, Lengths] | None = None, fits: Mapping[str, int | None] | None = None) -> Audit:
-    """Count what is amiss; `split`, `metric` and `limit` are those of score, `lengths` each task's rows in tokens.
+def audit(
+    stream: Stream,
+    split: str = "test",
+    *,
+    metric: str | None = None,
+    limit: int | None = None,
+    lengths: Mapping[str, Lengths] | None = None,
+    fits: Mapping[str, int | None] | None = None,
+) -> Audit:
+    """Count what is amiss; `split`, `metric` and `limit` are those of score, `lengths` each task's
+    rows in tokens.
 
     Raises ConfigError where there is no such split.
     """
@@ -71,21 +82,47 @@ def audit(stream: Stream, split: str = "test", *, metric: str | None = None, lim
     rows, train, lengths = read(stream), learned(stream), lengths or {}
     total, matches = Counter(row.place for row in rows), compared(rows)
     scored = {t.name: getattr(t, split)[:limit] for t in stream.tasks}
-    one_sided = {t.name: majority(t, train[t.name], scored[t.name], metric or t.metric) for t in stream.tasks}
-    found = [_finding(kind, place, [(a.example, b.example) for a, b, _ in some], total[place],
-                      sum(same for *_, same in some))
-             for kind, every in matches.items() for place, some in _by_place(every).items()]
+    one_sided = {
+        t.name: majority(t, train[t.name], scored[t.name], metric or t.metric) for t in stream.tasks
+    }
+    found = [
+        _finding(
+            kind,
+            place,
+            [(a.example, b.example) for a, b, _ in some],
+            total[place],
+            sum(same for *_, same in some),
+        )
+        for kind, every in matches.items()
+        for place, some in _by_place(every).items()
+    ]
     for name, told in lengths.items():
-        for part, of, kinds in (("train", len(train[name]), told.train), (split, len(scored[name]), told.scored)):
-            found += [_finding(kind, (name, part), [(e, e) for e in some], of) for kind, some in kinds.items() if some]
+        for part, of, kinds in (
+            ("train", len(train[name]), told.train),
+            (split, len(scored[name]), told.scored),
+        ):
+            found += [
+                _finding(kind, (name, part), [(e, e) for e in some], of)
+                for kind, some in kinds.items()
+                if some
+            ]
     found.sort(key=lambda f: [*SAYS].index(f.kind))
-    found += [Finding("unscored", t.name, 0, f"there are no {split} rows to score") for t in stream.tasks
-              if not scored[t.name]]
+    found += [
+        Finding("unscored", t.name, 0, f"there are no {split} rows to score")
+        for t in stream.tasks
+        if not scored[t.name]
+    ]
     found += [f for name, told in one_sided.items() if told for f in _imbalance(name, split, told)]
     counts = {kind: Counter(a.example.task for a, *_ in every) for kind, every in matches.items()}
-    tasks = {name: {**{s: total[name, s] for s in SPLITS}, **{kind: n[name] for kind, n in counts.items()},
-                    "majority": one_sided[name], "tokens": lengths[name].figures() if name in lengths else None}
-             for name in scored}
+    tasks = {
+        name: {
+            **{s: total[name, s] for s in SPLITS},
+            **{kind: n[name] for kind, n in counts.items()},
+            "majority": one_sided[name],
+            "tokens": lengths[name].figures() if name in lengths else None,
+        }
+        for name in scored
+    }
     return Audit(stream.name, split, tasks, tuple(found), fits or {})
 
 
@@ -96,8 +133,13 @@ def _by_place(matches: Sequence[Match]) -> dict[tuple[str, str], list[Match]]:
     return groups
 
 
-def _finding(kind: str, place: tuple[str, str], pairs: Sequence[tuple[Example, Example]], of: int, same: int = 0
-             ) -> Finding:
+def _finding(
+    kind: str,
+    place: tuple[str, str],
+    pairs: Sequence[tuple[Example, Example]],
+    of: int,
+    same: int = 0,
+) -> Finding:
     task, split = place
     says = SAYS[kind].format(n=f"{len(pairs):,} of {of:,} {split}", same=f"{same:,}")
     return Finding(kind, task, len(pairs), says, " and ".join(dict.fromkeys(map(_named, pairs[0]))))
@@ -108,12 +150,15 @@ def _named(e: Example) -> str:
     return e.id if e.where in ("", e.id) else f"{e.id} ({e.where})"
 
 
-def majority(task: Task[Example], train: Sequence[Example], scored: Sequence[Example], metric: str
-             ) -> dict[str, Any] | None:
-    """What always giving one answer scores, for a task with labels or at most FEW answers; None for any other.
+def majority(
+    task: Task[Example], train: Sequence[Example], scored: Sequence[Example], metric: str
+) -> dict[str, Any] | None:
+    """What always giving one answer scores, for a task with labels or at most FEW answers; None for
+    any other.
 
-    `share` is the part of the training rows with their commonest answer, of `classes`; `score` and `own_score` are
-    what it, and the scored rows' own commonest answer, get on those: None where the metric marks no answers.
+    `share` is the part of the training rows with their commonest answer, of `classes`; `score` and
+    `own_score` are what it, and the scored rows' own commonest answer, get on those: None where the
+    metric marks no answers.
     """
     firsts = [e.outputs[0] for e in train or scored if "".join(e.outputs[:1]).strip()]
     named, counts = cache(normalise), Counter[str]()
@@ -126,13 +171,20 @@ def majority(task: Task[Example], train: Sequence[Example], scored: Sequence[Exa
     answer, n = counts.most_common(1)[0]
     own = Counter(a for e in scored for a in {named(o) for o in e.outputs} if a)
     best = own.most_common(1)[0][0] if own else None
-    return {"classes": max(len(counts), len({*map(named, task.labels)})), "answer": answer, "share": n / len(firsts),
-            "score": constant(answer, scored, metric), "own_answer": best,
-            "own_score": None if best is None else constant(best, scored, metric)}
+    return {
+        "classes": max(len(counts), len({*map(named, task.labels)})),
+        "answer": answer,
+        "share": n / len(firsts),
+        "score": constant(answer, scored, metric),
+        "own_answer": best,
+        "own_score": None if best is None else constant(best, scored, metric),
+    }
 
 
 def constant(answer: str, rows: Sequence[Example], metric: str) -> float | None:
-    """The score of giving this answer to every row; None without rows, or where the metric marks no answers."""
+    """The score of giving this answer to every row; None without rows, or where the metric marks no
+    answers.
+    """
     if metric not in METRICS or not rows:
         return None
     mark = cache(lambda reference: METRICS[metric](answer, reference))
@@ -140,9 +192,22 @@ def constant(answer: str, rows: Sequence[Example], metric: str) -> float | None:
 
 
 def _imbalance(name: str, split: str, told: Mapping[str, Any]) -> list[Finding]:
-    """Where the commonest answer has two thirds of the training rows, or twice its part among the classes."""
+    """Where the commonest answer has two thirds of the training rows, or twice its part among the
+    classes.
+    """
     if told["share"] < min(2 / 3, 2 / told["classes"]):
         return []
-    score = "" if told["score"] is None else f"; giving it to all {split} rows scores {100 * told['score']:.1f}"
-    return [Finding("imbalance", name, 0, f"{told['answer'][:40]!r}, one of {told['classes']} answers, is that of "
-                    f"{100 * told['share']:.1f} % of the train rows{score}")]
+    score = (
+        ""
+        if told["score"] is None
+        else f"; giving it to all {split} rows scores {100 * told['score']:.1f}"
+    )
+    return [
+        Finding(
+            "imbalance",
+            name,
+            0,
+            f"{told['answer'][:40]!r}, one of {told['classes']} answers, is that of "
+            f"{100 * told['share']:.1f} % of the train rows{score}",
+        )
+    ]

@@ -19,7 +19,9 @@ LEARNED = ("train", PRETRAINING)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An example of a split, and what it is compared by: hashes of its prompt, its input alone and its answers."""
+    """An example of a split, and what it is compared by: hashes of its prompt, its input alone and
+    its answers.
+    """
 
     example: Example
     split: str
@@ -33,14 +35,21 @@ class Row:
         return self.example.task, self.split
 
 
-Match = tuple[Row, Row, bool]  # a row, another one of the same key, and whether one of that key has its answers too
+Match = tuple[
+    Row, Row, bool
+]  # a row, another one of the same key, and whether one of that key has its answers too
 
 
 def read(stream: Stream) -> list[Row]:
-    """Every row once, in however many stages it is learned: pre-training, training, then each task's dev and test."""
+    """Every row once, in however many stages it is learned: pre-training, training, then each
+    task's dev and test.
+    """
     parts: list[tuple[str, Iterable[Example]]] = [
-        (PRETRAINING, stream.pretraining), *(("train", found) for found in learned(stream).values()),
-        *(("dev", t.dev) for t in stream.tasks), *(("test", t.test) for t in stream.tasks)]
+        (PRETRAINING, stream.pretraining),
+        *(("train", found) for found in learned(stream).values()),
+        *(("dev", t.dev) for t in stream.tasks),
+        *(("test", t.test) for t in stream.tasks),
+    ]
     instruction = cache(_plain)  # one stands in many rows
     return [_row(e, split, instruction) for split, examples in parts for e in examples]
 
@@ -55,7 +64,9 @@ def learned(stream: Stream) -> dict[str, list[Example]]:
 
 def _row(e: Example, split: str, instruction: Callable[[str], str]) -> Row:
     own = _plain(e.input)
-    asked = " ".join([_plain(m.content) for m in e.messages[:-1]] or [instruction(e.instruction), own])
+    asked = " ".join(
+        [_plain(m.content) for m in e.messages[:-1]] or [instruction(e.instruction), own]
+    )
     answers = frozenset(_hash(told) for o in e.outputs if (told := _plain(o)))
     return Row(e, split, _hash(asked.strip()), _hash(own) if own else b"", answers)
 
@@ -76,10 +87,17 @@ def compared(rows: Sequence[Row]) -> dict[str, list[Match]]:
     dev, test = ([row for row in rows if row.split == split] for split in ("dev", "test"))
     leaked = [*among([*test, *dev], known, lambda r: r.prompt)]
     out = {id(row) for row, _, _ in leaked}
-    inputs = among([row for row in (*test, *dev) if row.input and id(row) not in out], known, lambda r: r.input)
-    return {"leaked": leaked, "input leaked": [*inputs], "seen in dev": [*among(test, dev, lambda r: r.prompt)],
-            "conflicting": [*conflicting(asked)], "empty": [(row, row, True) for row in rows if blank(row)],
-            "repeated": [*again(asked, lambda r: (r.split, r.prompt))]}
+    inputs = among(
+        [row for row in (*test, *dev) if row.input and id(row) not in out], known, lambda r: r.input
+    )
+    return {
+        "leaked": leaked,
+        "input leaked": [*inputs],
+        "seen in dev": [*among(test, dev, lambda r: r.prompt)],
+        "conflicting": [*conflicting(asked)],
+        "empty": [(row, row, True) for row in rows if blank(row)],
+        "repeated": [*again(asked, lambda r: (r.split, r.prompt))],
+    }
 
 
 def again(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[Match]:
@@ -92,20 +110,28 @@ def again(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[Match
         answers.add((k, row.answers))
 
 
-def among(rows: Iterable[Row], sources: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[Match]:
+def among(
+    rows: Iterable[Row], sources: Iterable[Row], key: Callable[[Row], Hashable]
+) -> Iterator[Match]:
     """Each row whose key one of the sources has, with the first of those."""
     first: dict[Hashable, Row] = {}
     answers: set[Hashable] = set()
     for row in sources:
         first.setdefault(k := key(row), row)
         answers.add((k, row.answers))
-    return ((row, first[k], (k, row.answers) in answers) for row in rows if (k := key(row)) in first)
+    return (
+        (row, first[k], (k, row.answers) in answers) for row in rows if (k := key(row)) in first
+    )
 
 
 def conflicting(rows: Sequence[Row]) -> Iterator[Match]:
-    """Each row to whose prompt no answer is right in all rows that ask it, with one of those that has another."""
+    """Each row to whose prompt no answer is right in all rows that ask it, with one of those that
+    has another.
+    """
     common: dict[bytes, frozenset[bytes]] = {}
-    sides: dict[bytes, list[Row]] = defaultdict(list)  # the first row of each prompt, and the first that differs
+    sides: dict[bytes, list[Row]] = defaultdict(
+        list
+    )  # the first row of each prompt, and the first that differs
     told = [row for row in rows if row.answers]
     for row in told:
         common[row.prompt] = common.get(row.prompt, row.answers) & row.answers
@@ -119,9 +145,12 @@ def conflicting(rows: Sequence[Row]) -> Iterator[Match]:
 
 
 def blank(row: Row) -> bool:
-    """Whether there is nothing to learn from it (its first output is blank), or no answer to it can be right.
+    """Whether there is nothing to learn from it (its first output is blank), or no answer to it can
+    be right.
 
     An answer to a row with constraints is right where it keeps to them.
     """
     asked = row.example.constraints and row.split not in LEARNED
-    return not (row.answers or asked) or (row.split in LEARNED and not row.example.outputs[0].strip())
+    return not (row.answers or asked) or (
+        row.split in LEARNED and not row.example.outputs[0].strip()
+    )

@@ -11,15 +11,18 @@ from continual.data.template import Encoder, Unfit, pieces
 from continual.data.types import Example
 from continual.evaluation.scoring import PERPLEXITY, Test
 
-Fit = tuple[int, bool]  # the tokens that a row takes once it is learned (0: it does not fit), and if it was shortened
+Fit = tuple[
+    int, bool
+]  # the tokens that a row takes once it is learned (0: it does not fit), and if it was shortened
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """One task's training rows in whole tokens, rising, and the rows to which their length does something.
+    """One task's training rows in whole tokens, rising, and the rows to which their length does
+    something.
 
-    Training and scored rows are `shortened` or `left out`; of a scored one that is `too long` every accepted answer
-    takes more than score.max_new_tokens.
+    Training and scored rows are `shortened` or `left out`; of a scored one that is `too long` every
+    accepted answer takes more than score.max_new_tokens.
     """
 
     tokens: Sequence[int]
@@ -27,13 +30,19 @@ class Lengths:
     scored: Mapping[str, Sequence[Example]]
 
     def quantile(self, share: float) -> int | None:
-        """The least length that at least this share of the training rows does not exceed; None without rows."""
+        """The least length that at least this share of the training rows does not exceed; None
+        without rows.
+        """
         return self.tokens[max(1, math.ceil(share * len(self.tokens))) - 1] if self.tokens else None
 
     def figures(self) -> dict[str, int | None]:
         """Of the training rows."""
-        return {"median": self.quantile(0.5), "p95": self.quantile(0.95), "longest": self.quantile(1.0),
-                **{kind: len(rows) for kind, rows in self.train.items()}}
+        return {
+            "median": self.quantile(0.5),
+            "p95": self.quantile(0.95),
+            "longest": self.quantile(1.0),
+            **{kind: len(rows) for kind, rows in self.train.items()},
+        }
 
 
 def fit(encoder: Encoder, examples: Sequence[Example]) -> list[Fit]:
@@ -46,22 +55,39 @@ def fit(encoder: Encoder, examples: Sequence[Example]) -> list[Fit]:
     return found
 
 
-def measure(encoder: Encoder, train: Sequence[Example], fits: Sequence[Fit], scored: Sequence[Example],
-            test: Test | None, room: int | None) -> Lengths:
-    """One task's lengths: `fits` tells of its `train` rows, `test` of the `scored` ones, if there are any.
+def measure(
+    encoder: Encoder,
+    train: Sequence[Example],
+    fits: Sequence[Fit],
+    scored: Sequence[Example],
+    test: Test | None,
+    room: int | None,
+) -> Lengths:
+    """One task's lengths: `fits` tells of its `train` rows, `test` of the `scored` ones, if there
+    are any.
 
     `room` is score.max_new_tokens: where it is None, every answer has room.
     """
     rows, unbounded = list(zip(train, fits, strict=True)), replace(encoder, limit=sys.maxsize)
-    whole = [length for e, (n, cut) in rows if (length := _whole(unbounded, e) if cut or not n else n)]
+    whole = [
+        length for e, (n, cut) in rows if (length := _whole(unbounded, e) if cut or not n else n)
+    ]
     asked = list(zip(test.examples, test.encoded, strict=True)) if test else []
     kept = {id(e) for e, _ in asked}
     answered = test and not test.labels and test.metric != PERPLEXITY
-    scored_rows = {"left out": [e for e in scored if id(e) not in kept],
-                   "too long": [e for e, _ in asked if room and _least(encoder, e) > room] if answered else [],
-                   "shortened": [e for e, prompt in asked if not prompt.text.startswith(_prompt(encoder, e))]}
-    return Lengths(sorted(whole), {"left out": [e for e, (n, _) in rows if not n],
-                                   "shortened": [e for e, (_, cut) in rows if cut]}, scored_rows)
+    scored_rows = {
+        "left out": [e for e in scored if id(e) not in kept],
+        "too long": [e for e, _ in asked if room and _least(encoder, e) > room] if answered else [],
+        "shortened": [e for e, prompt in asked if not prompt.text.startswith(_prompt(encoder, e))],
+    }
+    return Lengths(
+        sorted(whole),
+        {
+            "left out": [e for e, (n, _) in rows if not n],
+            "shortened": [e for e, (_, cut) in rows if cut],
+        },
+        scored_rows,
+    )
 
 
 def _whole(unbounded: Encoder, example: Example) -> int:

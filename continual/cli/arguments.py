@@ -12,18 +12,21 @@ from continual.errors import ConfigError, unknown
 
 def asked(told: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of `export` that the keys of the command line give, in `KEYS`."""
-    return {"stage": told["stage"] or None, "task": told["task"] or None,
-            "merged": truth("merged", told["merged"]) if told["merged"] else None,
-            "out": Path(told["out"]) if told["out"] else None, "license": told["license"] or None}
-
-
+    return {
+        "stage": told["stage"] or None,
+        "task": told["task"] or None,
+        "merged": truth("merged", told["merged"]) if told["merged"] else None,
+        "out": Path(told["out"]) if told["out"] else None,
+        "license": told["license"] or None,
+    }
 
 
 def given(words: Sequence[str], keys: Mapping[str, str]) -> tuple[list[Path], dict[str, str]]:
-    """The paths among a command's words, and the values of its keys; `keys` has the default of each.
+    """The paths among a command's words, and the values of its keys; `keys` has the default of
+    each.
 
-    A word with "=" is a path where there is such a file: a comparison names its folders so. Raises ConfigError for a
-    key that is not among `keys`.
+    A word with "=" is a path where there is such a file: a comparison names its folders so. Raises
+    ConfigError for a key that is not among `keys`.
     """
     paths, told = [], dict(keys)
     for word in words:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The entry point: exits with 2 and one clear message for what the user can mend."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -36,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if verb not in VERBS:
             raise ConfigError(unknown("command", verb, VERBS))
         if started() > 1 and verb not in SHARED:
-            raise ConfigError(f"continual {verb} is the work of one process, and {started()} were started; several "
-                              f"can share continual {' or '.join(SHARED)}")
+            raise ConfigError(
+                f"continual {verb} is the work of one process, and {started()} were started; "
+                f"several can share continual {' or '.join(SHARED)}"
+            )
         if "-h" in rest or "--help" in rest:
             print(EXAMPLES[verb])
             return
@@ -54,24 +55,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # what we print to has closed, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        fail(ContinualError(f"{error.filename or 'the system'}: {error.strerror or error}; see that the folder can be "
-                            "written and that there is space, and give the same command again"))
+        fail(
+            ContinualError(
+                f"{error.filename or 'the system'}: {error.strerror or error}; see that the "
+                "folder can be written and that there is space, and give the same command again"
+            )
+        )
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. The same command with the same out= goes on after the last checkpoint.")
+        Console(stderr=True).print(
+            "Stopped. The same command with the same out= goes on after the last checkpoint."
+        )
         sys.exit(130)
 
 
 def fail(error: ContinualError) -> None:
-    """Print the message and exit with 2, or show the traceback where HYDRA_FULL_ERROR=1 asks for it."""
+    """Print the message and exit with 2, or show the traceback where HYDRA_FULL_ERROR=1 asks for
+    it.
+    """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
     let_first_speak()
-    Console(stderr=True).print(safe(f"error: {error}"), style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        safe(f"error: {error}"), style="red", markup=False, highlight=False, soft_wrap=True
+    )
     sys.exit(2)
 
 
 def configure(verb: str, overrides: Sequence[str], **more: Any) -> DictConfig:
-    """Compose the verb's configuration; raises ConfigError for what Hydra refuses, with the nearest valid names.
+    """Compose the verb's configuration; raises ConfigError for what Hydra refuses, with the nearest
+    valid names.
 
     `more` is for Hydra's compose.
     """
@@ -88,7 +100,11 @@ def configure(verb: str, overrides: Sequence[str], **more: Any) -> DictConfig:
             words.resolved(config)
         except ConfigError:
             raise
-        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: null for a group
+        except (
+            HydraException,
+            OmegaConfBaseException,
+            ValueError,
+        ) as error:  # ValueError: null for a group
             raise words.explained(error, verb, overrides, compose) from None
     return config
 
@@ -97,8 +113,10 @@ def _show_config(verb: str, rest: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     if verb not in CONFIGURED:
-        raise ConfigError(f"continual {verb} has no configuration, for it takes the keys that continual {verb} --help "
-                          f"shows; --cfg goes with {', '.join(CONFIGURED)}")
+        raise ConfigError(
+            f"continual {verb} has no configuration, for it takes the keys that continual {verb} "
+            f"--help shows; --cfg goes with {', '.join(CONFIGURED)}"
+        )
     print(OmegaConf.to_yaml(configure(verb, [r for r in rest if r != "--cfg"])))
 
 
@@ -142,13 +160,17 @@ def _compare(rest: Sequence[str]) -> None:
 
 
 def _opened(rest: Sequence[str], keys: dict[str, str]) -> tuple[Path, dict[str, str], DictConfig]:
-    """The run folder and keys that a command names, and a configuration for its model to be built by."""
+    """The run folder and keys that a command names, and a configuration for its model to be built
+    by.
+    """
     from omegaconf import open_dict
 
     paths, told = given(rest, keys)
     if len(paths) != 1:
-        raise MissingError(f"expected the folder of one run, and {len(paths)} are named; give the out= of continual "
-                           "run or adapt")
+        raise MissingError(
+            f"expected the folder of one run, and {len(paths)} are named; give the out= of "
+            "continual run or adapt"
+        )
     config = configure("run", [f"device={told['device']}"])
     with open_dict(config):
         config.model.trust_remote_code = truth("trust_remote_code", told["trust_remote_code"])
@@ -162,7 +184,10 @@ def _export(rest: Sequence[str]) -> None:
 
     path, told, config = _opened(rest, KEYS)
     made = export(path, config, **asked(told))
-    print(f"wrote {made.path}: {'an adapter' if made.adapter else 'a whole model'}, and README.md says how it is asked")
+    print(
+        f"wrote {made.path}: {'an adapter' if made.adapter else 'a whole model'}, and README.md "
+        "says how it is asked"
+    )
 
 
 def _chat(rest: Sequence[str]) -> None:
@@ -171,8 +196,15 @@ def _chat(rest: Sequence[str]) -> None:
     path, told, config = _opened(rest, chat.KEYS)
     room = count("max_new_tokens", told["max_new_tokens"]) if told["max_new_tokens"] else None
     console = Console(highlight=False)
-    chat.chat(path, config, console, chat.typed(console), stage=told["stage"] or None, task=told["task"] or None,
-              room=room)
+    chat.chat(
+        path,
+        config,
+        console,
+        chat.typed(console),
+        stage=told["stage"] or None,
+        task=told["task"] or None,
+        room=room,
+    )
 
 
 def _watch(rest: Sequence[str]) -> None:
@@ -206,8 +238,16 @@ def _list(rest: Sequence[str]) -> None:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "compare": _compare, "run": partial(_work, "run"), "adapt": partial(_work, "adapt"), "plan": _plan,
-    "audit": _audit, "export": _export, "chat": _chat, "watch": _watch, "report": _report, "verify": _verify,
+    "compare": _compare,
+    "run": partial(_work, "run"),
+    "adapt": partial(_work, "adapt"),
+    "plan": _plan,
+    "audit": _audit,
+    "export": _export,
+    "chat": _chat,
+    "watch": _watch,
+    "report": _report,
+    "verify": _verify,
     "list": _list,
 }
 CONFIGURED = ("compare", "run", "adapt", "plan", "audit")

@@ -1,4 +1,6 @@
-"""Live runs in the terminal, from what they write: events.jsonl is read on from where it was, never from the start."""
+"""Live runs in the terminal, from what they write: events.jsonl is read on from where it was, never
+from the start.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Tail:
         self.path, self.at, self.half, self.broken = path, 0, b"", 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """What was added since the last call; from the start again where the file has become shorter."""
+        """What was added since the last call; from the start again where the file has become
+        shorter.
+        """
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:
@@ -73,7 +77,9 @@ class Watched:
     tail: Tail = field(init=False)
     stages: list[str] = field(default_factory=list)  # as the run's start told them
     step: dict[str, Any] = field(default_factory=dict)
-    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=LATELY))  # tokens, seconds
+    recent: deque[tuple[float, float]] = field(
+        default_factory=lambda: deque(maxlen=LATELY)
+    )  # tokens, seconds
     spent: dict[int, float] = field(default_factory=dict)  # seconds of each learned stage
     scoring: dict[int, float] = field(default_factory=dict)  # and of the scoring behind it
     state: str = "waiting"
@@ -94,7 +100,10 @@ class Watched:
         for event in self.tail.new():
             self._take(event)
         path = self.folder / "matrix.json"
-        if path.is_file() and (stamp := (path.stat().st_mtime_ns, path.stat().st_size)) != self.stamp:
+        if (
+            path.is_file()
+            and (stamp := (path.stat().st_mtime_ns, path.stat().st_size)) != self.stamp
+        ):
             self.matrix, self.stamp = Matrix.load(path), stamp
         if (self.folder / "finished").exists() or (self.folder / "curve.json").is_file():
             self.state = "finished"
@@ -104,11 +113,18 @@ class Watched:
     def _take(self, event: dict[str, Any]) -> None:
         kind, stage = event["event"], int(event.get("stage") or 0)
         self.time = event.get("time") or self.time
-        self.state = {"step": "learning", "stage": "scoring", "score": "learning", "start": "begun",
-                      "stopped": "stopped"}.get(kind, self.state)
+        self.state = {
+            "step": "learning",
+            "stage": "scoring",
+            "score": "learning",
+            "start": "begun",
+            "stopped": "stopped",
+        }.get(kind, self.state)
         if kind == "start":
             told = event.get("stages")
-            self.stages = [s for s in told if isinstance(s, str)] if isinstance(told, list) else self.stages
+            self.stages = (
+                [s for s in told if isinstance(s, str)] if isinstance(told, list) else self.stages
+            )
         elif kind == "step":
             if stage != self.step.get("stage") or event["step"] <= self.step["step"]:
                 self.recent.clear()
@@ -122,13 +138,19 @@ class Watched:
         """Supervised tokens a second, lately."""
         if not self.recent:
             return None
-        tokens, took = (b - a for a, b in zip(self.recent[0] if len(self.recent) > 1 else (0, 0), self.recent[-1],
-                                              strict=True))
+        tokens, took = (
+            b - a
+            for a, b in zip(
+                self.recent[0] if len(self.recent) > 1 else (0, 0), self.recent[-1], strict=True
+            )
+        )
         return float(tokens / took) if took > 0 else None
 
     @property
     def left(self) -> float | None:
-        """Seconds to the run's end, if each stage takes as long as those before it; None where that cannot be told."""
+        """Seconds to the run's end, if each stage takes as long as those before it; None where that
+        cannot be told.
+        """
         step, steps = self.step.get("step"), self.step.get("steps")
         if self.over or not self.stages or not step or not steps:
             return None
@@ -146,8 +168,16 @@ class Watched:
         told = NONE if loss is None else f"{loss:.3f}"
         now = learned(self.matrix) if self.matrix else None
         average, lost = (mean(now.final), forgetting(now)) if now else (None, None)
-        return [self.name, self.doing(), step, told, count(self.speed), percent(average), percent(lost),
-                seconds(self.left)]
+        return [
+            self.name,
+            self.doing(),
+            step,
+            told,
+            count(self.speed),
+            percent(average),
+            percent(lost),
+            seconds(self.left),
+        ]
 
     def doing(self) -> str:
         """What it does, and at which stage; and since when it has said nothing, where that is long."""
@@ -161,7 +191,9 @@ class Watched:
 
 
 def learned(matrix: Matrix) -> Matrix | None:
-    """The matrix of the tasks that are learned and scored so far, as if they were all; None before the first."""
+    """The matrix of the tasks that are learned and scored so far, as if they were all; None before
+    the first.
+    """
     if not matrix.sequential:
         return matrix if matrix.finished else None
     tasks = tuple(task for task in matrix.tasks if task in matrix.stages)
@@ -169,8 +201,11 @@ def learned(matrix: Matrix) -> Matrix | None:
     return replace(matrix, tasks=tasks, scores=rows, counts=())
 
 
-def watch(folders: Sequence[Path], console: Console, *, once: bool = False, every: float = 1.0) -> None:
-    """Show the runs in these run and comparison folders until all are over; their state alone, if `once`.
+def watch(
+    folders: Sequence[Path], console: Console, *, once: bool = False, every: float = 1.0
+) -> None:
+    """Show the runs in these run and comparison folders until all are over; their state alone, if
+    `once`.
 
     Raises MissingError for a folder that is not there, DataError for a link that leads out of one.
     """
@@ -180,8 +215,10 @@ def watch(folders: Sequence[Path], console: Console, *, once: bool = False, ever
     if once or not console.is_terminal:
         console.print(table(look(folders, runs)))
         return
-    with suppress(KeyboardInterrupt), Live(table(look(folders, runs), console), console=console,
-                                           auto_refresh=False) as live:
+    with (
+        suppress(KeyboardInterrupt),
+        Live(table(look(folders, runs), console), console=console, auto_refresh=False) as live,
+    ):
         while not all(run.over for run in runs.values()) or not runs:
             time.sleep(every)
             live.update(table(look(folders, runs), console), refresh=True)
@@ -202,7 +239,9 @@ def look(folders: Sequence[Path], runs: dict[Path, Watched]) -> list[Watched]:
 def within(folder: Path) -> list[Path]:
     """The run folders that a folder is or holds, those too that a comparison has not begun."""
     if not folder.is_dir():
-        raise MissingError(f"{folder}: there is no such folder; give the out= of continual run, adapt or compare")
+        raise MissingError(
+            f"{folder}: there is no such folder; give the out= of continual run, adapt or compare"
+        )
     begun = [p.parent for p in sorted(folder.glob("*/config.yaml"))]
     planned = [folder / name for name in comparison.waiting(folder)]
     return list(dict.fromkeys([*begun, *planned])) or [folder]
@@ -212,19 +251,29 @@ QUIETLY = ("finished", "waiting")  # of these there may be hundreds, and they do
 
 
 def table(runs: Sequence[Watched], screen: Console | None = None) -> Table:
-    """One row a run; on a screen with too little room only of those that do or want something: the rest is counted.
+    """One row a run; on a screen with too little room only of those that do or want something: the
+    rest is counted.
 
     Every text is shown as text.
     """
     broken, told = sum(run.tail.broken for run in runs), list[str]()
     if screen and len(runs) > screen.height - 5:
-        told = [f"{n} {state}" for state, n in Counter(run.state for run in runs).items() if state in QUIETLY]
+        told = [
+            f"{n} {state}"
+            for state, n in Counter(run.state for run in runs).items()
+            if state in QUIETLY
+        ]
         runs = [run for run in runs if run.state not in QUIETLY]
     made = Table(box=None, padding=(0, 1))
     for head in ("run", "doing", "step", "loss", "tokens/s", "average", "forgetting", "left"):
         text = head in ("run", "doing")
-        made.add_column(head, justify="left" if text else "right", no_wrap=not text, overflow="fold",
-                        min_width=10 if text else None)
+        made.add_column(
+            head,
+            justify="left" if text else "right",
+            no_wrap=not text,
+            overflow="fold",
+            min_width=10 if text else None,
+        )
     for run in runs:
         made.add_row(*(Text(safe(cell)) for cell in run.row()))
     told += [f"{broken} broken lines of events are left out"] if broken else []

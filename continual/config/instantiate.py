@@ -16,7 +16,9 @@ from continual.errors import ConfigError, gathered, mistyped, unknown
 
 
 def construct(section: DictConfig, name: str, **more: Any) -> Any:
-    """Call the section's `_target_` with its other keys; raises ConfigError for keys that it does not take."""
+    """Call the section's `_target_` with its other keys; raises ConfigError for keys that it does
+    not take.
+    """
     settings: dict[str, Any] = {**OmegaConf.to_container(section, resolve=True), **more}  # type: ignore[dict-item]
     path = current_target(str(settings.pop("_target_")))
     try:
@@ -28,39 +30,64 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
         for key in settings:
             if key not in known:
                 raise ConfigError(unknown(f"key {name}", key, known))
-    wrong = [f"{name}.{k}={v}: expected {expected}" for k, v in settings.items()
-             if k in known and (expected := mistyped(known[k].annotation, v))]
+    wrong = [
+        f"{name}.{k}={v}: expected {expected}"
+        for k, v in settings.items()
+        if k in known and (expected := mistyped(known[k].annotation, v))
+    ]
     if wrong:
         raise ConfigError(gathered(wrong))
-    missing = [k for k, p in known.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY and k not in settings]
+    missing = [
+        k
+        for k, p in known.items()
+        if p.default is p.empty and p.kind is p.KEYWORD_ONLY and k not in settings
+    ]
     if missing:
-        raise ConfigError(f"{name} needs {', '.join(f'{name}.{k}' for k in missing)}; give it on the command line")
+        raise ConfigError(
+            f"{name} needs {', '.join(f'{name}.{k}' for k in missing)}; give it on the command line"
+        )
     return target(**settings)
 
 
 def targets(group: str) -> dict[str, list[str]]:
     """The constructors that each configuration of a group names, by the configuration's name."""
-    texts = {p.name.removesuffix(".yaml"): p.read_text("utf-8") for p in files("conf").joinpath(group).iterdir()
-             if p.name.endswith(".yaml")}
-    return {name: re.findall(r"^\s*_target_: ([\w.]+)$", text, re.MULTILINE) for name, text in sorted(texts.items())}
+    texts = {
+        p.name.removesuffix(".yaml"): p.read_text("utf-8")
+        for p in files("conf").joinpath(group).iterdir()
+        if p.name.endswith(".yaml")
+    }
+    return {
+        name: re.findall(r"^\s*_target_: ([\w.]+)$", text, re.MULTILINE)
+        for name, text in sorted(texts.items())
+    }
 
 
 def registry(group: str) -> set[str]:
-    """The constructors that the configurations of a group name, such as model: all that a run folder may ask for."""
+    """The constructors that the configurations of a group name, such as model: all that a run
+    folder may ask for.
+    """
     return {found for named in targets(group).values() for found in named}
 
 
 def strategies() -> set[str]:
-    """The constructors of strategies that a run folder may ask for: continual's and those of installed packages."""
+    """The constructors of strategies that a run folder may ask for: continual's and those of
+    installed packages.
+    """
     return registry("strategy") | set(outside().values())
 
 
 def lacking(section: Any) -> list[str]:
-    """Of a run's strategies, as its config.yaml has them, those without whose memory its weights are no model of its.
+    """Of a run's strategies, as its config.yaml has them, those without whose memory its weights
+    are no model of its.
 
     Only constructors that are continual's or an installed package's are looked at.
     """
     known = strategies()
     parts = section.items() if isinstance(section, DictConfig) else ()
-    return [str(name) for name, part in parts if isinstance(part, DictConfig) and str(part.get("_target_")) in known
-            and not get_object(part["_target_"]).whole]
+    return [
+        str(name)
+        for name, part in parts
+        if isinstance(part, DictConfig)
+        and str(part.get("_target_")) in known
+        and not get_object(part["_target_"]).whole
+    ]

@@ -20,13 +20,17 @@ TEXTS = ("out", "device")
 
 
 def spelled(verb: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides with short keys written out: stream.arrange, of adapt checkpoint and task (one name); and gates.
+    """The overrides with short keys written out: stream.arrange, of adapt checkpoint and task (one
+    name); and gates.
 
-    Raises ConfigError where a shell has taken the `>SHARE` of a gate for a file, or a key is to be taken away.
+    Raises ConfigError where a shell has taken the `>SHARE` of a gate for a file, or a key is to be
+    taken away.
     """
     if gone := [word for word in overrides if word.startswith("~")]:
-        raise ConfigError(f"{', '.join(gone)}: a key is not taken away; give it another value, null where its comment "
-                          f"in continual {verb} --cfg has a meaning for that")
+        raise ConfigError(
+            f"{', '.join(gone)}: a key is not taken away; give it another value, null where its "
+            f"comment in continual {verb} --cfg has a meaning for that"
+        )
     keys, found = {**SHORT, **SHORT_IN.get(verb, {})}, []
     for word in map(_gate, overrides):
         key, given, value = word.partition("=")
@@ -38,8 +42,10 @@ def spelled(verb: str, overrides: Sequence[str]) -> list[str]:
 def _gate(word: str) -> str:
     """`stop_if.NAME>SHARE` as Hydra writes it."""
     if re.fullmatch(r"stop_if\.\w+", word):
-        raise ConfigError(f"{word} has no value: unquoted, > names a file that a shell writes to; give '{word}>0.2', "
-                          f"with the quotes, or {word}=0.2")
+        raise ConfigError(
+            f"{word} has no value: unquoted, > names a file that a shell writes to; give "
+            f"'{word}>0.2', with the quotes, or {word}=0.2"
+        )
     return re.sub(r"^(stop_if\.\w+)>", r"\1=", word)
 
 
@@ -57,28 +63,45 @@ def composed(verb: str, overrides: Sequence[str], compose: Callable[..., DictCon
 
 
 def resolved(config: DictConfig) -> None:
-    """Raise ConfigError if a key without an honest default was not given, or one that everything builds on is of
-    another kind; Hydra fills in its own.
+    """Raise ConfigError if a key without an honest default was not given, or one that everything
+    builds on is of another kind; Hydra fills in its own.
     """
-    if missing := sorted(key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra.")):
+    if missing := sorted(
+        key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra.")
+    ):
         raise ConfigError("\n".join(f"{key} is not set; give {key}=..." for key in missing))
-    wrong = [f"{key}={config[key]}: expected a text; one that is a number or a list stands in quotes: \"{key}='123'\""
-             for key in TEXTS if key in config and not isinstance(config[key], str)]
-    wrong += [f"{key}={config[key]}: expected its keys, as in {key}.KEY=VALUE; continual VERB --cfg shows them"
-              for key in SECTIONS if key in config and not isinstance(config[key], DictConfig)]
+    wrong = [
+        f"{key}={config[key]}: expected a text; one that is a number or a list stands in quotes: \"{key}='123'\""
+        for key in TEXTS
+        if key in config and not isinstance(config[key], str)
+    ]
+    wrong += [
+        f"{key}={config[key]}: expected its keys, as in {key}.KEY=VALUE; continual VERB --cfg "
+        "shows them"
+        for key in SECTIONS
+        if key in config and not isinstance(config[key], DictConfig)
+    ]
     if "strategy" not in config:
-        wrong.append("strategy=[] names none; choose at least one, such as strategy=naive, plain fine-tuning")
+        wrong.append(
+            "strategy=[] names none; choose at least one, such as strategy=naive, plain fine-tuning"
+        )
     if wrong:
         raise ConfigError(gathered(wrong))
 
 
-def explained(error: Exception, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> ConfigError:
-    """The error in our words: an unknown choice or key with the nearest valid names, else Hydra's first line."""
+def explained(
+    error: Exception, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]
+) -> ConfigError:
+    """The error in our words: an unknown choice or key with the nearest valid names, else Hydra's
+    first line.
+    """
     group, _, choice = str(getattr(error, "missing_cfg_file", "") or "").rpartition("/")
     if group.startswith("hydra/"):
         kind = group.split("/")[1]
-        return ConfigError(f"{group}={choice} is none of Hydra's own, and needs hydra-{choice}-{kind}, which is not "
-                           f"installed: pip install hydra-{choice}-{kind}")
+        return ConfigError(
+            f"{group}={choice} is none of Hydra's own, and needs hydra-{choice}-{kind}, which is "
+            f"not installed: pip install hydra-{choice}-{kind}"
+        )
     if group:
         return ConfigError(unknown(group, choice, [c.name for c in choices(group)]))
     key = getattr(error.__cause__, "full_key", None)
@@ -86,14 +109,20 @@ def explained(error: Exception, verb: str, overrides: Sequence[str], compose: Ca
         return ConfigError(unknown("key", str(key), _siblings(str(key), verb, overrides, compose)))
     if unread := [told for word in overrides if (told := _unread(word))]:
         return ConfigError(gathered(unread))
-    if nothing := [w for w in overrides if re.fullmatch(r"[\w/]+=null", w) and isinstance(error, ValueError)]:
-        return ConfigError(f"{', '.join(nothing)}: expected a name of those in that folder of conf/")
+    if nothing := [
+        w for w in overrides if re.fullmatch(r"[\w/]+=null", w) and isinstance(error, ValueError)
+    ]:
+        return ConfigError(
+            f"{', '.join(nothing)}: expected a name of those in that folder of conf/"
+        )
     lines = [line for line in str(error).splitlines() if line and "hydra.cc" not in line]
     return ConfigError(" ".join(lines) + " Keys are given as key=value; lists as key=[a,b].")
 
 
 def _unread(word: str) -> str:
-    """What is wrong with an override that is not in Hydra's grammar, or has several values; empty where it is sound."""
+    """What is wrong with an override that is not in Hydra's grammar, or has several values; empty
+    where it is sound.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -101,14 +130,26 @@ def _unread(word: str) -> str:
     mend = f'; a text with signs such as , = ( é in quotes: "{key}={quoted(value)}"'
     try:
         parsed = OverridesParser.create().parse_override(word)
-        found = "several values, which only continual compare takes" if parsed.is_sweep_override() else ""
+        found = (
+            "several values, which only continual compare takes"
+            if parsed.is_sweep_override()
+            else ""
+        )
     except HydraException:
         found = "no key and value that can be read"
-    return found and f"{word}: found {found}. Keys are given as key=value; lists as key=[a,b]{mend if given else ''}"
+    return (
+        found
+        and f"{word}: found {found}. Keys are given as key=value; lists as "
+        f"key=[a,b]{mend if given else ''}"
+    )
 
 
-def _siblings(key: str, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> list[str]:
-    """The keys beside `key`, and those of its name a part deeper, without the overrides that set single keys."""
+def _siblings(
+    key: str, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]
+) -> list[str]:
+    """The keys beside `key`, and those of its name a part deeper, without the overrides that set
+    single keys.
+    """
     from hydra.errors import HydraException
 
     choices = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0] != key]
@@ -118,6 +159,12 @@ def _siblings(key: str, verb: str, overrides: Sequence[str], compose: Callable[.
         config = compose(verb, [])
     parent, dot, last = key.rpartition(".")
     section = OmegaConf.select(config, parent) if parent else config
-    parts = cast(dict[str, Any], OmegaConf.to_container(section)) if isinstance(section, DictConfig) else {}
-    deeper = [f"{name}.{last}" for name, part in parts.items() if isinstance(part, dict) and last in part]
+    parts = (
+        cast(dict[str, Any], OmegaConf.to_container(section))
+        if isinstance(section, DictConfig)
+        else {}
+    )
+    deeper = [
+        f"{name}.{last}" for name, part in parts.items() if isinstance(part, dict) and last in part
+    ]
     return [f"{parent}{dot}{name}" for name in [*parts, *deeper]]

@@ -1,4 +1,6 @@
-"""Strategies of other packages: whatever is installed and names one in the entry point group `continual.strategies`."""
+"""Strategies of other packages: whatever is installed and names one in the entry point group
+`continual.strategies`.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ def outside() -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for point in entry_points(group=GROUP):
         found.setdefault(point.name, set()).add(point.value.replace(":", "."))
-    if twice := [f"{' and '.join(sorted(paths))} are both called {name!r}, and a strategy's name is its own; uninstall "
-                 "one of the packages" for name, paths in sorted(found.items()) if len(paths) > 1]:
+    if twice := [
+        f"{' and '.join(sorted(paths))} are both called {name!r}, and a strategy's name is its "
+        "own; uninstall one of the packages"
+        for name, paths in sorted(found.items())
+        if len(paths) > 1
+    ]:
         raise ConfigError(gathered(twice))
     return {name: paths.pop() for name, paths in sorted(found.items())}
 
@@ -28,8 +34,8 @@ def outside() -> dict[str, str]:
 def register(name: str) -> bool:
     """Make strategy=NAME known to Hydra, its keys being its class's with their defaults.
 
-    False where no other package has it, or it is known already. Raises ConfigError where it cannot be imported or is no
-    strategy.
+    False where no other package has it, or it is known already. Raises ConfigError where it cannot
+    be imported or is no strategy.
     """
     from hydra.core.config_store import ConfigStore
     from hydra.utils import get_class
@@ -41,16 +47,23 @@ def register(name: str) -> bool:
     try:
         keys = settings(get_class(path))
     except Exception as error:  # of code that is not ours
-        raise ConfigError(f"strategy={name} is {path} by an installed package's entry point, and cannot be had from "
-                          f"there ({error}); mend or uninstall that package") from error
+        raise ConfigError(
+            f"strategy={name} is {path} by an installed package's entry point, and cannot be had "
+            f"from there ({error}); mend or uninstall that package"
+        ) from error
     store.store(group="strategy", name=name, node={name: {"_target_": path, **keys}}, provider=path)
     return True
 
 
 def settings(kind: type[Any]) -> dict[str, Any]:
-    """A strategy's configuration: its hyper-parameters' defaults, ??? where there is none, and the run's seed."""
+    """A strategy's configuration: its hyper-parameters' defaults, ??? where there is none, and the
+    run's seed.
+    """
     if not is_dataclass(kind) or not hasattr(kind, "load_state_dict"):
-        raise ConfigError(f"found {kind.__name__}, expected a dataclass that inherits from continual.strategy.interface.Strategy")
+        raise ConfigError(
+            f"found {kind.__name__}, expected a dataclass that inherits from "
+            "continual.strategy.interface.Strategy"
+        )
     told: dict[str, Any] = {}
     for f in (f for f in fields(kind) if f.init):
         default = f.default_factory() if f.default_factory is not MISSING else f.default

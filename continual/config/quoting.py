@@ -6,7 +6,9 @@ import re
 
 
 def quoted(text: str) -> str:
-    """A text as a value on the command line: in the quotes of Hydra's grammar where it needs them to be that text."""
+    """A text as a value on the command line: in the quotes of Hydra's grammar where it needs them
+    to be that text.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -38,7 +38,9 @@ def rename_targets(value: Any) -> Any:
     """Return nested plain mappings and lists with every `_target_` by its current path."""
     if isinstance(value, dict):
         return {
-            key: current_target(part) if key == "_target_" and isinstance(part, str) else rename_targets(part)
+            key: current_target(part)
+            if key == "_target_" and isinstance(part, str)
+            else rename_targets(part)
             for key, part in value.items()
         }
     if isinstance(value, list):

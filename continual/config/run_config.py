@@ -17,16 +17,29 @@ def read_config(path: Path) -> DictConfig:
     """The config.yaml of a run folder; raises DataError where it is damaged."""
     told: dict[str, Any] = rename_targets(yaml_mapping(path))
     if asked := [key for key, value in flat(told).items() if "${" in f"{key}{value}"]:
-        raise DataError(gathered([f"{path}: found ${{...}} in {brief(key)}, expected values only: nothing that a run "
-                                  "folder asks for is looked up; write the value itself" for key in asked]))
+        raise DataError(
+            gathered(
+                [
+                    f"{path}: found ${{...}} in {brief(key)}, expected values only: nothing that "
+                    "a run folder asks for is looked up; write the value itself"
+                    for key in asked
+                ]
+            )
+        )
     try:
         return OmegaConf.create(told)
     except (OmegaConfBaseException, ValueError) as e:
-        raise DataError(f"{path} cannot be read: {str(e).splitlines()[0]}; restore it, or give another folder") from e
+        raise DataError(
+            f"{path} cannot be read: {str(e).splitlines()[0]}; restore it, or give another folder"
+        ) from e
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
     """A nested mapping as one of dotted keys."""
     if not isinstance(value, dict) or not value:
         return {name: value}
-    return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else str(key)).items()}
+    return {
+        k: v
+        for key, part in value.items()
+        for k, v in flat(part, f"{name}.{key}" if name else str(key)).items()
+    }

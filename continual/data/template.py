@@ -1,6 +1,8 @@
-"""From an example's text to token ids, with the exact boundary between what is asked and what is answered.
+"""From an example's text to token ids, with the exact boundary between what is asked and what is
+answered.
 
-Prompt and response are tokenised as separate pieces and joined as ids, so no merge can shift the boundary.
+Prompt and response are tokenised as separate pieces and joined as ids, so no merge can shift the
+boundary.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ Piece = tuple[str, bool]  # text, and whether it is a response
 
 @dataclass(frozen=True)
 class Template:
-    """How one turn is written: the prompt with and without an input, and what stands before each response."""
+    """How one turn is written: the prompt with and without an input, and what stands before each
+    response.
+    """
 
     asked: str
     asked_with_input: str
@@ -34,9 +38,16 @@ TEMPLATES: Mapping[str, Template] = {
         between="\n\n",
     ),
     "human_assistant": Template(
-        "### Human: {instruction}\n### Assistant:", "### Human: {instruction}\n{input}\n### Assistant:", lead=" "
+        "### Human: {instruction}\n### Assistant:",
+        "### Human: {instruction}\n{input}\n### Assistant:",
+        lead=" ",
     ),
-    "inst": Template("[INST] {instruction} [/INST]", "[INST] {instruction}\n{input} [/INST]", lead=" ", between=""),
+    "inst": Template(
+        "[INST] {instruction} [/INST]",
+        "[INST] {instruction}\n{input} [/INST]",
+        lead=" ",
+        between="",
+    ),
 }
 CHAT = "chat"  # the tokenizer's own template
 ANYTHING = "\ue000"  # a content that no template writes of its own accord
@@ -50,11 +61,12 @@ class Unfit(DataError):
 class Encoder:
     """Turns examples into ids for one tokenizer, template and length.
 
-    `limit` is the most tokens an example may take, prompt and response together. Too long an `input` is shortened
-    from its end; the instruction and the response never are. `on_unfit` says what becomes of an example that still
-    does not fit, or whose response is empty: "error", or "skip", which counts it in `skipped`. Before every prompt that
-    is asked stand the examples `shown`, answered; where the limit leaves no room for all, the first ones are left out,
-    and the prompt is counted in `fewer`.
+    `limit` is the most tokens an example may take, prompt and response together. Too long an
+    `input` is shortened from its end; the instruction and the response never are. `on_unfit` says
+    what becomes of an example that still does not fit, or whose response is empty: "error", or
+    "skip", which counts it in `skipped`. Before every prompt that is asked stand the examples
+    `shown`, answered; where the limit leaves no room for all, the first ones are left out, and the
+    prompt is counted in `fewer`.
     """
 
     tokenizer: Any
@@ -75,13 +87,14 @@ class Encoder:
             raise ConfigError(unknown("data.on_unfit", self.on_unfit, ["error", "skip"]))
         if self.template == CHAT and not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
-                f"data.template=chat needs a tokenizer with a chat template, and this one has none; "
-                f"choose one of {', '.join(TEMPLATES)}"
+                "data.template=chat needs a tokenizer with a chat template, and this one has "
+                f"none; choose one of {', '.join(TEMPLATES)}"
             )
 
     @cached_property
     def specials(self) -> tuple[list[int], list[int]]:
-        """The ids that stand before and after a text, of the tokenizer's own accord (a BOS, T5's </s>).
+        """The ids that stand before and after a text, of the tokenizer's own accord (a BOS, T5's
+        </s>).
 
         A chat template writes what stands before it itself, as `apply_chat_template` has it.
         """
@@ -92,14 +105,22 @@ class Encoder:
 
     def ids(self, text: str) -> list[int]:
         """The ids of one piece, no special token added."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+        return (
+            list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if text
+            else []
+        )
 
     def train(self, example: Example, index: int) -> Encoded:
         """The example with its responses marked; raises Unfit."""
         if not "".join(example.outputs).strip() or not example.outputs[0].strip():
-            raise Unfit(f"{example.where}: the response is empty, and there is nothing to learn from it; "
-                        "write an output, remove the row, or set data.on_unfit=skip")
-        return self._fit(example, index, lambda e: pieces(e, self.template, self.tokenizer), self.limit)
+            raise Unfit(
+                f"{example.where}: the response is empty, and there is nothing to learn from it; "
+                "write an output, remove the row, or set data.on_unfit=skip"
+            )
+        return self._fit(
+            example, index, lambda e: pieces(e, self.template, self.tokenizer), self.limit
+        )
 
     def ask(self, example: Example, index: int, room: int) -> Encoded:
         """The prompt alone, leaving `room` tokens for the answer; raises Unfit."""
@@ -112,16 +133,31 @@ class Encoder:
                 self.fewer.extend([example.id] * (first > 0))
                 return whole
         self.fewer.extend([example.id] * (self.shown != ()))
-        left = "" if self.seq2seq else f" ({self.limit} less {room} for the answer: score.max_new_tokens)"
-        return self._fit(example, index, lambda e: pieces(e, self.template, self.tokenizer)[:-1], limit, left)
+        left = (
+            ""
+            if self.seq2seq
+            else f" ({self.limit} less {room} for the answer: score.max_new_tokens)"
+        )
+        return self._fit(
+            example, index, lambda e: pieces(e, self.template, self.tokenizer)[:-1], limit, left
+        )
 
     def room(self, example: Example) -> int:
         """The tokens of the longest accepted answer and its end of sequence."""
-        answers = [pieces(_answered(example, o), self.template, self.tokenizer)[-1][0] for o in example.outputs]
+        answers = [
+            pieces(_answered(example, o), self.template, self.tokenizer)[-1][0]
+            for o in example.outputs
+        ]
         return max(len(self.ids(a)) for a in answers) + 1
 
-    def _fit(self, example: Example, index: int, render: Callable[[Example], list[Piece]], limit: int,
-             left: str = "") -> Encoded:
+    def _fit(
+        self,
+        example: Example,
+        index: int,
+        render: Callable[[Example], list[Piece]],
+        limit: int,
+        left: str = "",
+    ) -> Encoded:
         whole = self._join(example, index, render(example))
         if len(whole.ids) <= limit:
             return whole
@@ -136,13 +172,17 @@ class Encoder:
                 high = kept - 1
         if best is None or example.messages:
             without = f" ({len(tried.ids)} with no input at all)" if example.input else ""
-            raise Unfit(f"{example.where}: takes {len(whole.ids)} tokens{without}, and the limit is {limit}{left}; "
-                        "raise data.max_length as far as the model's context goes, shorten the row, or set "
-                        "data.on_unfit=skip")
+            raise Unfit(
+                f"{example.where}: takes {len(whole.ids)} tokens{without}, and the limit is "
+                f"{limit}{left}; raise data.max_length as far as the model's context goes, "
+                "shorten the row, or set data.on_unfit=skip"
+            )
         self.shortened.append(example.id)
         return best
 
-    def _join(self, example: Example, index: int, parts: Sequence[Piece], shown: int = 0) -> Encoded:
+    def _join(
+        self, example: Example, index: int, parts: Sequence[Piece], shown: int = 0
+    ) -> Encoded:
         """The pieces as ids; the first ones that are `shown` are answered, and not learned."""
         before, after = self.specials
         ids, response = list(before), [False] * len(before)
@@ -155,25 +195,50 @@ class Encoder:
             response += [learned and i >= shown] * len(piece)
         if self.seq2seq:
             ids, response = _close_source(ids, response, after, example)
-        return Encoded(example.id, index, tuple(ids), tuple(response), "".join(text for text, _ in parts))
+        return Encoded(
+            example.id, index, tuple(ids), tuple(response), "".join(text for text, _ in parts)
+        )
 
-    def task(self, task: Task[Example], columns: Mapping[str, int], *, dev: bool = False,
-             encoded: Callable[[Sequence[Example]], tuple[Encoded, ...]] | None = None) -> Task[Encoded]:
-        """The task with `train` encoded, and `dev` if asked; `columns` maps a task's name to its column.
+    def task(
+        self,
+        task: Task[Example],
+        columns: Mapping[str, int],
+        *,
+        dev: bool = False,
+        encoded: Callable[[Sequence[Example]], tuple[Encoded, ...]] | None = None,
+    ) -> Task[Encoded]:
+        """The task with `train` encoded, and `dev` if asked; `columns` maps a task's name to its
+        column.
 
-        `encoded` gives rows that were tokenised before. Raises DataError where no train row is left.
+        `encoded` gives rows that were tokenised before. Raises DataError where no train row is
+        left.
         """
         encoded = encoded or (lambda rows: self.all(rows, lambda e: self.train(e, columns[e.task])))
         if not (train := encoded(task.train)):
             raise DataError(nothing_left(task.name))
-        return Task(task.name, train, encoded(task.dev) if dev else (), (), task.metric, task.labels, task.category,
-                    tuple(columns), episode=task.episode)
+        return Task(
+            task.name,
+            train,
+            encoded(task.dev) if dev else (),
+            (),
+            task.metric,
+            task.labels,
+            task.category,
+            tuple(columns),
+            episode=task.episode,
+        )
 
-    def all(self, examples: Sequence[Example], encode: Callable[[Example], Encoded]) -> tuple[Encoded, ...]:
-        """Each example encoded; all that are unfit in one DataError, or skipped and counted where that was asked."""
+    def all(
+        self, examples: Sequence[Example], encode: Callable[[Example], Encoded]
+    ) -> tuple[Encoded, ...]:
+        """Each example encoded; all that are unfit in one DataError, or skipped and counted where
+        that was asked.
+        """
         return tuple(e for e in self.each(examples, encode) if e)
 
-    def each(self, examples: Sequence[Example], encode: Callable[[Example], Encoded]) -> Iterator[Encoded | None]:
+    def each(
+        self, examples: Sequence[Example], encode: Callable[[Example], Encoded]
+    ) -> Iterator[Encoded | None]:
         """The same one after another, None for what is skipped; the DataError comes after the last."""
         problems = []
         for example in examples:
@@ -197,17 +262,30 @@ def columns(stream: Stream) -> dict[str, int]:
     return {task.name: i for i, task in enumerate(stream.tasks)}
 
 
-def _close_source(ids: list[int], response: list[bool], after: list[int], example: Example) -> tuple[Any, Any]:
-    """An encoder's text ends with the tokenizer's own special tokens; the response is the decoder's."""
+def _close_source(
+    ids: list[int], response: list[bool], after: list[int], example: Example
+) -> tuple[Any, Any]:
+    """An encoder's text ends with the tokenizer's own special tokens; the response is the
+    decoder's.
+    """
     turn = response.index(True) if True in response else len(ids)
     if not all(response[turn:]):
-        raise Unfit(f"{example.where}: several assistant turns, and an encoder-decoder model learns one response a "
-                    "row; split the row into one row a turn, or choose a causal model")
-    return [*ids[:turn], *after, *ids[turn:]], [*response[:turn], *[False] * len(after), *response[turn:]]
+        raise Unfit(
+            f"{example.where}: several assistant turns, and an encoder-decoder model learns one "
+            "response a row; split the row into one row a turn, or choose a causal model"
+        )
+    return [*ids[:turn], *after, *ids[turn:]], [
+        *response[:turn],
+        *[False] * len(after),
+        *response[turn:],
+    ]
 
 
-def pieces(example: Example, template: str, tokenizer: Any, shown: Sequence[Example] = ()) -> list[Piece]:
-    """The example as text, behind those `shown`: prompts and responses in turn, the last piece a response.
+def pieces(
+    example: Example, template: str, tokenizer: Any, shown: Sequence[Example] = ()
+) -> list[Piece]:
+    """The example as text, behind those `shown`: prompts and responses in turn, the last piece a
+    response.
 
     A chat template writes those shown as earlier turns of the first prompt.
     """
@@ -259,7 +337,8 @@ def _as_messages(example: Example) -> tuple[Message, ...]:
 
 
 def _chat(messages: Sequence[Message], tokenizer: Any, shown: int) -> list[Piece]:
-    """Each assistant turn behind the first `shown` messages, up to its end of turn, and the prompts for them.
+    """Each assistant turn behind the first `shown` messages, up to its end of turn, and the prompts
+    for them.
 
     A prompt is what the tokenizer's template asks with, and all it writes before any answer.
     """
@@ -272,10 +351,14 @@ def _chat(messages: Sequence[Message], tokenizer: Any, shown: int) -> list[Piece
         asked = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
         if not whole.startswith(asked) or not asked.startswith(done):
-            raise ConfigError("this tokenizer's chat template rewrites earlier turns, so a response has no fixed "
-                              f"boundary; choose one of {', '.join(TEMPLATES)}")
+            raise ConfigError(
+                "this tokenizer's chat template rewrites earlier turns, so a response has no fixed "
+                f"boundary; choose one of {', '.join(TEMPLATES)}"
+            )
         begun = asked + lead(turns[:i], asked, tokenizer)
-        asked = begun if whole.startswith(begun) else asked  # a reasoned answer can have another beginning
+        asked = (
+            begun if whole.startswith(begun) else asked
+        )  # a reasoned answer can have another beginning
         answer = whole[len(asked) :]
         end = answer.find(tokenizer.eos_token, len(turn["content"])) if tokenizer.eos_token else -1
         answer = answer[: end + len(tokenizer.eos_token)] if end >= 0 else answer.rstrip("\n")
@@ -285,10 +368,13 @@ def _chat(messages: Sequence[Message], tokenizer: Any, shown: int) -> list[Piece
 
 
 def lead(turns: Sequence[Mapping[str, str]], asked: str, tokenizer: Any) -> str:
-    """What a chat template writes before any answer to these turns, behind the generation prompt that ends `asked`.
+    """What a chat template writes before any answer to these turns, behind the generation prompt
+    that ends `asked`.
 
     Qwen3's writes that nothing was thought. A space there belongs to the answer's first word.
     """
-    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": ANYTHING}], tokenize=False)
+    whole = tokenizer.apply_chat_template(
+        [*turns, {"role": "assistant", "content": ANYTHING}], tokenize=False
+    )
     before, found, _ = whole.partition(ANYTHING)
     return before.removeprefix(asked).rstrip(" ") if found and before.startswith(asked) else ""

@@ -1,8 +1,9 @@
-"""The rows that a run learns, tokenised once: their ids lie in one file beside the run, which a resumed run reads.
+"""The rows that a run learns, tokenised once: their ids lie in one file beside the run, which a
+resumed run reads.
 
-The file is safetensors, with R rows of N tokens and B bytes of text in all:
-ids (N,) int32; response (N,) bool; text (B,) uint8; rows (R, 3) int32: each one's tokens (0: unfit), bytes, and whether
-its input was shortened.
+The file is safetensors, with R rows of N tokens and B bytes of text in all: ids (N,) int32;
+response (N,) bool; text (B,) uint8; rows (R, 3) int32: each one's tokens (0: unfit), bytes, and
+whether its input was shortened.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from continual.errors import DataError, gathered
 from continual.io.atomic import write_whole
 
 SCHEMA = 2  # of the file and of how rows are encoded
-LOADED = ("is_local", "local_files_only", "name_or_path")  # of a tokenizer's configuration, not of its ids
+LOADED = (
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+)  # of a tokenizer's configuration, not of its ids
 DTYPES = {"ids": torch.int32, "response": torch.bool, "rows": torch.int32, "text": torch.uint8}
 
 
@@ -35,8 +40,8 @@ DTYPES = {"ids": torch.int32, "response": torch.bool, "rows": torch.int32, "text
 class Tokens:
     """The stream's rows as ids; only what is asked for is held as examples.
 
-    `place` is each example's row; `parts` are the file's tensors and `ends` (R + 1, 2) where each row's tokens and
-    text begin and end in them.
+    `place` is each example's row; `parts` are the file's tensors and `ends` (R + 1, 2) where each
+    row's tokens and text begin and end in them.
     """
 
     encoder: Encoder
@@ -56,7 +61,9 @@ class Tokens:
         return [self._row(e, 0) for e in fit[:: max(1, len(fit) // n)][:n]]
 
     def fit(self, examples: Sequence[Example]) -> list[tuple[int, bool]]:
-        """The tokens that each takes (0: it does not fit), and whether its input was shortened; not counted."""
+        """The tokens that each takes (0: it does not fit), and whether its input was shortened; not
+        counted.
+        """
         rows = self.parts["rows"][[self.place[e] for e in examples]].tolist()
         return [(tokens, bool(shortened)) for tokens, _, shortened in rows]
 
@@ -75,16 +82,20 @@ class Tokens:
     def _row(self, example: Example, index: int) -> Encoded:
         row = self.place[example]
         (token, letter), (token_end, letter_end) = self.ends[row : row + 2].tolist()
-        ids, response = (tuple(self.parts[part][token:token_end].tolist()) for part in ("ids", "response"))
+        ids, response = (
+            tuple(self.parts[part][token:token_end].tolist()) for part in ("ids", "response")
+        )
         text = bytes(self.parts["text"][letter:letter_end].tolist()).decode("utf-8", "replace")
         return Encoded(example.id, index, ids, response, text)
 
 
 def tokenise(path: Path, encoder: Encoder, stream: Stream, *, dev: bool) -> Tokens:
-    """The train rows of all stages, and their dev rows if asked: from `path`, or made and written there.
+    """The train rows of all stages, and their dev rows if asked: from `path`, or made and written
+    there.
 
-    A file that is damaged or was made of other rows, or by another tokenizer or template, is made anew. Raises
-    DataError naming all rows that cannot be learned, or with data.on_unfit=skip all stages of which nothing is left.
+    A file that is damaged or was made of other rows, or by another tokenizer or template, is made
+    anew. Raises DataError naming all rows that cannot be learned, or with data.on_unfit=skip all
+    stages of which nothing is left.
     """
     place: dict[Example, int] = {}
     for stage in stream.stages:
@@ -135,14 +146,20 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _kept(path: Path, key: str, encoder: Encoder, n: int) -> dict[str, Tensor] | None:
-    """The tensors at `path` where they are those of this key's `n` rows; says what is wrong with them if not."""
+    """The tensors at `path` where they are those of this key's `n` rows; says what is wrong with
+    them if not.
+    """
     from safetensors import SafetensorError
 
     if not path.exists():
         return None
     try:
         told, parts = _open(path)
-        if told.get("key") == key and _sound(parts, encoder, n) and told.get("digest") == _digest(parts):
+        if (
+            told.get("key") == key
+            and _sound(parts, encoder, n)
+            and told.get("digest") == _digest(parts)
+        ):
             return parts
         other = "other rows, or of another tokenizer, template or length"
         fault = "is damaged" if told.get("key") == key else f"is of {other}"
@@ -153,20 +170,36 @@ def _kept(path: Path, key: str, encoder: Encoder, n: int) -> dict[str, Tensor] |
 
 
 def _sound(parts: dict[str, Tensor], encoder: Encoder, n: int) -> bool:
-    """Whether the numbers can be this encoder's rows: as many, of such lengths, of its words, with a response each."""
+    """Whether the numbers can be this encoder's rows: as many, of such lengths, of its words, with
+    a response each.
+    """
     if {name: part.dtype for name, part in parts.items()} != DTYPES:
         return False
     ids, response, text, rows = (parts[name] for name in ("ids", "response", "text", "rows"))
-    if rows.shape != (n, 3) or not len(ids) or any(part.dim() != 1 for part in (ids, response, text)):
+    if (
+        rows.shape != (n, 3)
+        or not len(ids)
+        or any(part.dim() != 1 for part in (ids, response, text))
+    ):
         return False
-    least, most = (0 if encoder.on_unfit == "skip" else 1), max(encoder.tokenizer.get_vocab().values())
-    if rows.min() < 0 or rows[:, 0].min() < least or rows[:, 0].max() > encoder.limit or ids.min() < 0 or (
-            ids.max() > most):
+    least, most = (
+        (0 if encoder.on_unfit == "skip" else 1),
+        max(encoder.tokenizer.get_vocab().values()),
+    )
+    if (
+        rows.min() < 0
+        or rows[:, 0].min() < least
+        or rows[:, 0].max() > encoder.limit
+        or ids.min() < 0
+        or (ids.max() > most)
+    ):
         return False
     ends = _ends(rows)
     if ends[-1].tolist() != [len(ids), len(text)] or len(response) != len(ids):
         return False
-    learned = torch.cat([torch.zeros(1, dtype=torch.int32), response.cumsum(0, dtype=torch.int32)])[ends[:, 0]].diff()
+    learned = torch.cat([torch.zeros(1, dtype=torch.int32), response.cumsum(0, dtype=torch.int32)])[
+        ends[:, 0]
+    ].diff()
     return bool((learned > 0).eq(rows[:, 0] > 0).all())
 
 
@@ -190,14 +223,25 @@ def _key(encoder: Encoder, rows: dict[Example, int]) -> str:
 
     made = hashlib.sha256()
     template = repr(TEMPLATES.get(encoder.template, encoder.template))
-    head = [SCHEMA, transformers.__version__, template, encoder.limit, encoder.seq2seq, encoder.on_unfit]
+    head = [
+        SCHEMA,
+        transformers.__version__,
+        template,
+        encoder.limit,
+        encoder.seq2seq,
+        encoder.on_unfit,
+    ]
     made.update(json.dumps(head).encode())
     with tempfile.TemporaryDirectory() as folder:
         encoder.tokenizer.save_pretrained(folder)
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
             told = path.read_bytes()
-            if path.name == "tokenizer_config.json":  # it also tells where this copy was loaded from
-                told = json.dumps({k: v for k, v in json.loads(told).items() if k not in LOADED}).encode()
+            if (
+                path.name == "tokenizer_config.json"
+            ):  # it also tells where this copy was loaded from
+                told = json.dumps(
+                    {k: v for k, v in json.loads(told).items() if k not in LOADED}
+                ).encode()
             made.update(f"\n{path.name} {len(told)}\n".encode() + told)
     for e in rows:
         texts = [e.instruction, e.input, e.outputs[:1], [(m.role, m.content) for m in e.messages]]

@@ -30,9 +30,9 @@ class Example:
     """One row: what is asked, and the answers that count as right (the first one is trained on).
 
     A row of `messages` has no instruction of its own; its `outputs` holds the last assistant turn.
-    `task` is the name of the task it belongs to, also inside a mixture; `where` is its file and line, for errors.
-    Measures of an answer ask for more than `outputs`: `constraints` can be checked, `requirements` are put to a judge,
-    and `level` says how the instruction is composed.
+    `task` is the name of the task it belongs to, also inside a mixture; `where` is its file and
+    line, for errors. Measures of an answer ask for more than `outputs`: `constraints` can be
+    checked, `requirements` are put to a judge, and `level` says how the instruction is composed.
     """
 
     id: str
@@ -49,14 +49,18 @@ class Example:
     @property
     def asked(self) -> str:
         """The instruction, or what the last turn of the user says."""
-        return self.instruction or next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+        return self.instruction or next(
+            (m.content for m in reversed(self.messages) if m.role == "user"), ""
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as token ids: `ids` (T,) and, of the same length, which of them are a response to be learned.
+    """One example as token ids: `ids` (T,) and, of the same length, which of them are a response to
+    be learned.
 
-    `task` is the index of its task among the stream's tasks; `text` is what was tokenised, for people who inspect it.
+    `task` is the index of its task among the stream's tasks; `text` is what was tokenised, for
+    people who inspect it.
     """
 
     id: str
@@ -73,8 +77,9 @@ E = TypeVar("E", Example, Encoded)
 class Task(Generic[E]):
     """An instruction dataset: `train` is learned, `dev` or `test` is scored by `metric`.
 
-    Once encoded, `columns` names the stream's tasks in the order of its examples' task indices.
-    In a mixture so many rows of one task stand together as it is learned, an `episode`; 0: all rows are mixed.
+    Once encoded, `columns` names the stream's tasks in the order of its examples' task indices. In
+    a mixture so many rows of one task stand together as it is learned, an `episode`; 0: all rows
+    are mixed.
     """
 
     name: str
@@ -92,8 +97,11 @@ class Task(Generic[E]):
         rows: Sequence[E] = getattr(self, name)
         if not rows:
             there = [s for s in ("train", "dev", "test") if getattr(self, s)]
-            raise DataError(f"task {self.name!r} has no {name} rows (it has {', '.join(there) or 'none at all'}); "
-                            f"score another split (score.split={there[-1] if there else 'dev'}) or add the file")
+            raise DataError(
+                f"task {self.name!r} has no {name} rows (it has "
+                f"{', '.join(there) or 'none at all'}); score another split "
+                f"(score.split={there[-1] if there else 'dev'}) or add the file"
+            )
         return rows
 
 
@@ -101,10 +109,10 @@ class Task(Generic[E]):
 class Stream:
     """An ordered sequence of tasks to be learned.
 
-    `tasks` are scored, the matrix's columns; `stages` are learned in this order, one masked-SFT stage each. They are
-    the same tasks unless the arrangement says otherwise: `joint` and `episodes` have one stage of all training
-    data, `cumulative` stages that grow. `pretraining` is what a model built from scratch for this stream may see
-    before row 0.
+    `tasks` are scored, the matrix's columns; `stages` are learned in this order, one masked-SFT
+    stage each. They are the same tasks unless the arrangement says otherwise: `joint` and
+    `episodes` have one stage of all training data, `cumulative` stages that grow. `pretraining` is
+    what a model built from scratch for this stream may see before row 0.
     """
 
     name: str

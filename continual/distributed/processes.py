@@ -1,9 +1,10 @@
-"""Several processes at one run, as torchrun or accelerate start them: the work of a step is dealt out among them.
+"""Several processes at one run, as torchrun or accelerate start them: the work of a step is dealt
+out among them.
 
-Every process holds the same model and strategy memory and draws the same examples; nothing is sharded. What is heavy
-(passes over micro-batches, episodes, prompts) each does for a part of the items, and the results are summed or
-gathered, so that all go on with the same. The process of rank 0 alone writes. In a single process nothing here does
-anything.
+Every process holds the same model and strategy memory and draws the same examples; nothing is
+sharded. What is heavy (passes over micro-batches, episodes, prompts) each does for a part of the
+items, and the results are summed or gathered, so that all go on with the same. The process of rank
+0 alone writes. In a single process nothing here does anything.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ def started() -> int:
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[None]:
-    """Within it this process shares the work with those it was started with; on a GPU of its own where there are some.
+    """Within it this process shares the work with those it was started with; on a GPU of its own
+    where there are some.
 
-    Raises ConfigError where they cannot meet on this device, ContinualError, in whatever is shared, where one is lost.
+    Raises ConfigError where they cannot meet on this device, ContinualError, in whatever is shared,
+    where one is lost.
     """
     global _world
     if (count := started()) == 1:
@@ -68,9 +71,11 @@ def joined(device: str = "auto") -> Iterator[None]:
     import torch.distributed as dist
 
     if missing := [name for name in NEEDED if name not in os.environ]:
-        raise ConfigError(f"WORLD_SIZE={count} and RANK are set, as for one of several processes, and not "
-                          f"{', '.join(missing)}; start with torchrun --nproc-per-node {count} -m continual, or unset "
-                          "them")
+        raise ConfigError(
+            f"WORLD_SIZE={count} and RANK are set, as for one of several processes, and not "
+            f"{', '.join(missing)}; start with torchrun --nproc-per-node {count} -m continual, "
+            "or unset them"
+        )
     gpu = torch.cuda.is_available() and device != "cpu"
     _refuse(device, int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() if gpu else 0)
     if gpu:
@@ -88,13 +93,19 @@ def _refuse(device: str, local: int, gpus: int) -> None:
     import torch
 
     if gpus and device not in ("auto", "cuda"):
-        raise ConfigError(f"device={device} is one device for several processes; set device=cuda for a GPU each, or "
-                          "device=cpu")
+        raise ConfigError(
+            f"device={device} is one device for several processes; set device=cuda for a GPU "
+            "each, or device=cpu"
+        )
     if gpus and local >= gpus:
-        raise ConfigError(f"process {local} of this machine has no GPU, for there are {gpus}; start with "
-                          f"--nproc-per-node {gpus}, or set device=cpu")
+        raise ConfigError(
+            f"process {local} of this machine has no GPU, for there are {gpus}; start with "
+            f"--nproc-per-node {gpus}, or set device=cpu"
+        )
     if not gpus and device != "cpu" and torch.backends.mps.is_available():
-        raise ConfigError("several processes cannot share an mps device; set device=cpu, or start one process")
+        raise ConfigError(
+            "several processes cannot share an mps device; set device=cpu, or start one process"
+        )
 
 
 @contextmanager
@@ -123,7 +134,9 @@ def _among(count: int) -> Iterator[None]:
 
 @contextmanager
 def first() -> Iterator[None]:
-    """Within it each works for itself, rank 0 before the others: what it builds and keeps on disk they find."""
+    """Within it each works for itself, rank 0 before the others: what it builds and keeps on disk
+    they find.
+    """
     if not leads():
         wait()
     with apart():
@@ -140,7 +153,11 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     import torch.distributed as dist
 
     for bucket in _buckets(tensors):
-        row = bucket[0].reshape(-1) if len(bucket) == 1 else torch.cat([t.reshape(-1) for t in bucket])
+        row = (
+            bucket[0].reshape(-1)
+            if len(bucket) == 1
+            else torch.cat([t.reshape(-1) for t in bucket])
+        )
         _checked(dist.all_reduce, row)
         for t, whole in zip(bucket, torch.split(row, [t.numel() for t in bucket]), strict=True):
             t.copy_(whole.view_as(t))
@@ -150,7 +167,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours of one type, that are sent as one."""
     bucket: list[Tensor] = []
     for t in tensors:
-        if bucket and (t.dtype != bucket[0].dtype or sum(b.numel() for b in bucket) + t.numel() > BUCKET):
+        if bucket and (
+            t.dtype != bucket[0].dtype or sum(b.numel() for b in bucket) + t.numel() > BUCKET
+        ):
             yield bucket
             bucket = []
         bucket.append(t)
@@ -160,7 +179,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def summed(leaves: Sequence[Tensor], *more: Tensor) -> Iterator[None]:
-    """What is back-propagated within it to the `leaves`, and what `more` then hold, become the sums of all processes'.
+    """What is back-propagated within it to the `leaves`, and what `more` then hold, become the sums
+    of all processes'.
 
     Out of memory on one is out of memory on all.
     """
@@ -175,8 +195,13 @@ def summed(leaves: Sequence[Tensor], *more: Tensor) -> Iterator[None]:
     with alike():
         yield
     with torch.no_grad():
-        reached = [leaf for leaf, here in zip(leaves, most(*(leaf.grad is not None for leaf in leaves)), strict=True)
-                   if here]
+        reached = [
+            leaf
+            for leaf, here in zip(
+                leaves, most(*(leaf.grad is not None for leaf in leaves)), strict=True
+            )
+            if here
+        ]
         for leaf in reached:
             leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         add_up([*(leaf.grad for leaf in reached if leaf.grad is not None), *more])
@@ -240,15 +265,22 @@ def agreed(value: T) -> T:
 
 
 def compare(tensors: Sequence[Tensor]) -> None:
-    """Raise TrainingError where these are not the same in all processes, as where a strategy draws without a seed."""
+    """Raise TrainingError where these are not the same in all processes, as where a strategy draws
+    without a seed.
+    """
     if _world == 1:
         return
     norms = gather([float(t.detach().norm()) for t in tensors])
-    if any(not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) and not math.isnan(a)
-           for told in norms for a, b in zip(norms[0], told, strict=True)):
-        raise TrainingError(f"the {_world} processes have come apart: their weights differ. A strategy must draw "
-                            "from a seeded generator and compute gradients by accumulate, or the same in each process; "
-                            "go on with one process, which is always right")
+    if any(
+        not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) and not math.isnan(a)
+        for told in norms
+        for a, b in zip(norms[0], told, strict=True)
+    ):
+        raise TrainingError(
+            f"the {_world} processes have come apart: their weights differ. A strategy must draw "
+            "from a seeded generator and compute gradients by accumulate, or the same in each "
+            "process; go on with one process, which is always right"
+        )
 
 
 def _checked(call: Callable[..., Any], *args: Any, **more: Any) -> None:
@@ -260,13 +292,17 @@ def _checked(call: Callable[..., Any], *args: Any, **more: Any) -> None:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as e:
-        raise ContinualError(f"another of the {started()} processes is lost or cannot be reached: "
-                             f"{str(e).splitlines()[0]} The same command with the same out= goes on after the last "
-                             "checkpoint, also with another number of processes") from e
+        raise ContinualError(
+            f"another of the {started()} processes is lost or cannot be reached: "
+            f"{str(e).splitlines()[0]} The same command with the same out= goes on after the last "
+            "checkpoint, also with another number of processes"
+        ) from e
 
 
 def let_first_speak() -> None:
-    """Before this process fails: rank 0 most likely fails of the same, and says so; then this one is ended with it."""
+    """Before this process fails: rank 0 most likely fails of the same, and says so; then this one
+    is ended with it.
+    """
     if not leads():
         time.sleep(GRACE)
         print(f"process {rank()} of {started()}:", file=sys.stderr)

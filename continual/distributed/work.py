@@ -1,4 +1,6 @@
-"""Which part of a step's work each of several processes does; a single one does all of it, as if none of this were."""
+"""Which part of a step's work each of several processes does; a single one does all of it, as if
+none of this were.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ T = TypeVar("T")
 
 
 def deal(sizes: Sequence[float], *, level: bool = False) -> list[int]:
-    """Which of the items of these sizes are this process's, in their order: to each about as much as to the others.
+    """Which of the items of these sizes are this process's, in their order: to each about as much
+    as to the others.
 
     With `level` each has as many, where their number is a multiple of the processes'.
     """
@@ -30,9 +33,11 @@ def deal(sizes: Sequence[float], *, level: bool = False) -> list[int]:
 
 
 def dealt(items: Sequence[T], sizes: Sequence[float], *, level: bool = False) -> Iterator[T]:
-    """This process's items, one after another; what is drawn at one by torch does not depend on who does which.
+    """This process's items, one after another; what is drawn at one by torch does not depend on who
+    does which.
 
-    After the last one the generators are again the same on all processes. With `level` as in `deal`.
+    After the last one the generators are again the same on all processes. With `level` as in
+    `deal`.
     """
     if world() == 1:
         yield from items

@@ -1,11 +1,12 @@
 """Checkable constraints on an answer, after IFEval (Zhou et al. 2023, table 1 and section 2.2).
 
-A row carries them as {"constraints": [{"id": ID, "kwargs": {...}}, ...]}. CHECKS says for each id whether an answer
-keeps to it; the keywords of a check, with their types, are the kwargs of its id. Words and phrases are compared
-without case, except where the case is asked for. A blank answer keeps to nothing.
+A row carries them as {"constraints": [{"id": ID, "kwargs": {...}}, ...]}. CHECKS says for each id
+whether an answer keeps to it; the keywords of a check, with their types, are the kwargs of its id.
+Words and phrases are compared without case, except where the case is asked for. A blank answer
+keeps to nothing.
 
-Where the published definition leaves a choice to a library, this is ours: sentences are those of `wording.sentences`,
-the language is told by py3langid.
+Where the published definition leaves a choice to a library, this is ours: sentences are those of
+`wording.sentences`, the language is told by py3langid.
 """
 
 from __future__ import annotations
@@ -27,21 +28,33 @@ Letter: TypeAlias = str
 Text: TypeAlias = str
 Texts: TypeAlias = Sequence[str]
 Code: TypeAlias = str
-RELATIONS: Mapping[str, Callable[[int, int], bool]] = {"at least": operator.ge, "less than": operator.lt}
+RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
+    "at least": operator.ge,
+    "less than": operator.lt,
+}
 # ISO 639-1, those that py3langid tells.
 CODES = (
-    "af am an ar as az be bg bn br bs ca cs cy da de dz el en eo es et eu fa fi fo fr ga gl gu he hi hr ht hu hy id is "
-    "it ja jv ka kk km kn ko ku ky la lb lo lt lv mg mk ml mn mr ms mt nb ne nl nn no oc or pa pl ps pt qu ro ru rw se "
-    "si sk sl sq sr sv sw ta te th tl tr ug uk ur vi vo wa xh zh zu")
+    "af am an ar as az be bg bn br bs ca cs cy da de dz el en eo es et eu fa fi fo fr ga gl gu "
+    "he hi hr ht hu hy id is it ja jv ka kk km kn ko ku ky la lb lo lt lv mg mk ml mn mr ms mt "
+    "nb ne nl nn no oc or pa pl ps pt qu ro ru rw se si sk sl sq sr sv sw ta te th tl tr ug uk "
+    "ur vi vo wa xh zh zu"
+)
 LANGUAGES = frozenset(CODES.split())
 # The kinds of kwargs: which values are of each, and what it is called.
 KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "Count": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
-    "Relation": (lambda v: isinstance(v, str) and v in RELATIONS, " or ".join(map(repr, RELATIONS))),
+    "Relation": (
+        lambda v: isinstance(v, str) and v in RELATIONS,
+        " or ".join(map(repr, RELATIONS)),
+    ),
     "Letter": (lambda v: isinstance(v, str) and len(v) == 1, "one character"),
     "Text": (lambda v: isinstance(v, str) and bool(v.strip()), "text"),
-    "Texts": (lambda v: isinstance(v, list) and bool(v) and all(isinstance(t, str) and t.strip() for t in v),
-              "a list of texts"),
+    "Texts": (
+        lambda v: (
+            isinstance(v, list) and bool(v) and all(isinstance(t, str) and t.strip() for t in v)
+        ),
+        "a list of texts",
+    ),
     "Code": (lambda v: isinstance(v, str) and v in LANGUAGES, "an ISO 639-1 code such as 'en'"),
 }
 
@@ -58,10 +71,14 @@ def frequency(answer: str, *, keyword: Text, frequency: Count, relation: Relatio
 
 def forbidden_words(answer: str, *, forbidden_words: Texts) -> bool:
     """None of these stands in it as a whole word."""
-    return not any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", answer, re.IGNORECASE) for w in forbidden_words)
+    return not any(
+        re.search(rf"(?<!\w){re.escape(w)}(?!\w)", answer, re.IGNORECASE) for w in forbidden_words
+    )
 
 
-def letter_frequency(answer: str, *, letter: Letter, let_frequency: Count, let_relation: Relation) -> bool:
+def letter_frequency(
+    answer: str, *, letter: Letter, let_frequency: Count, let_relation: Relation
+) -> bool:
     """The character stands so often in it, in either case."""
     return RELATIONS[let_relation](answer.casefold().count(letter.casefold()), let_frequency)
 
@@ -91,7 +108,9 @@ def english_lowercase(answer: str) -> bool:
     return answer.islower() and language(answer) == "en"
 
 
-def capital_word_frequency(answer: str, *, capital_frequency: Count, capital_relation: Relation) -> bool:
+def capital_word_frequency(
+    answer: str, *, capital_frequency: Count, capital_relation: Relation
+) -> bool:
     """So many of its words have capitals only; "I" is one, and so are "U.S." and "T-SHIRT"."""
     found = [w for w in re.findall(r"\w+(?:[-.'’]\w+)*", answer) if w.isupper()]
     return RELATIONS[capital_relation](len(found), capital_frequency)
@@ -108,12 +127,18 @@ def number_sentences(answer: str, *, num_sentences: Count, relation: Relation) -
 
 
 def number_paragraphs(answer: str, *, num_paragraphs: Count) -> bool:
-    """It has exactly so many paragraphs, set apart by `***`; there may be one before the first and after the last."""
+    """It has exactly so many paragraphs, set apart by `***`; there may be one before the first and
+    after the last.
+    """
     return len(_parts(answer, r"\*\*\*")) == num_paragraphs
 
 
-def nth_paragraph_first_word(answer: str, *, first_word: Text, num_paragraphs: Count, nth_paragraph: Count) -> bool:
-    """It has exactly so many paragraphs, set apart by blank lines, and the n-th begins with this word."""
+def nth_paragraph_first_word(
+    answer: str, *, first_word: Text, num_paragraphs: Count, nth_paragraph: Count
+) -> bool:
+    """It has exactly so many paragraphs, set apart by blank lines, and the n-th begins with this
+    word.
+    """
     found = [p.strip() for p in answer.split("\n\n") if p.strip()]
     if len(found) != num_paragraphs or nth_paragraph > len(found):
         return False
@@ -122,7 +147,9 @@ def nth_paragraph_first_word(answer: str, *, first_word: Text, num_paragraphs: C
 
 
 def _parts(answer: str, between: str) -> list[str]:
-    """What stands between these marks, empty at neither end; an empty part inside makes it no list of parts at all."""
+    """What stands between these marks, empty at neither end; an empty part inside makes it no list
+    of parts at all.
+    """
     parts = [p.strip() for p in re.split(rf"\s?{between}\s?", answer)]
     parts = parts[not parts[0] :]
     parts = parts[: len(parts) - (not parts[-1])] if parts else []
@@ -205,18 +232,33 @@ def no_comma(answer: str) -> bool:
     return "," not in answer
 
 
-CHECKS: Mapping[str, Callable[..., bool]] = {f"{group}:{check.__name__}": check for group, checks in {
-    "keywords": (existence, frequency, forbidden_words, letter_frequency),
-    "language": (response_language,),
-    "length_constraints": (number_words, number_sentences, number_paragraphs, nth_paragraph_first_word),
-    "detectable_content": (number_placeholders, postscript),
-    "detectable_format": (number_bullet_lists, constrained_response, number_highlighted_sections, multiple_sections,
-                          json_format, title),
-    "combination": (two_responses, repeat_prompt),
-    "startend": (end_checker, quotation),
-    "change_case": (capital_word_frequency, english_capital, english_lowercase),
-    "punctuation": (no_comma,),
-}.items() for check in checks}
+CHECKS: Mapping[str, Callable[..., bool]] = {
+    f"{group}:{check.__name__}": check
+    for group, checks in {
+        "keywords": (existence, frequency, forbidden_words, letter_frequency),
+        "language": (response_language,),
+        "length_constraints": (
+            number_words,
+            number_sentences,
+            number_paragraphs,
+            nth_paragraph_first_word,
+        ),
+        "detectable_content": (number_placeholders, postscript),
+        "detectable_format": (
+            number_bullet_lists,
+            constrained_response,
+            number_highlighted_sections,
+            multiple_sections,
+            json_format,
+            title,
+        ),
+        "combination": (two_responses, repeat_prompt),
+        "startend": (end_checker, quotation),
+        "change_case": (capital_word_frequency, english_capital, english_lowercase),
+        "punctuation": (no_comma,),
+    }.items()
+    for check in checks
+}
 
 
 def keeps(answer: str, constraint: Constraint) -> bool:
@@ -225,24 +267,35 @@ def keeps(answer: str, constraint: Constraint) -> bool:
 
 
 def keeps_loosely(answer: str, constraint: Constraint) -> bool:
-    """Whether it, or what is left of it without its first line, last line or asterisks, does (equation 2)."""
+    """Whether it, or what is left of it without its first line, last line or asterisks, does
+    (equation 2).
+    """
     lines = answer.split("\n")
     cut = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    return any(keeps(told, constraint) for told in dict.fromkeys([*cut, *(c.replace("*", "") for c in cut)]))
+    return any(
+        keeps(told, constraint)
+        for told in dict.fromkeys([*cut, *(c.replace("*", "") for c in cut)])
+    )
 
 
 def read(found: Any, problems: list[str]) -> tuple[Constraint, ...]:
-    """The constraints of a row; what is wrong with them is added to `problems`. Keywords that are null are left out."""
+    """The constraints of a row; what is wrong with them is added to `problems`. Keywords that are
+    null are left out.
+    """
     if not isinstance(found, list):
-        problems.append(f"found {brief(found, 60)} as 'constraints', expected a list; write "
-                        '[{"id": ..., "kwargs": {...}}]')
+        problems.append(
+            f"found {brief(found, 60)} as 'constraints', expected a list; write "
+            '[{"id": ..., "kwargs": {...}}]'
+        )
         return ()
     made = []
     for n, entry in enumerate(found, 1):
         kwargs = (entry.get("kwargs") or {}) if isinstance(entry, dict) else None
         if not isinstance(kwargs, dict) or not isinstance(entry.get("id"), str):
-            problems.append(f"found {brief(entry, 60)} as constraint {n}, expected "
-                            '{"id": text, "kwargs": {...}}; write it so')
+            problems.append(
+                f"found {brief(entry, 60)} as constraint {n}, expected "
+                '{"id": text, "kwargs": {...}}; write it so'
+            )
             continue
         made.append(Constraint(entry["id"], {k: v for k, v in kwargs.items() if v is not None}))
         problems += _wrong(made[-1], n)
@@ -254,11 +307,26 @@ def _wrong(constraint: Constraint, n: int) -> list[str]:
     if constraint.id not in CHECKS:
         return [f"constraint {n}: " + unknown("id", constraint.id, CHECKS)]
     told = f"constraint {n} ({constraint.id})"
-    wanted = {k: p for k, p in inspect.signature(CHECKS[constraint.id]).parameters.items() if k != "answer"}
+    wanted = {
+        k: p
+        for k, p in inspect.signature(CHECKS[constraint.id]).parameters.items()
+        if k != "answer"
+    }
     names = ", ".join(wanted) or "none"
-    return [*(f"{told}: found the keyword {brief(k)}, expected {names}; rename or remove it"
-              for k in constraint.kwargs if k not in wanted),
-            *(f"{told}: found no {k}, expected {KINDS[p.annotation][1]}; add it"
-              for k, p in wanted.items() if k not in constraint.kwargs),
-            *(f"{told}: found {k}={brief(v, 60)}, expected {KINDS[wanted[k].annotation][1]}; mend it"
-              for k, v in constraint.kwargs.items() if k in wanted and not KINDS[wanted[k].annotation][0](v))]
+    return [
+        *(
+            f"{told}: found the keyword {brief(k)}, expected {names}; rename or remove it"
+            for k in constraint.kwargs
+            if k not in wanted
+        ),
+        *(
+            f"{told}: found no {k}, expected {KINDS[p.annotation][1]}; add it"
+            for k, p in wanted.items()
+            if k not in constraint.kwargs
+        ),
+        *(
+            f"{told}: found {k}={brief(v, 60)}, expected {KINDS[wanted[k].annotation][1]}; mend it"
+            for k, v in constraint.kwargs.items()
+            if k in wanted and not KINDS[wanted[k].annotation][0](v)
+        ),
+    ]

@@ -2,15 +2,17 @@
 
 The elements of an instruction, each found by its own words and none counted twice:
 
-- **form**: a checkable demand (`continual.evaluation.demands`), kept where the answer keeps to it; and a word of FORMS (a list, a
-  table, "yes or no", ...), kept where the answer has that form;
+- **form**: a checkable demand (`continual.evaluation.demands`), kept where the answer keeps to it;
+  and a word of FORMS (a list, a table, "yes or no", ...), kept where the answer has that form;
 - **quote**: a text in quotation marks, kept where it stands in the answer;
-- **number**: one in digits, or a word from two to twenty, kept where the answer says it in digits or as a word, or
-  has so many items: lines, listed ones, or parts between commas;
-- **name**: capitalised words side by side, but for the first of a sentence, kept where they stand in the answer.
+- **number**: one in digits, or a word from two to twenty, kept where the answer says it in digits
+  or as a word, or has so many items: lines, listed ones, or parts between commas;
+- **name**: capitalised words side by side, but for the first of a sentence, kept where they stand
+  in the answer.
 
-Texts are compared normalised: Unicode forms, case and white space aside. After the recall of entities by
-which Nan et al. (2021) measure whether a summary is faithful, with the instruction as the text to be faithful to.
+Texts are compared normalised: Unicode forms, case and white space aside. After the recall of
+entities by which Nan et al. (2021) measure whether a summary is faithful, with the instruction as
+the text to be faithful to.
 """
 
 from __future__ import annotations
@@ -31,10 +33,22 @@ def _lines(answer: str) -> int:
 
 
 FORMS: tuple[tuple[str, Callable[[str], bool]], ...] = (
-    (r"(?:numbered|ordered) list", lambda a: len(re.findall(r"^\s*\d+[.)]\s", a, re.MULTILINE)) > 1),
-    (r"bullet(?:ed)?(?: ?points?|s| list)", lambda a: bool(re.search(r"^\s*[-*•]\s", a, re.MULTILINE))),
-    (r"(?:make|give|write|create|generate|as|in) an? (?:\w+ )?list", lambda a: len(LISTED.findall(a)) > 1 or "," in a),
-    (r"(?:as|in|into) an? (?:\w+ )?table", lambda a: sum("|" in line for line in a.splitlines()) > 1),
+    (
+        r"(?:numbered|ordered) list",
+        lambda a: len(re.findall(r"^\s*\d+[.)]\s", a, re.MULTILINE)) > 1,
+    ),
+    (
+        r"bullet(?:ed)?(?: ?points?|s| list)",
+        lambda a: bool(re.search(r"^\s*[-*•]\s", a, re.MULTILINE)),
+    ),
+    (
+        r"(?:make|give|write|create|generate|as|in) an? (?:\w+ )?list",
+        lambda a: len(LISTED.findall(a)) > 1 or "," in a,
+    ),
+    (
+        r"(?:as|in|into) an? (?:\w+ )?table",
+        lambda a: sum("|" in line for line in a.splitlines()) > 1,
+    ),
     (r"code block", lambda a: "```" in a),
     (r"(?:one|a single|single|1)[ -]word", lambda a: len(words(a)) == 1),
     (r"yes or no", lambda a: words(a.casefold())[:1] in (["yes"], ["no"])),
@@ -44,14 +58,30 @@ FORMS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     (r"limerick", lambda a: _lines(a) == 5),
 )
 DIGITS = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*")
-SPELLED = re.compile(rf"\b(?:{'|'.join(n for n in NUMBERS if n != 'one')})\b", re.IGNORECASE)  # "one" is a pronoun too
+SPELLED = re.compile(
+    rf"\b(?:{'|'.join(n for n in NUMBERS if n != 'one')})\b", re.IGNORECASE
+)  # "one" is a pronoun too
 NAME = re.compile(r"(?<!\w)[A-Z][\w-]+(?: [A-Z][\w-]+)*")
-STRESS = {"ALL", "AND", "ANY", "DO", "DON", "EACH", "MUST", "NO", "NOT", "ONLY", "OR"}  # capitals that are no name
+STRESS = {
+    "ALL",
+    "AND",
+    "ANY",
+    "DO",
+    "DON",
+    "EACH",
+    "MUST",
+    "NO",
+    "NOT",
+    "ONLY",
+    "OR",
+}  # capitals that are no name
 
 
 @dataclass(frozen=True)
 class Element:
-    """One concrete element of an instruction: its kind, its own words, and whether an answer keeps it."""
+    """One concrete element of an instruction: its kind, its own words, and whether an answer keeps
+    it.
+    """
 
     kind: str
     text: str
@@ -83,7 +113,9 @@ def _without(text: str, start: int, end: int) -> str:
 
 
 def _demand(d: Demand, instruction: str) -> Element:
-    return Element("form", instruction[d.start : d.end], lambda a: all(keeps(a, c) for c in d.constraints))
+    return Element(
+        "form", instruction[d.start : d.end], lambda a: all(keeps(a, c) for c in d.constraints)
+    )
 
 
 def _text(kind: str, told: str) -> Element:
@@ -93,13 +125,26 @@ def _text(kind: str, told: str) -> Element:
 
 def _number(told: str) -> Element:
     value = _value(told)
-    return Element("number", told, lambda a: value in (
-        *map(_value, DIGITS.findall(a)), *map(_value, SPELLED.findall(a)), len(LISTED.findall(a)),
-        _lines(a), len(re.split(r",(?: and)? | and ", a))))
+    return Element(
+        "number",
+        told,
+        lambda a: (
+            value
+            in (
+                *map(_value, DIGITS.findall(a)),
+                *map(_value, SPELLED.findall(a)),
+                len(LISTED.findall(a)),
+                _lines(a),
+                len(re.split(r",(?: and)? | and ", a)),
+            )
+        ),
+    )
 
 
 def _value(told: str) -> float:
-    """The number that is written: commas before three digits group them, any other is a decimal one."""
+    """The number that is written: commas before three digits group them, any other is a decimal
+    one.
+    """
     if told.casefold() in NUMBERS:
         return float(NUMBERS[told.casefold()])
     bare = re.sub(r",(?=\d{3}(?:\D|$))", "", told).replace(",", ".")

@@ -1,4 +1,6 @@
-"""Instruction relevance as a judge sees it: a language model grades how an answer meets each requirement."""
+"""Instruction relevance as a judge sees it: a language model grades how an answer meets each
+requirement.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,13 @@ HOW = ("likelihood", "generate")
 class Judge:
     """A causal or encoder-decoder model that grades by RUBRIC; it is loaded once it is asked.
 
-    How far an answer meets the requirements is their mean (grade - 1) / 4: the ratio of requirements followed of
-    InFoBench (DRFR, Qin et al. 2024) with a grade in place of yes or no. With how="generate" a grade is what the judge
-    answers greedily, and must be a digit from 1 to 5 alone; one that is not is None and counts as 0. With
-    how="likelihood" it is the expected grade under the judge's likelihoods of the five (Liu et al. 2023, equation 1).
-    A blank answer meets nothing, and no judge is asked. Prompts longer than `limit` or the judge's context have the
-    end of the answer cut.
+    How far an answer meets the requirements is their mean (grade - 1) / 4: the ratio of
+    requirements followed of InFoBench (DRFR, Qin et al. 2024) with a grade in place of yes or no.
+    With how="generate" a grade is what the judge answers greedily, and must be a digit from 1 to 5
+    alone; one that is not is None and counts as 0. With how="likelihood" it is the expected grade
+    under the judge's likelihoods of the five (Liu et al. 2023, equation 1). A blank answer meets
+    nothing, and no judge is asked. Prompts longer than `limit` or the judge's context have the end
+    of the answer cut.
     """
 
     name: str
@@ -66,11 +69,15 @@ class Judge:
             raise ConfigError(unknown("score.judge.dtype", self.dtype, DTYPES))
         for key, value in (("max_length", self.limit), ("batch_size", self.batch_size)):
             if not isinstance(value, int):
-                raise ConfigError(f"score.judge.{key}={value}: expected a whole number of at least 1")
+                raise ConfigError(
+                    f"score.judge.{key}={value}: expected a whole number of at least 1"
+                )
 
     @cached_property
     def model(self) -> Model:
-        """The judge in evaluation mode; what is drawn on the way leaves the run's random numbers as they are."""
+        """The judge in evaluation mode; what is drawn on the way leaves the run's random numbers as
+        they are.
+        """
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(list(devices)):
             made = hf(name=self.name, device=self.device, dtype=self.dtype)
@@ -89,9 +96,15 @@ class Judge:
         return replace(self.encoder, limit=sys.maxsize)
 
     def __call__(self, examples: Sequence[Example], answers: Sequence[str]) -> list[dict[str, Any]]:
-        """Each answer's `score` in [0, 1], its `grades` by requirement, and whether it was `cut` for the judge."""
-        asked = [(i, r) for i, (e, a) in enumerate(zip(examples, answers, strict=True)) if a.strip()
-                 for r in requirements(e)]
+        """Each answer's `score` in [0, 1], its `grades` by requirement, and whether it was `cut`
+        for the judge.
+        """
+        asked = [
+            (i, r)
+            for i, (e, a) in enumerate(zip(examples, answers, strict=True))
+            if a.strip()
+            for r in requirements(e)
+        ]
         prompts = [self.prompt(examples[i], answers[i], r) for i, r in asked]
         grades = self.grades([p for p, _ in prompts])
         told: list[dict[str, Any]] = [{"grades": [], "cut": False} for _ in examples]
@@ -104,7 +117,9 @@ class Judge:
         return told
 
     def prompt(self, example: Example, said: str, requirement: str) -> tuple[Encoded, bool]:
-        """What the judge is asked, and whether the answer had to be cut; DataError where it is too long without."""
+        """What the judge is asked, and whether the answer had to be cut; DataError where it is too
+        long without.
+        """
         room, ids, cut = ROOM, self.encoder.ids(said), False
         instruction = f"{example.asked}\n{example.input}" if example.input else example.asked
         while True:
@@ -115,9 +130,11 @@ class Judge:
             if over <= 0:
                 return whole, cut
             if not ids:
-                raise DataError(f"{example.where}: the judge's prompt takes {len(whole.ids)} tokens without the "
-                                f"answer, and the limit is {self.encoder.limit} less {room}; raise "
-                                "score.judge.max_length as far as its context goes, or choose another judge")
+                raise DataError(
+                    f"{example.where}: the judge's prompt takes {len(whole.ids)} tokens without "
+                    f"the answer, and the limit is {self.encoder.limit} less {room}; raise "
+                    "score.judge.max_length as far as its context goes, or choose another judge"
+                )
             ids, cut = ids[: max(0, len(ids) - over - len(self.encoder.ids(CUT)))], True
             said = self.encoder.tokenizer.decode(ids, skip_special_tokens=True) + CUT
 
@@ -133,12 +150,15 @@ class Judge:
 
 
 def requirements(example: Example) -> list[str]:
-    """What an answer is graded by: the row's own requirements, or else the sentences of its instruction."""
+    """What an answer is graded by: the row's own requirements, or else the sentences of its
+    instruction.
+    """
     return list(example.requirements) or sentences(example.asked) or [example.asked]
 
 
 def grade(said: str) -> float | None:
-    """The grade that a judge wrote: one digit from 1 to 5, perhaps with a full stop; None for anything else."""
+    """The grade that a judge wrote: one digit from 1 to 5, perhaps with a full stop; None for
+    anything else.
+    """
     found = re.fullmatch(r"([1-5])\.?", said.strip())
     return float(found[1]) if found else None
-

@@ -20,35 +20,51 @@ def spelled(labels: Sequence[str], encoder: Encoder) -> dict[str, tuple[int, ...
     """Each of these answers as the template writes it, to the end of sequence."""
     found = {}
     for label in labels:
-        whole = encoder.train(Example(label, "", "-", outputs=(label,), where=f"label {label!r}"), 0)
+        whole = encoder.train(
+            Example(label, "", "-", outputs=(label,), where=f"label {label!r}"), 0
+        )
         found[label] = whole.ids[whole.response.index(True) :]
     return found
 
 
-def likeliest(model: Model, prompts: Sequence[Encoded], labels: Mapping[str, tuple[int, ...]], batch_size: int
-              ) -> list[str]:
-    """The label of each prompt whose tokens have the highest log-likelihood in sum; of equals the first."""
+def likeliest(
+    model: Model, prompts: Sequence[Encoded], labels: Mapping[str, tuple[int, ...]], batch_size: int
+) -> list[str]:
+    """The label of each prompt whose tokens have the highest log-likelihood in sum; of equals the
+    first.
+    """
     names, told = list(labels), likelihoods(model, prompts, list(labels.values()), batch_size)
     return [names[j] for j in told.argmax(1).tolist()]
 
 
 @torch.no_grad()
-def likelihoods(model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[int, ...]], batch_size: int
-                ) -> Tensor:
-    """(prompts, labels) the log-likelihood of each label's tokens after each prompt, in nats, float64.
+def likelihoods(
+    model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[int, ...]], batch_size: int
+) -> Tensor:
+    """(prompts, labels) the log-likelihood of each label's tokens after each prompt, in nats,
+    float64.
 
-    A model that reads flat rows reads each prompt once, and behind it once what labels begin with alike: at most
-    `batch_size` prompts together, and of those as many as leave a pass no more tokens than `layout.tokens`.
+    A model that reads flat rows reads each prompt once, and behind it once what labels begin with
+    alike: at most `batch_size` prompts together, and of those as many as leave a pass no more
+    tokens than `layout.tokens`.
     """
     if not model.layout.flat:
         return _by_pairs(model, prompts, labels)
     model.fit(max((len(p.ids) for p in prompts), default=0) + max(map(len, labels)) - 1)
-    tree: dict[tuple[int, ...], int] = {}  # each beginning of a label that another token follows, parents first
-    paths = [(j, tree.setdefault(ids[:t], len(tree)), ids[t]) for j, ids in enumerate(labels) for t in range(len(ids))]
+    tree: dict[
+        tuple[int, ...], int
+    ] = {}  # each beginning of a label that another token follows, parents first
+    paths = [
+        (j, tree.setdefault(ids[:t], len(tree)), ids[t])
+        for j, ids in enumerate(labels)
+        for t in range(len(ids))
+    ]
     owner, at, token = torch.tensor(paths, device=model.layout.device).T
     parents = [tree[start[:-1]] if start else -1 for start in tree]
     together = max(1, min(batch_size, model.layout.tokens // len(tree)))
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i].ids)  # what begins alike is read together
+    order = sorted(
+        range(len(prompts)), key=lambda i: prompts[i].ids
+    )  # what begins alike is read together
     told = torch.zeros(len(prompts), len(labels), dtype=torch.float64)
     for begin in range(0, len(order), together):
         part = order[begin : begin + together]
@@ -56,16 +72,27 @@ def likelihoods(model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple
         part = [part[i] for i in cache.order]
         tokens = [[start[-1] if start else prompts[i].ids[-1] for start in tree] for i in part]
         logits = follow(model, cache, torch.tensor(tokens, device=model.layout.device))
-        each = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))[:, at, token].double()
+        each = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))[
+            :, at, token
+        ].double()
         told[part] = each.new_zeros(len(part), len(labels)).index_add(1, owner, each).cpu()
     return told
 
 
-def _by_pairs(model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[int, ...]]) -> Tensor:
+def _by_pairs(
+    model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[int, ...]]
+) -> Tensor:
     """The same from a row each of every prompt and label."""
-    pairs = [replace(p, id=str(i * len(labels) + j), ids=p.ids + ids,
-                     response=(False,) * len(p.ids) + (True,) * len(ids))
-             for i, p in enumerate(prompts) for j, ids in enumerate(labels)]
+    pairs = [
+        replace(
+            p,
+            id=str(i * len(labels) + j),
+            ids=p.ids + ids,
+            response=(False,) * len(p.ids) + (True,) * len(ids),
+        )
+        for i, p in enumerate(prompts)
+        for j, ids in enumerate(labels)
+    ]
     told = torch.zeros(len(pairs), dtype=torch.float64)
     for micro in Batch(tuple(pairs), replace(model.layout, instruction_weight=0.0)).micro_batches():
         rows = torch.tensor([int(e.id) for e in micro.examples])

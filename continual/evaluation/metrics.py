@@ -18,12 +18,15 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the words, punctuation aside (Rajpurkar et al. 2016, section 6.1).
+    """Harmonic mean of precision and recall over the words, punctuation aside (Rajpurkar et al.
+    2016, section 6.1).
 
     There articles are left out too; here they stay, as an answer can be the letter of an option.
     """
-    words = [Counter(normalise(t).translate(str.maketrans("", "", string.punctuation)).split())
-             for t in (answer, reference)]
+    words = [
+        Counter(normalise(t).translate(str.maketrans("", "", string.punctuation)).split())
+        for t in (answer, reference)
+    ]
     common = (words[0] & words[1]).total()
     return 2 * common / (words[0].total() + words[1].total()) if common else 0.0
 
@@ -31,8 +34,8 @@ def token_f1(answer: str, reference: str) -> float:
 def rouge_l(answer: str, reference: str) -> float:
     """The F-measure of the longest common subsequence of stemmed words (Lin 2004).
 
-    Words of [a-z0-9] are those of the reference implementation, which knows no others; others are not stemmed, and in
-    scripts without spaces each character is one.
+    Words of [a-z0-9] are those of the reference implementation, which knows no others; others are
+    not stemmed, and in scripts without spaces each character is one.
     """
     score: float = _rouge().score(reference, answer)["rougeL"].fmeasure
     return score
@@ -52,5 +55,7 @@ def _rouge() -> Any:
 
 
 METRICS: Mapping[str, Callable[[str, str], float]] = {
-    "exact_match": exact_match, "token_f1": token_f1, "rougeL": rouge_l,
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rougeL": rouge_l,
 }

@@ -1,4 +1,6 @@
-"""Metrics that mark an answer by its whole row: what the row asks for, not only the answers that it accepts."""
+"""Metrics that mark an answer by its whole row: what the row asks for, not only the answers that it
+accepts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Marks = dict[str, Any]  # "score" in [0, 1], and what it is made of
 
 @dataclass(frozen=True)
 class Measure:
-    """How an answer is marked, and what `each` row of a task must have for it, or one of them at least."""
+    """How an answer is marked, and what `each` row of a task must have for it, or one of them at
+    least.
+    """
 
     mark: Callable[[str, Example], Marks]
     has: Callable[[Example], bool]
@@ -27,18 +31,27 @@ class Measure:
 
 
 def adherence(answer: str, constraints: Sequence[Constraint]) -> Marks:
-    """Which constraints the answer keeps to, strictly and loosely (Zhou et al. 2023, equations 1 and 2)."""
-    return {"strict": [keeps(answer, c) for c in constraints], "loose": [keeps_loosely(answer, c) for c in constraints]}
+    """Which constraints the answer keeps to, strictly and loosely (Zhou et al. 2023, equations 1
+    and 2).
+    """
+    return {
+        "strict": [keeps(answer, c) for c in constraints],
+        "loose": [keeps_loosely(answer, c) for c in constraints],
+    }
 
 
 def constraint_check(answer: str, example: Example) -> Marks:
-    """1 where it keeps strictly to every constraint of the row: the mean is IFEval's prompt-level strict accuracy."""
+    """1 where it keeps strictly to every constraint of the row: the mean is IFEval's prompt-level
+    strict accuracy.
+    """
     told = adherence(answer, example.constraints)
     return {"score": float(all(told["strict"])), **told}
 
 
 def constraint_check_loose(answer: str, example: Example) -> Marks:
-    """1 where it keeps loosely to every constraint: the mean is IFEval's prompt-level loose accuracy."""
+    """1 where it keeps loosely to every constraint: the mean is IFEval's prompt-level loose
+    accuracy.
+    """
     told = adherence(answer, example.constraints)
     return {"score": float(all(told["loose"])), **told}
 
@@ -46,8 +59,8 @@ def constraint_check_loose(answer: str, example: Example) -> Marks:
 def constraint_share(answer: str, example: Example) -> Marks:
     """The share of the row's constraints that it keeps to strictly.
 
-    IFEval's instruction-level accuracy pools the constraints of all rows; the mean of these shares weighs each row
-    alike. `accuracies` has the pooled one.
+    IFEval's instruction-level accuracy pools the constraints of all rows; the mean of these shares
+    weighs each row alike. `accuracies` has the pooled one.
     """
     told = adherence(answer, example.constraints)
     return {"score": sum(told["strict"]) / len(told["strict"]), **told}
@@ -60,10 +73,11 @@ def constraint_share_loose(answer: str, example: Example) -> Marks:
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The four accuracies of IFEval (Zhou et al. 2023) of predictions that say `strict` and `loose`.
+    """The four accuracies of IFEval (Zhou et al. 2023) of predictions that say `strict` and
+    `loose`.
 
-    By prompt: the share of the rows that keep to all of their constraints; by instruction: the share of all
-    constraints of all rows that are kept to.
+    By prompt: the share of the rows that keep to all of their constraints; by instruction: the
+    share of all constraints of all rows that are kept to.
     """
     found = {}
     for how in ("strict", "loose"):
@@ -74,37 +88,54 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def kept(answer: str, example: Example) -> Marks:
-    """Instruction fidelity: the share of the instruction's concrete elements that it preserves (continual.evaluation.fidelity)."""
+    """Instruction fidelity: the share of the instruction's concrete elements that it preserves
+    (continual.evaluation.fidelity).
+    """
     score, lost = fidelity(answer, example.asked)
     return {"score": score, "lost": lost}
 
 
 def checkable(example: Example) -> tuple[Constraint, ...]:
-    """The row's constraints; of a row without any those that its instruction asks for in its own words."""
+    """The row's constraints; of a row without any those that its instruction asks for in its own
+    words.
+    """
     return example.constraints or tuple(c for d in demands(example.asked) for c in d.constraints)
 
 
 def relevance_checked(answer: str, example: Example) -> Marks:
-    """Instruction relevance without a judge: the share of the checkable requirements that it meets, strictly.
+    """Instruction relevance without a judge: the share of the checkable requirements that it meets,
+    strictly.
 
-    The ratio of requirements followed of InFoBench (DRFR, Qin et al. 2024), of those that need no judge: `checkable`.
-    Where there are none, 1 for an answer that is not blank.
+    The ratio of requirements followed of InFoBench (DRFR, Qin et al. 2024), of those that need no
+    judge: `checkable`. Where there are none, 1 for an answer that is not blank.
     """
     told = [keeps(answer, c) for c in checkable(example)]
     return {"score": sum(told) / len(told) if told else float(bool(answer.strip())), "met": told}
 
 
-CONSTRAINED = (lambda e: bool(e.constraints), "constraints",
-               'write them as "constraints": [{"id": ..., "kwargs": ...}], or choose another metric', True)
+CONSTRAINED = (
+    lambda e: bool(e.constraints),
+    "constraints",
+    'write them as "constraints": [{"id": ..., "kwargs": ...}], or choose another metric',
+    True,
+)
 MEASURES: Mapping[str, Measure] = {
     "constraint_check": Measure(constraint_check, *CONSTRAINED),
     "constraint_check_loose": Measure(constraint_check_loose, *CONSTRAINED),
     "constraint_share": Measure(constraint_share, *CONSTRAINED),
     "constraint_share_loose": Measure(constraint_share_loose, *CONSTRAINED),
-    "fidelity": Measure(kept, lambda e: bool(elements(e.asked)),
-                        "numbers, quotes, names or words of form in its instruction", "choose another metric"),
-    "relevance_checked": Measure(relevance_checked, lambda e: bool(checkable(e)),
-                                 "requirements that can be checked", "choose another metric, such as relevance_judged"),
+    "fidelity": Measure(
+        kept,
+        lambda e: bool(elements(e.asked)),
+        "numbers, quotes, names or words of form in its instruction",
+        "choose another metric",
+    ),
+    "relevance_checked": Measure(
+        relevance_checked,
+        lambda e: bool(checkable(e)),
+        "requirements that can be checked",
+        "choose another metric, such as relevance_judged",
+    ),
 }
 
 
@@ -113,17 +144,30 @@ def refuse(metric: str, task: str, rows: Sequence[Example]) -> None:
     measure = MEASURES[metric]
     without = [e for e in rows if not measure.has(e)]
     if measure.each and without:
-        raise DataError(gathered([f"{e.where}: found no {measure.needs}, expected them for the metric {metric}; "
-                                  f"{measure.mend}" for e in without]))
+        raise DataError(
+            gathered(
+                [
+                    f"{e.where}: found no {measure.needs}, expected them for the metric {metric}; "
+                    f"{measure.mend}"
+                    for e in without
+                ]
+            )
+        )
     if len(without) == len(rows):
-        raise DataError(f"task {task!r}: found no {measure.needs} in any of its {len(rows)} rows, expected them for "
-                        f"the metric {metric}; {measure.mend}")
+        raise DataError(
+            f"task {task!r}: found no {measure.needs} in any of its {len(rows)} rows, expected "
+            f"them for the metric {metric}; {measure.mend}"
+        )
 
 
 def unread(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is to be said of a judge's grades that could not be read and of answers cut for it, if there are any."""
+    """What is to be said of a judge's grades that could not be read and of answers cut for it, if
+    there are any.
+    """
     grades = [g for row in rows for g in row.get("grades", ())]
     none, cut = sum(g is None for g in grades), sum(bool(row.get("cut")) for row in rows)
-    told = ((none, f"{none} of {len(grades)} grades of the judge could not be read and count as 0"),
-            (cut, f"{cut} of {len(rows)} answers were cut to fit the judge"))
+    told = (
+        (none, f"{none} of {len(grades)} grades of the judge could not be read and count as 0"),
+        (cut, f"{cut} of {len(rows)} answers were cut to fit the judge"),
+    )
     return "; ".join(text for n, text in told if n)

@@ -35,10 +35,11 @@ Judge = Callable[[Sequence[Example], Sequence[str]], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Test:
-    """One task ready to be scored: its examples, their prompts as ids, and the most tokens that an answer may take.
+    """One task ready to be scored: its examples, their prompts as ids, and the most tokens that an
+    answer may take.
 
-    `encoded` holds prompt and reference together where the metric is perplexity. With `labels`, each with its tokens,
-    the answer is the likeliest of them.
+    `encoded` holds prompt and reference together where the metric is perplexity. With `labels`,
+    each with its tokens, the answer is the likeliest of them.
     """
 
     task: str
@@ -56,82 +57,130 @@ class Test:
 
     def of(self, indices: Sequence[int]) -> Test:
         """Some of the examples."""
-        return replace(self, examples=[self.examples[i] for i in indices], encoded=[self.encoded[i] for i in indices])
+        return replace(
+            self,
+            examples=[self.examples[i] for i in indices],
+            encoded=[self.encoded[i] for i in indices],
+        )
 
 
-def prepare(task: Task[Example], encoder: Encoder, split: str, index: int, *, metric: str | None = None,
-            max_new_tokens: int | None = None, limit: int | None = None, how: str = "generate",
-            judge: Judge | None = None) -> Test:
-    """Encode a task's prompts once. By default an answer may be as long as the task's longest reference.
+def prepare(
+    task: Task[Example],
+    encoder: Encoder,
+    split: str,
+    index: int,
+    *,
+    metric: str | None = None,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    how: str = "generate",
+    judge: Judge | None = None,
+) -> Test:
+    """Encode a task's prompts once. By default an answer may be as long as the task's longest
+    reference.
 
-    With `how="likelihood"` the answer is the likeliest of the task's labels, whatever `max_new_tokens`. Raises
-    ConfigError for an unknown metric or way to answer and for what these need and is not given (labels, a judge, a
-    length), DataError for a split that is not there, an example that does not fit, or one that the metric cannot mark.
+    With `how="likelihood"` the answer is the likeliest of the task's labels, whatever
+    `max_new_tokens`. Raises ConfigError for an unknown metric or way to answer and for what these
+    need and is not given (labels, a judge, a length), DataError for a split that is not there, an
+    example that does not fit, or one that the metric cannot mark.
     """
     metric = metric or task.metric
     if metric not in (known := [*METRICS, *MEASURES, JUDGED, PERPLEXITY]):
-        raise ConfigError(f"task {task.name!r}: " + unknown("metric", metric, known) +
-                          " Set score.metric to score it by another.")
+        raise ConfigError(
+            f"task {task.name!r}: "
+            + unknown("metric", metric, known)
+            + " Set score.metric to score it by another."
+        )
     if split not in SPLITS:
         raise ConfigError(unknown("score.split", split, SPLITS))
     if how not in HOW:
         raise ConfigError(unknown("score.how", how, HOW))
     rows = list(task.split(split))[:limit]
     if metric == JUDGED and judge is None:
-        raise ConfigError(f"task {task.name!r}: found no judge, expected a model that grades for the metric {JUDGED}; "
-                          "name one by score.judge.name, or choose relevance_checked")
+        raise ConfigError(
+            f"task {task.name!r}: found no judge, expected a model that grades for the metric "
+            f"{JUDGED}; name one by score.judge.name, or choose relevance_checked"
+        )
     if metric in MEASURES:
         refuse(metric, task.name, rows)
     labels = _labels(task, encoder) if how == "likelihood" and metric != PERPLEXITY else {}
-    room = max(map(len, labels.values())) if labels else max_new_tokens or _room(task.name, metric, rows, encoder)
+    room = (
+        max(map(len, labels.values()))
+        if labels
+        else max_new_tokens or _room(task.name, metric, rows, encoder)
+    )
     if metric != PERPLEXITY and not encoder.seq2seq and room >= encoder.limit:
-        whence = "score.max_new_tokens" if max_new_tokens else f"the longest of its {split} references"
-        raise ConfigError(f"task {task.name!r}: an answer may take {room} tokens ({whence}), which leaves none of the "
-                          f"{encoder.limit} for its prompt; set score.max_new_tokens lower, or raise data.max_length "
-                          "as far as the model's context goes")
+        whence = (
+            "score.max_new_tokens" if max_new_tokens else f"the longest of its {split} references"
+        )
+        raise ConfigError(
+            f"task {task.name!r}: an answer may take {room} tokens ({whence}), which leaves none "
+            f"of the {encoder.limit} for its prompt; set score.max_new_tokens lower, or raise "
+            "data.max_length as far as the model's context goes"
+        )
     if metric == PERPLEXITY:
         encode: Callable[[Example], Encoded] = lambda e: encoder.train(e, index)  # noqa: E731
     else:
         encode = lambda e: encoder.ask(e, index, room)  # noqa: E731
     encoded = encoder.all(rows, encode)
     if not encoded:
-        raise DataError(f"task {task.name!r} has no {split} rows left to score; add rows, or raise data.max_length")
+        raise DataError(
+            f"task {task.name!r} has no {split} rows left to score; add rows, or raise "
+            "data.max_length"
+        )
     kept = {e.id for e in encoded}
-    return Test(task.name, metric, [e for e in rows if e.id in kept], encoded, room, labels,
-                judge if metric == JUDGED else None)
+    return Test(
+        task.name,
+        metric,
+        [e for e in rows if e.id in kept],
+        encoded,
+        room,
+        labels,
+        judge if metric == JUDGED else None,
+    )
 
 
 def _room(task: str, metric: str, rows: Sequence[Example], encoder: Encoder) -> int:
     """The tokens of the longest reference, where there are any."""
-    if (metric in MEASURES or metric == JUDGED) and not any(o.strip() for e in rows for o in e.outputs):
-        raise ConfigError(f"task {task!r}: found no reference that tells how long an answer may be; set "
-                          "score.max_new_tokens")
+    if (metric in MEASURES or metric == JUDGED) and not any(
+        o.strip() for e in rows for o in e.outputs
+    ):
+        raise ConfigError(
+            f"task {task!r}: found no reference that tells how long an answer may be; set "
+            "score.max_new_tokens"
+        )
     return max(encoder.room(e) for e in rows)
 
 
 def _labels(task: Task[Example], encoder: Encoder) -> dict[str, tuple[int, ...]]:
     """Each of the task's labels as tokens; raises ConfigError for a task without any."""
     if not task.labels:
-        raise ConfigError(f"task {task.name!r} has no labels, and score.how=likelihood chooses among them; list them "
-                          "as its 'labels' in stream.json, or set score.how=generate")
+        raise ConfigError(
+            f"task {task.name!r} has no labels, and score.how=likelihood chooses among them; "
+            "list them as its 'labels' in stream.json, or set score.how=generate"
+        )
     return spelled(task.labels, encoder)
 
 
-def score(model: Model, test: Test, batch_size: int, turns: Iterable[Sequence[int]] | None = None
-          ) -> tuple[float, list[dict[str, Any]]]:
+def score(
+    model: Model, test: Test, batch_size: int, turns: Iterable[Sequence[int]] | None = None
+) -> tuple[float, list[dict[str, Any]]]:
     """The task's score in [0, 1], the mean of its marks, and every prediction with its mark.
 
-    The examples are answered in `turns`, each the indices of some of them, all together by default; what gives the
-    turns may change the model between them. Several processes answer a part of the prompts each, and all have the
-    whole. Raises ContinualError where the turns are not each example once.
+    The examples are answered in `turns`, each the indices of some of them, all together by default;
+    what gives the turns may change the model between them. Several processes answer a part of the
+    prompts each, and all have the whole. Raises ContinualError where the turns are not each example
+    once.
     """
     everyone = range(len(test.examples))
     told: list[tuple[int, dict[str, Any]]] = []
     for some in turns or [everyone]:
         told += zip(some, _scored(model, test.of(some), batch_size), strict=True)
     if sorted(i for i, _ in told) != [*everyone]:
-        raise ContinualError(f"of the {len(everyone)} prompts of task {test.task!r} {len(told)} were dispatched, and "
-                             "each must be once; the strategy's dispatch is wrong")
+        raise ContinualError(
+            f"of the {len(everyone)} prompts of task {test.task!r} {len(told)} were dispatched, "
+            "and each must be once; the strategy's dispatch is wrong"
+        )
     rows = [row for _, row in sorted(told, key=lambda each: each[0])]
     if leads() and (said := unread(rows)):
         print(f"{test.task}: {said}", file=sys.stderr)
@@ -145,7 +194,11 @@ def _scored(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with in_step(model), apart():
         if mine:
-            found = _perplexity(model, part) if test.metric == PERPLEXITY else _answers(model, part, batch_size)
+            found = (
+                _perplexity(model, part)
+                if test.metric == PERPLEXITY
+                else _answers(model, part, batch_size)
+            )
     told = {i: row for share in gather([*zip(mine, found, strict=True)]) for i, row in share}
     return [told[i] for i in range(len(told))]
 
@@ -155,14 +208,28 @@ def _answers(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
         answers = likeliest(model, test.encoded, test.labels, batch_size)
     else:
         answers = answer(model, test.encoded, test.max_new_tokens, batch_size)
-    marks = test.judge(test.examples, answers) if test.judge else [
-        mark(test.metric, a, e) for e, a in zip(test.examples, answers, strict=True)]
-    return [{"id": e.id, "prompt": asked.text, "answer": a, "references": list(e.outputs), "level": composed(e), **told}
-            for e, asked, a, told in zip(test.examples, test.encoded, answers, marks, strict=True)]
+    marks = (
+        test.judge(test.examples, answers)
+        if test.judge
+        else [mark(test.metric, a, e) for e, a in zip(test.examples, answers, strict=True)]
+    )
+    return [
+        {
+            "id": e.id,
+            "prompt": asked.text,
+            "answer": a,
+            "references": list(e.outputs),
+            "level": composed(e),
+            **told,
+        }
+        for e, asked, a, told in zip(test.examples, test.encoded, answers, marks, strict=True)
+    ]
 
 
 def mark(metric: str, answer: str, example: Example) -> dict[str, Any]:
-    """The `score` in [0, 1] of an answer to this row, and what it is made of; `metric` is of METRICS or MEASURES."""
+    """The `score` in [0, 1] of an answer to this row, and what it is made of; `metric` is of
+    METRICS or MEASURES.
+    """
     if metric in MEASURES:
         return MEASURES[metric].mark(answer, example)
     return {"score": max(METRICS[metric](answer, o) for o in example.outputs)}
@@ -175,16 +242,26 @@ def composed(example: Example) -> str:
 
 @torch.no_grad()
 def _perplexity(model: Model, test: Test) -> list[dict[str, Any]]:
-    """The mark is 1 / perplexity: the geometric mean of the reference tokens' probabilities, in [0, 1]."""
+    """The mark is 1 / perplexity: the geometric mean of the reference tokens' probabilities, in [0,
+    1].
+    """
     means: dict[str, float] = {}
     responses = replace(model.layout, instruction_weight=0.0)
     for micro in Batch(tuple(test.encoded), responses).micro_batches():
         nll = token_nll(model, micro)
         for i, e in enumerate(micro.examples):
             means[e.id] = float(nll[micro.example == i].mean())
-    return [{"id": e.id, "prompt": asked.text, "references": list(e.outputs), "level": composed(e),
-             "perplexity": _exp(means[e.id]), "score": _exp(-means[e.id])}
-            for e, asked in zip(test.examples, test.encoded, strict=True)]
+    return [
+        {
+            "id": e.id,
+            "prompt": asked.text,
+            "references": list(e.outputs),
+            "level": composed(e),
+            "perplexity": _exp(means[e.id]),
+            "score": _exp(-means[e.id]),
+        }
+        for e, asked in zip(test.examples, test.encoded, strict=True)
+    ]
 
 
 def _exp(x: float) -> float:

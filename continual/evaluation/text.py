@@ -6,27 +6,37 @@ import re
 import unicodedata
 
 # With a full stop that ends no sentence; "etc." and "no." may end one.
-ABBREVIATIONS = "mr mrs ms dr prof st vs jr sr fig e.g i.e cf approx dept est inc ltd u.s u.k a.m p.m"
+ABBREVIATIONS = (
+    "mr mrs ms dr prof st vs jr sr fig e.g i.e cf approx dept est inc ltd u.s u.k a.m p.m"
+)
 SHORT = frozenset(ABBREVIATIONS.split())
 ENDS = re.compile(r"""[.!?…]+["'”’»)\]*_]*(?=\s|$)|[。！？؟।]+["”’」』]*|\n\s*\n""")
 # Han and kana; Thai, Lao, Burmese and Khmer.
-UNSPACED = re.compile("[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-                      "\U00020000-\U0003ffff\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]")
+UNSPACED = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]"
+)
 
 
 def normalise(text: str) -> str:
-    """What both sides of a comparison go through: compatible Unicode forms, case, white space and a final full stop."""
+    """What both sides of a comparison go through: compatible Unicode forms, case, white space and a
+    final full stop.
+    """
     told = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
     return told.rstrip(".").strip() or told  # an answer of full stops is one
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters, digits and underscores, as IFEval counts words (Zhou et al. 2023): "isn't" is two."""
+    """Runs of letters, digits and underscores, as IFEval counts words (Zhou et al. 2023): "isn't"
+    is two.
+    """
     return re.findall(r"\w+", text)
 
 
 def terms(text: str) -> list[str]:
-    """The normalised text's runs of letters, digits and their marks; each character alone in scripts without spaces."""
+    """The normalised text's runs of letters, digits and their marks; each character alone in
+    scripts without spaces.
+    """
     kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in normalise(text))
     return UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
 
@@ -34,9 +44,9 @@ def terms(text: str) -> list[str]:
 def sentences(text: str) -> list[str]:
     """The text's sentences, each of at least one word.
 
-    One ends at full stops, exclamation or question marks (with the quotes and brackets that close behind them) before
-    white space or the text's end, or at a blank line. The full stop of an abbreviation, of a single capital letter or
-    of a number that begins a line ends none.
+    One ends at full stops, exclamation or question marks (with the quotes and brackets that close
+    behind them) before white space or the text's end, or at a blank line. The full stop of an
+    abbreviation, of a single capital letter or of a number that begins a line ends none.
     """
     found, start = [], 0
     for end in ENDS.finditer(text):
@@ -51,4 +61,8 @@ def _goes_on(before: str) -> bool:
     """Whether the full stop behind this text belongs to its last word."""
     last = re.split(r"[\s(\[\"'“‘*]", before)[-1]
     begins = before.rpartition("\n")[2].strip() == last
-    return last.casefold() in SHORT or bool(re.fullmatch(r"[A-Z]", last)) or (begins and last.isdecimal())
+    return (
+        last.casefold() in SHORT
+        or bool(re.fullmatch(r"[A-Z]", last))
+        or (begins and last.isdecimal())
+    )

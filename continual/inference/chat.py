@@ -1,4 +1,6 @@
-"""Talk to a run's model in the terminal, as it was after any of its stages: what was forgotten answers for itself."""
+"""Talk to a run's model in the terminal, as it was after any of its stages: what was forgotten
+answers for itself.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from continual.reports.figures import percent
 from continual.results.run_folder import Run
 from continual.runs import build
 
-KEYS = {"stage": "", "task": "", "max_new_tokens": "", "device": "auto", "trust_remote_code": "false"}
+KEYS = {
+    "stage": "",
+    "task": "",
+    "max_new_tokens": "",
+    "device": "auto",
+    "trust_remote_code": "false",
+}
 HELP = """/stages             the stages, and what each scored
 /stage NAME         answer as the model did after this stage; also by its number
 /task NAME          put this task's instruction before what is typed; /task alone: none
@@ -41,7 +49,9 @@ SHARED = 4  # rows a wording, from which on the instruction is the task's own
 class Chat:
     """A conversation of single turns: each prompt stands alone, as the run's own did."""
 
-    def __init__(self, source: Source, config: DictConfig, console: Console, room: int | None = None) -> None:
+    def __init__(
+        self, source: Source, config: DictConfig, console: Console, room: int | None = None
+    ) -> None:
         """At the end of the run, or where it is unfinished after the newest stage that it has."""
         newest = next(name for name in reversed(source.stages) if name in source.kept)
         self.opened, self.console = reopen(source, config), console
@@ -53,8 +63,14 @@ class Chat:
         self.last: Example | None = None
         self.examples: dict[str, Iterator[Example]] = {}
         self.commands: dict[str, Callable[[str], None]] = {
-            "/stages": self.stages, "/stage": self.stage, "/tasks": self.tasks, "/task": self.choose,
-            "/example": self.example, "/compare": self.compare, "/help": lambda _: self.say(HELP)}
+            "/stages": self.stages,
+            "/stage": self.stage,
+            "/tasks": self.tasks,
+            "/task": self.choose,
+            "/example": self.example,
+            "/compare": self.compare,
+            "/help": lambda _: self.say(HELP),
+        }
 
     @cached_property
     def rows(self) -> dict[str, Task[Example]]:
@@ -63,7 +79,9 @@ class Chat:
 
     def greet(self) -> None:
         """What this is, and what can be typed."""
-        self.say(f"{self.opened.source.path}, after stage {self.opened.now}. Type a prompt, or /help.")
+        self.say(
+            f"{self.opened.source.path}, after stage {self.opened.now}. Type a prompt, or /help."
+        )
 
     def say(self, text: str, style: str = "") -> None:
         """One line that no terminal obeys."""
@@ -102,7 +120,10 @@ class Chat:
         opened.ready(self.task)
         if opened.encoder.shortened:
             opened.encoder.shortened.clear()
-            self.say(f"(the input is shortened to fit {opened.encoder.limit} tokens with its answer)", "yellow")
+            self.say(
+                f"(the input is shortened to fit {opened.encoder.limit} tokens with its answer)",
+                "yellow",
+            )
         for _ in opened.strategy.dispatch(opened.model, [asked.ids]):
             return answer(opened.model, [asked], self.room, 1)[0]
         raise ConfigError("the strategy dispatched no prompt; its dispatch is wrong")
@@ -126,7 +147,11 @@ class Chat:
         """Each task, with its score now."""
         told, now = self.opened.source.told, self.opened.now
         for name in self.opened.source.tasks:
-            score = f"  {percent(told.matrix.at(told.matrix.stages.index(now), name))}" if isinstance(told, Run) else ""
+            score = (
+                f"  {percent(told.matrix.at(told.matrix.stages.index(now), name))}"
+                if isinstance(told, Run)
+                else ""
+            )
             self.say(f"{'*' if name == self.task else ' '} {name}{score}")
 
     def choose(self, name: str) -> None:
@@ -143,31 +168,49 @@ class Chat:
             if len(wordings) * SHARED <= len(rows) and any(r.input for r in rows):
                 self.instruction = wordings.most_common(1)[0][0]
         given = next((r.input for r in rows if r.input), "")
-        self.say(f"{self.instruction}\n(type what it is asked of, such as: {given[:200]})" if self.instruction else
-                 f"the rows of {name} have an instruction each: type the whole prompt", "dim")
+        self.say(
+            f"{self.instruction}\n(type what it is asked of, such as: {given[:200]})"
+            if self.instruction
+            else f"the rows of {name} have an instruction each: type the whole prompt",
+            "dim",
+        )
 
     def of(self, name: str) -> Task[Example]:
         """A task of the stream; raises what reading the stream raises."""
         if name not in self.rows:
-            raise DataError(f"the stream has no task {name!r} any more; restore it, or type whole prompts")
+            raise DataError(
+                f"the stream has no task {name!r} any more; restore it, or type whole prompts"
+            )
         return self.rows[name]
 
     def example(self, _: str) -> None:
         """Ask a row that was kept for the test, with what would be right."""
         if self.task is None:
-            raise ConfigError(f"/example needs a task; choose one: /task NAME, of {listed(self.opened.source.tasks)}")
+            raise ConfigError(
+                "/example needs a task; choose one: /task NAME, of "
+                f"{listed(self.opened.source.tasks)}"
+            )
         if self.task not in self.examples:
-            self.examples[self.task] = cycle(self.of(self.task).split(self.opened.config.score.split))
+            self.examples[self.task] = cycle(
+                self.of(self.task).split(self.opened.config.score.split)
+            )
         row = next(self.examples[self.task])
         asked = row.messages[:-1] if row.messages else ()
-        self.say("\n".join([f"{m.role}: {m.content}" for m in asked] or [row.instruction, row.input]).strip(), "dim")
+        self.say(
+            "\n".join(
+                [f"{m.role}: {m.content}" for m in asked] or [row.instruction, row.input]
+            ).strip(),
+            "dim",
+        )
         self.ask(row)
         self.say(f"right would be: {' | '.join(row.outputs)}", "dim")
 
     def compare(self, names: str) -> None:
         """The last prompt, answered after several stages."""
         if self.last is None:
-            raise ConfigError("/compare asks the last prompt again, and there is none yet; type one")
+            raise ConfigError(
+                "/compare asks the last prompt again, and there is none yet; type one"
+            )
         source, now = self.opened.source, self.opened.now
         asked = [names] if names in source.stages else names.split()
         chosen = list(dict.fromkeys(map(source.stage, asked))) or source.kept
@@ -182,10 +225,17 @@ class Chat:
 
 
 def side_by_side(told: dict[str, str], example: Example) -> Table:
-    """A column for each stage's answer, or where there are many a row; those that hold a reference's text are marked.
+    """A column for each stage's answer, or where there are many a row; those that hold a
+    reference's text are marked.
     """
-    right = {name: any(METRICS["exact_match"](said, o) for o in example.outputs) for name, said in told.items()}
-    cells = {name: Text(safe(said), style="bold green" if right[name] else "") for name, said in told.items()}
+    right = {
+        name: any(METRICS["exact_match"](said, o) for o in example.outputs)
+        for name, said in told.items()
+    }
+    cells = {
+        name: Text(safe(said), style="bold green" if right[name] else "")
+        for name, said in told.items()
+    }
     heads = {name: Text(safe(name) + (" ✓" if right[name] else "")) for name in told}
     table = Table(show_lines=False, expand=False)
     if len(told) <= SIDES:
@@ -200,12 +250,21 @@ def side_by_side(told: dict[str, str], example: Example) -> Table:
     return table
 
 
-def chat(path: Path, config: DictConfig, console: Console, lines: Iterable[str], *, stage: str | None = None,
-         task: str | None = None, room: int | None = None) -> None:
+def chat(
+    path: Path,
+    config: DictConfig,
+    console: Console,
+    lines: Iterable[str],
+    *,
+    stage: str | None = None,
+    task: str | None = None,
+    room: int | None = None,
+) -> None:
     """Answer each of the `lines` until they end or one is /quit.
 
-    Raises MissingError, DataError or ConfigError for a folder that is neither a run nor an adaptation, or from which
-    no model can be built; what is wrong with a line is said, and the next is read.
+    Raises MissingError, DataError or ConfigError for a folder that is neither a run nor an
+    adaptation, or from which no model can be built; what is wrong with a line is said, and the next
+    is read.
     """
     source = Source.read(path)
     start = source.stage(stage) if stage or source.whole else None

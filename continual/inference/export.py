@@ -1,4 +1,5 @@
-"""What a run learned, as a folder that `transformers` or `peft` loads: weights, tokenizer, template and card.
+"""What a run learned, as a folder that `transformers` or `peft` loads: weights, tokenizer, template
+and card.
 
 The folder is written beside and renamed: it is there whole or not at all.
 """
@@ -21,29 +22,47 @@ from continual.inference.reopen import Reopened, Source, reopen
 from continual.io.atomic import file_name, flush, write_whole
 from continual.models.model import Model
 
-KEYS = {"stage": "", "task": "", "merged": "", "license": "", "device": "cpu", "trust_remote_code": "false",
-        "out": ""}
+KEYS = {
+    "stage": "",
+    "task": "",
+    "merged": "",
+    "license": "",
+    "device": "cpu",
+    "trust_remote_code": "false",
+    "out": "",
+}
 BESIDE = "base"  # in an adapter's folder: the base, where there is none to be had elsewhere
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the folder is, and how it is loaded: `adapter` if on a base, the model of that name or of the folder."""
+    """Where the folder is, and how it is loaded: `adapter` if on a base, the model of that name or
+    of the folder.
+    """
 
     path: Path
     adapter: bool
     base: str | None
 
 
-def export(path: Path, config: DictConfig, *, stage: str | None = None, task: str | None = None,
-           merged: bool | None = None, out: Path | None = None, license: str | None = None) -> Exported:
-    """Write the model of a run or adaptation, as it was after `stage`, by default the last, to `out`, by
-    default PATH/export/STAGE.
+def export(
+    path: Path,
+    config: DictConfig,
+    *,
+    stage: str | None = None,
+    task: str | None = None,
+    merged: bool | None = None,
+    out: Path | None = None,
+    license: str | None = None,
+) -> Exported:
+    """Write the model of a run or adaptation, as it was after `stage`, by default the last, to
+    `out`, by default PATH/export/STAGE.
 
-    `merged` adds an adapter's weights to the model's own, as is done by default wherever it can be; false leaves it an
-    adapter for its base. A strategy with other weights for each task needs the `task`. `config` is that of `continual
-    run`, for the device. Raises ConfigError for what cannot be exported so and for an `out` that is there already,
-    ContinualError, with nothing written, where the disk has not the space.
+    `merged` adds an adapter's weights to the model's own, as is done by default wherever it can be;
+    false leaves it an adapter for its base. A strategy with other weights for each task needs the
+    `task`. `config` is that of `continual run`, for the device. Raises ConfigError for what cannot
+    be exported so and for an `out` that is there already, ContinualError, with nothing written,
+    where the disk has not the space.
     """
     source = Source.read(path)
     name = source.stage(stage)
@@ -67,45 +86,68 @@ def export(path: Path, config: DictConfig, *, stage: str | None = None, task: st
 
 
 def refuse_many(opened: Reopened, task: str | None) -> None:
-    """Raise ConfigError where the answers come from several models, and no task says which is meant."""
+    """Raise ConfigError where the answers come from several models, and no task says which is
+    meant.
+    """
     names = "+".join(map(str, opened.config.strategy))
     if opened.by_prompt:
-        raise ConfigError(f"the strategy {names} chooses other weights for each prompt, which no one model holds; talk "
-                          f"to it with continual chat {opened.source.path}, or export a run of another strategy")
+        raise ConfigError(
+            f"the strategy {names} chooses other weights for each prompt, which no one model "
+            f"holds; talk to it with continual chat {opened.source.path}, or export a run of "
+            "another strategy"
+        )
     if opened.by_task and task is None:
-        raise ConfigError(f"the strategy {names} has other weights for each task, and one model holds those of one; "
-                          f"give task=NAME, of {listed(opened.source.tasks)}")
+        raise ConfigError(
+            f"the strategy {names} has other weights for each task, and one model holds those of "
+            f"one; give task=NAME, of {listed(opened.source.tasks)}"
+        )
 
 
 def _merges(opened: Reopened, merged: bool | None) -> bool:
-    """Whether the adapter's weights go into the model's own; raises ConfigError where they cannot, or there is none."""
-    kind, bits = opened.config.model.get("adapter", "none"), opened.config.model.get("quantize", "none") != "none"
+    """Whether the adapter's weights go into the model's own; raises ConfigError where they cannot,
+    or there is none.
+    """
+    kind, bits = (
+        opened.config.model.get("adapter", "none"),
+        opened.config.model.get("quantize", "none") != "none",
+    )
     if kind == "none":
         if merged is False:
-            raise ConfigError("merged=false is for a run with an adapter, and this one trained the whole model; leave "
-                              "merged out")
+            raise ConfigError(
+                "merged=false is for a run with an adapter, and this one trained the whole "
+                "model; leave merged out"
+            )
         return True
-    reason = (f"model.adapter={kind} puts virtual tokens before the prompt, which no weight of the model can hold"
-              if hasattr(opened.model.net, "virtual") else
-              "model.quantize=4bit holds the base in 4 bits, and what is merged into them is rounded away" if bits
-              else "")
+    reason = (
+        f"model.adapter={kind} puts virtual tokens before the prompt, which no weight of the "
+        "model can hold"
+        if hasattr(opened.model.net, "virtual")
+        else "model.quantize=4bit holds the base in 4 bits, and what is merged into them is "
+        "rounded away"
+        if bits
+        else ""
+    )
     if merged and reason:
         raise ConfigError(f"merged=true cannot be: {reason}; give merged=false, for an adapter")
     return not reason and merged is not False
 
 
 def _base_of(opened: Reopened) -> str | None:
-    """The name of the model that the adapter belongs to; None where only this run has it: made here, or grown by a
-    token that its tokenizer lacked.
+    """The name of the model that the adapter belongs to; None where only this run has it: made
+    here, or grown by a token that its tokenizer lacked.
     """
     name = opened.config.model.get("name")
     if name is None:
         return None
     from transformers import AutoConfig
 
-    trust_remote_code = bool(opened.config.model.get("trust_remote_code"))  # only where it was given: see take_over
-    theirs = AutoConfig.from_pretrained(str(Path(name).expanduser()) if str(name).startswith("~") else name,
-                                        trust_remote_code=trust_remote_code)
+    trust_remote_code = bool(
+        opened.config.model.get("trust_remote_code")
+    )  # only where it was given: see take_over
+    theirs = AutoConfig.from_pretrained(
+        str(Path(name).expanduser()) if str(name).startswith("~") else name,
+        trust_remote_code=trust_remote_code,
+    )
     words = opened.model.net.get_input_embeddings().num_embeddings
     return str(name) if theirs.get_text_config().vocab_size == words else None
 
@@ -127,7 +169,9 @@ def _whole(target: Path, opened: Reopened, made: Exported, text: str) -> None:
         temporary.rename(target)
         flush(target.parent)
     except (OSError, SafetensorError) as e:
-        raise ContinualError(f"{target} cannot be written: {e}; see to the space there, or give another out=") from e
+        raise ContinualError(
+            f"{target} cannot be written: {e}; see to the space there, or give another out="
+        ) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -145,7 +189,13 @@ def _write(folder: Path, opened: Reopened, made: Exported) -> None:
     tokenizer.save_pretrained(folder)
     if not made.adapter:
         plain = opened.config.model.get("adapter", "none") == "none"
-        whole = net if plain else net.get_base_model() if hasattr(net, "virtual") else net.merge_and_unload()
+        whole = (
+            net
+            if plain
+            else net.get_base_model()
+            if hasattr(net, "virtual")
+            else net.merge_and_unload()
+        )
         whole.save_pretrained(folder)
         return
     if made.base is None:
@@ -167,7 +217,9 @@ def _beside(folder: Path, opened: Reopened) -> None:
 
 @torch.no_grad()
 def _virtual(folder: Path, model: Model) -> None:
-    """The virtual tokens that stand before every prompt now, of this task and of those before it, as peft's own."""
+    """The virtual tokens that stand before every prompt now, of this task and of those before it,
+    as peft's own.
+    """
     from safetensors.torch import save_file
 
     ids = torch.tensor(model.layout.prefix, device=model.layout.device)
@@ -179,6 +231,8 @@ def _virtual(folder: Path, model: Model) -> None:
 
 
 def _name_base(path: Path, name: str) -> None:
-    """Say which base the adapter belongs to; where it lay when it was loaded means nothing elsewhere."""
+    """Say which base the adapter belongs to; where it lay when it was loaded means nothing
+    elsewhere.
+    """
     told: dict[str, Any] = {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": name}
     write_whole(path, json.dumps(told, indent=2, sort_keys=True) + "\n")

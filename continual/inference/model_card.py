@@ -1,4 +1,5 @@
-"""The model card of what is exported: where it comes from, what it scored, and how it is asked as it was in training.
+"""The model card of what is exported: where it comes from, what it scored, and how it is asked as
+it was in training.
 
 All text in it that comes from files is written so that Markdown and YAML read it as text.
 """
@@ -25,21 +26,38 @@ from continual.results.run_folder import Run
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 CREATIVE = re.compile(r"\bcc[ -]by((?:[ -](?:nc|sa|nd))*)[ -](\d\.\d)\b", re.IGNORECASE)
-PLAIN = {"apache-2.0": r"\bapache[ -]?(license,?)?[ -]?(version )?2\.0\b", "mit": r"\bmit\b", "cc0-1.0": r"\bcc0\b"}
+PLAIN = {
+    "apache-2.0": r"\bapache[ -]?(license,?)?[ -]?(version )?2\.0\b",
+    "mit": r"\bmit\b",
+    "cc0-1.0": r"\bcc0\b",
+}
 OTHER = "other"  # the hub's word for a licence that it has no name for
 
 
-def readme(opened: Reopened, adapter: bool, base: str | None, task: str | None, license: str | None) -> str:
+def readme(
+    opened: Reopened, adapter: bool, base: str | None, task: str | None, license: str | None
+) -> str:
     """The text of README.md: YAML for machines, then Markdown."""
     licences = _licences(opened.config)
-    head = yaml.safe_dump(_head(opened, adapter, base, license, licences), sort_keys=False, allow_unicode=True)
+    head = yaml.safe_dump(
+        _head(opened, adapter, base, license, licences), sort_keys=False, allow_unicode=True
+    )
     names = "+".join(map(str, opened.config.strategy))
-    stage = f"after stage **{plain(opened.now)}**" + (f", for task **{plain(task)}**" if task else "")
-    parts = [f"---\n{head}---", f"# {plain(_title(opened))}",
-             f"Trained by continual with the strategy **{plain(names)}** on the "
-             f"stream **{plain(_stream(opened))}**: this is the model {stage}.",
-             "## How to ask it", *_asking(opened, adapter, base), "## What it scored", *_scores(opened),
-             "## Where it comes from", *_origin(opened, base, license, licences)]
+    stage = f"after stage **{plain(opened.now)}**" + (
+        f", for task **{plain(task)}**" if task else ""
+    )
+    parts = [
+        f"---\n{head}---",
+        f"# {plain(_title(opened))}",
+        f"Trained by continual with the strategy **{plain(names)}** on the "
+        f"stream **{plain(_stream(opened))}**: this is the model {stage}.",
+        "## How to ask it",
+        *_asking(opened, adapter, base),
+        "## What it scored",
+        *_scores(opened),
+        "## Where it comes from",
+        *_origin(opened, base, license, licences),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,8 +75,9 @@ def _stream(opened: Reopened) -> str:
     return told.matrix.stream if isinstance(told, Run) else told.task
 
 
-def _head(opened: Reopened, adapter: bool, base: str | None, license: str | None, licences: dict[str, str]
-          ) -> dict[str, Any]:
+def _head(
+    opened: Reopened, adapter: bool, base: str | None, license: str | None, licences: dict[str, str]
+) -> dict[str, Any]:
     """What the hub and its tools read."""
     seq2seq, data = opened.encoder.seq2seq, _datasets(opened.config)
     name = str(opened.config.model.get("name") or "")
@@ -68,10 +87,13 @@ def _head(opened: Reopened, adapter: bool, base: str | None, license: str | None
         "base_model_relation": ("adapter" if adapter else "finetune") if name else None,
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text2text-generation" if seq2seq else "text-generation",
-        "license": kind, "license_name": "that-of-the-data" if kind == OTHER and not license else None,
+        "license": kind,
+        "license_name": "that-of-the-data" if kind == OTHER and not license else None,
         "datasets": data or None,
         "tags": ["continual-learning", "instruction-tuning", *map(str, opened.config.strategy)],
-        "model-index": [{"name": _title(opened), "results": results}] if (results := list(_results(opened))) else None,
+        "model-index": [{"name": _title(opened), "results": results}]
+        if (results := list(_results(opened)))
+        else None,
     }
     return {key: value for key, value in told.items() if value is not None}
 
@@ -84,15 +106,22 @@ def _results(opened: Reopened) -> Iterator[dict[str, Any]]:
     matrix, row = told.matrix, told.matrix.scores[told.matrix.stages.index(opened.now)]
     for name, score in zip(matrix.tasks, row, strict=True):
         if score is not None:
-            yield {"task": {"type": "text-generation", "name": safe(name)},
-                   "dataset": {"type": safe(matrix.stream), "name": f"{safe(matrix.stream)}: {safe(name)}",
-                               "split": str(opened.config.score.split)},
-                   "metrics": [{"type": safe(matrix.metrics[name]), "value": round(100 * score, 2)}]}
+            yield {
+                "task": {"type": "text-generation", "name": safe(name)},
+                "dataset": {
+                    "type": safe(matrix.stream),
+                    "name": f"{safe(matrix.stream)}: {safe(name)}",
+                    "split": str(opened.config.score.split),
+                },
+                "metrics": [{"type": safe(matrix.metrics[name]), "value": round(100 * score, 2)}],
+            }
 
 
 def _datasets(config: DictConfig) -> list[str]:
     """The hub's datasets that the stream is made of."""
-    entries = [e for e in (config.stream.get("datasets") or {}).values() if isinstance(e, DictConfig)]
+    entries = [
+        e for e in (config.stream.get("datasets") or {}).values() if isinstance(e, DictConfig)
+    ]
     paths = [str(e.get("path")) for e in entries if not e.get("data_files")]
     return sorted({p for p in paths if HUB.fullmatch(p) and not Path(p).exists()})
 
@@ -106,20 +135,31 @@ def _licences(config: DictConfig) -> dict[str, str]:
     try:
         entries = untrusted.json_file(file)["tasks"]
         told = {e["name"]: e.get("licence") or e.get("license") for e in entries}
-    except (DataError, KeyError, TypeError, AttributeError):  # no stream any more: then it tells none
+    except (
+        DataError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # no stream any more: then it tells none
         return {}
     used = config.stream.get("tasks") or told
     return {str(n): lic for n, lic in told.items() if isinstance(lic, str) and n in used}
 
 
 def _identifier(licences: Sequence[str]) -> str | None:
-    """The hub's name of the one licence that all have; `other` where they differ or have none; None of nothing."""
+    """The hub's name of the one licence that all have; `other` where they differ or have none; None
+    of nothing.
+    """
     found = set()
     for text in licences:
         if match := CREATIVE.search(text):
             found.add(f"cc-by{match[1].replace(' ', '-')}-{match[2]}".lower())
         else:
-            found.add(next((n for n, says in PLAIN.items() if re.search(says, text, re.IGNORECASE)), OTHER))
+            found.add(
+                next(
+                    (n for n, says in PLAIN.items() if re.search(says, text, re.IGNORECASE)), OTHER
+                )
+            )
     return found.pop() if len(found) == 1 else OTHER if found else None
 
 
@@ -130,30 +170,47 @@ def _asking(opened: Reopened, adapter: bool, base: str | None) -> list[str]:
     bits = opened.config.model.get("quantize", "none") != "none"
     names = ["AutoTokenizer", kind, *(["BitsAndBytesConfig"] if adapter and bits else [])]
     code = ([f"from peft import {'PeftModel'}"] if adapter else []) + [
-        f"from transformers import {', '.join(sorted(names))}", "", 'folder = "."  # where this card lies',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+        f"from transformers import {', '.join(sorted(names))}",
+        "",
+        'folder = "."  # where this card lies',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
     if adapter:
         where = 'folder + "/base"' if base is None else _literal(base)
         dtype = {"bf16": "bfloat16"}.get(str(opened.config.model.get("dtype")), "float32")
-        more = (', quantization_config=BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-                f'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}")') if bits else ""
+        more = (
+            (
+                ", quantization_config=BitsAndBytesConfig(\n    load_in_4bit=True, "
+                'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+                f'bnb_4bit_compute_dtype="{dtype}")'
+            )
+            if bits
+            else ""
+        )
         code.append(f'base = {kind}.from_pretrained({where}, dtype="{dtype}"{more})')
         code.append("model = PeftModel.from_pretrained(base, folder).eval()")
     else:
         code.append(f"model = {kind}.from_pretrained(folder)")
     joint = _literal(_joint(encoder))
     start = "0" if encoder.seq2seq else 'asked["input_ids"].shape[1]'
-    code += ['instruction, input = "...", "..."  # the input may be empty',
-             f'text = instruction + {joint} + input if input else instruction',
-             "asked = tokenizer.apply_chat_template([{\"role\": \"user\", \"content\": text}], "
-             "add_generation_prompt=True,",
-             "                                      return_tensors=\"pt\", return_dict=True)",
-             "answer = model.generate(**asked, max_new_tokens=64, do_sample=False)",
-             f"print(tokenizer.decode(answer[0, {start}:], skip_special_tokens=True).strip())"]
-    how = ("the tokenizer's own chat template" if encoder.template == CHAT else
-           f"the template `{encoder.template}`, which is saved as the tokenizer's chat template")
-    return [f"It was asked by {how}, one turn at a time, and answered greedily:", "```python\n" + "\n".join(code)
-            + "\n```"]
+    code += [
+        'instruction, input = "...", "..."  # the input may be empty',
+        f"text = instruction + {joint} + input if input else instruction",
+        'asked = tokenizer.apply_chat_template([{"role": "user", "content": text}], '
+        "add_generation_prompt=True,",
+        '                                      return_tensors="pt", return_dict=True)',
+        "answer = model.generate(**asked, max_new_tokens=64, do_sample=False)",
+        f"print(tokenizer.decode(answer[0, {start}:], skip_special_tokens=True).strip())",
+    ]
+    how = (
+        "the tokenizer's own chat template"
+        if encoder.template == CHAT
+        else f"the template `{encoder.template}`, which is saved as the tokenizer's chat template"
+    )
+    return [
+        f"It was asked by {how}, one turn at a time, and answered greedily:",
+        "```python\n" + "\n".join(code) + "\n```",
+    ]
 
 
 def _literal(text: str) -> str:
@@ -170,52 +227,80 @@ def _joint(encoder: Encoder) -> str:
 
 
 def chat_template(encoder: Encoder) -> str:
-    """The Jinja template by which `transformers` writes a conversation as this encoder does, special tokens and all."""
+    """The Jinja template by which `transformers` writes a conversation as this encoder does,
+    special tokens and all.
+    """
     tokenizer = encoder.tokenizer
     before, after = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in encoder.specials)
-    opening, closing = (f"{{{{ {_literal(part)} }}}}" if part else "" for part in (before, after if encoder.seq2seq
-                                                                                   else ""))
+    opening, closing = (
+        f"{{{{ {_literal(part)} }}}}" if part else ""
+        for part in (before, after if encoder.seq2seq else "")
+    )
     if encoder.template == CHAT:
         return f"{opening}{_led(tokenizer)}{closing}"
     t = TEMPLATES[encoder.template]
     head, _, tail = t.asked.partition("{instruction}")
     end = _literal(tokenizer.eos_token or "")
-    user = f"{{{{ ({_literal(t.between)} if at.begun else '') + {_literal(head)} + at.system + m['content'] + "\
-           f"{_literal(tail)} }}}}"
-    return (f"{opening}{{% set at = namespace(system='', begun=false) %}}{{% for m in messages %}}"
-            "{% if m['role'] == 'system' %}{% set at.system = m['content'] + '\\n' %}"
-            f"{{% elif m['role'] == 'user' %}}{user}{{% set at.system = '' %}}{{% set at.begun = true %}}"
-            f"{{% else %}}{{{{ {_literal(t.lead)} + m['content'] + {end} }}}}{{% set at.begun = true %}}"
-            f"{{% endif %}}{{% endfor %}}{closing}")
+    user = (
+        f"{{{{ ({_literal(t.between)} if at.begun else '') + {_literal(head)} + at.system + "
+        f"m['content'] + {_literal(tail)} }}}}"
+    )
+    return (
+        f"{opening}{{% set at = namespace(system='', begun=false) %}}{{% for m in messages "
+        f"%}}{{% if m['role'] == 'system' %}}{{% set at.system = m['content'] + '\\n' %}}{{% "
+        f"elif m['role'] == 'user' %}}{user}{{% set at.system = '' %}}{{% set at.begun = true "
+        f"%}}{{% else %}}{{{{ {_literal(t.lead)} + m['content'] + {end} }}}}{{% set at.begun = "
+        f"true %}}{{% endif %}}{{% endfor %}}{closing}"
+    )
 
 
 def _led(tokenizer: Any) -> str:
-    """The tokenizer's own chat template, whose generation prompt ends with all that it writes before any answer."""
+    """The tokenizer's own chat template, whose generation prompt ends with all that it writes
+    before any answer.
+    """
     turns = [{"role": "user", "content": "a"}]
     asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     told, more = str(tokenizer.chat_template), lead(turns, asked, tokenizer)
     if not more:
         return told
     more = _literal(more)
-    return (f"{{% set written %}}{told}{{% endset %}}{{{{ written }}}}"
-            f"{{% if add_generation_prompt and not written.endswith({more}) %}}{{{{ {more} }}}}{{% endif %}}")
+    return (
+        f"{{% set written %}}{told}{{% endset %}}{{{{ written }}}}{{% if add_generation_prompt "
+        f"and not written.endswith({more}) %}}{{{{ {more} }}}}{{% endif %}}"
+    )
 
 
 def _scores(opened: Reopened) -> list[str]:
     """The retained-task matrix with its summaries, or the curve of an adaptation."""
     told = opened.source.told
     if isinstance(told, Curve):
-        return [f"{plain(told.metric)} in percent on {plain(told.task)}, started from {plain(told.start)}:",
-                _table(["examples \\ steps", *map(str, told.steps)], [
-                    [str(n), *(percent(dict(told.of(n)).get(step)) for step in told.steps)] for n in told.shots])]
+        return [
+            f"{plain(told.metric)} in percent on {plain(told.task)}, started from "
+            f"{plain(told.start)}:",
+            _table(
+                ["examples \\ steps", *map(str, told.steps)],
+                [
+                    [str(n), *(percent(dict(told.of(n)).get(step)) for step in told.steps)]
+                    for n in told.shots
+                ],
+            ),
+        ]
     matrix = told.matrix
     heads = ["after stage", *(f"{name} ({matrix.metrics[name]})" for name in matrix.tasks)]
-    rows = [[f"{stage} (this model)" if stage == opened.now else stage, *map(percent, row)]
-            for stage, row in zip(matrix.stages, matrix.scores, strict=True)]
-    summary = [f"{name.replace('_', ' ')} {percent(value)}" for name, value in matrix.summary().items()
-               if value is not None]
-    return ["Percent, on each task after each stage of the run:", _table(heads, rows),
-            *([f"Of the whole run: {', '.join(summary)}."] if summary else [])]
+    rows = [
+        [f"{stage} (this model)" if stage == opened.now else stage, *map(percent, row)]
+        for stage, row in zip(matrix.stages, matrix.scores, strict=True)
+    ]
+    summary = [
+        f"{name.replace('_', ' ')} {percent(value)}"
+        for name, value in matrix.summary().items()
+        if value is not None
+    ]
+    return [
+        "Percent, on each task after each stage of the run:",
+        _table(heads, rows),
+        *([f"Of the whole run: {', '.join(summary)}."] if summary else []),
+    ]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -224,19 +309,30 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _origin(opened: Reopened, base: str | None, license: str | None, licences: dict[str, str]) -> list[str]:
+def _origin(
+    opened: Reopened, base: str | None, license: str | None, licences: dict[str, str]
+) -> list[str]:
     """Base, data and licences, in words."""
     config, name = opened.config, opened.config.model.get("name")
-    made = "a small model made by continual for this stream" if name is None else f"{plain(name)}, whose own licence " \
-        "and terms hold here too"
-    told = [f"* base: {made}",
-            f"* adapter: {plain(config.model.get('adapter', 'none'))}; precision {plain(config.train.precision)}; "
-            f"at most {plain(opened.encoder.limit)} tokens of prompt and answer; seed {plain(config.seed)}",
-            f"* tasks, in the order of the matrix: {', '.join(map(plain, opened.source.tasks))}"]
+    made = (
+        "a small model made by continual for this stream"
+        if name is None
+        else f"{plain(name)}, whose own licence and terms hold here too"
+    )
+    told = [
+        f"* base: {made}",
+        f"* adapter: {plain(config.model.get('adapter', 'none'))}; precision "
+        f"{plain(config.train.precision)}; at most {plain(opened.encoder.limit)} tokens of "
+        f"prompt and answer; seed {plain(config.seed)}",
+        f"* tasks, in the order of the matrix: {', '.join(map(plain, opened.source.tasks))}",
+    ]
     told += [f"* the data of {plain(task)}: {plain(says)}" for task, says in licences.items()]
     silent = [plain(t) for t in opened.source.tasks if t not in licences]
     if licences and silent:
         told.append(f"* of these tasks the stream tells no licence: {', '.join(silent)}")
     if license is None and not licences:
-        told.append("* neither the stream nor a key gives a licence: whoever publishes this model has to choose one")
+        told.append(
+            "* neither the stream nor a key gives a licence: whoever publishes this model has to "
+            "choose one"
+        )
     return ["\n".join(told)]

@@ -1,6 +1,8 @@
-"""A run's model as it was after any of its stages, from the run's folder; the folder may be anyone's.
+"""A run's model as it was after any of its stages, from the run's folder; the folder may be
+anyone's.
 
-Only what continual itself or an installed package brings along is built from it: see `adapt.take_over`.
+Only what continual itself or an installed package brings along is built from it: see
+`adapt.take_over`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ ADAPTED = "adapted"  # the one stage of an adaptation
 
 @dataclass(frozen=True)
 class Source:
-    """What a folder tells before any weights are read: its stages, each with where its weights are (None: the base)."""
+    """What a folder tells before any weights are read: its stages, each with where its weights are
+    (None: the base).
+    """
 
     path: Path
     told: Run | Curve
@@ -42,14 +46,22 @@ class Source:
         """Of a run or an adaptation; raises MissingError or DataError for any other folder."""
         what = kind(path)
         if what == "comparison":
-            raise MissingError(f"{path} holds several runs, and one is expected; name one of "
-                               f"{listed(sorted(str(p.parent) for p in path.glob('*/matrix.json')), 5)}")
+            raise MissingError(
+                f"{path} holds several runs, and one is expected; name one of "
+                f"{listed(sorted(str(p.parent) for p in path.glob('*/matrix.json')), 5)}"
+            )
         if what == "adapt":
             return cls(path, Curve.read(path), {ADAPTED: path / "model"})
         run = Run.read(path)
         numbers = {name: run.number(name) for name in run.matrix.stages}
-        return cls(path, run, {name: path / "checkpoints" / f"stage-{n:02d}" if n else None
-                               for name, n in numbers.items()})
+        return cls(
+            path,
+            run,
+            {
+                name: path / "checkpoints" / f"stage-{n:02d}" if n else None
+                for name, n in numbers.items()
+            },
+        )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -67,20 +79,28 @@ class Source:
         return list(self.stages)[-1]
 
     def stage(self, asked: str | None) -> str:
-        """A stage by its name, its number, or None, the end of a finished run; raises ConfigError, or MissingError
-        where its weights were not kept.
+        """A stage by its name, its number, or None, the end of a finished run; raises ConfigError,
+        or MissingError where its weights were not kept.
         """
         if asked is None:
             if not self.whole:
-                raise ConfigError(f"{self.path} is not finished, and has no last stage yet; finish it, or name a stage "
-                                  f"that it has: {listed(list(self.stages))}")
+                raise ConfigError(
+                    f"{self.path} is not finished, and has no last stage yet; finish it, or name "
+                    f"a stage that it has: {listed(list(self.stages))}"
+                )
             asked = self.newest
-        numbers = {str(n): name for n, name in enumerate(self.stages)} if isinstance(self.told, Run) else {}
+        numbers = (
+            {str(n): name for n, name in enumerate(self.stages)}
+            if isinstance(self.told, Run)
+            else {}
+        )
         if (name := asked if asked in self.stages else numbers.get(asked)) is None:
             raise ConfigError(unknown("stage", asked, self.stages))
         if (folder := self.stages[name]) and not folder.is_dir():
-            raise MissingError(f"{folder}: the weights after stage {name!r} are not there (checkpoint.keep=N keeps the "
-                               f"newest N only); choose of {listed(self.kept)}")
+            raise MissingError(
+                f"{folder}: the weights after stage {name!r} are not there (checkpoint.keep=N "
+                f"keeps the newest N only); choose of {listed(self.kept)}"
+            )
         return name
 
     @property
@@ -91,7 +111,9 @@ class Source:
 
 @dataclass
 class Reopened:
-    """The model of a `source` as it was after stage `now`; `strategy` chooses its weights by task or by prompt."""
+    """The model of a `source` as it was after stage `now`; `strategy` chooses its weights by task
+    or by prompt.
+    """
 
     source: Source
     config: DictConfig
@@ -102,7 +124,9 @@ class Reopened:
     base: Weights = field(default_factory=dict)
 
     def at(self, stage: str) -> None:
-        """Give the model what it had after this stage; raises DataError where its files are damaged."""
+        """Give the model what it had after this stage; raises DataError where its files are
+        damaged.
+        """
         if stage == self.now:
             return
         folder = self.source.stages[stage]
@@ -115,10 +139,14 @@ class Reopened:
         self.now = stage
 
     def ready(self, task: str | None) -> None:
-        """Choose the weights for a task, where the strategy does; raises ConfigError where it needs one."""
+        """Choose the weights for a task, where the strategy does; raises ConfigError where it needs
+        one.
+        """
         if task is None and self.by_task:
-            raise ConfigError(f"the strategy {'+'.join(map(str, self.config.strategy))} has other weights for each "
-                              f"task, and none is named; choose of {listed(self.source.tasks)}")
+            raise ConfigError(
+                f"the strategy {'+'.join(map(str, self.config.strategy))} has other weights for "
+                f"each task, and none is named; choose of {listed(self.source.tasks)}"
+            )
         self.strategy.route(self.model, task or "")
 
     @property
@@ -135,45 +163,68 @@ class Reopened:
 def reopen(source: Source, config: DictConfig) -> Reopened:
     """Build the model that the folder's config.yaml names, before its first stage, or adapted.
 
-    `config` is that of `continual run`: the device is its own, and whether a model's own code may run. Raises as
-    `adapt.take_over` does, and ConfigError for a strategy or stream that is none of continual's or of an installed
-    package's.
+    `config` is that of `continual run`: the device is its own, and whether a model's own code may
+    run. Raises as `adapt.take_over` does, and ConfigError for a strategy or stream that is none of
+    continual's or of an installed package's.
     """
     path = source.path / "config.yaml"
     if not path.is_file():
-        raise MissingError(f"{path}: there is no such file, and it says which model this is; restore it")
+        raise MissingError(
+            f"{path}: there is no such file, and it says which model this is; restore it"
+        )
     take_over(config, path)
     _take_over_answers(config, path)
     adapted = not isinstance(source.told, Run)
     if adapted and config.model.get("adapter", "none") == "none":
         with open_dict(config):
-            config.model = {"_target_": "continual.models.loading.hf", "name": str((source.path / "model").absolute()),
-                            "dtype": config.model.get("dtype", "fp32"),
-                            "trust_remote_code": config.model.get("trust_remote_code", False)}
+            config.model = {
+                "_target_": "continual.models.loading.hf",
+                "name": str((source.path / "model").absolute()),
+                "dtype": config.model.get("dtype", "fp32"),
+                "trust_remote_code": config.model.get("trust_remote_code", False),
+            }
     model = build.model(config, None)
     model.net.eval()
     model.bf16 = _precision(config, source.path) == "bf16"
     if adapted and config.model.get("adapter", "none") != "none":
         _load_adapter(model, source.path / "model")
-    return Reopened(source, config, model, build.encoder(config, model), _chooser(config),
-                    ADAPTED if adapted else BASE)
+    return Reopened(
+        source,
+        config,
+        model,
+        build.encoder(config, model),
+        _chooser(config),
+        ADAPTED if adapted else BASE,
+    )
 
 
 def _take_over_answers(config: DictConfig, path: Path) -> None:
     """Give `config` the keys of the run that its answers depend on, beside model and data."""
     theirs = read_config(path)
-    parts = [key for key in ("strategy", "stream", "train", "score") if not isinstance(theirs.get(key), DictConfig)]
+    parts = [
+        key
+        for key in ("strategy", "stream", "train", "score")
+        if not isinstance(theirs.get(key), DictConfig)
+    ]
     if parts:
-        raise DataError(f"{path} has no keys of {', '.join(parts)}, and expected are those of a run; give a folder "
-                        "made by continual run")
+        raise DataError(
+            f"{path} has no keys of {', '.join(parts)}, and expected are those of a run; give a "
+            "folder made by continual run"
+        )
     wrong = foreign(theirs, path)
     if str(theirs.stream.get("_target_")) not in instantiate.registry("stream"):
-        wrong.append(f"{path} asks for stream._target_={brief(theirs.stream.get('_target_'))}, which is not one of "
-                     "continual's; only those are built from a run folder")
+        wrong.append(
+            f"{path} asks for stream._target_={brief(theirs.stream.get('_target_'))}, which is "
+            "not one of continual's; only those are built from a run folder"
+        )
     if wrong:
         raise ConfigError(gathered(wrong))
     with open_dict(config):
-        config.strategy, config.stream, config.seed = theirs.strategy, theirs.stream, theirs.get("seed", 0)
+        config.strategy, config.stream, config.seed = (
+            theirs.strategy,
+            theirs.stream,
+            theirs.get("seed", 0),
+        )
         config.score = {**config.score, **theirs.score}
         config.train.precision = theirs.train.get("precision", "fp32")
     validate.check(config)
@@ -188,7 +239,8 @@ def _precision(config: DictConfig, path: Path) -> Any:
 
 
 def _chooser(config: DictConfig) -> Strategy:
-    """The parts of the strategy that choose weights by task or prompt, with nothing learned yet; the rest only trains.
+    """The parts of the strategy that choose weights by task or prompt, with nothing learned yet;
+    the rest only trains.
     """
     with open_dict(config):
         parts = config.copy()
@@ -204,11 +256,15 @@ def _load_adapter(model: Model, folder: Path) -> None:
 
     file = folder / "adapter_model.safetensors"
     try:
-        fits = peft.set_peft_model_state_dict(model.net, load_file(file, device=str(model.layout.device)))
+        fits = peft.set_peft_model_state_dict(
+            model.net, load_file(file, device=str(model.layout.device))
+        )
         if fits is not None and fits.unexpected_keys:
             raise KeyError(fits.unexpected_keys[0])
     except FileNotFoundError as e:
         raise MissingError(f"{file}: there is no such adapter; adapt again, or restore it") from e
     except (SafetensorError, RuntimeError, KeyError, ValueError) as e:
-        raise DataError(f"{file} is damaged, or of another adapter than config.yaml names ({brief(str(e))}); adapt "
-                        "again, or restore it") from e
+        raise DataError(
+            f"{file} is damaged, or of another adapter than config.yaml names ({brief(str(e))}); "
+            "adapt again, or restore it"
+        ) from e

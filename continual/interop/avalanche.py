@@ -1,8 +1,10 @@
-"""What Avalanche is shown of us: examples as tensors, a model as a module, a stream as a benchmark of experiences.
+"""What Avalanche is shown of us: examples as tensors, a model as a module, a stream as a benchmark
+of experiences.
 
-Shapes: E examples, T positions, S response positions, V vocabulary. What Avalanche calls a pattern is an example:
-x (E, 2, T) holds its token ids and what each is, y (E, T) the ids to be predicted, t (E,) its task's index. The model
-gives logits (S, V) for x, and the criterion takes their targets out of y.
+Shapes: E examples, T positions, S response positions, V vocabulary. What Avalanche calls a pattern
+is an example: x (E, 2, T) holds its token ids and what each is, y (E, T) the ids to be predicted, t
+(E,) its task's index. The model gives logits (S, V) for x, and the criterion takes their targets
+out of y.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ SEQUENCES: Mapping[str, Any] = {"list": list, "tuple": tuple, "set": set}
 def tensors(examples: Sequence[Encoded], causal: bool, longest: int = 0) -> list[Tensor]:
     """[x (E, 2, T), y (E, T), t (E,)] of examples, padded to the longest of them, or to `longest`."""
     width = max([longest, *(len(e.ids) for e in examples)])
-    x, y = torch.zeros(len(examples), 2, width, dtype=torch.long), torch.full((len(examples), width), NONE)
+    x, y = (
+        torch.zeros(len(examples), 2, width, dtype=torch.long),
+        torch.full((len(examples), width), NONE),
+    )
     for i, e in enumerate(examples):
         ids, response = torch.tensor(e.ids), torch.tensor(e.response)
         x[i, 0, : len(ids)], x[i, 1, : len(ids)] = ids, torch.where(response, RESPONSE, PROMPT)
@@ -45,12 +50,18 @@ def tensors(examples: Sequence[Encoded], causal: bool, longest: int = 0) -> list
 
 def examples(x: Tensor) -> list[Encoded]:
     """The examples that x (E, 2, T) holds."""
-    return [Encoded(str(i), 0, tuple(ids[kind > 0].tolist()), tuple((kind[kind > 0] == RESPONSE).tolist()))
-            for i, (ids, kind) in enumerate(x)]
+    return [
+        Encoded(
+            str(i), 0, tuple(ids[kind > 0].tolist()), tuple((kind[kind > 0] == RESPONSE).tolist())
+        )
+        for i, (ids, kind) in enumerate(x)
+    ]
 
 
 class Shown(Module):
-    """A model as Avalanche sees one: x (E, 2, T) to logits (S, V), and trainable parameters alone, by our names."""
+    """A model as Avalanche sees one: x (E, 2, T) to logits (S, V), and trainable parameters alone,
+    by our names.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -60,8 +71,9 @@ class Shown(Module):
         """The logits that predict the responses, example after example."""
         return forward(self.model, numbered(self.model, examples(x)))
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-                         ) -> Iterator[tuple[str, Parameter]]:
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Parameter]]:
         """What is trained, under the names that checkpoints have."""
         yield from ((n, w) for n, w in weights(self.model).items() if isinstance(w, Parameter))
 
@@ -82,7 +94,9 @@ class Criterion(CrossEntropyLoss):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Examples as a data set for torch's loaders; `flat` leaves of y the targets alone, as Avalanche's metrics need."""
+    """Examples as a data set for torch's loaders; `flat` leaves of y the targets alone, as
+    Avalanche's metrics need.
+    """
 
     examples: Sequence[Encoded]
     causal: bool
@@ -106,23 +120,33 @@ class Rows:
 
 
 def benchmark(stream: Stream, encoder: Encoder, split: str = "test") -> Any:
-    """An Avalanche benchmark: an experience a stage in `train_stream`, an experience a task in `test_stream`.
+    """An Avalanche benchmark: an experience a stage in `train_stream`, an experience a task in
+    `test_stream`.
 
-    Its strategies take Shown(model) as their model and Criterion() as their criterion; accuracies are those of single
-    tokens after the right ones. Raises DataError for a row that cannot be learned.
+    Its strategies take Shown(model) as their model and Criterion() as their criterion; accuracies
+    are those of single tokens after the right ones. Raises DataError for a row that cannot be
+    learned.
     """
     index = columns(stream)
 
     def rows(task: Task[Example], part: str) -> Sequence[Encoded]:
         return encoder.all(task.split(part), lambda e: encoder.train(e, index[e.task]))
 
-    return experiences(not encoder.seq2seq, train=[rows(s, "train") for s in stream.stages],
-                       test=[rows(t, split) for t in stream.tasks])
+    return experiences(
+        not encoder.seq2seq,
+        train=[rows(s, "train") for s in stream.stages],
+        test=[rows(t, split) for t in stream.tasks],
+    )
 
 
 def experiences(causal: bool, **streams: Sequence[Sequence[Encoded]]) -> Any:
-    """An Avalanche benchmark of these streams, each of some experiences' examples; their tasks are task labels."""
-    dataset, attribute = the("benchmarks.utils.AvalancheDataset"), the("benchmarks.utils.DataAttribute")
+    """An Avalanche benchmark of these streams, each of some experiences' examples; their tasks are
+    task labels.
+    """
+    dataset, attribute = (
+        the("benchmarks.utils.AvalancheDataset"),
+        the("benchmarks.utils.DataAttribute"),
+    )
 
     def experience(examples: Sequence[Encoded]) -> Any:
         rows = Rows(examples, causal, flat=True)
@@ -137,15 +161,20 @@ def experiences(causal: bool, **streams: Sequence[Sequence[Encoded]]) -> Any:
 def the(path: str) -> Any:
     """Something of Avalanche's; raises ConfigError where it is not installed."""
     try:
-        # It makes a logger where it is imported, and refuses that to all of several processes but the first.
+        # It makes a logger where it is imported, and refuses that to all of several processes but
+        # the first.
         with patch("torch.distributed.is_initialized", lambda: False):
             return get_object(f"avalanche.{path}")
     except ImportError as e:
-        raise ConfigError(f"strategy=avalanche needs Avalanche ({e}); install the extra avalanche-lib") from e
+        raise ConfigError(
+            f"strategy=avalanche needs Avalanche ({e}); install the extra avalanche-lib"
+        ) from e
 
 
 def apart(value: Any, live: Iterable[Tensor]) -> Any:
-    """The value with copies of tensors that share their memory with `live` ones; dicts, lists, ParamData in place."""
+    """The value with copies of tensors that share their memory with `live` ones; dicts, lists,
+    ParamData in place.
+    """
     return _apart(value, {t.untyped_storage().data_ptr() for t in live})
 
 
@@ -164,21 +193,33 @@ def _apart(value: Any, taken: set[int]) -> Any:
 
 
 def kept(value: Any, name: str) -> Any:
-    """What a plugin keeps under this name, as values of a checkpoint; raises ConfigError for what none can hold."""
+    """What a plugin keeps under this name, as values of a checkpoint; raises ConfigError for what
+    none can hold.
+    """
     kind = "dict" if isinstance(value, dict) else type(value).__name__
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
         return {"kind": "Tensor", "data": value.detach(), "device": str(value.device)}
     if isinstance(value, the("training.utils.ParamData")):
-        return {"kind": kind, "name": value.name, "data": value.data.detach(), "device": str(value.data.device)}
+        return {
+            "kind": kind,
+            "name": value.name,
+            "data": value.data.detach(),
+            "device": str(value.data.device),
+        }
     if kind == "dict":
-        return {"kind": kind, "items": [[kept(k, name), kept(v, f"{name}.{k}")] for k, v in value.items()]}
+        return {
+            "kind": kind,
+            "items": [[kept(k, name), kept(v, f"{name}.{k}")] for k, v in value.items()],
+        }
     if kind in SEQUENCES:
         items = sorted(value, key=repr) if kind == "set" else value
         return {"kind": kind, "items": [kept(v, f"{name}[{i}]") for i, v in enumerate(items)]}
-    raise ConfigError(f"{name} is a {kind}, which no checkpoint can hold, and so a run could not go on with it; a "
-                      "plugin may keep tensors, ParamData, numbers and texts, in lists, sets and dicts")
+    raise ConfigError(
+        f"{name} is a {kind}, which no checkpoint can hold, and so a run could not go on with "
+        "it; a plugin may keep tensors, ParamData, numbers and texts, in lists, sets and dicts"
+    )
 
 
 def again(value: Any) -> Any:
@@ -190,5 +231,8 @@ def again(value: Any) -> Any:
     if value["kind"] == "dict":
         return {again(k): again(v) for k, v in value["items"]}
     data = value["data"].to(value["device"])
-    return data if value["kind"] == "Tensor" else the("training.utils.ParamData")(
-        value["name"], init_tensor=data, device=data.device)
+    return (
+        data
+        if value["kind"] == "Tensor"
+        else the("training.utils.ParamData")(value["name"], init_tensor=data, device=data.device)
+    )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes | str) -> Path:
-    """Put `content` at `path`, flushed to disk before the rename, and make its folder where there is none.
+    """Put `content` at `path`, flushed to disk before the rename, and make its folder where there
+    is none.
 
     Whenever the process dies, the whole old file is there or the whole new one; returns `path`.
     """

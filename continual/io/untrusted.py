@@ -1,4 +1,6 @@
-"""Files that others wrote, read with care: only a DataError comes out of any bytes, and nothing is evaluated."""
+"""Files that others wrote, read with care: only a DataError comes out of any bytes, and nothing is
+evaluated.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,17 @@ HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half of a surr
 
 
 def parse(raw: bytes, where: str, *, line: bool = False) -> Any:
-    """The JSON value of these bytes; DataError says where it ends to be one, by line and column unless it is a `line`.
+    """The JSON value of these bytes; DataError says where it ends to be one, by line and column
+    unless it is a `line`.
 
-    Text that no one can write down (half of a surrogate pair) and a key that stands twice are refused as well.
+    Text that no one can write down (half of a surrogate pair) and a key that stands twice are
+    refused as well.
     """
-    whole = "one whole object a line; mend or remove the line" if line else (
-        "one object; mend it there, or restore the file")
+    whole = (
+        "one whole object a line; mend or remove the line"
+        if line
+        else ("one object; mend it there, or restore the file")
+    )
     try:
         text = (raw.rstrip(b"\r\n") if line else raw).decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_once)
@@ -34,19 +41,27 @@ def parse(raw: bytes, where: str, *, line: bool = False) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except UnicodeEncodeError as e:
-        raise DataError(f"{where}: found half of a surrogate pair ({e.object[e.start]!r}), expected characters; write "
-                        "the whole pair or remove it") from e
+        raise DataError(
+            f"{where}: found half of a surrogate pair ({e.object[e.start]!r}), expected "
+            "characters; write the whole pair or remove it"
+        ) from e
     except UnicodeDecodeError as e:
-        raise DataError(f"{where}:{_place(raw, e.start, line)}: found the byte 0x{raw[e.start]:02x}, expected UTF-8; "
-                        "save the file as UTF-8") from e
+        raise DataError(
+            f"{where}:{_place(raw, e.start, line)}: found the byte 0x{raw[e.start]:02x}, "
+            "expected UTF-8; save the file as UTF-8"
+        ) from e
     except json.JSONDecodeError as e:
         place = f"{e.colno}" if line else f"{e.lineno}:{e.colno}"
         raise DataError(f"{where}:{place}: found broken JSON ({e.msg}), expected {whole}") from e
     except RecursionError as e:
-        raise DataError(f"{where}: found hundreds of brackets within one another, expected {whole}") from e
+        raise DataError(
+            f"{where}: found hundreds of brackets within one another, expected {whole}"
+        ) from e
     except _Twice as e:
-        raise DataError(f"{where}: found the key {e.args[0]!r} twice in one object, expected each once; remove one"
-                        ) from e
+        raise DataError(
+            f"{where}: found the key {e.args[0]!r} twice in one object, expected each once; "
+            "remove one"
+        ) from e
     except ValueError as e:  # Python reads no whole number of more than 4,300 digits
         raise DataError(f"{where}: found a number of thousands of digits, expected {whole}") from e
 
@@ -71,12 +86,19 @@ def _place(raw: bytes, at: int, line: bool) -> str:
 
 
 def contents(path: Path) -> bytes:
-    """The bytes of a file that is held whole; raises DataError where it is no file, or more than any of ours."""
+    """The bytes of a file that is held whole; raises DataError where it is no file, or more than
+    any of ours.
+    """
     told = path.stat()
     if not stat.S_ISREG(told.st_mode):  # a pipe would be waited for
-        raise DataError(f"{path}: found no regular file, expected one; remove it, and restore the file")
+        raise DataError(
+            f"{path}: found no regular file, expected one; remove it, and restore the file"
+        )
     if told.st_size > LARGEST:  # not read(LARGEST + 1), which takes that much memory at once
-        raise DataError(f"{path}: found more than {LARGEST >> 20} MiB, expected a file that can be held; restore it")
+        raise DataError(
+            f"{path}: found more than {LARGEST >> 20} MiB, expected a file that can be held; "
+            "restore it"
+        )
     return path.read_bytes()
 
 
@@ -85,8 +107,12 @@ def json_file(path: Path) -> Any:
     return parse(contents(path), str(path))
 
 
-def schema_file(path: Path, what: str, mend: str, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """The JSON object of schema 1 that a file holds; raises DataError where it is not, or where `check` fails."""
+def schema_file(
+    path: Path, what: str, mend: str, check: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """The JSON object of schema 1 that a file holds; raises DataError where it is not, or where
+    `check` fails.
+    """
     told: dict[str, Any] = json_file(path)
     try:
         if told["schema"] != 1:
@@ -103,12 +129,15 @@ def text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise DataError(f"{path}:{_place(raw, e.start, False)}: found the byte 0x{raw[e.start]:02x}, expected UTF-8; "
-                        "save the file as UTF-8, or restore it") from e
+        raise DataError(
+            f"{path}:{_place(raw, e.start, False)}: found the byte 0x{raw[e.start]:02x}, "
+            "expected UTF-8; save the file as UTF-8, or restore it"
+        ) from e
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, with its number from 1; parted where a line feed stands, and nowhere else.
+    """Each line that is not blank, with its number from 1; parted where a line feed stands, and
+    nowhere else.
 
     Raises DataError for a line that is too long to be a row.
     """
@@ -117,15 +146,19 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
         while raw := file.readline(LONGEST + 1):
             number += 1
             if len(raw) > LONGEST:
-                raise DataError(f"{path}:{number}: found a line of more than {LONGEST >> 20} MiB, expected one JSON "
-                                "object a line; part it by line feeds")
+                raise DataError(
+                    f"{path}:{number}: found a line of more than {LONGEST >> 20} MiB, expected "
+                    "one JSON object a line; part it by line feeds"
+                )
             bare = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if bare.strip():
                 yield number, bare
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML of plain values: no tag, no anchor that a few lines could unfold to fill the memory, each key once."""
+    """YAML of plain values: no tag, no anchor that a few lines could unfold to fill the memory,
+    each key once.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse what `OmegaConf.to_yaml` never writes."""
@@ -142,12 +175,17 @@ class _Plain(yaml.SafeLoader):
         return made
 
 
-_Plain.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
-                             list("-+0123456789"))  # 1e-3, which YAML 1.1 takes for text and OmegaConf for a number
+_Plain.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)  # 1e-3, which YAML 1.1 takes for text and OmegaConf for a number
 
 
 def yaml_mapping(path: Path) -> dict[str, Any]:
-    """The plain values of a YAML file, a mapping; nothing in it is called, resolved or unfolded. Raises DataError."""
+    """The plain values of a YAML file, a mapping; nothing in it is called, resolved or unfolded.
+    Raises DataError.
+    """
     told = text(path)
     try:
         loader = _Plain(told)
@@ -157,35 +195,53 @@ def yaml_mapping(path: Path) -> dict[str, Any]:
         return made
     except yaml.MarkedYAMLError as e:
         line = f" on line {e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise DataError(f"{path} cannot be read: found {e.problem}{line}, expected plain keys and values; restore it, "
-                        "or give another folder") from e
+        raise DataError(
+            f"{path} cannot be read: found {e.problem}{line}, expected plain keys and values; "
+            "restore it, or give another folder"
+        ) from e
     except RecursionError as e:
-        raise DataError(f"{path} cannot be read: found hundreds of brackets within one another; restore it, or give "
-                        "another folder") from e
+        raise DataError(
+            f"{path} cannot be read: found hundreds of brackets within one another; restore it, "
+            "or give another folder"
+        ) from e
     except (yaml.YAMLError, ValueError, OverflowError, TypeError) as e:
-        raise DataError(f"{path} cannot be read: {str(e).splitlines()[0]}; restore it, or give another folder") from e
+        raise DataError(
+            f"{path} cannot be read: {str(e).splitlines()[0]}; restore it, or give another folder"
+        ) from e
 
 
 def inside(path: Path, root: Path) -> bool:
-    """Whether a path, its links followed, lies in this folder; names that no file can have lie nowhere."""
+    """Whether a path, its links followed, lies in this folder; names that no file can have lie
+    nowhere.
+    """
     try:
         path.exists()  # a name too long is told here
         return path.resolve().is_relative_to(root.resolve())
-    except (OSError, ValueError, RuntimeError):  # a name too long or with a NUL, links that go in a circle
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # a name too long or with a NUL, links that go in a circle
         return False
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise DataError naming the symbolic links in a folder that lead out of it: through them others' files would be
-    read, or written.
+    """Raise DataError naming the symbolic links in a folder that lead out of it: through them
+    others' files would be read, or written.
     """
-    out = [f"{path} is a link to {os.readlink(path)}, outside of {folder}; put the file itself there, or remove it"
-           for at, folders, files in os.walk(folder) for path in (Path(at, name) for name in (*folders, *files))
-           if path.is_symlink() and not inside(path, folder)]
+    out = [
+        f"{path} is a link to {os.readlink(path)}, outside of {folder}; put the file itself "
+        "there, or remove it"
+        for at, folders, files in os.walk(folder)
+        for path in (Path(at, name) for name in (*folders, *files))
+        if path.is_symlink() and not inside(path, folder)
+    ]
     if out:
         raise DataError(gathered(sorted(out)))
 
 
 def is_number(value: object, least: float = -1e15, most: float = 1e15) -> bool:
-    """Whether a JSON value is a number that can be counted, drawn and written: finite, and of a size that means it."""
+    """Whether a JSON value is a number that can be counted, drawn and written: finite, and of a
+    size that means it.
+    """
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most

@@ -1,4 +1,6 @@
-"""Answers: prompts are read as one flat row, what they share once, and answers that end leave the batch."""
+"""Answers: prompts are read as one flat row, what they share once, and answers that end leave the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,13 @@ from continual.packing.attention import flat_attention
 from continual.packing.kv_cache import Cache, Taken, cached
 from continual.packing.layout import behind
 
-CPU_PASS = 1024  # tokens: what a longer pass computes falls out of a CPU's caches, and takes longer for it
+CPU_PASS = (
+    1024  # tokens: what a longer pass computes falls out of a CPU's caches, and takes longer for it
+)
 
 
-# Chooses the next tokens (B,) by the logits (B, V) behind the prompts of these indices, for the so manieth time.
+# Chooses the next tokens (B,) by the logits (B, V) behind the prompts of these indices, for the so
+# manieth time.
 Pick = Callable[[Tensor, Sequence[int], int], Tensor]
 
 
@@ -27,10 +32,12 @@ def likeliest(logits: Tensor, prompts: Sequence[int], step: int) -> Tensor:
 
 
 def sampled(top_k: int, draws: Tensor) -> Pick:
-    """Sampling from the `top_k` likeliest tokens, by numbers in [0, 1) for each prompt and step, (prompts, room).
+    """Sampling from the `top_k` likeliest tokens, by numbers in [0, 1) for each prompt and step,
+    (prompts, room).
 
     What one prompt is given does not depend on the others.
     """
+
     def pick(logits: Tensor, prompts: Sequence[int], step: int) -> Tensor:
         best, tokens = logits.double().topk(min(top_k, logits.shape[-1]))
         up_to = best.softmax(-1).cumsum(-1)
@@ -41,18 +48,30 @@ def sampled(top_k: int, draws: Tensor) -> Pick:
     return pick
 
 
-def answer(model: Model, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int) -> list[str]:
-    """Greedy answers, each up to the end-of-sequence token; at most `batch_size` prompts are answered together."""
+def answer(
+    model: Model, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Greedy answers, each up to the end-of-sequence token; at most `batch_size` prompts are
+    answered together.
+    """
     ids = complete(model, prompts, max_new_tokens, batch_size, model.tokenizer.eos_token_id)
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 @torch.no_grad()
-def complete(model: Model, prompts: Sequence[Encoded], room: int, batch_size: int, end: int,
-             pick: Pick = likeliest) -> list[list[int]]:
+def complete(
+    model: Model,
+    prompts: Sequence[Encoded],
+    room: int,
+    batch_size: int,
+    end: int,
+    pick: Pick = likeliest,
+) -> list[list[int]]:
     """At most `room` tokens behind each prompt, up to the token `end` and with it."""
     said = _from_flat_rows if model.layout.flat else _generated
-    model.fit(max((len(p.ids) for p in prompts), default=0) + room - 1)  # the last token is not read
+    model.fit(
+        max((len(p.ids) for p in prompts), default=0) + room - 1
+    )  # the last token is not read
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), prompts[i].ids))
     found: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
@@ -62,14 +81,21 @@ def complete(model: Model, prompts: Sequence[Encoded], room: int, batch_size: in
     return found
 
 
-def _generated(model: Model, prompts: Sequence[Encoded], part: Sequence[int], room: int, end: int,
-               pick: Pick) -> list[list[int]]:
+def _generated(
+    model: Model, prompts: Sequence[Encoded], part: Sequence[int], room: int, end: int, pick: Pick
+) -> list[list[int]]:
     """By `transformers`, from left-padded rows: for an encoder, or attention that is not ours."""
     from transformers import GenerationConfig
 
     pad, device = model.layout.pad, model.layout.device
-    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=room, pad_token_id=pad, eos_token_id=end,
-                                decoder_start_token_id=model.layout.decoder_start)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=room,
+        pad_token_id=pad,
+        eos_token_id=end,
+        decoder_start_token_id=model.layout.decoder_start,
+    )
     asked = [p.ids for p in behind(model.layout.prefix, [prompts[i] for i in part])]
     longest = max(map(len, asked))
     ids = torch.tensor([[pad] * (longest - len(p)) + [*p] for p in asked], device=device)
@@ -81,16 +107,23 @@ def _generated(model: Model, prompts: Sequence[Encoded], part: Sequence[int], ro
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
     more = {} if pick is likeliest else {"logits_processor": [only]}
-    with (model.around(model, [prompts[i] for i in part]),
-          torch.autocast(device.type, torch.bfloat16, enabled=model.bf16)):
-        out = model.net.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
+    with (
+        model.around(model, [prompts[i] for i in part]),
+        torch.autocast(device.type, torch.bfloat16, enabled=model.bf16),
+    ):
+        out = model.net.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, **more
+        )
     rows: list[list[int]] = (out if model.layout.seq2seq else out[:, longest:]).tolist()
-    return [row[: row.index(end, first) + 1] if end in row[first:] else row
-            for row, first in ((row, int(model.layout.seq2seq)) for row in rows)]
+    return [
+        row[: row.index(end, first) + 1] if end in row[first:] else row
+        for row, first in ((row, int(model.layout.seq2seq)) for row in rows)
+    ]
 
 
-def _from_flat_rows(model: Model, prompts: Sequence[Encoded], part: Sequence[int], room: int, end: int,
-                    pick: Pick) -> list[list[int]]:
+def _from_flat_rows(
+    model: Model, prompts: Sequence[Encoded], part: Sequence[int], room: int, end: int, pick: Pick
+) -> list[list[int]]:
     asked, device = [prompts[i] for i in part], model.layout.device
     cache = read(model, asked, range(-1, room - 1))
     said: list[list[int]] = [[] for _ in part]
@@ -111,10 +144,15 @@ def _from_flat_rows(model: Model, prompts: Sequence[Encoded], part: Sequence[int
 
 
 def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> Cache:
-    """The prompts, read but for their last tokens; behind each there is room for tokens with these `parents`."""
+    """The prompts, read but for their last tokens; behind each there is room for tokens with these
+    `parents`.
+    """
     layers = model.net.config.get_text_config().num_hidden_layers
     layers = 0 if model.sharded else layers  # a pass that ends early would leave weights gathered
-    cache, most = Cache(behind(model.layout.prefix, prompts), model.layout.pad, parents, layers), model.layout.tokens
+    cache, most = (
+        Cache(behind(model.layout.prefix, prompts), model.layout.pad, parents, layers),
+        model.layout.tokens,
+    )
     for part in cache.passes(min(most, CPU_PASS) if model.layout.device.type == "cpu" else most):
         ids, positions = part.to(model.layout.device)
         with suppress(Taken):
@@ -123,14 +161,21 @@ def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> Ca
 
 
 def follow(model: Model, cache: Cache, tokens: Tensor) -> Tensor:
-    """Logits (B, n, V) after each of the next tokens (B, n) behind the prompts that are left, in `cache.order`."""
+    """Logits (B, n, V) after each of the next tokens (B, n) behind the prompts that are left, in
+    `cache.order`.
+    """
     positions = cache.next(tokens.shape[1]).to(tokens.device)
     return _pass(model, tokens.flatten(), positions, cache).view(*tokens.shape, -1)
 
 
 def _pass(model: Model, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     """Logits (N, V) after each of the row's tokens (N,)."""
-    with flat_attention(model.net, cached), torch.autocast(ids.device.type, torch.bfloat16, enabled=model.bf16):
-        out = model.net(input_ids=ids[None], position_ids=positions[None], row=cache, use_cache=False)
+    with (
+        flat_attention(model.net, cached),
+        torch.autocast(ids.device.type, torch.bfloat16, enabled=model.bf16),
+    ):
+        out = model.net(
+            input_ids=ids[None], position_ids=positions[None], row=cache, use_cache=False
+        )
     logits: Tensor = out.logits[0]
     return logits

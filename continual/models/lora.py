@@ -1,4 +1,6 @@
-"""The LoRA that trains, as pairs of factors: a module's change of weight is scale * B A, A (R, in) and B (out, R)."""
+"""The LoRA that trains, as pairs of factors: a module's change of weight is scale * B A, A (R, in)
+and B (out, R).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,17 @@ from continual.models.weights import weights
 
 
 def factors(model: Model) -> list[tuple[Tensor, Tensor]]:
-    """The live A and B of each module; of a convolution's, too, R is an A's first dimension and a B's second.
+    """The live A and B of each module; of a convolution's, too, R is an A's first dimension and a
+    B's second.
 
     Raises ConfigError where anything else trains.
     """
     live = weights(model)
     pairs = {n: n.replace(".lora_A.", ".lora_B.") for n in live if ".lora_A." in n}
     if other := sorted(live.keys() - pairs.keys() - set(pairs.values())):
-        raise ConfigError(f"this strategy works on the factors of a LoRA, and what trains is {listed(other, 3)}; set "
-                          "model.adapter=lora, its target_modules linear layers, and neither bias nor use_dora")
+        raise ConfigError(
+            "this strategy works on the factors of a LoRA, and what trains is "
+            f"{listed(other, 3)}; set model.adapter=lora, its target_modules linear layers, and "
+            "neither bias nor use_dora"
+        )
     return [(live[a], live[b]) for a, b in pairs.items()]

@@ -25,16 +25,20 @@ from continual.packing.support import kernel
 
 
 def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
-    """Logits (S, V) at the supervised positions only, optionally at other weights than the model's own.
+    """Logits (S, V) at the supervised positions only, optionally at other weights than the model's
+    own.
 
-    They are in float32 at least, whatever the model computes in: a loss of them in bfloat16 has three digits.
+    They are in float32 at least, whatever the model computes in: a loss of them in bfloat16 has
+    three digits.
 
-    The hidden states of all other positions are dropped before the LM head, which costs more than a small model's body,
-    and in a flat row already behind the last layer's attention.
+    The hidden states of all other positions are dropped before the LM head, which costs more than a
+    small model's body, and in a flat row already behind the last layer's attention.
     """
     if at is not None and model.sharded:
-        raise ConfigError("a model in shards (train.shard=true) cannot be evaluated at other weights than its own; set "
-                          "train.shard=false, or choose another strategy")
+        raise ConfigError(
+            "a model in shards (train.shard=true) cannot be evaluated at other weights than its "
+            "own; set train.shard=false, or choose another strategy"
+        )
     model.fit(max(len(e.ids) for e in batch.examples) - 1)  # the last token is not read
     with ExitStack() as stack:
         stack.enter_context(model.around(model, batch.examples))
@@ -44,7 +48,9 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
             stack.enter_context(model.last.only(batch.at))
         else:
             stack.enter_context(_head_only(model.net.get_output_embeddings(), batch.at))
-        stack.enter_context(torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16))
+        stack.enter_context(
+            torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16)
+        )
         inputs = {**batch.inputs, "use_cache": False}
         out = model.net(**inputs) if at is None else functional_call(model.net, at, (), inputs)
     return _precise(out.logits[0])
@@ -70,13 +76,16 @@ def token_nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
 
 
 def nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
-    """The weighted mean negative log-likelihood of the batch's supervised tokens, in nats; a scalar."""
+    """The weighted mean negative log-likelihood of the batch's supervised tokens, in nats; a
+    scalar.
+    """
     return (token_nll(model, batch, at) * batch.weight).sum() / batch.tokens
 
 
 @contextmanager
 def overheard(model: Model, batch: Batch) -> Iterator[Callable[[], Tensor]]:
-    """Gives the logits (S, V) that a forward pass of this very batch gave within it, or else those of one more pass.
+    """Gives the logits (S, V) that a forward pass of this very batch gave within it, or else those
+    of one more pass.
 
     A term that needs the logits of the loss beside it has them for nothing.
     """
@@ -95,14 +104,18 @@ def overheard(model: Model, batch: Batch) -> Iterator[Callable[[], Tensor]]:
 
 def numbered(model: Model, examples: Sequence[Encoded]) -> Batch:
     """The examples as a batch of their responses alone, each with its place among them as its id."""
-    return Batch(tuple(replace(e, id=str(i)) for i, e in enumerate(examples)), replace(model.layout,
-                                                                                      instruction_weight=0.0))
+    return Batch(
+        tuple(replace(e, id=str(i)) for i, e in enumerate(examples)),
+        replace(model.layout, instruction_weight=0.0),
+    )
 
 
 @torch.no_grad()
-def responses(model: Model, examples: Sequence[Encoded], at: Weights | None = None) -> Iterator[
-        tuple[int, Tensor, Tensor]]:
-    """Of each example its index, its response tokens (S,), and the logits (S, V) that predict them, without dropout.
+def responses(
+    model: Model, examples: Sequence[Encoded], at: Weights | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of each example its index, its response tokens (S,), and the logits (S, V) that predict them,
+    without dropout.
 
     Examples run together as `layout.tokens` allows, in an order that follows from them alone.
     """
@@ -129,15 +142,21 @@ def evaluated_at(model: Model, at: Weights, f: Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequence[Batch],
-               to: Sequence[Tensor] | None = None) -> Tensor:
-    """Back-propagate `loss` through the parts of a step, each by its share of the step's supervised tokens.
+def accumulate(
+    loss: Callable[[Model, Batch], Tensor],
+    model: Model,
+    parts: Sequence[Batch],
+    to: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Back-propagate `loss` through the parts of a step, each by its share of the step's supervised
+    tokens.
 
     Gradients are left in all that the loss depends on, or in the leaves `to` alone.
 
-    The shares sum to 1, so the gradient is the whole step's, also of a term that does not depend on the data. A part
-    whose tokens all weigh nothing has no mean loss, and a share of 0: it is passed over. Several processes take a part
-    of the parts each, and all have the whole step's gradient and loss; where the model is in shards, each has as many.
+    The shares sum to 1, so the gradient is the whole step's, also of a term that does not depend on
+    the data. A part whose tokens all weigh nothing has no mean loss, and a share of 0: it is passed
+    over. Several processes take a part of the parts each, and all have the whole step's gradient
+    and loss; where the model is in shards, each has as many.
     """
     tokens = sum(part.tokens for part in parts)
     total = torch.zeros((), device=parts[0].layout.device)
@@ -145,7 +164,9 @@ def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequ
     if model.sharded and learned:
         shortest = min((p for p, _ in learned), key=lambda p: p.length)
         learned += [(shortest, 0.0)] * (-len(learned) % world())
-    leaves = [p for p in model.trained or weights(model).values() if not in_shards(p)]  # those in shards sum up by FSDP
+    leaves = [
+        p for p in model.trained or weights(model).values() if not in_shards(p)
+    ]  # those in shards sum up by FSDP
     with summed(leaves, total), at_once(model):
         for part, share in dealt(learned, [p.length for p, _ in learned], level=model.sharded):
             value = loss(model, part) * share
@@ -155,7 +176,9 @@ def accumulate(loss: Callable[[Model, Batch], Tensor], model: Model, parts: Sequ
 
 
 def gradient_of(loss: Callable[[Model, Batch], Tensor], model: Model, batch: Batch) -> Weights:
-    """The weights' gradient of `loss` over a batch, in place of what they had; what else is learned keeps its own."""
+    """The weights' gradient of `loss` over a batch, in place of what they had; what else is learned
+    keeps its own.
+    """
     live = [*weights(model).values()]
     for w in live:
         w.grad = None

@@ -27,10 +27,11 @@ def _alike(model: Model, examples: Sequence[Encoded]) -> AbstractContextManager[
 class Model:
     """A `transformers` (or `peft`) network, its tokenizer, and how its batches are laid out.
 
-    `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16 by autocast. `last`
-    is its last layer where most of what that computes for unsupervised positions can be left out. `trained` is all that
-    the optimizer changes, also of the strategy's own, once there is one. If `sharded`, each process has a part of every
-    weight, and a pass takes all processes. Each pass over padded rows runs within `around`, which is given the examples
+    `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16
+    by autocast. `last` is its last layer where most of what that computes for unsupervised
+    positions can be left out. `trained` is all that the optimizer changes, also of the strategy's
+    own, once there is one. If `sharded`, each process has a part of every weight, and a pass takes
+    all processes. Each pass over padded rows runs within `around`, which is given the examples
     whose rows they are: so a strategy may let the network read each in a way of its own.
     """
 
@@ -59,29 +60,44 @@ class Model:
             self.net.train(training)
 
     def behind(self, fixed: Sequence[torch.Tensor], *, live: bool = True) -> None:
-        """Read examples behind the virtual tokens that train, if `live`, and then these (n, H) each, which do not.
+        """Read examples behind the virtual tokens that train, if `live`, and then these (n, H)
+        each, which do not.
 
         Raises ConfigError for a model that has none.
         """
         if (virtual := getattr(self.net, "virtual", None)) is None:
-            raise ConfigError("this model has no virtual tokens; give it some with model.adapter=prompt_tuning")
+            raise ConfigError(
+                "this model has no virtual tokens; give it some with model.adapter=prompt_tuning"
+            )
         self.layout = replace(self.layout, prefix=virtual.behind(fixed, live=live))
 
     def fit(self, tokens: int, virtual: int | None = None) -> None:
-        """Raise ConfigError where so many tokens have no positions behind the virtual ones, those of now or so many."""
+        """Raise ConfigError where so many tokens have no positions behind the virtual ones, those
+        of now or so many.
+        """
         before = len(self.layout.prefix) if virtual is None else virtual
         if before and self.context is not None and before + tokens > self.context:
-            raise ConfigError(f"{tokens} tokens of an example stand behind {before} virtual ones, and the model has "
-                              f"{self.context} positions; lower model.adapters.prompt_tuning.num_virtual_tokens or "
-                              "data.max_length, or choose a model with a longer context")
+            raise ConfigError(
+                f"{tokens} tokens of an example stand behind {before} virtual ones, and the "
+                f"model has {self.context} positions; lower "
+                "model.adapters.prompt_tuning.num_virtual_tokens or data.max_length, or choose a "
+                "model with a longer context"
+            )
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or for "auto" the best there is: cuda, then mps, then cpu; raises ConfigError without it."""
-    there = [*(["cuda"] if torch.cuda.is_available() else []),
-             *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    """The named device, or for "auto" the best there is: cuda, then mps, then cpu; raises
+    ConfigError without it.
+    """
+    there = [
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+        "cpu",
+    ]
     if name in ("auto", "cuda") and there[0] == "cuda" and started() > 1:
-        return torch.device("cuda", torch.cuda.current_device())  # named, for files are read to the first otherwise
+        return torch.device(
+            "cuda", torch.cuda.current_device()
+        )  # named, for files are read to the first otherwise
     if name == "auto":
         return torch.device(there[0])
     if name.partition(":")[0] not in there:

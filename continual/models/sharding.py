@@ -1,8 +1,10 @@
-"""A model in shards (FSDP2): each process holds a part of every weight, of its gradient and of its optimizer state.
+"""A model in shards (FSDP2): each process holds a part of every weight, of its gradient and of its
+optimizer state.
 
-A layer's weights are gathered when a pass comes to it and let go behind it, and gradients arrive as sums, each process
-its part of them. So a pass takes all processes, and each must do as many as the others. What leaves the model for a
-checkpoint is whole, and what comes back is cut anew: neither knows how many processes there were.
+A layer's weights are gathered when a pass comes to it and let go behind it, and gradients arrive as
+sums, each process its part of them. So a pass takes all processes, and each must do as many as the
+others. What leaves the model for a checkpoint is whole, and what comes back is cut anew: neither
+knows how many processes there were.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 
 def shard(model: Model, device: torch.device) -> None:
-    """Deal the weights of a model, still whole in the host's memory, out over the processes' devices, layer by layer.
+    """Deal the weights of a model, still whole in the host's memory, out over the processes'
+    devices, layer by layer.
 
     Raises ConfigError for a network whose layers are not known, or whose answers are not flat rows.
     """
@@ -33,9 +36,11 @@ def shard(model: Model, device: torch.device) -> None:
     kinds = set(getattr(model.net, "_no_split_modules", None) or ())
     layers = [m for m in model.net.modules() if type(m).__name__ in kinds]
     if not layers or not model.layout.flat:
-        raise ConfigError(f"train.shard=true cannot cut a {model.net.config.model_type} into shards: it takes a causal "
-                          "model whose layers transformers names and whose attention can read several examples as one "
-                          "row; set train.shard=false")
+        raise ConfigError(
+            f"train.shard=true cannot cut a {model.net.config.model_type} into shards: it takes "
+            "a causal model whose layers transformers names and whose attention can read several "
+            "examples as one row; set train.shard=false"
+        )
     mesh = init_device_mesh(device.type, (world(),))
     for module in (*layers, model.net):
         made = fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -57,7 +62,9 @@ def whole(t: Any) -> Tensor:
 
 
 def collected(t: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; where it is in shards all processes must ask for it, and rank 0 alone has it."""
+    """All of a tensor, on the CPU; where it is in shards all processes must ask for it, and rank 0
+    alone has it.
+    """
     found = whole(t.detach())
     return found.contiguous().cpu() if leads() or not in_shards(t) else found.new_zeros(()).cpu()
 
@@ -69,15 +76,26 @@ def cut_as(t: Tensor, other: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     # Each process has the whole: nothing needs to be sent.
-    return distribute_tensor(t.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+    return distribute_tensor(
+        t.to(other.device), other.device_mesh, other.placements, src_data_rank=None
+    )
 
 
 def clip(trained: Sequence[Tensor], limit: float) -> Tensor:
-    """Scale the gradients down to the norm `limit` in all, in place; returns their norm before, a scalar."""
+    """Scale the gradients down to the norm `limit` in all, in place; returns their norm before, a
+    scalar.
+    """
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    kinds = [[p for p in trained if p.grad is not None and in_shards(p) == kind] for kind in (False, True)]
-    norms = [whole(get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
+    kinds = [
+        [p for p in trained if p.grad is not None and in_shards(p) == kind]
+        for kind in (False, True)
+    ]
+    norms = [
+        whole(get_total_norm([p.grad for p in kind if p.grad is not None]))
+        for kind in kinds
+        if kind
+    ]
     norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0] if norms else torch.zeros(())
     for kind in kinds:
         clip_grads_with_norm_(kind, limit, norm)
@@ -86,7 +104,8 @@ def clip(trained: Sequence[Tensor], limit: float) -> Tensor:
 
 @contextmanager
 def at_once(model: Model) -> Iterator[None]:
-    """Within it, where the model is in shards, running out of memory ends the stage: the others are amid a pass.
+    """Within it, where the model is in shards, running out of memory ends the stage: the others are
+    amid a pass.
 
     Raises TrainingError there.
     """
@@ -95,14 +114,17 @@ def at_once(model: Model) -> Iterator[None]:
     except torch.OutOfMemoryError as e:
         if not model.sharded:
             raise
-        raise TrainingError(f"out of memory with train.tokens_per_microbatch={model.layout.tokens}, which a model in "
-                            "shards cannot go on after; set it lower, lower data.max_length, or start more "
-                            "processes. The same command goes on after the last checkpoint") from e
+        raise TrainingError(
+            f"out of memory with train.tokens_per_microbatch={model.layout.tokens}, which a "
+            "model in shards cannot go on after; set it lower, lower data.max_length, or start "
+            "more processes. The same command goes on after the last checkpoint"
+        ) from e
 
 
 @contextmanager
 def in_step(model: Model) -> Iterator[None]:
-    """Within it each process may do as many passes without gradients as it needs: one that is done joins the others'.
+    """Within it each process may do as many passes without gradients as it needs: one that is done
+    joins the others'.
 
     Otherwise those would wait for its part of the weights.
     """

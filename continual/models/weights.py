@@ -38,7 +38,10 @@ def restore(model: Model, saved: Weights) -> None:
 
 def gradient(model: Model) -> Weights:
     """A copy of every trainable parameter's gradient, zero where there is none."""
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in weights(model).items()}
+    return {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+        for n, p in weights(model).items()
+    }
 
 
 def set_gradient(model: Model, g: Weights) -> None:

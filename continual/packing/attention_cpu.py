@@ -1,10 +1,13 @@
-"""Attention over a flat row by a CPU's fused kernel, as one node of the graph: nothing is copied for a shared prefix.
+"""Attention over a flat row by a CPU's fused kernel, as one node of the graph: nothing is copied
+for a shared prefix.
 
-What an example attends to falls in two parts, its group's prefix and itself. Each part is a call of the kernel, the
-prefix's one for all examples of a group; the parts' outputs are joined by their log-sum-exps, as blocks of keys are in
-FlashAttention (Dao et al. 2022, section 3.1). Backward, each part needs only the joined output and log-sum-exp.
+What an example attends to falls in two parts, its group's prefix and itself. Each part is a call of
+the kernel, the prefix's one for all examples of a group; the parts' outputs are joined by their
+log-sum-exps, as blocks of keys are in FlashAttention (Dao et al. 2022, section 3.1). Backward, each
+part needs only the joined output and log-sum-exp.
 
-Shapes: H heads, N tokens of the row, D of a head; a block has b examples of n tokens, of which m each are asked for.
+Shapes: H heads, N tokens of the row, D of a head; a block has b examples of n tokens, of which m
+each are asked for.
 """
 
 from __future__ import annotations
@@ -25,18 +28,42 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 Where = slice | Tensor
 
 
-def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, row: Row,
-           scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-           softcap: float | None = None, **more: Any) -> tuple[Tensor, None]:
-    """What `attention.attend` gives, which serves where this kernel cannot: it has no window, cap or second derivative.
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    row: Row,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """What `attention.attend` gives, which serves where this kernel cannot: it has no window, cap
+    or second derivative.
 
-    Query (1, H, N, D), key and value (1, K, N, D) -> (1, N, H, D), zeros where nothing was asked for.
+    Query (1, H, N, D), key and value (1, K, N, D) -> (1, N, H, D), zeros where nothing was asked
+    for.
     """
     windowed = sliding_window is not None and sliding_window < row.longest
     same = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
     if windowed or softcap is not None or dropout or not same or not attention.fused():
-        return attention.attend(module, query, key, value, attention_mask, row=row, scaling=scaling, dropout=dropout,
-                                sliding_window=sliding_window, softcap=softcap, **more)
+        return attention.attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            row=row,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            **more,
+        )
     key, value = attention.of_all_heads(query.shape[1], key, value)
     out: Tensor = _Row.apply(query[0], key[0], value[0], list(_parts(row, query.dtype)), scaling)
     return out[None], None
@@ -44,7 +71,9 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
 
 @dataclass(frozen=True)
 class _Block:
-    """Examples of one length; the queries asked of each and what they may see, or all of them causally."""
+    """Examples of one length; the queries asked of each and what they may see, or all of them
+    causally.
+    """
 
     b: int
     n: int
@@ -56,7 +85,9 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Part:
-    """A group: what attends within itself, the prefix among it, and which queries (M,) see the prefix besides."""
+    """A group: what attends within itself, the prefix among it, and which queries (M,) see the
+    prefix besides.
+    """
 
     blocks: list[_Block]
     prefix: slice
@@ -80,7 +111,8 @@ def _parts(row: Row, dtype: torch.dtype) -> Iterator[_Part]:
 
 
 def _block(b: int, n: int, begin: int, asked: frozenset[int] | None, dtype: torch.dtype) -> _Block:
-    """As many queries of each example as of the one with most: the others' are made up by some that none asked for.
+    """As many queries of each example as of the one with most: the others' are made up by some that
+    none asked for.
 
     Those have a gradient of zero and change nothing.
     """
@@ -91,7 +123,10 @@ def _block(b: int, n: int, begin: int, asked: frozenset[int] | None, dtype: torc
     m = max((sum(w) for w in wanted), default=0)
     if 2 * m > n or not m:
         return _Block(b, n, keys, keys, n if m else 0)
-    first = [[t for t, w in enumerate(each) if w] + [t for t, w in enumerate(each) if not w] for each in wanted]
+    first = [
+        [t for t, w in enumerate(each) if w] + [t for t, w in enumerate(each) if not w]
+        for each in wanted
+    ]
     chosen = torch.tensor([sorted(each[:m]) for each in first])  # (b, m)
     mask = torch.zeros(b, 1, m, n, dtype=dtype)
     mask.masked_fill_(torch.arange(n) > chosen[:, None, :, None], -torch.inf)
@@ -106,19 +141,36 @@ class _Row(torch.autograd.Function):
     """(H, N, D) each -> (N, H, D)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[_Part], scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[_Part], scale: float | None
+    ) -> Tensor:
         out = q.new_zeros(q.shape[1], len(q), q.shape[2])
         lse = q.new_zeros(len(q), q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
         for part in parts:
             for x in part.blocks:
-                o, each = _flash(_apart(q, x.b, x.queries), _apart(k, x.b, x.keys), _apart(v, x.b, x.keys), 0.0,
-                                 x.mask is None, attn_mask=x.mask, scale=scale)
+                o, each = _flash(
+                    _apart(q, x.b, x.queries),
+                    _apart(k, x.b, x.keys),
+                    _apart(v, x.b, x.keys),
+                    0.0,
+                    x.mask is None,
+                    attn_mask=x.mask,
+                    scale=scale,
+                )
                 out[x.queries] = o.transpose(1, 2).flatten(0, 1)
                 lse[:, x.queries] = each.transpose(0, 1).flatten(1)
             if (at := part.beyond) is not None:
-                o, each = _flash(q[None, :, at], k[None, :, part.prefix], v[None, :, part.prefix], 0.0, False,
-                                 scale=scale)
-                share = (each[0] - lse[:, at]).sigmoid().t()[..., None].to(q.dtype)  # (M, H, 1) of the prefix
+                o, each = _flash(
+                    q[None, :, at],
+                    k[None, :, part.prefix],
+                    v[None, :, part.prefix],
+                    0.0,
+                    False,
+                    scale=scale,
+                )
+                share = (
+                    (each[0] - lse[:, at]).sigmoid().t()[..., None].to(q.dtype)
+                )  # (M, H, 1) of the prefix
                 out[at] = torch.lerp(out[at], o[0].transpose(0, 1), share)
                 lse[:, at] = torch.logaddexp(lse[:, at], each[0])
         ctx.save_for_backward(q, k, v, out, lse)
@@ -133,17 +185,47 @@ class _Row(torch.autograd.Function):
         grad, out = (x.transpose(0, 1) for x in (grad, out))
         for part in ctx.parts:
             for x in part.blocks:
-                g, mine, ks, vs, o = (_apart(t, x.b, at) for t, at in (
-                    (grad, x.queries), (q, x.queries), (k, x.keys), (v, x.keys), (out, x.queries)))
-                found = _flash_backward(g, mine, ks, vs, o, _apart(lse, x.b, x.queries), 0.0, x.mask is None,
-                                        attn_mask=x.mask, scale=ctx.scale)
-                for d, at, new in zip((dq, dk, dv), (x.queries, x.keys, x.keys), found, strict=True):
+                g, mine, ks, vs, o = (
+                    _apart(t, x.b, at)
+                    for t, at in (
+                        (grad, x.queries),
+                        (q, x.queries),
+                        (k, x.keys),
+                        (v, x.keys),
+                        (out, x.queries),
+                    )
+                )
+                found = _flash_backward(
+                    g,
+                    mine,
+                    ks,
+                    vs,
+                    o,
+                    _apart(lse, x.b, x.queries),
+                    0.0,
+                    x.mask is None,
+                    attn_mask=x.mask,
+                    scale=ctx.scale,
+                )
+                for d, at, new in zip(
+                    (dq, dk, dv), (x.queries, x.keys, x.keys), found, strict=True
+                ):
                     d[:, at] += new.transpose(0, 1).flatten(1, 2)
             if (at := part.beyond) is not None:
-                found = _flash_backward(grad[None, :, at], q[None, :, at], k[None, :, part.prefix],
-                                        v[None, :, part.prefix], out[None, :, at], lse[None, :, at], 0.0, False,
-                                        scale=ctx.scale)
-                for d, where, new in zip((dq, dk, dv), (at, part.prefix, part.prefix), found, strict=True):
+                found = _flash_backward(
+                    grad[None, :, at],
+                    q[None, :, at],
+                    k[None, :, part.prefix],
+                    v[None, :, part.prefix],
+                    out[None, :, at],
+                    lse[None, :, at],
+                    0.0,
+                    False,
+                    scale=ctx.scale,
+                )
+                for d, where, new in zip(
+                    (dq, dk, dv), (at, part.prefix, part.prefix), found, strict=True
+                ):
                     d[:, where] += new[0]
         return dq, dk, dv, None, None
 

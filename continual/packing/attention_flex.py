@@ -1,9 +1,12 @@
-"""A flat row's attention in one kernel: FlexAttention, which visits only blocks of 128 by 128 that hold a visible pair.
+"""A flat row's attention in one kernel: FlexAttention, which visits only blocks of 128 by 128 that
+hold a visible pair.
 
-A token sees two runs of its row: of the prefix that it stands behind, and of its own example up to itself. Where runs
-begin and end says, block by block, how many pairs are visible: nothing of the size N x N is ever held.
+A token sees two runs of its row: of the prefix that it stands behind, and of its own example up to
+itself. Where runs begin and end says, block by block, how many pairs are visible: nothing of the
+size N x N is ever held.
 
-Shapes: H query heads, K key heads, D of a head, N tokens of a row, B blocks of them, the last one filled up.
+Shapes: H query heads, K key heads, D of a head, N tokens of a row, B blocks of them, the last one
+filled up.
 """
 
 from __future__ import annotations
@@ -24,22 +27,55 @@ BLOCK = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, row: Row,
-           scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-           softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
-    """As `attention.attend`, by whom it has done what the kernel cannot: query (1, H, N, D) -> (1, N, H, D)."""
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    row: Row,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `attention.attend`, by whom it has done what the kernel cannot: query (1, H, N, D) -> (1,
+    N, H, D).
+    """
     kind, n = query.device.type, query.shape[2]
     if torch.is_autocast_enabled(kind):  # as SDPA does by itself
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if not _serves(query, value, dropout):
-        return attention.attend(module, query, key, value, attention_mask, row=row, scaling=scaling, dropout=dropout,
-                                sliding_window=sliding_window, softcap=softcap)
+        return attention.attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            row=row,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
     mask = block_mask(row, sliding_window, query.device)
     filled = (0, 0, 0, mask.seq_lengths[0] - n)
-    query, key, value = (F.pad(x, filled).contiguous() for x in (query, key, value))  # compiled for one order alone
+    query, key, value = (
+        F.pad(x, filled).contiguous() for x in (query, key, value)
+    )  # compiled for one order alone
     kernel: Any = _compiled() if query.is_cuda else flex_attention
-    out = kernel(query, key, value, score_mod=None if softcap is None else _capped(softcap), block_mask=mask,
-                 scale=scaling, enable_gqa=query.shape[1] != key.shape[1], kernel_options={"BACKEND": "TRITON"})
+    out = kernel(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _capped(softcap),
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options={"BACKEND": "TRITON"},
+    )
     return out[:, :, :n].transpose(1, 2), None
 
 
@@ -51,7 +87,9 @@ def _serves(query: Tensor, value: Tensor, dropout: float) -> bool:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """The kernel for rows of every length; never in its uncompiled form, which holds all N x N scores."""
+    """The kernel for rows of every length; never in its uncompiled form, which holds all N x N
+    scores.
+    """
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
     return compiled
 
@@ -59,6 +97,7 @@ def _compiled() -> Callable[..., Tensor]:
 @cache
 def _capped(cap: float) -> Callable[..., Tensor]:
     """Keeps scores below `cap` by a tanh, as in Gemma 2."""
+
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
@@ -69,8 +108,9 @@ def _capped(cap: float) -> Callable[..., Tensor]:
 def block_mask(row: Row, window: int | None, device: torch.device) -> BlockMask:
     """Which tokens of the row see which, over its N tokens and as many more as fill the last block.
 
-    What is added sees itself alone. For a row that ends within a block torch's kernel checks bounds everywhere, and has
-    been seen to give NaN gradients under a soft cap (pytorch issue 153799). Kept for the next layers.
+    What is added sees itself alone. For a row that ends within a block torch's kernel checks bounds
+    everywhere, and has been seen to give NaN gradients under a soft cap (pytorch issue 153799).
+    Kept for the next layers.
     """
     seen = runs(row, window)
     n, held = seen.shape[1], _held(seen)
@@ -81,13 +121,22 @@ def block_mask(row: Row, window: int | None, device: torch.device) -> BlockMask:
         return visible
 
     full = held == BLOCK * BLOCK
-    return BlockMask.from_kv_blocks(*_listed((held > 0) & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees,
-                                    seq_lengths=(n, n)).to(device)
+    return BlockMask.from_kv_blocks(
+        *_listed((held > 0) & ~full),
+        *_listed(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(n, n),
+    ).to(device)
 
 
 def runs(row: Row, window: int | None = None) -> Tensor:
-    """(3, 128 B) of each token i: it sees the tokens from the first to before the second, and from the third to i."""
-    pieces: list[tuple[int, ...]] = []  # its prefix from, to; itself from, its first position, its length
+    """(3, 128 B) of each token i: it sees the tokens from the first to before the second, and from
+    the third to i.
+    """
+    pieces: list[
+        tuple[int, ...]
+    ] = []  # its prefix from, to; itself from, its first position, its length
     at = 0
     for group in row.groups:
         begin, end = at, at + group.prefix
@@ -117,12 +166,20 @@ def _held(seen: Tensor) -> Tensor:
     ends = torch.stack([*seen.long(), i + 1])
     sign = torch.tensor([-1, 1, -1, 1])[:, None]
     at = (i // BLOCK * (b + 1) + ends // BLOCK).flatten()
-    part, whole = (torch.zeros(b * (b + 1), dtype=torch.long).index_add_(0, at, (sign * x).flatten()).view(b, b + 1)
-                   for x in (ends % BLOCK, torch.full_like(ends, BLOCK)))
+    part, whole = (
+        torch.zeros(b * (b + 1), dtype=torch.long)
+        .index_add_(0, at, (sign * x).flatten())
+        .view(b, b + 1)
+        for x in (ends % BLOCK, torch.full_like(ends, BLOCK))
+    )
     return (part + whole.sum(1, keepdim=True) - whole.cumsum(1))[:, :b]
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of a table (B, B): how many are true (1, 1, B), and which, before the others (1, 1, B, B)."""
+    """Of each row of a table (B, B): how many are true (1, 1, B), and which, before the others (1,
+    1, B, B).
+    """
     blocks = blocks[None, None].int()
-    return blocks.sum(3, dtype=torch.int32), blocks.argsort(dim=3, descending=True, stable=True).int()
+    return blocks.sum(3, dtype=torch.int32), blocks.argsort(
+        dim=3, descending=True, stable=True
+    ).int()

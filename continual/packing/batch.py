@@ -1,9 +1,10 @@
 """Examples to batches: what a model reads, and where its answers to the supervised positions stand.
 
-A causal model reads one flat row of real tokens in which examples that begin alike share that prefix; a model that
-cannot read such a row, or has an encoder, reads a padded row an example.
+A causal model reads one flat row of real tokens in which examples that begin alike share that
+prefix; a model that cannot read such a row, or has an encoder, reads a padded row an example.
 
-Shapes: E examples, T positions of the longest one, N tokens of a flat row, S supervised positions, V vocabulary.
+Shapes: E examples, T positions of the longest one, N tokens of a flat row, S supervised positions,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Layout:
 class Batch:
     """Examples and, once asked for, the tensors that a model needs; the layout shows nowhere else.
 
-    `scale` multiplies the loss weight of each example's tokens (all 1 when empty); `factor` (tasks,), which may carry
-    a gradient, multiplies the loss of each task's tokens and leaves the normaliser `tokens` alone.
+    `scale` multiplies the loss weight of each example's tokens (all 1 when empty); `factor`
+    (tasks,), which may carry a gradient, multiplies the loss of each task's tokens and leaves the
+    normaliser `tokens` alone.
     """
 
     examples: tuple[Encoded, ...]
@@ -61,18 +63,25 @@ class Batch:
 
     def pick(self, indices: Sequence[int]) -> Batch:
         """Some of the examples, each with its scale."""
-        return self.of([self.examples[i] for i in indices], [self.scale[i] for i in indices] if self.scale else ())
+        return self.of(
+            [self.examples[i] for i in indices],
+            [self.scale[i] for i in indices] if self.scale else (),
+        )
 
     def times(self, factor: Tensor) -> Batch:
-        """The same tokens, in the same tensors, the loss of each task's times its `factor` (tasks,)."""
+        """The same tokens, in the same tensors, the loss of each task's times its `factor`
+        (tasks,).
+        """
         other = replace(self, factor=factor)
         vars(other).update({name: getattr(self, name) for name in ("_laid", "_supervised", "task")})
         return other
 
     def micro_batches(self) -> list[Batch]:
-        """This batch in parts of at most `layout.tokens` tokens, or single examples; like stays with like.
+        """This batch in parts of at most `layout.tokens` tokens, or single examples; like stays
+        with like.
 
-        Where several processes share the work the parts are smaller, so that each has about as much to do.
+        Where several processes share the work the parts are smaller, so that each has about as much
+        to do.
         """
         rows, flat = [e.ids for e in self.whole], self.layout.flat
         if flat:
@@ -86,7 +95,11 @@ class Batch:
             spent = 0
             for k, i in enumerate(order):
                 part = parts[-1]
-                cost = spent + len(rows[i]) - (shared[k - 1] if part else 0) if flat else len(rows[i]) * (len(part) + 1)
+                cost = (
+                    spent + len(rows[i]) - (shared[k - 1] if part else 0)
+                    if flat
+                    else len(rows[i]) * (len(part) + 1)
+                )
                 if part and cost > limit:
                     parts.append([])
                     cost = len(rows[i])
@@ -119,8 +132,11 @@ class Batch:
         """The sum of the supervised tokens' weights: what a summed loss is divided by."""
         if self.scale or self.layout.instruction_weight:
             return self._supervised[4]
-        # Counted without laying out what another process may read; a causal model predicts nothing for a first token.
-        return float(sum(sum(e.response) - (e.response[0] and not self.layout.seq2seq) for e in self.whole))
+        # Counted without laying out what another process may read; a causal model predicts nothing
+        # for a first token.
+        return float(
+            sum(sum(e.response) - (e.response[0] and not self.layout.seq2seq) for e in self.whole)
+        )
 
     @property
     def targets(self) -> Tensor:
@@ -146,11 +162,15 @@ class Batch:
     @cached_property
     def task(self) -> Tensor:
         """(S,) each supervised position's task index."""
-        return torch.tensor([e.task for e in self.examples], device=self.layout.device)[self.example]
+        return torch.tensor([e.task for e in self.examples], device=self.layout.device)[
+            self.example
+        ]
 
     @cached_property
     def _supervised(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor]:
-        """Targets, examples, weights and positions in the model's output, the weights' sum, and what is a response."""
+        """Targets, examples, weights and positions in the model's output, the weights' sum, and
+        what is a response.
+        """
         seq2seq, other = self.layout.seq2seq, self.layout.instruction_weight
         targets: list[int] = []
         owner: list[int] = []
@@ -159,7 +179,8 @@ class Batch:
         response: list[bool] = []
         for i, (e, home) in enumerate(zip(self.whole, self._laid[1], strict=True)):
             scale = self.scale[i] if self.scale else 1.0
-            # A prompt without weight is passed over; a causal model predicts nothing for its first token.
+            # A prompt without weight is passed over; a causal model predicts nothing for its first
+            # token.
             first = turn(e) if seq2seq else max(1, len(self.layout.prefix) if other else turn(e))
             for t in range(first, len(e.ids)):
                 w = 1.0 if e.response[t] else other
@@ -172,7 +193,14 @@ class Batch:
         device = self.layout.device
         tensors = [torch.tensor(x, dtype=torch.long, device=device) for x in (targets, owner, at)]
         said = torch.tensor(response, device=device)
-        return tensors[0], tensors[1], torch.tensor(weight, device=device), tensors[2], sum(weight), said
+        return (
+            tensors[0],
+            tensors[1],
+            torch.tensor(weight, device=device),
+            tensors[2],
+            sum(weight),
+            said,
+        )
 
     @property
     def at(self) -> Tensor:
@@ -188,8 +216,8 @@ class Batch:
     def _laid(self) -> tuple[dict[str, Any], list[Home]]:
         """The model's keyword arguments, and where each example stands in them.
 
-        An example's last token is only predicted, never read. Padding stands on the right of a causal model's rows,
-        where no real token can see it: no mask is needed.
+        An example's last token is only predicted, never read. Padding stands on the right of a
+        causal model's rows, where no real token can see it: no mask is needed.
         """
         if self.layout.flat:
             return _flat(self.whole, self.layout)
@@ -202,8 +230,10 @@ class Batch:
         ids = self._padded(sources)
         mask = torch.arange(ids.shape[1], device=self.layout.device) < lengths[:, None]
         decoder = self._padded([(start, *e.ids[turn(e) : -1]) for e in self.whole])
-        return ({"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder},
-                [Home(i * decoder.shape[1] + 1 - turn(e)) for i, e in enumerate(self.whole)])
+        return (
+            {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder},
+            [Home(i * decoder.shape[1] + 1 - turn(e)) for i, e in enumerate(self.whole)],
+        )
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, rows))
@@ -213,7 +243,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Home:
-    """Where an example's tokens stand in the model's flattened output: `prefix` of them apart from the others."""
+    """Where an example's tokens stand in the model's flattened output: `prefix` of them apart from
+    the others.
+    """
 
     own: int
     prefix: int = 0
@@ -228,7 +260,15 @@ def _flat(examples: Sequence[Encoded], layout: Layout) -> tuple[dict[str, Any], 
     """The arguments of a model that reads one row, and where each example stands in it."""
     told, places = lay(examples, layout.pad, layout.shared)
     told = told.to(layout.device)
-    row = Row(tuple(Group(p.prefix, tuple((len(b), n) for _, n, b in p.blocks if n)) for p in places))
-    homes = {i: Home(start + k * n, p.prefix, p.begin)
-             for p in places for start, n, block in p.blocks for k, i in enumerate(block)}
-    return {"input_ids": told[:1], "position_ids": told[1:], "row": row}, [homes[i] for i in range(len(examples))]
+    row = Row(
+        tuple(Group(p.prefix, tuple((len(b), n) for _, n, b in p.blocks if n)) for p in places)
+    )
+    homes = {
+        i: Home(start + k * n, p.prefix, p.begin)
+        for p in places
+        for start, n, block in p.blocks
+        for k, i in enumerate(block)
+    }
+    return {"input_ids": told[:1], "position_ids": told[1:], "row": row}, [
+        homes[i] for i in range(len(examples))
+    ]

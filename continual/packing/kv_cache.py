@@ -1,10 +1,11 @@
 """The keys and values of prompts, read as one flat row, for the tokens that follow each of them.
 
-What prompts share stays where it stands once: each block's queries meet it in one matrix product, and one softmax
-spans it and the prompt's own tokens (the decomposition of Hydragen, Juravsky et al. 2024, without its second pass).
+What prompts share stays where it stands once: each block's queries meet it in one matrix product,
+and one softmax spans it and the prompt's own tokens (the decomposition of Hydragen, Juravsky et al.
+2024, without its second pass).
 
-Shapes: H query heads, K key heads, D of a head, N tokens of a pass, b prompts of a block, B of all blocks, n tokens
-that follow a prompt and are read at once.
+Shapes: H query heads, K key heads, D of a head, N tokens of a pass, b prompts of a block, B of all
+blocks, n tokens that follow a prompt and are read at once.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from continual.data.types import Encoded
 from continual.packing.attention import Row, causal, of_all_heads
 from continual.packing.layout import Place, blocked, lay
 
-OVERHEAD = 512  # what one more block costs each token that is read behind it, in keys: measured on a CPU
+OVERHEAD = (
+    512  # what one more block costs each token that is read behind it, in keys: measured on a CPU
+)
 
 
 class Follow:
-    """What follows each prompt, a chain or a tree: `parents` (room,) has of each token the one before it, or -1.
+    """What follows each prompt, a chain or a tree: `parents` (room,) has of each token the one
+    before it, or -1.
 
     `depth` (room,) is how many are before it, and `sees` (room, room) which of them, and itself.
     """
@@ -49,7 +53,8 @@ class Prefix:
 class Block:
     """Prompts of like length behind one prefix, and what follows them.
 
-    Of each layer keys and values are (b, K, own + room, D); a prompt shorter than `own` is padded between the two.
+    Of each layer keys and values are (b, K, own + room, D); a prompt shorter than `own` is padded
+    between the two.
     """
 
     def __init__(self, prefix: Prefix, own: int, lengths: Sequence[int], follow: Follow) -> None:
@@ -59,10 +64,14 @@ class Block:
         self.masks: dict[int | None, Tensor | None] = {}
 
     def put(self, layer: int, rows: slice, at: int, *states: Tensor) -> None:
-        """Take a layer's keys and values, (b, K, n, D) each, of some of the prompts into their places from `at` on."""
+        """Take a layer's keys and values, (b, K, n, D) each, of some of the prompts into their
+        places from `at` on.
+        """
         if layer == len(self.layers):
             room = self.own + len(self.follow.depth)
-            self.layers.append([x.new_zeros(len(self.lengths), x.shape[1], room, x.shape[3]) for x in states])
+            self.layers.append(
+                [x.new_zeros(len(self.lengths), x.shape[1], room, x.shape[3]) for x in states]
+            )
         for kept, x in zip(self.layers[layer], states, strict=True):
             kept[rows, :, at : at + x.shape[2]] = x
 
@@ -72,40 +81,80 @@ class Block:
         for layer in self.layers:  # one by one: never all of them twice
             layer[:] = [x[list(rows)] for x in layer]
 
-    def read(self, layer: int, new: range, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None,
-             cap: float | None) -> Tensor:
-        """The `new` tokens behind each prompt, query (H, b n, D), key and value (K, b n, D) -> (b n, H, D)."""
-        heads, d, b, n, shared = len(k), q.shape[-1], len(self.lengths), len(new), self.prefix.length
-        self.put(layer, slice(None), self.own + new.start, *(x.view(heads, b, n, d).transpose(0, 1) for x in (k, v)))
+    def read(
+        self,
+        layer: int,
+        new: range,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        cap: float | None,
+    ) -> Tensor:
+        """The `new` tokens behind each prompt, query (H, b n, D), key and value (K, b n, D) -> (b
+        n, H, D).
+        """
+        heads, d, b, n, shared = (
+            len(k),
+            q.shape[-1],
+            len(self.lengths),
+            len(new),
+            self.prefix.length,
+        )
+        self.put(
+            layer,
+            slice(None),
+            self.own + new.start,
+            *(x.view(heads, b, n, d).transpose(0, 1) for x in (k, v)),
+        )
         own_k, own_v = (x[:, :, : self.own + new.stop] for x in self.layers[layer])
         q = (q * scale).view(heads, -1, b, n, d)
         scores = (q.permute(2, 0, 1, 3, 4).reshape(b, heads, -1, d) @ own_k.transpose(2, 3)).view(
-            b, heads, -1, n, own_k.shape[2])
+            b, heads, -1, n, own_k.shape[2]
+        )
         if shared:
             shared_k, shared_v = self.prefix.layers[layer]
-            before = (q.reshape(heads, -1, d) @ shared_k.transpose(1, 2)).view(*q.shape[:-1], shared)
-            scores = torch.cat([before.permute(2, 0, 1, 3, 4), scores], -1)  # (b, K, H / K, n, prefix + own + stop)
+            before = (q.reshape(heads, -1, d) @ shared_k.transpose(1, 2)).view(
+                *q.shape[:-1], shared
+            )
+            scores = torch.cat(
+                [before.permute(2, 0, 1, 3, 4), scores], -1
+            )  # (b, K, H / K, n, prefix + own + stop)
         if cap is not None:
             scores = cap * torch.tanh(scores / cap)
         if (mask := self.mask(new, window, scores.device)) is not None:
             scores = scores.masked_fill(mask, -torch.inf)
-        chances = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+        chances = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+            v.dtype
+        )
         out = (chances[..., shared:].flatten(2, 3) @ own_v).view(*chances.shape[:4], d)
         if shared:
-            before = chances[..., :shared].permute(1, 2, 0, 3, 4).reshape(heads, -1, shared) @ shared_v
+            before = (
+                chances[..., :shared].permute(1, 2, 0, 3, 4).reshape(heads, -1, shared) @ shared_v
+            )
             out = out + before.view(heads, -1, b, n, d).permute(2, 0, 1, 3, 4)
         return out.permute(0, 3, 1, 2, 4).reshape(b * n, -1, d)
 
     def mask(self, new: range, window: int | None, device: torch.device) -> Tensor | None:
-        """(b, 1, 1, n, prefix + own + stop) what the new tokens do not see; None where they see all."""
+        """(b, 1, 1, n, prefix + own + stop) what the new tokens do not see; None where they see
+        all.
+        """
         if window not in self.masks:
             ends, before = self.lengths[:, None], self.prefix.length + self.own
             at = torch.arange(before).expand(len(ends), -1)
             follows = ends + self.follow.depth[: new.stop]
-            hidden = torch.cat([(at >= ends)[:, None].expand(-1, len(new), -1),
-                                ~self.follow.sees[new.start : new.stop, : new.stop].expand(len(ends), -1, -1)], 2)
+            hidden = torch.cat(
+                [
+                    (at >= ends)[:, None].expand(-1, len(new), -1),
+                    ~self.follow.sees[new.start : new.stop, : new.stop].expand(len(ends), -1, -1),
+                ],
+                2,
+            )
             if window is not None:
-                hidden |= follows[:, new.start :, None] - torch.cat([at, follows], 1)[:, None] >= window
+                hidden |= (
+                    follows[:, new.start :, None] - torch.cat([at, follows], 1)[:, None] >= window
+                )
             self.masks[window] = hidden[:, None, None].to(device) if hidden.any() else None
         return self.masks[window]
 
@@ -132,13 +181,17 @@ class Piece:
 
 
 class Cache:
-    """Prompts but for their last tokens, and what follows them, that last token first; the network's `row=`.
+    """Prompts but for their last tokens, and what follows them, that last token first; the
+    network's `row=`.
 
-    First come the `passes` that each read a part of the prompts, (1, N); every later pass, after `next`, reads a number
-    of tokens behind each prompt that is left, (1, B n), in the order `order` of the prompts.
+    First come the `passes` that each read a part of the prompts, (1, N); every later pass, after
+    `next`, reads a number of tokens behind each prompt that is left, (1, B n), in the order `order`
+    of the prompts.
     """
 
-    def __init__(self, prompts: Sequence[Encoded], pad: int, parents: Sequence[int], layers: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Encoded], pad: int, parents: Sequence[int], layers: int
+    ) -> None:
         asked = [replace(p, response=(False,) * (len(p.ids) - 1) + (True,)) for p in prompts]
         self.row, places = lay(asked, pad)
         self.follow, self.depth = Follow(parents), layers
@@ -151,13 +204,17 @@ class Cache:
             self._add(place, [len(p.ids) - 1 for p in prompts])
 
     def _add(self, place: Place, lengths: Sequence[int]) -> None:
-        """A group's pieces to be read, and its blocks, which are longer: a key more costs less than a token more."""
+        """A group's pieces to be read, and its blocks, which are longer: a key more costs less than
+        a token more.
+        """
         prefix = Prefix(place.prefix)
         if place.prefix:
             self.pieces.append(Piece(place.begin, place.prefix, prefix))
         home: dict[int, tuple[Block, int]] = {}
         own = {i: n for _, n, members in place.blocks for i in members}
-        for run in blocked({i: n + 1 for i, n in own.items()}, OVERHEAD):  # with the token that follows
+        for run in blocked(
+            {i: n + 1 for i, n in own.items()}, OVERHEAD
+        ):  # with the token that follows
             block = Block(prefix, own[run[-1]], [lengths[i] for i in run], self.follow)
             self.blocks.append(block)
             self.order += run
@@ -165,10 +222,14 @@ class Cache:
         for start, n, members in place.blocks:
             if n:
                 block, first = home[members[0]]
-                self.pieces.append(Piece(start, n, prefix, block, range(first, first + len(members))))
+                self.pieces.append(
+                    Piece(start, n, prefix, block, range(first, first + len(members)))
+                )
 
     def passes(self, most: int) -> Iterator[Tensor]:
-        """(2, N) ids and positions of at most so many tokens, or of one prefix or prompt, for the next pass to read."""
+        """(2, N) ids and positions of at most so many tokens, or of one prefix or prompt, for the
+        next pass to read.
+        """
         waiting = self.pieces[::-1]
         while waiting:
             self.reading, left = [], most
@@ -202,18 +263,32 @@ class Cache:
 
     def sizes(self) -> list[int]:
         """How many tokens of the pass belong together."""
-        return ([p.stop - p.start for p in self.reading] or
-                [len(block.lengths) * len(self.new) for block in self.blocks])
+        return [p.stop - p.start for p in self.reading] or [
+            len(block.lengths) * len(self.new) for block in self.blocks
+        ]
 
 
 class Taken(Exception):
-    """The last layer's keys and values of the prompts are taken: the rest of that pass would be for nothing."""
+    """The last layer's keys and values of the prompts are taken: the rest of that pass would be for
+    nothing.
+    """
 
 
-def cached(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, row: Cache,
-           scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-           **_: Any) -> tuple[Tensor, None]:
-    """Attention for `transformers` within `flat_attention(net, cached)`: (1, H, N, D) -> (1, N, H, D).
+def cached(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    row: Cache,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention for `transformers` within `flat_attention(net, cached)`: (1, H, N, D) -> (1, N, H,
+    D).
 
     Raises Taken in the last layer of a pass over prompts.
     """
@@ -221,12 +296,16 @@ def cached(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     parts = zip(*(torch.split(x[0], row.sizes(), 1) for x in (query, key, value)), strict=True)
     if not row.reading:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        read = [block.read(layer, row.new, q, k, v, scale, sliding_window, softcap)
-                for block, (q, k, v) in zip(row.blocks, parts, strict=True)]
+        read = [
+            block.read(layer, row.new, q, k, v, scale, sliding_window, softcap)
+            for block, (q, k, v) in zip(row.blocks, parts, strict=True)
+        ]
         return torch.cat(read)[None], None
     out = []
     for piece, states in zip(row.reading, parts, strict=True):
-        q, k, v = (x.view(len(x), len(piece.rows), piece.length, -1).transpose(0, 1) for x in states)
+        q, k, v = (
+            x.view(len(x), len(piece.rows), piece.length, -1).transpose(0, 1) for x in states
+        )
         before = 0
         if piece.block is None:
             piece.prefix.layers.append((k[0].clone(), v[0].clone()))
@@ -236,8 +315,10 @@ def cached(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         if row.layer == row.depth:
             continue
         if before:
-            k, v = (torch.cat([shared.expand(len(x), -1, -1, -1), x], 2)
-                    for shared, x in zip(piece.prefix.layers[layer], (k, v), strict=True))
+            k, v = (
+                torch.cat([shared.expand(len(x), -1, -1, -1), x], 2)
+                for shared, x in zip(piece.prefix.layers[layer], (k, v), strict=True)
+            )
         mask = row.masks.mask(before, piece.length, sliding_window, q)
         k, v = of_all_heads(q.shape[1], k, v)
         out.append(causal(q, k, v, mask, scaling, softcap))

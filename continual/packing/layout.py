@@ -1,4 +1,6 @@
-"""Examples to one flat row: which of them share a prefix, which stand in one block, and where their tokens are."""
+"""Examples to one flat row: which of them share a prefix, which stand in one block, and where their
+tokens are.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,18 @@ from torch import Tensor
 
 from continual.data.types import Encoded
 
-OVERHEAD = 24  # what one more block costs, in tokens: measured on a CPU for models of 1 to 40M parameters
+OVERHEAD = (
+    24  # what one more block costs, in tokens: measured on a CPU for models of 1 to 40M parameters
+)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a group of examples stands in a flat row: its prefix, then blocks of (start, length, examples).
+    """Where a group of examples stands in a flat row: its prefix, then blocks of (start, length,
+    examples).
 
-    An example stands in its block but for prefix and last token, padded to the block's length, which may be 0.
+    An example stands in its block but for prefix and last token, padded to the block's length,
+    which may be 0.
     """
 
     begin: int
@@ -26,7 +32,8 @@ class Place:
 
 
 def lay(examples: Sequence[Encoded], pad: int, shared: bool = True) -> tuple[Tensor, list[Place]]:
-    """(2, N) ids and positions of one row: for each group its prefix, then its examples in blocks of like length.
+    """(2, N) ids and positions of one row: for each group its prefix, then its examples in blocks
+    of like length.
 
     Unless prefixes are `shared`, all examples are one group without one.
     """
@@ -51,21 +58,32 @@ def lay(examples: Sequence[Encoded], pad: int, shared: bool = True) -> tuple[Ten
 
 
 def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
-    """Which examples share how long a prefix of their prompts: (length, indices), as few tokens in all as can be.
+    """Which examples share how long a prefix of their prompts: (length, indices), as few tokens in
+    all as can be.
 
-    In the order of their ids, examples that begin alike are neighbours. A dynamic programme over that order decides
-    which runs of neighbours share their common prefix; the others stand together without one.
+    In the order of their ids, examples that begin alike are neighbours. A dynamic programme over
+    that order decides which runs of neighbours share their common prefix; the others stand together
+    without one.
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i].ids)
     most = [turn(examples[i]) for i in order]
     rows = [examples[i].ids for i in order]
-    common = [0, *(min(common_prefix(rows[k - 1], rows[k]), most[k - 1], most[k]) for k in range(1, len(rows)))]
+    common = [
+        0,
+        *(
+            min(common_prefix(rows[k - 1], rows[k]), most[k - 1], most[k])
+            for k in range(1, len(rows))
+        ),
+    ]
     before = list(range(len(rows)))  # where the run that has common[k] in common begins
     for k in range(1, len(rows)):
         before[k] = k - 1
         while common[before[k]] >= common[k] > 0:
             before[k] = before[before[k]]
-    saved, cut = [0], [(0, 0)]  # the tokens saved among the first j, and the last run's begin and prefix
+    saved, cut = (
+        [0],
+        [(0, 0)],
+    )  # the tokens saved among the first j, and the last run's begin and prefix
     for j in range(1, len(rows) + 1):
         saved.append(saved[j - 1])
         cut.append((j - 1, 0))
@@ -88,7 +106,8 @@ def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
 
 
 def blocked(lengths: dict[int, int], overhead: int = OVERHEAD) -> list[list[int]]:
-    """The keys in runs of like length, shortest first: the least padding plus `overhead` a run, by a dynamic programme.
+    """The keys in runs of like length, shortest first: the least padding plus `overhead` a run, by
+    a dynamic programme.
 
     What has no length stands in no block.
     """

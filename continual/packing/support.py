@@ -17,13 +17,17 @@ from continual.packing.kv_cache import Cache, Taken, cached
 
 
 def kernel(device: torch.device) -> Callable[..., tuple[Tensor, None]]:
-    """What attends over a flat row on this device, with equal results: a fused kernel where there is one."""
+    """What attends over a flat row on this device, with equal results: a fused kernel where there
+    is one.
+    """
     return {"cpu": attention_cpu.attend, "cuda": attention_flex.attend}.get(device.type, attend)
 
 
 @dataclass(frozen=True)
 class LastLayer:
-    """A network's last layer, of which only the keys and values are needed everywhere: the rest, where one looks."""
+    """A network's last layer, of which only the keys and values are needed everywhere: the rest,
+    where one looks.
+    """
 
     layer: nn.Module
     norm: nn.Module  # the first thing in it
@@ -32,9 +36,13 @@ class LastLayer:
 
     @contextmanager
     def only(self, at: Tensor) -> Iterator[None]:
-        """Within it the network's hidden states are (1, S, H), of the positions `at` (S,) of the row alone."""
+        """Within it the network's hidden states are (1, S, H), of the positions `at` (S,) of the
+        row alone.
+        """
         whole: list[Tensor] = []
-        asked = tuple(at.tolist()) if at.device.type == "cpu" else None  # elsewhere the wait would cost more
+        asked = (
+            tuple(at.tolist()) if at.device.type == "cpu" else None
+        )  # elsewhere the wait would cost more
 
         def pick(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0].index_select(1, at), *args[1:])
@@ -49,9 +57,12 @@ class LastLayer:
         def ask(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             return args, {**kwargs, "row": replace(kwargs["row"], asked=asked)}
 
-        handles = [self.layer.register_forward_pre_hook(enter), self.norm.register_forward_pre_hook(read),
-                   self.attention.register_forward_pre_hook(ask, with_kwargs=True),
-                   self.attention.get_submodule(self.out).register_forward_pre_hook(pick)]
+        handles = [
+            self.layer.register_forward_pre_hook(enter),
+            self.norm.register_forward_pre_hook(read),
+            self.attention.register_forward_pre_hook(ask, with_kwargs=True),
+            self.attention.get_submodule(self.out).register_forward_pre_hook(pick),
+        ]
         try:
             yield
         finally:
@@ -61,31 +72,47 @@ class LastLayer:
 
 @torch.no_grad()
 def probe(net: Any) -> tuple[bool, LastLayer | None]:
-    """Whether this network, tried on two short examples, answers a flat row as it does each example alone.
+    """Whether this network, tried on two short examples, answers a flat row as it does each example
+    alone.
 
-    Networks whose attention is not replaceable (ALiBi) or whose memory is not attention (state-space) do not, nor those
-    that do not call it once in each layer. A layer that sees by another rule than a window (in chunks) is not tried: it
-    may look the same on a short example. Also the network's last layer, if what comes after attention there can be left
-    out for most positions: tried in the same way.
+    Networks whose attention is not replaceable (ALiBi) or whose memory is not attention
+    (state-space) do not, nor those that do not call it once in each layer. A layer that sees by
+    another rule than a window (in chunks) is not tried: it may look the same on a short example.
+    Also the network's last layer, if what comes after attention there can be left out for most
+    positions: tried in the same way.
     """
     kinds = {*(getattr(net.config.get_text_config(), "layer_types", None) or ())}
-    if (not getattr(net, "_supports_attention_backend", False) or getattr(net, "_is_stateful", False)
-            or kinds - {"full_attention", "sliding_attention"}):
+    if (
+        not getattr(net, "_supports_attention_backend", False)
+        or getattr(net, "_is_stateful", False)
+        or kinds - {"full_attention", "sliding_attention"}
+    ):
         return False, None
     device, training = next(net.parameters()).device, net.training
     a, b = [1, 2, 3, 4, 5], [1, 2, 3, 6, 7]
     told = torch.tensor([[*a, *b[3:]], [0, 1, 2, 3, 4, 3, 4]], device=device)
-    flat = {"input_ids": told[:1], "position_ids": told[1:], "row": Row((Group(3, ((2, 2),)),)), "use_cache": False}
+    flat = {
+        "input_ids": told[:1],
+        "position_ids": told[1:],
+        "row": Row((Group(3, ((2, 2),)),)),
+        "use_cache": False,
+    }
     reads, last = False, None
     net.eval()
     try:
-        alone = torch.cat([net(input_ids=torch.tensor([x], device=device), use_cache=False).logits[0] for x in (a, b)])
+        alone = torch.cat(
+            [
+                net(input_ids=torch.tensor([x], device=device), use_cache=False).logits[0]
+                for x in (a, b)
+            ]
+        )
         expected = alone[[0, 1, 2, 3, 4, 8, 9]]
         close = (1e-3 if alone.dtype.itemsize > 2 else 0.1) * alone.std()
         with _called(net) as order, flat_attention(net):
             found = net(**flat).logits[0]
         reads = bool((found - expected).abs().max() <= close) and bool(
-            (_followed(net, a, b) - alone[[3, 4, 8, 9]]).abs().max() <= close)
+            (_followed(net, a, b) - alone[[3, 4, 8, 9]]).abs().max() <= close
+        )
         layer, at = _last(net, order), torch.tensor([4, 6], device=device)
         with layer.only(at), flat_attention(net):
             if reads and (net(**flat).logits[0] - expected[at]).abs().max() <= close:
@@ -98,8 +125,12 @@ def probe(net: Any) -> tuple[bool, LastLayer | None]:
 
 
 def _followed(net: Any, *rows: Sequence[int]) -> Tensor:
-    """The logits of each row's last two tokens, row by row, where what is before them has been read as answers do."""
-    prompts = [Encoded(str(i), 0, tuple(r[:-1]), (False,) * (len(r) - 1)) for i, r in enumerate(rows)]
+    """The logits of each row's last two tokens, row by row, where what is before them has been read
+    as answers do.
+    """
+    prompts = [
+        Encoded(str(i), 0, tuple(r[:-1]), (False,) * (len(r) - 1)) for i, r in enumerate(rows)
+    ]
     cache = Cache(prompts, 0, range(-1, 1), net.config.get_text_config().num_hidden_layers)
     device, found = next(net.parameters()).device, []
 
@@ -131,7 +162,9 @@ def _called(net: Any) -> Iterator[list[nn.Module]]:
 
 
 def _last(net: Any, order: Sequence[nn.Module]) -> LastLayer:
-    """The last of the modules that ran as one of a list, the first of its parts, and the part that attends."""
+    """The last of the modules that ran as one of a list, the first of its parts, and the part that
+    attends.
+    """
     listed = {m for parent in net.modules() if isinstance(parent, nn.ModuleList) for m in parent}
     layer = [m for m in order if m in listed][-1]
     parts = [m for m in order if m in set(layer.children())]

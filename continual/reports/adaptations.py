@@ -1,4 +1,6 @@
-"""What a page shows of adaptations: score by steps and shots, from one start or several, and what each start needs."""
+"""What a page shows of adaptations: score by steps and shots, from one start or several, and what
+each start needs.
+"""
 
 from __future__ import annotations
 
@@ -16,42 +18,93 @@ from continual.results.curve import Curve
 def adapt_page(curves: Sequence[Curve]) -> Page:
     """One or several adaptations, their curves over one another."""
     tasks = ", ".join(dict.fromkeys(c.task for c in curves))
-    return Page(f"Adapting to {tasks}", "Adaptation", list(dict.fromkeys(c.metric for c in curves)), [],
-                adapt_sections(curves))
+    return Page(
+        f"Adapting to {tasks}",
+        "Adaptation",
+        list(dict.fromkeys(c.metric for c in curves)),
+        [],
+        adapt_sections(curves),
+    )
 
 
 def adapt_sections(curves: Sequence[Curve]) -> list[Section | None]:
-    """A chart a task, a line for each start, or for each number of shots of one start; and a table an adaptation."""
+    """A chart a task, a line for each start, or for each number of shots of one start; and a table
+    an adaptation.
+    """
     named, charts = list(zip(curves, labels(curves), strict=True)), []
     for task in dict.fromkeys(c.task for c in curves):
         mine = [(c, name) for c, name in named if c.task == task]
-        lines = [(f"{name}, {shots} shots", c, shots) for c, name in mine
-                 for shots in (c.shots[-1:] if len(mine) > 1 else c.shots)]
+        lines = [
+            (f"{name}, {shots} shots", c, shots)
+            for c, name in mine
+            for shots in (c.shots[-1:] if len(mine) > 1 else c.shots)
+        ]
         last = float(max((step for _, c, _ in lines for step in c.steps), default=1))
-        series = [Series(name, [(float(x), y) for x, y in c.of(shots)], i, c.band(shots) if c.draws > 1 else ())
-                  for i, (name, c, shots) in enumerate(lines)]
+        series = [
+            Series(
+                name,
+                [(float(x), y) for x, y in c.of(shots)],
+                i,
+                c.band(shots) if c.draws > 1 else (),
+            )
+            for i, (name, c, shots) in enumerate(lines)
+        ]
         charts.append(Chart(f"Adapting to {task}", series, Axis(STEP, "count", (0.0, last))))
     lead = "Percent, by optimizer steps, with so many training examples (shots)."
-    more = " A line is the mean over draws of the examples, its band from the lowest to the highest."
-    return [Section("Score by optimizer steps", lead + (more if any(c.draws > 1 for c in curves) else ""), charts),
-            _needed(curves), *(section for i, (c, name) in enumerate(named) for section in _one(c, name, i))]
+    more = (
+        " A line is the mean over draws of the examples, its band from the lowest to the highest."
+    )
+    return [
+        Section(
+            "Score by optimizer steps",
+            lead + (more if any(c.draws > 1 for c in curves) else ""),
+            charts,
+        ),
+        _needed(curves),
+        *(section for i, (c, name) in enumerate(named) for section in _one(c, name, i)),
+    ]
 
 
 def _needed(curves: Sequence[Curve]) -> Section | None:
-    """What each needs to reach the base that is fine-tuned on all examples; None where there is nothing beside it."""
+    """What each needs to reach the base that is fine-tuned on all examples; None where there is
+    nothing beside it.
+    """
     found = reach(curves)
     if len(curves) < 2 or not found:
         return None
-    rows = [Row([name, r.curve.task, _cell(r.goal, percent(r.goal)), _cell(r.steps), _cell(r.share, percent(r.share)),
-                 _cell(r.of_budget, percent(r.of_budget)), _cell(r.examples)])
-            for name, r in zip(labels([r.curve for r in found]), found, strict=True)]
-    heads = [Head("From"), Head("Task"), Head("Goal", f"{100 * ENOUGH:.0f}% of the base's best score"),
-             Head("Steps", "the first step at which the curve with most examples reaches the goal; – where none does"),
-             Head("% of the base's", "of the steps that the base needs"),
-             Head("% of its budget", "of all steps that the base was trained for"),
-             Head("Examples", "the fewest with which some step reaches the goal")]
-    return Section("What it takes to reach the base", "The base is fine-tuned on all examples of the task; the goal is "
-                   f"{100 * ENOUGH:.0f}% of its best score.", table=Table("needed", heads, rows))
+    rows = [
+        Row(
+            [
+                name,
+                r.curve.task,
+                _cell(r.goal, percent(r.goal)),
+                _cell(r.steps),
+                _cell(r.share, percent(r.share)),
+                _cell(r.of_budget, percent(r.of_budget)),
+                _cell(r.examples),
+            ]
+        )
+        for name, r in zip(labels([r.curve for r in found]), found, strict=True)
+    ]
+    heads = [
+        Head("From"),
+        Head("Task"),
+        Head("Goal", f"{100 * ENOUGH:.0f}% of the base's best score"),
+        Head(
+            "Steps",
+            "the first step at which the curve with most examples reaches the goal; – where none "
+            "does",
+        ),
+        Head("% of the base's", "of the steps that the base needs"),
+        Head("% of its budget", "of all steps that the base was trained for"),
+        Head("Examples", "the fewest with which some step reaches the goal"),
+    ]
+    return Section(
+        "What it takes to reach the base",
+        "The base is fine-tuned on all examples of the task; the goal is "
+        f"{100 * ENOUGH:.0f}% of its best score.",
+        table=Table("needed", heads, rows),
+    )
 
 
 def _cell(value: float | None, text: str = "") -> Cell:
@@ -62,8 +115,22 @@ def _one(c: Curve, name: str, i: int) -> list[Section | None]:
     rows = []
     for shots in c.shots:
         scores = dict(c.of(shots))
-        rows.append(Row([Cell(str(shots), shots), *(Cell(percent(scores.get(step)), scores.get(step))
-                                                    for step in c.steps)]))
-    table = Table(f"adapt{i}", [Head("shots \\ step"), *(Head(str(step)) for step in c.steps)], rows)
-    return [Section(f"{c.task}, from {name}", f"Start: {c.start}. Rows: shots; columns: optimizer steps.", table=table),
-            config(untrusted.text(c.path / "config.yaml"), f"Configuration of {c.task}, from {name}")]
+        rows.append(
+            Row(
+                [
+                    Cell(str(shots), shots),
+                    *(Cell(percent(scores.get(step)), scores.get(step)) for step in c.steps),
+                ]
+            )
+        )
+    table = Table(
+        f"adapt{i}", [Head("shots \\ step"), *(Head(str(step)) for step in c.steps)], rows
+    )
+    return [
+        Section(
+            f"{c.task}, from {name}",
+            f"Start: {c.start}. Rows: shots; columns: optimizer steps.",
+            table=table,
+        ),
+        config(untrusted.text(c.path / "config.yaml"), f"Configuration of {c.task}, from {name}"),
+    ]

@@ -1,6 +1,7 @@
 """What a page draws: charts as plain values, which its script gives to Vega-Lite.
 
-Nothing here decides how a chart looks but its colours' numbers: a chart names its series, axes and what is filtered.
+Nothing here decides how a chart looks but its colours' numbers: a chart names its series, axes and
+what is filtered.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Axis:
-    """What a direction shows; `kind` is how its numbers are written: percent (of values in [0, 1]), number, count,
-    seconds or bytes. `span` is the range shown, None for that of the values; `names` names some of the values.
+    """What a direction shows; `kind` is how its numbers are written: percent (of values in [0, 1]),
+    number, count, seconds or bytes. `span` is the range shown, None for that of the values; `names`
+    names some of the values.
     """
 
     title: str
@@ -33,9 +35,11 @@ SCORE = Axis("score, %", span=(0.0, 1.0))
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its points in order, a band (x, low, high), and points to ring, where a task was learned.
+    """One line: its points in order, a band (x, low, high), and points to ring, where a task was
+    learned.
 
-    `look` is a number for a colour, or "faint" (context) or "ceiling" (a reference). `dots` marks the points.
+    `look` is a number for a colour, or "faint" (context) or "ceiling" (a reference). `dots` marks
+    the points.
     """
 
     name: str
@@ -48,9 +52,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over an axis. `walls` are upright lines with a name; `by` says that the series are the page's groups
-    ("group") or tasks ("task"), which a reader chooses from, `task` of which task the chart is, `says` what it shows; a
-    `small` one has others beside it.
+    """Lines over an axis. `walls` are upright lines with a name; `by` says that the series are the
+    page's groups ("group") or tasks ("task"), which a reader chooses from, `task` of which task the
+    chart is, `says` what it shows; a `small` one has others beside it.
     """
 
     title: str
@@ -66,22 +70,35 @@ class Chart:
 
     @property
     def keys(self) -> list[tuple[str, int | str]]:
-        """The lines that need a key: groups have theirs above all charts, and a few lines their names at their ends."""
+        """The lines that need a key: groups have theirs above all charts, and a few lines their
+        names at their ends.
+        """
         told = [(s.name, s.look) for s in self.series if s.look != "faint" and not self.by]
         return told if len(told) > (1 if self.small else NAMED) else []
 
     def to_json(self) -> dict[str, Any]:
         """As the page's script reads it."""
-        return {**asdict(self), "kind": "lines", "series": [
-            {**asdict(s), "points": _short(s.points), "band": _short(s.band), "rings": _short(s.rings)}
-            for s in self.series]}
+        return {
+            **asdict(self),
+            "kind": "lines",
+            "series": [
+                {
+                    **asdict(s),
+                    "points": _short(s.points),
+                    "band": _short(s.band),
+                    "rings": _short(s.rings),
+                }
+                for s in self.series
+            ],
+        }
 
 
 @dataclass(frozen=True)
 class Dots:
     """A dot a run, by two of its figures, which a reader may choose among `axes` where `free`.
 
-    Each of `runs` has its `group`, a `text` to find it by, and `values` by axis, None where it has none.
+    Each of `runs` has its `group`, a `text` to find it by, and `values` by axis, None where it has
+    none.
     """
 
     title: str

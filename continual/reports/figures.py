@@ -9,7 +9,9 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Meaning:
-    """A summary's name for people, which way is better ("higher" or "lower"), and one line on what it tells."""
+    """A summary's name for people, which way is better ("higher" or "lower"), and one line on what
+    it tells.
+    """
 
     title: str
     better: str
@@ -23,22 +25,44 @@ class Meaning:
 
 
 MEANINGS: dict[str, Meaning] = {
-    "average_performance": Meaning("Average performance", "higher", "mean score over all tasks, at the end"),
-    "forgetting": Meaning("Forgetting", "lower", "mean fall of a task from its best score to its last"),
-    "backward_transfer": Meaning("Backward transfer", "higher",
-                                 "mean change of a task from its own stage to the end; negative is forgetting", True),
-    "learning_accuracy": Meaning("Learning accuracy", "higher", "mean score of a task right after its own stage"),
-    "forward_transfer": Meaning("Forward transfer", "higher",
-                                "mean gain on a task before it is taught, over the untrained model", True),
-    "average_incremental_performance": Meaning("Average incremental", "higher",
-                                               "mean over the stages of the mean over the tasks learned so far"),
-    "intransigence": Meaning("Intransigence", "lower",
-                             "how much less well a task is learned than the reference (joint) run knows it"),
+    "average_performance": Meaning(
+        "Average performance", "higher", "mean score over all tasks, at the end"
+    ),
+    "forgetting": Meaning(
+        "Forgetting", "lower", "mean fall of a task from its best score to its last"
+    ),
+    "backward_transfer": Meaning(
+        "Backward transfer",
+        "higher",
+        "mean change of a task from its own stage to the end; negative is forgetting",
+        True,
+    ),
+    "learning_accuracy": Meaning(
+        "Learning accuracy", "higher", "mean score of a task right after its own stage"
+    ),
+    "forward_transfer": Meaning(
+        "Forward transfer",
+        "higher",
+        "mean gain on a task before it is taught, over the untrained model",
+        True,
+    ),
+    "average_incremental_performance": Meaning(
+        "Average incremental",
+        "higher",
+        "mean over the stages of the mean over the tasks learned so far",
+    ),
+    "intransigence": Meaning(
+        "Intransigence",
+        "lower",
+        "how much less well a task is learned than the reference (joint) run knows it",
+    ),
 }
 
 
 def percent(score: float | None, signed: bool = False) -> str:
-    """A score in [0, 1] as a percentage with one decimal and a true minus sign; a dash where there is none."""
+    """A score in [0, 1] as a percentage with one decimal and a true minus sign; a dash where there
+    is none.
+    """
     if score is None:
         return NONE
     value = round(100 * score, 1) + 0.0  # + 0.0: no "-0.0"
@@ -62,7 +86,11 @@ def seconds(value: float | None) -> str:
     if value < 60:
         return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
     minutes = round(value / 60) if value >= 3600 else int(value // 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if value >= 3600 else f"{minutes} min {value % 60:02.0f} s"
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min"
+        if value >= 3600
+        else f"{minutes} min {value % 60:02.0f} s"
+    )
 
 
 def count(value: float | None) -> str:
@@ -85,5 +113,9 @@ def cost(key: str, value: float) -> tuple[str, str]:
     """The name and figure of one entry of a matrix's cost, its unit told by the key's last word."""
     *words, unit = key.split("_")
     write = {"seconds": seconds, "bytes": size}.get(unit)
-    name = " ".join(words) or {"seconds": "wall time", "bytes": "size"}.get(unit, unit) if write else key
+    name = (
+        " ".join(words) or {"seconds": "wall time", "bytes": "size"}.get(unit, unit)
+        if write
+        else key
+    )
     return name.replace("_", " "), write(value) if write else count(value)

@@ -16,11 +16,17 @@ SHOWN = 3  # in the terminal
 
 
 def show(console: Console, matrix: Matrix, found: Sequence[Flip]) -> None:
-    """How many flipped, task by stage, and a few of them, in the terminal; nothing where there is one stage only."""
+    """How many flipped, task by stage, and a few of them, in the terminal; nothing where there is
+    one stage only.
+    """
     if len(matrix.stages) < 2:
         return
-    console.print(Text(f"answers lost (−) and regained (+) at each stage; right is a mark of at least {RIGHT}",
-                       style="bold"))
+    console.print(
+        Text(
+            f"answers lost (−) and regained (+) at each stage; right is a mark of at least {RIGHT}",
+            style="bold",
+        )
+    )
     if not found:
         console.print("none was lost")
         return
@@ -30,7 +36,9 @@ def show(console: Console, matrix: Matrix, found: Sequence[Flip]) -> None:
     for number in range(first + 1, first + len(matrix.stages)):
         table.add_column(str(number), justify="right", no_wrap=True)
     for task in matrix.tasks:
-        table.add_row(Text(task), *(_cell(*told.get((task, stage), (0, 0))) for stage in matrix.stages[1:]))
+        table.add_row(
+            Text(task), *(_cell(*told.get((task, stage), (0, 0))) for stage in matrix.stages[1:])
+        )
     console.print(table)
     for line in _examples(found):
         console.print(Text(line, style="dim"), soft_wrap=True)
@@ -47,7 +55,11 @@ def _cell(lost: int, back: int) -> Text:
 
 
 def _examples(found: Sequence[Flip]) -> Iterator[str]:
-    """Of some tasks the last loss that was for good; ids and answers may hold what a terminal obeys."""
-    last = {f.task: f for f in found if f.back is None and f.before is not None and f.after is not None}
+    """Of some tasks the last loss that was for good; ids and answers may hold what a terminal
+    obeys.
+    """
+    last = {
+        f.task: f for f in found if f.back is None and f.before is not None and f.after is not None
+    }
     for f in [*last.values()][:SHOWN]:
         yield f"{brief(f.id)[1:-1]}: {brief(f.before, 60)} after {f.learned}, {brief(f.after, 60)} after {f.lost}"

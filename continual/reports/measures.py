@@ -1,6 +1,8 @@
-"""What the predictions of a run say beyond one score a task: by level of the instruction, and by kind of accuracy.
+"""What the predictions of a run say beyond one score a task: by level of the instruction, and by
+kind of accuracy.
 
-In the form of probes.json: {name: {"says", "source", "better", "series": {label: [a value or null a stage]}}}.
+In the form of probes.json: {name: {"says", "source", "better", "series": {label: [a value or null a
+stage]}}}.
 """
 
 from __future__ import annotations
@@ -22,16 +24,22 @@ from continual.results.run_folder import Run
 Rows = Sequence[Mapping[str, Any]]
 
 LEVEL = {
-    "says": "the mean score of the test rows of each level: how their instructions are composed, as the row says or "
-            "else by the instruction's own words", "source": "after ComplexBench (Wen et al. 2024)", "better": "higher"}
+    "says": "the mean score of the test rows of each level: how their instructions are composed, "
+    "as the row says or else by the instruction's own words",
+    "source": "after ComplexBench (Wen et al. 2024)",
+    "better": "higher",
+}
 ADHERENCE = {
-    "says": "the share of prompts whose constraints are all kept to, and of all constraints; loosely: with or without "
-            "the answer's first line, last line and asterisks", "source": "IFEval (Zhou et al. 2023)",
-    "better": "higher"}
+    "says": "the share of prompts whose constraints are all kept to, and of all constraints; "
+    "loosely: with or without the answer's first line, last line and asterisks",
+    "source": "IFEval (Zhou et al. 2023)",
+    "better": "higher",
+}
 
 
 def by_level(rows: Rows) -> dict[str, tuple[float, int]]:
-    """The mean score of the predictions of each level, and how many these are; the levels rise, others follow.
+    """The mean score of the predictions of each level, and how many these are; the levels rise,
+    others follow.
 
     Empty for predictions that do not say their level.
     """
@@ -39,7 +47,10 @@ def by_level(rows: Rows) -> dict[str, tuple[float, int]]:
     for row in rows:
         if isinstance(name := row.get("level"), str):
             marks[CONTROL.sub(" ", name)[:60]].append(row["score"])
-    return {name: (sum(marks[name]) / len(marks[name]), len(marks[name])) for name in sorted(marks, key=_rising)}
+    return {
+        name: (sum(marks[name]) / len(marks[name]), len(marks[name]))
+        for name in sorted(marks, key=_rising)
+    }
 
 
 def _rising(name: str) -> tuple[int, str]:
@@ -47,10 +58,16 @@ def _rising(name: str) -> tuple[int, str]:
 
 
 def _adherence(rows: Rows) -> dict[str, tuple[float, int]]:
-    """IFEval's accuracies of predictions that say which constraints they keep to; empty for any other."""
+    """IFEval's accuracies of predictions that say which constraints they keep to; empty for any
+    other.
+    """
     told = [row for row in rows if all(_flags(row.get(how)) for how in ("strict", "loose"))]
     counts = {"prompt": len(told), "instruction": sum(len(row["strict"]) for row in told)}
-    return {name: (value, counts[name.partition(",")[0]]) for name, value in accuracies(told).items()} if told else {}
+    return (
+        {name: (value, counts[name.partition(",")[0]]) for name, value in accuracies(told).items()}
+        if told
+        else {}
+    )
 
 
 def _flags(value: object) -> bool:
@@ -58,17 +75,24 @@ def _flags(value: object) -> bool:
 
 
 def probes(run: Run) -> dict[str, Any]:
-    """The series of a run over its stages: of tasks with rows of several levels, and of those with constraints."""
+    """The series of a run over its stages: of tasks with rows of several levels, and of those with
+    constraints.
+    """
     found: dict[str, dict[str, list[float | None]]] = {"complexity": {}, "direct adherence": {}}
     stages = run.matrix.stages
     for task in run.matrix.tasks:
         for number, stage in enumerate(stages):
             rows = run.predictions(stage, task)
             levels = by_level(rows)
-            kinds = {"complexity": levels if len(levels) > 1 else {}, "direct adherence": _adherence(rows)}
+            kinds = {
+                "complexity": levels if len(levels) > 1 else {},
+                "direct adherence": _adherence(rows),
+            }
             for name, told in kinds.items():
                 for label, (value, n) in told.items():
-                    series = found[name].setdefault(f"{task}: {label} (n = {n})", [None] * len(stages))
+                    series = found[name].setdefault(
+                        f"{task}: {label} (n = {n})", [None] * len(stages)
+                    )
                     series[number] = value
     about = {"complexity": LEVEL, "direct adherence": ADHERENCE}
     return {name: {**about[name], "series": series} for name, series in found.items() if series}
@@ -80,8 +104,10 @@ def show(console: Console, run: Run) -> None:
     rows = {task: run.predictions(stage, task) for task in run.matrix.tasks}
     levels = {task: told for task, some in rows.items() if len(told := by_level(some)) > 1}
     kinds = {task: told for task, some in rows.items() if (told := _adherence(some))}
-    for title, found in (("score in percent by level of the instruction", levels),
-                         ("constraints kept to, in percent", kinds)):
+    for title, found in (
+        ("score in percent by level of the instruction", levels),
+        ("constraints kept to, in percent", kinds),
+    ):
         if found:
             console.print(Text(f"{title}, after {stage} (n in brackets)", style="bold"))
             console.print(_table(found))
@@ -96,6 +122,8 @@ def _table(found: Mapping[str, Mapping[str, tuple[float, int]]]) -> Table:
     for name in names:
         table.add_column(Text(name), justify="right")
     for task, told in found.items():
-        cells = [f"{percent(told[name][0])} ({told[name][1]})" if name in told else "" for name in names]
+        cells = [
+            f"{percent(told[name][0])} ({told[name][1]})" if name in told else "" for name in names
+        ]
         table.add_row(Text(task), *map(Text, cells))
     return table

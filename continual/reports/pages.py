@@ -10,7 +10,19 @@ from continual.io import untrusted
 from continual.reports import audits, beside, figures
 from continual.reports.charts import Axis, Chart, Point, Series
 from continual.reports.figures import MEANINGS, percent
-from continual.reports.sections import Page, Section, curve, cut, heat, lines, rings, span, stages, table, thinned
+from continual.reports.sections import (
+    Page,
+    Section,
+    curve,
+    cut,
+    heat,
+    lines,
+    rings,
+    span,
+    stages,
+    table,
+    thinned,
+)
 from continual.results.matrix import BASE, Matrix
 from continual.results.run_folder import Run
 from continual.results.stopped import notice
@@ -23,8 +35,14 @@ STEP = "optimizer step"
 def run_page(run: Run) -> Page:
     """Everything that there is to show of one run."""
     matrix = run.matrix
-    return Page(f"{matrix.strategy} on {matrix.stream}", "One run", facts(matrix), notices(run), run_sections(run),
-                tasks=matrix.tasks)
+    return Page(
+        f"{matrix.strategy} on {matrix.stream}",
+        "One run",
+        facts(matrix),
+        notices(run),
+        run_sections(run),
+        tasks=matrix.tasks,
+    )
 
 
 def run_sections(run: Run) -> list[Section | None]:
@@ -32,59 +50,108 @@ def run_sections(run: Run) -> list[Section | None]:
     matrix = run.matrix
     steps, walls = laid_out(run)
     starts = {event.get("stage") or 0: x - event["step"] for x, event in steps}
-    return [Section("Summaries", kind="tiles", body=tiles(matrix.summary(), intervals(run))),
-            Section("What is retained", "Score in percent on each task (column) after each stage (row).", kind="heats",
-                    body=[heat(matrix)]),
-            Section("Each task through the stages", "Score in percent by stage; the ring is the task's own stage, the "
-                    "other tasks are grey.", [_panel(matrix, task) for task in matrix.tasks]),
-            beside.during(run, starts, walls), beside.probe_section(run), beside.flip_section(run),
-            training(steps, walls), *notes(steps, walls), costs(run), audit(run), answers(run), config(run.config)]
+    return [
+        Section("Summaries", kind="tiles", body=tiles(matrix.summary(), intervals(run))),
+        Section(
+            "What is retained",
+            "Score in percent on each task (column) after each stage (row).",
+            kind="heats",
+            body=[heat(matrix)],
+        ),
+        Section(
+            "Each task through the stages",
+            "Score in percent by stage; the ring is the task's own stage, the "
+            "other tasks are grey.",
+            [_panel(matrix, task) for task in matrix.tasks],
+        ),
+        beside.during(run, starts, walls),
+        beside.probe_section(run),
+        beside.flip_section(run),
+        training(steps, walls),
+        *notes(steps, walls),
+        costs(run),
+        audit(run),
+        answers(run),
+        config(run.config),
+    ]
 
 
 def facts(matrix: Matrix) -> list[str]:
     """One phrase each: the order, the seed, how many tasks and examples, how far the run got."""
     learned = len([stage for stage in matrix.stages if stage != BASE])
-    told = [f"order {matrix.order}" if matrix.order else "", f"seed {matrix.seed}" if matrix.seed is not None else "",
-            f"{len(matrix.tasks)} tasks", f"{sum(matrix.counts):,} test examples" if matrix.counts else "",
-            ", ".join(sorted({matrix.metrics[task] for task in matrix.tasks})),
-            "finished" if matrix.finished else f"unfinished: {learned} stages scored so far"]
+    told = [
+        f"order {matrix.order}" if matrix.order else "",
+        f"seed {matrix.seed}" if matrix.seed is not None else "",
+        f"{len(matrix.tasks)} tasks",
+        f"{sum(matrix.counts):,} test examples" if matrix.counts else "",
+        ", ".join(sorted({matrix.metrics[task] for task in matrix.tasks})),
+        "finished" if matrix.finished else f"unfinished: {learned} stages scored so far",
+    ]
     return [fact for fact in told if fact]
 
 
 def notices(run: Run) -> list[str]:
-    """What a reader must know before the figures: an unfinished run, skipped or shortened examples, broken lines."""
+    """What a reader must know before the figures: an unfinished run, skipped or shortened examples,
+    broken lines.
+    """
     told = []
     if not run.matrix.finished:
-        told.append("This run is unfinished: the summaries need its last stage. "
-                    + (f"It was {stopped}." if (stopped := notice(run.path)) else
-                       "Start it again with the same out= and it goes on."))
+        told.append(
+            "This run is unfinished: the summaries need its last stage. "
+            + (
+                f"It was {stopped}."
+                if (stopped := notice(run.path))
+                else "Start it again with the same out= and it goes on."
+            )
+        )
     counts: Counter[str] = Counter()
     for event in run.events("data"):
-        counts.update({key: event[key] for key in ("skipped", "shortened") if untrusted.is_number(event.get(key))})
+        counts.update(
+            {
+                key: event[key]
+                for key in ("skipped", "shortened")
+                if untrusted.is_number(event.get(key))
+            }
+        )
     if shown := [f"{n:,} {key}" for key, n in counts.items() if n]:
         told.append(f"Examples that did not fit the model's context: {', '.join(shown)}.")
     if skipped := sum(event.get("skipped_steps") or 0 for event in run.events("stage")):
         told.append(f"{skipped:,} steps were skipped: their loss or gradient was not finite.")
     if broken := run.log[1]:
-        told.append(f"{broken} line{'s' * (broken > 1)} of events.jsonl could not be read; a run that was killed while "
-                    "writing leaves one.")
+        told.append(
+            f"{broken} line{'s' * (broken > 1)} of events.jsonl could not be read; a run that "
+            "was killed while writing leaves one."
+        )
     return told
 
 
-def tiles(summary: Mapping[str, float | None], spans: Mapping[str, Interval]) -> list[dict[str, Any]]:
-    """Each summary with its name, arrow and meaning, and its interval over test examples where there is one."""
+def tiles(
+    summary: Mapping[str, float | None], spans: Mapping[str, Interval]
+) -> list[dict[str, Any]]:
+    """Each summary with its name, arrow and meaning, and its interval over test examples where
+    there is one.
+    """
     told = []
     for name in (name for name in MEANINGS if name in summary):
         meaning, span = MEANINGS[name], spans.get(name)
-        told.append({"meaning": meaning, "figure": percent(summary[name], meaning.signed),
-                     "interval": figures.interval(span.low, span.high, meaning.signed) if span else "",
-                     "how": f"95% interval: {span.how}, n = {span.n:,}" if span else ""})
+        told.append(
+            {
+                "meaning": meaning,
+                "figure": percent(summary[name], meaning.signed),
+                "interval": figures.interval(span.low, span.high, meaning.signed) if span else "",
+                "how": f"95% interval: {span.how}, n = {span.n:,}" if span else "",
+            }
+        )
     return told
 
 
 def _panel(matrix: Matrix, task: str) -> Chart:
     """One task over the stages, the others faint behind it, a ring where it was learned."""
-    behind = [Series(other, curve(matrix, other), "faint", dots=False) for other in matrix.tasks if other != task]
+    behind = [
+        Series(other, curve(matrix, other), "faint", dots=False)
+        for other in matrix.tasks
+        if other != task
+    ]
     own = Series(task, curve(matrix, task), 0, rings=rings(matrix, task))
     return Chart(task, [*behind, own], stages(matrix.stages, span(matrix)), small=True, task=task)
 
@@ -108,10 +175,19 @@ def laid_out(run: Run) -> tuple[Steps, Walls]:
 
 
 def training(steps: Steps, walls: Walls) -> Section | None:
-    """The loss over all optimizer steps, a wall where each stage begins; None where no step was logged."""
+    """The loss over all optimizer steps, a wall where each stage begins; None where no step was
+    logged.
+    """
     points = thinned([(x, event["loss"]) for x, event in steps if event.get("loss") is not None])
-    return Section("Training loss", "By optimizer step; an upright line where a stage begins.",
-                   [_over_steps("loss", [Series("loss", points, 0, dots=False)], walls)]) if points else None
+    return (
+        Section(
+            "Training loss",
+            "By optimizer step; an upright line where a stage begins.",
+            [_over_steps("loss", [Series("loss", points, 0, dots=False)], walls)],
+        )
+        if points
+        else None
+    )
 
 
 def notes(steps: Steps, walls: Walls) -> list[Section]:
@@ -121,10 +197,20 @@ def notes(steps: Steps, walls: Walls) -> list[Section]:
         for name, value in (event.get("notes") or {}).items():
             head, _, tail = name.partition("/")
             named.setdefault(head, {}).setdefault(tail or head, []).append((x, value))
-    return [Section(f"Strategy: {head}", "What the strategy told of itself, by optimizer step.",
-                    [_over_steps(head, lines({name: thinned(points) for name, points in told.items()}, dots=False),
-                                 walls)])
-            for head, told in named.items()]
+    return [
+        Section(
+            f"Strategy: {head}",
+            "What the strategy told of itself, by optimizer step.",
+            [
+                _over_steps(
+                    head,
+                    lines({name: thinned(points) for name, points in told.items()}, dots=False),
+                    walls,
+                )
+            ],
+        )
+        for head, told in named.items()
+    ]
 
 
 def _over_steps(title: str, series: Sequence[Series], walls: Walls) -> Chart:
@@ -137,8 +223,11 @@ def costs(run: Run) -> Section | None:
     told = [figures.cost(key, value) for key, value in run.matrix.cost.items()]
     heads = ("stage", "steps", "tokens", "time", "tokens / s", "strategy memory")
     rows = stage_costs(run)
-    return Section("Cost", kind="costs", body=told, table=table("cost", heads, rows) if rows else None) \
-        if told or rows else None
+    return (
+        Section("Cost", kind="costs", body=told, table=table("cost", heads, rows) if rows else None)
+        if told or rows
+        else None
+    )
 
 
 def stage_costs(run: Run) -> list[list[str]]:
@@ -148,20 +237,39 @@ def stage_costs(run: Run) -> list[list[str]]:
     for event in run.events("stage"):
         took, tokens = event.get("seconds"), event.get("tokens")
         rate = figures.count(tokens / took) if took and tokens else figures.NONE
-        rows.append([str(event.get("task", event.get("stage"))), figures.count(event.get("steps")),
-                     figures.count(tokens), figures.seconds(took), rate, figures.size(memory.get(event.get("stage")))])
+        rows.append(
+            [
+                str(event.get("task", event.get("stage"))),
+                figures.count(event.get("steps")),
+                figures.count(tokens),
+                figures.seconds(took),
+                rate,
+                figures.size(memory.get(event.get("stage"))),
+            ]
+        )
     return rows
 
 
 def audit(run: Run) -> Section | None:
-    """What was found amiss in the rows, and what the base already solved; None where the run has no audit."""
+    """What was found amiss in the rows, and what the base already solved; None where the run has no
+    audit.
+    """
     if (told := audits.load(run.path)) is None:
         return None
     heads, *rows = audits.rows(told)
-    base = dict(zip(run.matrix.tasks, run.matrix.scores[0], strict=True)) if run.matrix.stages[:1] == (BASE,) else {}
+    base = (
+        dict(zip(run.matrix.tasks, run.matrix.scores[0], strict=True))
+        if run.matrix.stages[:1] == (BASE,)
+        else {}
+    )
     found = [*audits.lines(told), *audits.solved(told, base)]
-    return Section("Audit of the rows", audits.caption(told), table=table("audit", heads, rows), kind="findings",
-                   body=found)
+    return Section(
+        "Audit of the rows",
+        audits.caption(told),
+        table=table("audit", heads, rows),
+        kind="findings",
+        body=found,
+    )
 
 
 def answers(run: Run) -> Section | None:
@@ -172,29 +280,50 @@ def answers(run: Run) -> Section | None:
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
-    """For each task a few final answers: right, forgotten (right after the task's own stage, wrong now) and wrong."""
+    """For each task a few final answers: right, forgotten (right after the task's own stage, wrong
+    now) and wrong.
+    """
     last, told = run.matrix.stages[-1], []
     for task, score in zip(run.matrix.tasks, run.matrix.scores[-1], strict=True):
         now = run.predictions(last, task)
         own = run.matrix.stage_of(task)
         was = {row["id"]: row for row in run.predictions(task, task)} if own is not None else {}
-        lost = [{**row, "before": was[row["id"]].get("answer")} for row in now
-                if row["id"] in was and row["score"] < 0.5 <= was[row["id"]]["score"]]
+        lost = [
+            {**row, "before": was[row["id"]].get("answer")}
+            for row in now
+            if row["id"] in was and row["score"] < 0.5 <= was[row["id"]]["score"]
+        ]
         gone = {row["id"] for row in lost}
-        sorts = {"right": [row for row in now if row["score"] >= 0.5], "forgotten": lost,
-                 "wrong": [row for row in now if row["score"] < 0.5 and row["id"] not in gone]}
+        sorts = {
+            "right": [row for row in now if row["score"] >= 0.5],
+            "forgotten": lost,
+            "wrong": [row for row in now if row["score"] < 0.5 and row["id"] not in gone],
+        }
         shown = [_shown(sort, row) for sort, rows in sorts.items() for row in rows[:SAMPLES]]
         if shown:
-            told.append({"task": task, "score": percent(score), "count": len(now), "shown": shown,
-                         "sorts": {sort: len(rows) for sort, rows in sorts.items()}})
+            told.append(
+                {
+                    "task": task,
+                    "score": percent(score),
+                    "count": len(now),
+                    "shown": shown,
+                    "sorts": {sort: len(rows) for sort, rows in sorts.items()},
+                }
+            )
     return told
 
 
 def _shown(sort: str, row: Mapping[str, Any]) -> dict[str, Any]:
     accepted = row.get("references") or []
-    return {"sort": sort, "id": str(row["id"]), "mark": f"{row['score']:.2f}", "prompt": cut(row.get("prompt")),
-            "answer": cut(row.get("answer")), "before": cut(row.get("before")),
-            "references": cut(" | ".join(map(str, accepted)))}
+    return {
+        "sort": sort,
+        "id": str(row["id"]),
+        "mark": f"{row['score']:.2f}",
+        "prompt": cut(row.get("prompt")),
+        "answer": cut(row.get("answer")),
+        "before": cut(row.get("before")),
+        "references": cut(" | ".join(map(str, accepted))),
+    }
 
 
 def config(text: str, title: str = "Configuration") -> Section | None:

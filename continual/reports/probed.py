@@ -1,4 +1,6 @@
-"""What the probes beside the matrix found, read and shown: a line of figures for each series, a column a stage."""
+"""What the probes beside the matrix found, read and shown: a line of figures for each series, a
+column a stage.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,14 @@ def _check(told: dict[str, Any]) -> None:
 def _sound(name: str, entry: Any, stages: int) -> bool:
     """Whether an entry has its texts, and a number or none for each stage."""
     texts = (name, entry["says"], entry["source"], *entry["series"])
-    return (all(isinstance(text, str) and not CONTROL.search(text) for text in texts)
-            and entry["better"] in ("higher", "lower")
-            and all(len(values) == stages and all(v is None or is_number(v) for v in values)
-                    for values in entry["series"].values()))
+    return (
+        all(isinstance(text, str) and not CONTROL.search(text) for text in texts)
+        and entry["better"] in ("higher", "lower")
+        and all(
+            len(values) == stages and all(v is None or is_number(v) for v in values)
+            for values in entry["series"].values()
+        )
+    )
 
 
 def show(console: Console, told: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""What an adaptation needs to reach the reference: full fine-tuning of the base on all examples of the task."""
+"""What an adaptation needs to reach the reference: full fine-tuning of the base on all examples of
+the task.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,13 @@ ENOUGH = 0.95  # of the reference's best score is to be reached
 
 @dataclass(frozen=True)
 class Reach:
-    """One adaptation beside the reference on its task; the scores are means over draws, the steps those scored.
+    """One adaptation beside the reference on its task; the scores are means over draws, the steps
+    those scored.
 
-    `goal` is 95% of the reference's best score with all examples. `steps` is the first step at which the curve with
-    most examples has it, `reference` that of the reference's own curve, `budget` the last step of that, `examples` the
-    fewest with which some step has it; None where none has.
+    `goal` is 95% of the reference's best score with all examples. `steps` is the first step at
+    which the curve with most examples has it, `reference` that of the reference's own curve,
+    `budget` the last step of that, `examples` the fewest with which some step has it; None where
+    none has.
     """
 
     curve: Curve
@@ -36,19 +40,24 @@ class Reach:
 
     @property
     def share(self) -> float | None:
-        """The steps as a share of the reference's; None where the goal is not reached, or is where the base begins."""
+        """The steps as a share of the reference's; None where the goal is not reached, or is where
+        the base begins.
+        """
         return None if self.steps is None or not self.reference else self.steps / self.reference
 
     @property
     def of_budget(self) -> float | None:
-        """The steps as a share of all that the reference was trained for, also those after it was reached."""
+        """The steps as a share of all that the reference was trained for, also those after it was
+        reached.
+        """
         return None if self.steps is None or not self.budget else self.steps / self.budget
 
 
 def reach(curves: Sequence[Curve]) -> list[Reach]:
     """Each curve beside the reference on its task, those left out that have none among them.
 
-    The reference is the curve that starts at the base, of several the one with most examples and steps.
+    The reference is the curve that starts at the base, of several the one with most examples and
+    steps.
     """
     bases: dict[tuple[str, str], Curve] = {}
     for c in sorted(curves, key=lambda c: (c.shots[-1:], c.steps[-1:])):
@@ -65,14 +74,23 @@ def _beside(c: Curve, base: Curve) -> Reach:
 
     steps = first(c, c.shots[-1]) if c.points else None
     fewest = next((n for n in c.shots if first(c, n) is not None), None)
-    return Reach(c, goal, first(base, base.shots[-1]) or 0, base.steps[-1], steps, 0 if steps == 0 else fewest)
+    return Reach(
+        c,
+        goal,
+        first(base, base.shots[-1]) or 0,
+        base.steps[-1],
+        steps,
+        0 if steps == 0 else fewest,
+    )
 
 
 def labels(curves: Sequence[Curve]) -> list[str]:
     """Where each began; with its folder's name where two of one task began alike."""
     told = [(c.task, c.origin) for c in curves]
-    return [c.origin if told.count(of) == 1 else f"{c.origin} ({c.path.name})"
-            for c, of in zip(curves, told, strict=True)]
+    return [
+        c.origin if told.count(of) == 1 else f"{c.origin} ({c.path.name})"
+        for c, of in zip(curves, told, strict=True)
+    ]
 
 
 def show(console: Console, curves: Sequence[Curve]) -> None:
@@ -87,12 +105,28 @@ def show(console: Console, curves: Sequence[Curve]) -> None:
         rows.setdefault(name, {})[one.curve.task] = one
     goals = {one.curve.task: one.goal for one in found}
     draws = min(one.curve.draws for one in found)
-    console.print(Text(f"optimizer steps to reach {100 * ENOUGH:.0f}% of the best score of the base on all examples "
-                       f"(of the base's own; means of {draws} draws)", style="bold"))
-    console.print(_table(rows, goals, _steps, {"of base's\nsteps": lambda one: one.share,
-                                               "of base's\nbudget": lambda one: one.of_budget}))
+    console.print(
+        Text(
+            f"optimizer steps to reach {100 * ENOUGH:.0f}% of the best score of the base on all "
+            f"examples (of the base's own; means of {draws} draws)",
+            style="bold",
+        )
+    )
+    console.print(
+        _table(
+            rows,
+            goals,
+            _steps,
+            {
+                "of base's\nsteps": lambda one: one.share,
+                "of base's\nbudget": lambda one: one.of_budget,
+            },
+        )
+    )
     console.print(Text("examples to reach it with", style="bold"))
-    console.print(_table(rows, goals, lambda one: NONE if one.examples is None else str(one.examples), {}))
+    console.print(
+        _table(rows, goals, lambda one: NONE if one.examples is None else str(one.examples), {})
+    )
 
 
 def _steps(one: Reach) -> str:
@@ -107,8 +141,12 @@ def _mean(shares: Iterable[float | None]) -> str:
     return f"{100 * fmean(known):.0f}%" if known else NONE
 
 
-def _table(rows: Mapping[str, Mapping[str, Reach]], goals: Mapping[str, float], cell: Callable[[Reach], str],
-           shares: Mapping[str, Callable[[Reach], float | None]]) -> Table:
+def _table(
+    rows: Mapping[str, Mapping[str, Reach]],
+    goals: Mapping[str, float],
+    cell: Callable[[Reach], str],
+    shares: Mapping[str, Callable[[Reach], float | None]],
+) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -120,9 +158,16 @@ def _table(rows: Mapping[str, Mapping[str, Reach]], goals: Mapping[str, float], 
     for head in shares:
         table.add_column(head, justify="right")
     for name, row in rows.items():
-        reached = sum(one.steps is not None for one in row.values()) if shares else sum(
-            one.examples is not None for one in row.values())
+        reached = (
+            sum(one.steps is not None for one in row.values())
+            if shares
+            else sum(one.examples is not None for one in row.values())
+        )
         cells = [cell(row[task]) if task in row else "" for task in goals]
-        table.add_row(Text(name), *cells, f"{reached} of {len(row)}",
-                      *(_mean(map(share, row.values())) for share in shares.values()))
+        table.add_row(
+            Text(name),
+            *cells,
+            f"{reached} of {len(row)}",
+            *(_mean(map(share, row.values())) for share in shares.values()),
+        )
     return table

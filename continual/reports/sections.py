@@ -1,4 +1,6 @@
-"""What pages are made of: sections with charts and tables, heat maps, and how a matrix becomes lines."""
+"""What pages are made of: sections with charts and tables, heat maps, and how a matrix becomes
+lines.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ POINTS = 300  # of a training curve
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table: its text, what it is sorted by, whether it is the best of its column, and a link."""
+    """One figure of a table: its text, what it is sorted by, whether it is the best of its column,
+    and a link.
+    """
 
     text: str
     sort: float | str | None = None
@@ -35,8 +39,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Row:
-    """Cells; `group` and `task` are those of the page's that it is about, `look` the group's colour, and `found` the
-    text that a reader may look for it by.
+    """Cells; `group` and `task` are those of the page's that it is about, `look` the group's
+    colour, and `found` the text that a reader may look for it by.
     """
 
     cells: Sequence[Cell | str]
@@ -57,7 +61,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a title, one line on it, charts, a table, and a `body` that the template of `kind` shows."""
+    """A part of a page: a title, one line on it, charts, a table, and a `body` that the template of
+    `kind` shows.
+    """
 
     title: str
     lead: str = ""
@@ -69,7 +75,8 @@ class Section:
 
 @dataclass
 class Page:
-    """The values of page.html.j2; `groups` (name, look, text to find it by) and `tasks` are what a reader chooses from.
+    """The values of page.html.j2; `groups` (name, look, text to find it by) and `tasks` are what a
+    reader chooses from.
     """
 
     title: str
@@ -88,17 +95,40 @@ class Page:
         for section in shown:
             charts = []
             for chart in section.charts:
-                charts.append({"at": len(self.charts), "title": chart.title, "small": chart.small, "says": chart.says,
-                               "task": self.task(chart.task), "keys": chart.keys, "free": chart.free})
+                charts.append(
+                    {
+                        "at": len(self.charts),
+                        "title": chart.title,
+                        "small": chart.small,
+                        "says": chart.says,
+                        "task": self.task(chart.task),
+                        "keys": chart.keys,
+                        "free": chart.free,
+                    }
+                )
                 self.charts.append(chart.to_json())
             numbered.append((section, charts))
-        data = {"charts": self.charts, "groups": [{"name": n, "look": k, "text": text} for n, k, text in self.groups],
-                "tasks": list(self.tasks)}
-        return {"title": self.title, "kicker": self.kicker, "facts": self.facts, "notices": self.notices,
-                "sections": numbered, "groups": self.groups, "tasks": self.tasks, "data": data, "page": self}
+        data = {
+            "charts": self.charts,
+            "groups": [{"name": n, "look": k, "text": text} for n, k, text in self.groups],
+            "tasks": list(self.tasks),
+        }
+        return {
+            "title": self.title,
+            "kicker": self.kicker,
+            "facts": self.facts,
+            "notices": self.notices,
+            "sections": numbered,
+            "groups": self.groups,
+            "tasks": self.tasks,
+            "data": data,
+            "page": self,
+        }
 
     def task(self, name: str) -> str:
-        """The class of what is about that task: it is not shown where the reader leaves the task out."""
+        """The class of what is about that task: it is not shown where the reader leaves the task
+        out.
+        """
         return f"t{self.tasks.index(name)}" if name in self.tasks else ""
 
     def group(self, name: str) -> str:
@@ -108,13 +138,24 @@ class Page:
 
 
 def heat(matrix: Matrix, label: str = "") -> dict[str, Any]:
-    """Rows of cells: the figure, the score, and whether the task is being learned, or has not been yet."""
+    """Rows of cells: the figure, the score, and whether the task is being learned, or has not been
+    yet.
+    """
     rows = []
-    for number, (stage, scores) in enumerate(zip(matrix.stages, matrix.scores, strict=True), BASE not in matrix.stages):
+    for number, (stage, scores) in enumerate(
+        zip(matrix.stages, matrix.scores, strict=True), BASE not in matrix.stages
+    ):
         seen = matrix.stages[: number + (BASE in matrix.stages)]
-        cells = [{"text": percent(score), "value": score, "learned": task == stage, "task": task,
-                  "ahead": matrix.sequential and task not in seen} for task, score in zip(matrix.tasks, scores,
-                                                                                          strict=True)]
+        cells = [
+            {
+                "text": percent(score),
+                "value": score,
+                "learned": task == stage,
+                "task": task,
+                "ahead": matrix.sequential and task not in seen,
+            }
+            for task, score in zip(matrix.tasks, scores, strict=True)
+        ]
         rows.append({"number": number, "stage": stage, "cells": cells})
     return {"tasks": matrix.tasks, "rows": rows, "label": label}
 
@@ -122,7 +163,9 @@ def heat(matrix: Matrix, label: str = "") -> dict[str, Any]:
 def curve(matrix: Matrix, task: str) -> list[Point]:
     """(stage number, score) of a task, where measured; 0 is before training."""
     first = int(BASE not in matrix.stages)
-    scores = ((x, matrix.at(row, task)) for row, x in enumerate(range(first, len(matrix.stages) + first)))
+    scores = (
+        (x, matrix.at(row, task)) for row, x in enumerate(range(first, len(matrix.stages) + first))
+    )
     return [(float(x), score) for x, score in scores if score is not None]
 
 
@@ -152,14 +195,18 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     """At most POINTS points: the means of as many equal runs of them."""
     size = -(-len(points) // POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
+    ]
 
 
 def mean_matrix(runs: Sequence[Run]) -> Matrix:
     """The cell by cell mean over runs of the same tasks and stages."""
     first = runs[0].matrix
-    cells = tuple(tuple(mean(run.matrix.scores[i][j] for run in runs) for j in range(len(first.tasks)))
-                  for i in range(len(first.stages)))
+    cells = tuple(
+        tuple(mean(run.matrix.scores[i][j] for run in runs) for j in range(len(first.tasks)))
+        for i in range(len(first.stages))
+    )
     return replace(first, seed=None, scores=cells, counts=(), cost={})
 
 
@@ -173,7 +220,11 @@ def cut(text: Any) -> str | None:
     if text is None:
         return None
     told = str(text)
-    return told if len(told) <= LONGEST else f"{told[:LONGEST]} … ({len(told) - LONGEST:,} more characters)"
+    return (
+        told
+        if len(told) <= LONGEST
+        else f"{told[:LONGEST]} … ({len(told) - LONGEST:,} more characters)"
+    )
 
 
 def lines(named: Mapping[str, Sequence[Point]], dots: bool = True) -> list[Series]:

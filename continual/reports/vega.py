@@ -1,7 +1,7 @@
 """Vega-Lite's JavaScript, with which a page draws its charts, from the package vl-convert-python.
 
-It is packed, so that a page is small and opens before it is read, and kept in the cache folder: to bundle it takes
-some seconds.
+It is packed, so that a page is small and opens before it is read, and kept in the cache folder: to
+bundle it takes some seconds.
 """
 
 from __future__ import annotations
@@ -22,17 +22,24 @@ VEGA_LITE = "6.4"  # among the versions of Vega-Lite that the package holds
 
 @lru_cache(maxsize=1)
 def packed() -> tuple[str, str]:
-    """The script (gzip, base64), and the SHA-256 (base64) of what it unpacks to, by which a page's policy knows it."""
+    """The script (gzip, base64), and the SHA-256 (base64) of what it unpacks to, by which a page's
+    policy knows it.
+    """
     import platformdirs
 
-    kept = Path(platformdirs.user_cache_dir("continual")) / f"vega-{VEGA_LITE}-{version('vl-convert-python')}.js.gz"
+    kept = (
+        Path(platformdirs.user_cache_dir("continual"))
+        / f"vega-{VEGA_LITE}-{version('vl-convert-python')}.js.gz"
+    )
     script = _kept(kept)
     if script is None:
         import vl_convert
 
         whole = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]  # as its manual says
         script = gzip.compress(whole.encode(), mtime=0)
-        with contextlib.suppress(OSError):  # a cache folder that cannot be written to costs that at each report
+        with contextlib.suppress(
+            OSError
+        ):  # a cache folder that cannot be written to costs that at each report
             write_whole(kept, script)
     return base64.b64encode(script).decode(), digest(gzip.decompress(script))
 

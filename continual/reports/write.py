@@ -1,7 +1,7 @@
 """Reports from folders on disk: tables in the terminal, one self-contained HTML page, curves.png.
 
-A report is of any set of folders: a run, a comparison (one comparison folder, or several paths), adaptations, or these
-together.
+A report is of any set of folders: a run, a comparison (one comparison folder, or several paths),
+adaptations, or these together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ PICTURE = "curves.png"
 
 
 def tables(console: Console, *folders: Path) -> None:
-    """Show in the terminal a run, a comparison (one folder of runs, or several folders), and adaptations.
+    """Show in the terminal a run, a comparison (one folder of runs, or several folders), and
+    adaptations.
 
     Raises MissingError for a folder that is none of these, DataError for a broken file in it.
     """
@@ -47,9 +48,11 @@ def tables(console: Console, *folders: Path) -> None:
 
 
 def write(*folders: Path, out: Path | None = None) -> list[Path]:
-    """Write report.html and curves.png, for a comparison comparison.json and .parquet too; returns what was written.
+    """Write report.html and curves.png, for a comparison comparison.json and .parquet too; returns
+    what was written.
 
-    They go to `out`, by default the folder itself; several folders need an `out`. Raises as `tables` does.
+    They go to `out`, by default the folder itself; several folders need an `out`. Raises as
+    `tables` does.
     """
     if not folders or (len(folders) > 1 and out is None):
         raise ConfigError("a report over several folders needs a place of its own; say out=DIR")
@@ -63,7 +66,8 @@ def write(*folders: Path, out: Path | None = None) -> list[Path]:
 
 
 def compare(folders: Sequence[Path], out: Path, curves: Sequence[Curve] = ()) -> list[Path]:
-    """Set side by side the runs of these run and comparison folders; their own missing or stale pages are written too.
+    """Set side by side the runs of these run and comparison folders; their own missing or stale
+    pages are written too.
 
     Adaptations stand below them. Raises MissingError, or DataError where a folder is an adaptation.
     """
@@ -79,15 +83,20 @@ def compare(folders: Sequence[Path], out: Path, curves: Sequence[Curve] = ()) ->
     told = json.dumps(to_json(runs, groups, out), indent=1, allow_nan=False) + "\n"
     shown = comparison_page(runs, groups, waiting, out, _unfinished(folders))
     shown.sections = [*shown.sections, *_adapted(curves)]
-    return [write_whole(out / "comparison.json", told.encode()),
-            write_whole(out / FILE, parquet(groups, out)), write_whole(out / PAGE, render(shown)),
-            write_whole(out / PICTURE, plots.comparison(groups))]
+    return [
+        write_whole(out / "comparison.json", told.encode()),
+        write_whole(out / FILE, parquet(groups, out)),
+        write_whole(out / PAGE, render(shown)),
+        write_whole(out / PICTURE, plots.comparison(groups)),
+    ]
 
 
 def _parted(folders: Sequence[Path]) -> tuple[list[Path], list[Curve]]:
     """Folders with matrices, and the curves of those that are adaptations."""
     adapted = [folder for folder in folders if kind(folder) == "adapt"]
-    return [folder for folder in folders if folder not in adapted], [Curve.read(folder) for folder in adapted]
+    return [folder for folder in folders if folder not in adapted], [
+        Curve.read(folder) for folder in adapted
+    ]
 
 
 def _unfinished(folders: Sequence[Path]) -> list[str]:
@@ -101,15 +110,20 @@ def _run(run: Run, out: Path, curves: Sequence[Curve] = ()) -> list[Path]:
 
     shown = run_page(run)
     shown.sections = [*shown.sections, *_adapted(curves)]
-    return [write_whole(out / PAGE, render(shown)), write_whole(out / PICTURE, plots.run(run.matrix))]
+    return [
+        write_whole(out / PAGE, render(shown)),
+        write_whole(out / PICTURE, plots.run(run.matrix)),
+    ]
 
 
 def _adaptation(curves: Sequence[Curve], out: Path) -> list[Path]:
     from continual.reports import plots
     from continual.reports.adaptations import adapt_page
 
-    return [write_whole(out / PAGE, render(adapt_page(curves))),
-            write_whole(out / PICTURE, plots.adaptation(curves))]
+    return [
+        write_whole(out / PAGE, render(adapt_page(curves))),
+        write_whole(out / PICTURE, plots.adaptation(curves)),
+    ]
 
 
 def _adapted(curves: Sequence[Curve]) -> Sequence[Section | None]:
@@ -119,19 +133,32 @@ def _adapted(curves: Sequence[Curve]) -> Sequence[Section | None]:
 
 
 def render(page: Page) -> bytes:
-    """The page, all in one file; all text is escaped, and only the two scripts of ours may run, known by their sums."""
+    """The page, all in one file; all text is escaped, and only the two scripts of ours may run,
+    known by their sums.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     from continual.reports import vega
 
     folder = Path(__file__).parent / "templates"
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    style, *parts = ((folder / name).read_text("utf-8") for name in ("style.css", "page.js", "charts.js"))
+    style, *parts = (
+        (folder / name).read_text("utf-8") for name in ("style.css", "page.js", "charts.js")
+    )
     script = "".join(parts)
     library, known = vega.packed()
-    ours = {"policy": Markup(f"'sha256-{known}' 'sha256-{vega.digest(script.encode())}'"), "vega": library,
-            "script": Markup(script), "style": Markup(style)}
+    ours = {
+        "policy": Markup(f"'sha256-{known}' 'sha256-{vega.digest(script.encode())}'"),
+        "vega": library,
+        "script": Markup(script),
+        "style": Markup(style),
+    }
     return environment.get_template("page.html.j2").render({**page.values(), **ours}).encode()

@@ -1,4 +1,6 @@
-"""What a comparison consists of, told in its folder: the runs that each command asked for, and why one failed."""
+"""What a comparison consists of, told in its folder: the runs that each command asked for, and why
+one failed.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,15 @@ FAILED = "failed.txt"  # in a run's folder
 
 
 def plan(out: Path, words: Sequence[str], names: Sequence[str]) -> None:
-    """Write down that the command of these words asks for these runs, beside what earlier commands asked for."""
+    """Write down that the command of these words asks for these runs, beside what earlier commands
+    asked for.
+    """
     earlier = [told for told in _plans(out) if not set(told["cells"]) <= set(names)]
     plans = [*earlier, {"words": list(words), "cells": list(names)}]
-    write_whole(out / PLAN, json.dumps({"schema": 1, "commands": plans}, indent=1, ensure_ascii=False) + "\n")
+    write_whole(
+        out / PLAN,
+        json.dumps({"schema": 1, "commands": plans}, indent=1, ensure_ascii=False) + "\n",
+    )
 
 
 def command(out: Path, words: Sequence[str]) -> str:
@@ -37,17 +44,30 @@ def commands(out: Path) -> list[str]:
 
 def waiting(out: Path) -> list[str]:
     """The planned runs that have scored nothing yet."""
-    return sorted({n for told in _plans(out) for n in told["cells"] if not (out / n / "matrix.json").is_file()})
+    return sorted(
+        {
+            n
+            for told in _plans(out)
+            for n in told["cells"]
+            if not (out / n / "matrix.json").is_file()
+        }
+    )
 
 
 def unfinished(out: Path) -> list[str]:
-    """One text for each command that has runs to finish: which, why, and the command; raises DataError."""
+    """One text for each command that has runs to finish: which, why, and the command; raises
+    DataError.
+    """
     found = []
     for told in _plans(out):
         if left := failures(out, told["cells"]):
             runs = "".join(f"\n  {name}: {state}" for name, state in left.items())
-            found.append(safe(f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis finishes them:"
-                              f"\n  {command(out, told['words'])}"))
+            found.append(
+                safe(
+                    f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis "
+                    f"finishes them:\n  {command(out, told['words'])}"
+                )
+            )
     return found
 
 
@@ -71,12 +91,23 @@ def _plans(out: Path) -> list[dict[str, Any]]:
         return []
     try:
         told = json_file(path)
-        plans = [{"words": list(map(str, t["words"])), "cells": list(map(str, t["cells"]))} for t in told["commands"]]
+        plans = [
+            {"words": list(map(str, t["words"])), "cells": list(map(str, t["cells"]))}
+            for t in told["commands"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error!r}); remove it: the same continual compare writes it again"
-                        ) from error
-    if strange := [name for t in plans for name in t["cells"] if name in ("", ".", "..") or "/" in name
-                   or CONTROL.search(name)]:
-        raise DataError(f"{path} names {safe(', '.join(strange))}, which are no folders in it; remove the file: the "
-                        "same continual compare writes it again")
+        raise DataError(
+            f"{path} cannot be read ({error!r}); remove it: the same continual compare writes it "
+            "again"
+        ) from error
+    if strange := [
+        name
+        for t in plans
+        for name in t["cells"]
+        if name in ("", ".", "..") or "/" in name or CONTROL.search(name)
+    ]:
+        raise DataError(
+            f"{path} names {safe(', '.join(strange))}, which are no folders in it; remove the "
+            "file: the same continual compare writes it again"
+        )
     return plans

@@ -17,8 +17,9 @@ FILE = "curve.json"
 class Curve:
     """curve.json of an adapt folder: scores in [0, 1] on one new task.
 
-    `points` are (shots, draw, step, score), rising: the number of training examples, which support set of that size
-    and order of training it was, and after how many optimizer steps. `rule` says what took them, as in conf/adapt.yaml.
+    `points` are (shots, draw, step, score), rising: the number of training examples, which support
+    set of that size and order of training it was, and after how many optimizer steps. `rule` says
+    what took them, as in conf/adapt.yaml.
     """
 
     path: Path
@@ -36,31 +37,53 @@ class Curve:
         try:
             if told["schema"] != 1:
                 raise ValueError(f"schema {brief(told['schema'])}; this version reads schema 1")
-            texts = {key: told[key] for key in ("task", "metric", "start")} | {"rule": told.get("rule", "train")}
-            if strange := [key for key, text in texts.items() if not isinstance(text, str)
-                           or untrusted.CONTROL.search(text)]:
+            texts = {key: told[key] for key in ("task", "metric", "start")} | {
+                "rule": told.get("rule", "train")
+            }
+            if strange := [
+                key
+                for key, text in texts.items()
+                if not isinstance(text, str) or untrusted.CONTROL.search(text)
+            ]:
                 raise ValueError(f"{', '.join(strange)} should be text without control characters")
             points = [(p["shots"], p["step"], p["score"]) for p in told["points"]]
-            if wrong := [p for p in points if not all(map(untrusted.is_number, p, (0, 0, 0), (1e12, 1e12, 1)))]:
+            if wrong := [
+                p
+                for p in points
+                if not all(map(untrusted.is_number, p, (0, 0, 0), (1e12, 1e12, 1)))
+            ]:
                 raise ValueError(f"these are no shots, step and score in [0, 1]: {brief(wrong)}")
             draws = [p.get("draw", 0) for p in told["points"]]
             if wrong := [d for d in draws if not untrusted.is_number(d, 0, 1e12)]:
                 raise ValueError(f"these are no draws: {brief(wrong)}")
-            found = sorted((int(shots), int(draw), int(step), float(score))
-                           for (shots, step, score), draw in zip(points, draws, strict=True))
+            found = sorted(
+                (int(shots), int(draw), int(step), float(score))
+                for (shots, step, score), draw in zip(points, draws, strict=True)
+            )
             return cls(path, points=tuple(found), **texts)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: no curve of schema 1 ({error!r}); adapt again") from error
 
     def to_json(self) -> dict[str, Any]:
         """What `read` reads."""
-        points = [{"shots": n, "draw": draw, "step": step, "score": score} for n, draw, step, score in self.points]
-        return {"schema": 1, "task": self.task, "metric": self.metric, "start": self.start, "rule": self.rule,
-                "points": points}
+        points = [
+            {"shots": n, "draw": draw, "step": step, "score": score}
+            for n, draw, step, score in self.points
+        ]
+        return {
+            "schema": 1,
+            "task": self.task,
+            "metric": self.metric,
+            "start": self.start,
+            "rule": self.rule,
+            "points": points,
+        }
 
     @property
     def origin(self) -> str:
-        """Where it began, in few words: "base", or the checkpoint's run and stage; and if by its own inner loop."""
+        """Where it began, in few words: "base", or the checkpoint's run and stage; and if by its
+        own inner loop.
+        """
         began = " ".join([part for part in Path(self.start).parts if part != "checkpoints"][-2:])
         return f"{began}, inner loop" if self.rule == "inner" else began
 

@@ -1,7 +1,8 @@
 """Flips: which test examples went from right to wrong, at which stage, and which of them came back.
 
-An answer is right from a mark of RIGHT on: for exact match that is the whole of it, for a graded metric (rougeL,
-token_f1) a threshold. All stages count, the base model's row among them: what it knew may be lost as well.
+An answer is right from a mark of RIGHT on: for exact match that is the whole of it, for a graded
+metric (rougeL, token_f1) a threshold. All stages count, the base model's row among them: what it
+knew may be lost as well.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ RIGHT = 0.5
 class Flip:
     """One example's fall from right to wrong.
 
-    `learned` is the stage after which it was last right, with the answer `before`; `lost` the next one at which it was
-    marked, and wrong, with the answer `after`; `back` the stage after which it was right again, None if it never was.
+    `learned` is the stage after which it was last right, with the answer `before`; `lost` the next
+    one at which it was marked, and wrong, with the answer `after`; `back` the stage after which it
+    was right again, None if it never was.
     """
 
     task: str
@@ -36,7 +38,8 @@ class Flip:
 
 
 def flips(run: Run) -> list[Flip]:
-    """Every fall of every example, by task, stage and example; a stage whose answers are not there is passed over.
+    """Every fall of every example, by task, stage and example; a stage whose answers are not there
+    is passed over.
 
     Raises DataError for predictions that cannot be read.
     """
@@ -44,7 +47,9 @@ def flips(run: Run) -> list[Flip]:
 
 
 def _of(run: Run, task: str) -> list[Flip]:
-    right: dict[Any, tuple[str, str | None]] = {}  # of what is right now: after which stage, and the answer
+    right: dict[
+        Any, tuple[str, str | None]
+    ] = {}  # of what is right now: after which stage, and the answer
     lost: dict[Any, int] = {}  # of what was right and is wrong now: its flip
     found: list[Flip] = []
     for stage in run.matrix.stages:
@@ -56,12 +61,25 @@ def _of(run: Run, task: str) -> list[Flip]:
             elif key in right:
                 learned, before = right.pop(key)
                 lost[key] = len(found)
-                found.append(Flip(task, str(key), learned, stage, row.get("prompt"), before, row.get("answer"),
-                                  tuple(map(str, row.get("references") or ()))))
+                found.append(
+                    Flip(
+                        task,
+                        str(key),
+                        learned,
+                        stage,
+                        row.get("prompt"),
+                        before,
+                        row.get("answer"),
+                        tuple(map(str, row.get("references") or ())),
+                    )
+                )
     return found
 
 
 def counts(found: Sequence[Flip]) -> dict[tuple[str, str], tuple[int, int]]:
     """By task and stage: how many examples were lost there, and how many lost ones came back."""
-    lost, back = Counter((f.task, f.lost) for f in found), Counter((f.task, f.back) for f in found if f.back)
+    lost, back = (
+        Counter((f.task, f.lost) for f in found),
+        Counter((f.task, f.back) for f in found if f.back),
+    )
     return {place: (lost[place], back[place]) for place in {**lost, **back}}

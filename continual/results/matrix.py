@@ -1,9 +1,11 @@
-"""The retained-task matrix: one row a stage, one column a task; and every summary of it, by published definition.
+"""The retained-task matrix: one row a stage, one column a task; and every summary of it, by
+published definition.
 
-R[0] is the base row, before training; R[i][j] the score on task j after stage i, 1 <= i, j <= T. "The stage of task j",
-R[j], is the row that bears the task's name, so the columns may stand in any order. Where a cell that a definition needs
-was not measured, or the last stage is not there yet, that summary is None: never a mean over what happens to be there.
-All means over tasks are unweighted. A joint run has one stage that bears no task's name, and so only a final row.
+R[0] is the base row, before training; R[i][j] the score on task j after stage i, 1 <= i, j <= T.
+"The stage of task j", R[j], is the row that bears the task's name, so the columns may stand in any
+order. Where a cell that a definition needs was not measured, or the last stage is not there yet,
+that summary is None: never a mean over what happens to be there. All means over tasks are
+unweighted. A joint run has one stage that bears no task's name, and so only a final row.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ Score = float | None
 
 @dataclass(frozen=True)
 class Matrix:
-    """Scores in [0, 1], stages x tasks, None where not measured; raises DataError where the parts do not fit.
+    """Scores in [0, 1], stages x tasks, None where not measured; raises DataError where the parts
+    do not fit.
 
-    `stages` names the rows, "base" first where there is a row from before training. `counts` are the test examples of
-    each task, empty where unknown. `cost` is what the run took, in the unit its key says.
+    `stages` names the rows, "base" first where there is a row from before training. `counts` are
+    the test examples of each task, empty where unknown. `cost` is what the run took, in the unit
+    its key says.
     """
 
     stream: str
@@ -55,7 +59,9 @@ class Matrix:
 
     @property
     def finished(self) -> bool:
-        """Whether the last row is the end of the run: each task had its stage, or the one joint stage is over."""
+        """Whether the last row is the end of the run: each task had its stage, or the one joint
+        stage is over.
+        """
         return set(self.tasks) <= set(self.stages) if self.sequential else set(self.stages) > {BASE}
 
     @property
@@ -80,30 +86,50 @@ class Matrix:
         return replace(self, stages=(*self.stages, stage), scores=(*self.scores, tuple(scores)))
 
     def summary(self, reference: Matrix | None = None) -> dict[str, float | None]:
-        """Every summary by name, and `intransigence` where a reference run, such as joint training, is given."""
+        """Every summary by name, and `intransigence` where a reference run, such as joint training,
+        is given.
+        """
         told = {name: define(self) for name, define in SUMMARIES.items()}
-        return told if reference is None else {**told, "intransigence": intransigence(self, reference)}
+        return (
+            told if reference is None else {**told, "intransigence": intransigence(self, reference)}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The content of matrix.json, with the summaries."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        lists = {"tasks": list(self.tasks), "stages": list(self.stages), "scores": [list(row) for row in self.scores],
-                 "counts": list(self.counts), "metrics": dict(self.metrics), "cost": dict(self.cost)}
+        lists = {
+            "tasks": list(self.tasks),
+            "stages": list(self.stages),
+            "scores": [list(row) for row in self.scores],
+            "counts": list(self.counts),
+            "metrics": dict(self.metrics),
+            "cost": dict(self.cost),
+        }
         return {"schema": SCHEMA, **plain, **lists, "summary": self.summary()}
 
     @classmethod
     def from_json(cls, data: Any) -> Matrix:
-        """The matrix of `to_json`; its summary is computed anew. Raises DataError that names all that is wrong.
+        """The matrix of `to_json`; its summary is computed anew. Raises DataError that names all
+        that is wrong.
 
-        A file without "schema" comes from elsewhere: it needs stream, strategy, tasks, metrics, stages and scores, may
-        lack the rest, and its further keys are no concern of ours. With "schema", a key that we do not know is refused.
+        A file without "schema" comes from elsewhere: it needs stream, strategy, tasks, metrics,
+        stages and scores, may lack the rest, and its further keys are no concern of ours. With
+        "schema", a key that we do not know is refused.
         """
         if problems := _malformed(data):
             raise DataError(gathered(problems))
-        return cls(stream=data["stream"], order=data.get("order") or "", strategy=data["strategy"],
-                   seed=data.get("seed"), tasks=tuple(data["tasks"]), metrics=data["metrics"],
-                   stages=tuple(data["stages"]), scores=tuple(map(tuple, data["scores"])),
-                   counts=tuple(data.get("counts") or ()), cost=data.get("cost") or {})
+        return cls(
+            stream=data["stream"],
+            order=data.get("order") or "",
+            strategy=data["strategy"],
+            seed=data.get("seed"),
+            tasks=tuple(data["tasks"]),
+            metrics=data["metrics"],
+            stages=tuple(data["stages"]),
+            scores=tuple(map(tuple, data["scores"])),
+            counts=tuple(data.get("counts") or ()),
+            cost=data.get("cost") or {},
+        )
 
     def save(self, path: Path) -> None:
         """Write matrix.json all or nothing."""
@@ -113,7 +139,10 @@ class Matrix:
     def load(cls, path: Path) -> Matrix:
         """Read matrix.json; raises MissingError, or DataError that names the file."""
         if not path.is_file():
-            raise MissingError(f"{path}: there is no such matrix; give a run folder in which a stage has been scored")
+            raise MissingError(
+                f"{path}: there is no such matrix; give a run folder in which a stage has been "
+                "scored"
+            )
         data = untrusted.json_file(path)
         try:
             return cls.from_json(data)
@@ -122,7 +151,9 @@ class Matrix:
 
 
 def average_performance(matrix: Matrix) -> float | None:
-    """mean_j R[T][j] (average accuracy A_T: Lopez-Paz & Ranzato 2017, eq. 2; Chaudhry et al. 2018, A_k)."""
+    """mean_j R[T][j] (average accuracy A_T: Lopez-Paz & Ranzato 2017, eq. 2; Chaudhry et al. 2018,
+    A_k).
+    """
     return mean(matrix.final)
 
 
@@ -132,38 +163,51 @@ def average_incremental_performance(matrix: Matrix) -> float | None:
 
 
 def incremental(matrix: Matrix) -> list[float | None]:
-    """One mean a stage, over the tasks learned so far: mean_{j<=i} R[i][j] for each i; None before the first."""
+    """One mean a stage, over the tasks learned so far: mean_{j<=i} R[i][j] for each i; None before
+    the first.
+    """
     rows = [row for row, stage in enumerate(matrix.stages) if stage != BASE]
-    return [mean(matrix.at(row, task) for task in matrix.tasks if task in matrix.stages[: row + 1]) for row in rows]
+    return [
+        mean(matrix.at(row, task) for task in matrix.tasks if task in matrix.stages[: row + 1])
+        for row in rows
+    ]
 
 
 def learning_accuracy(matrix: Matrix) -> float | None:
-    """mean_j R[j][j], how well each task is learned when its turn comes (LA of Riemer et al. 2019, MER)."""
+    """mean_j R[j][j], how well each task is learned when its turn comes (LA of Riemer et al. 2019,
+    MER).
+    """
     return mean(map(matrix.own, matrix.tasks))
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """mean_{j<T} (R[T][j] - R[j][j]), over T - 1 tasks (Lopez-Paz & Ranzato 2017, eq. 3). Negative: forgetting."""
+    """mean_{j<T} (R[T][j] - R[j][j]), over T - 1 tasks (Lopez-Paz & Ranzato 2017, eq. 3). Negative:
+    forgetting.
+    """
     return mean(_minus(matrix.at(-1, task), matrix.own(task)) for task in _earlier(matrix))
 
 
 def forgetting(matrix: Matrix) -> float | None:
     """mean_{j<T} (max_{j<=i<T} R[i][j] - R[T][j]), over T - 1 tasks (Chaudhry et al. 2018, F_k).
 
-    Positive: forgetting; never below minus the backward transfer. The maximum starts at the task's own stage, so what a
-    model knew of a task before it was taught is not counted as learned.
+    Positive: forgetting; never below minus the backward transfer. The maximum starts at the task's
+    own stage, so what a model knew of a task before it was taught is not counted as learned.
     """
     return _fallen(matrix, len(matrix.stages) - 1, _earlier(matrix))
 
 
 def forgotten(matrix: Matrix) -> list[float | None]:
     """F_k of the tasks learned so far, one a stage; None at the first (Chaudhry et al. 2018)."""
-    return [_fallen(matrix, row, [task for task in matrix.tasks if task in matrix.stages[:row]])
-            for row, stage in enumerate(matrix.stages) if stage != BASE]
+    return [
+        _fallen(matrix, row, [task for task in matrix.tasks if task in matrix.stages[:row]])
+        for row, stage in enumerate(matrix.stages)
+        if stage != BASE
+    ]
 
 
 def forward_transfer(matrix: Matrix) -> float | None:
-    """mean_{j>1} (R[j-1][j] - R[0][j]), over T - 1 tasks (Lopez-Paz & Ranzato 2017, eq. 4, the base row for b).
+    """mean_{j>1} (R[j-1][j] - R[0][j]), over T - 1 tasks (Lopez-Paz & Ranzato 2017, eq. 4, the base
+    row for b).
 
     Positive: earlier tasks help one that has not been taught yet. Needs a base row.
     """
@@ -171,25 +215,38 @@ def forward_transfer(matrix: Matrix) -> float | None:
         return None
     later = [task for task in matrix.tasks if task != "".join(matrix.stages[1:2])]
     before = ((task, matrix.stage_of(task)) for task in later)
-    return mean(_minus(matrix.at(row - 1, task), matrix.at(0, task)) if row else None for task, row in before)
+    return mean(
+        _minus(matrix.at(row - 1, task), matrix.at(0, task)) if row else None
+        for task, row in before
+    )
 
 
 def intransigence(matrix: Matrix, reference: Matrix) -> float | None:
     """mean_j (reference_j - R[j][j]), the reference's final row (Chaudhry et al. 2018, I_k).
 
-    Positive: tasks are learned less well than the reference knows them. The paper trains one reference for each j, on
-    the tasks up to j; here one serves all, usually joint training on all tasks. Raises DataError if the reference lacks
-    a task.
+    Positive: tasks are learned less well than the reference knows them. The paper trains one
+    reference for each j, on the tasks up to j; here one serves all, usually joint training on all
+    tasks. Raises DataError if the reference lacks a task.
     """
     if lacking := [task for task in matrix.tasks if task not in reference.tasks]:
-        raise DataError(f"the reference run does not score {', '.join(lacking)}; give one over the same tasks")
+        raise DataError(
+            f"the reference run does not score {', '.join(lacking)}; give one over the same tasks"
+        )
     known = dict(zip(reference.tasks, reference.final, strict=True))
     return mean(_minus(known[task], matrix.own(task)) for task in matrix.tasks)
 
 
 SUMMARIES: dict[str, Callable[[Matrix], float | None]] = {
-    define.__name__: define for define in (average_performance, average_incremental_performance, learning_accuracy,
-                                           backward_transfer, forgetting, forward_transfer)}
+    define.__name__: define
+    for define in (
+        average_performance,
+        average_incremental_performance,
+        learning_accuracy,
+        backward_transfer,
+        forgetting,
+        forward_transfer,
+    )
+}
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -222,10 +279,21 @@ def _best(matrix: Matrix, task: str, end: int) -> Score:
 
 
 KINDS: dict[str, tuple[type, ...]] = {
-    "stream": (str,), "strategy": (str,), "tasks": (list,), "metrics": (dict,), "stages": (list,), "scores": (list,)}
+    "stream": (str,),
+    "strategy": (str,),
+    "tasks": (list,),
+    "metrics": (dict,),
+    "stages": (list,),
+    "scores": (list,),
+}
 OPTIONAL: dict[str, tuple[type, ...]] = {
-    "order": (str, type(None)), "seed": (int, type(None)), "counts": (list,), "cost": (dict,), "summary": (dict,),
-    "schema": (int,)}
+    "order": (str, type(None)),
+    "seed": (int, type(None)),
+    "counts": (list,),
+    "cost": (dict,),
+    "summary": (dict,),
+    "schema": (int,),
+}
 
 
 def _malformed(data: Any) -> list[str]:
@@ -233,23 +301,49 @@ def _malformed(data: Any) -> list[str]:
     if not isinstance(data, dict):
         return [f"a {type(data).__name__}, where an object with {', '.join(KINDS)} was expected"]
     if data.get("schema", SCHEMA) != SCHEMA:
-        return [f"schema {brief(data['schema'])}; this version reads schema {SCHEMA}: use the version that wrote it"]
+        return [
+            f"schema {brief(data['schema'])}; this version reads schema {SCHEMA}: use the "
+            "version that wrote it"
+        ]
     known = {**KINDS, **OPTIONAL}
     return [
         *(f"no {key!r}" for key in KINDS if key not in data),
-        *(f"unknown key {brief(key)}; schema {SCHEMA} has {', '.join(known)}"
-          for key in data if "schema" in data and key not in known),
-        *(f"{key} is a {type(data[key]).__name__}; expected {kinds[0].__name__}"
-          for key, kinds in known.items() if key in data and not isinstance(data[key], kinds)),
-        *(f"row {i} of scores is a {type(row).__name__}; expected a list"
-          for i, row in enumerate(_list(data.get("scores"))) if not isinstance(row, list)),
-        *(f"{key} holds {brief(name)}; expected names"
-          for key in ("tasks", "stages") for name in _list(data.get(key)) if not isinstance(name, str)),
-        *(f"a control character in the name {brief(name)}; rename it" for name in (
-            *(data.get(key) for key in ("stream", "order", "strategy")), *_list(data.get("tasks")),
-            *_list(data.get("stages"))) if isinstance(name, str) and untrusted.CONTROL.search(name)),
-        *(f"the metric {brief(name)} is no name" for name in _dict(data.get("metrics")).values()
-          if not isinstance(name, str))]
+        *(
+            f"unknown key {brief(key)}; schema {SCHEMA} has {', '.join(known)}"
+            for key in data
+            if "schema" in data and key not in known
+        ),
+        *(
+            f"{key} is a {type(data[key]).__name__}; expected {kinds[0].__name__}"
+            for key, kinds in known.items()
+            if key in data and not isinstance(data[key], kinds)
+        ),
+        *(
+            f"row {i} of scores is a {type(row).__name__}; expected a list"
+            for i, row in enumerate(_list(data.get("scores")))
+            if not isinstance(row, list)
+        ),
+        *(
+            f"{key} holds {brief(name)}; expected names"
+            for key in ("tasks", "stages")
+            for name in _list(data.get(key))
+            if not isinstance(name, str)
+        ),
+        *(
+            f"a control character in the name {brief(name)}; rename it"
+            for name in (
+                *(data.get(key) for key in ("stream", "order", "strategy")),
+                *_list(data.get("tasks")),
+                *_list(data.get("stages")),
+            )
+            if isinstance(name, str) and untrusted.CONTROL.search(name)
+        ),
+        *(
+            f"the metric {brief(name)} is no name"
+            for name in _dict(data.get("metrics")).values()
+            if not isinstance(name, str)
+        ),
+    ]
 
 
 def _list(value: Any) -> list[Any]:
@@ -263,23 +357,64 @@ def _dict(value: Any) -> dict[str, Any]:
 def _misfits(m: Matrix) -> list[str]:
     """What does not fit together in a matrix of the right types."""
     wide = len(m.tasks)
-    cells = [(stage, task, score) for stage, row in zip(m.stages, m.scores, strict=False)
-             for task, score in zip(m.tasks, row, strict=False)]
+    cells = [
+        (stage, task, score)
+        for stage, row in zip(m.stages, m.scores, strict=False)
+        for task, score in zip(m.tasks, row, strict=False)
+    ]
     return [
         *([] if m.tasks else ["there are no tasks; a matrix has at least one column"]),
-        *(f"{kind} {brief(name)} stands twice; names must differ"
-          for kind, names in (("task", m.tasks), ("stage", m.stages)) for name, n in Counter(names).items() if n > 1),
-        *([f"stage {BASE!r} is row {m.stages.index(BASE)}; it must be the first"] if BASE in m.stages[1:] else []),
-        *([f"task {BASE!r}: that name is the first row's; rename the task"] if BASE in m.tasks else []),
-        *(f"task {task!r} has no metric; add it to metrics" for task in m.tasks if task not in m.metrics),
-        *([] if len(m.scores) == len(m.stages) else
-          [f"{len(m.scores)} rows of scores for {len(m.stages)} stages; expected one a stage"]),
-        *(f"row {i} has {len(row)} scores; expected {wide}, one a task"
-          for i, row in enumerate(m.scores) if len(row) != wide),
-        *(f"the score {brief(score)} on {task!r} after {stage!r} is no number in [0, 1]"
-          for stage, task, score in cells if score is not None and not untrusted.is_number(score, 0, 1)),
-        *([] if len(m.counts) in (0, wide) else [f"{len(m.counts)} counts; expected {wide}, one a task, or none"]),
-        *(f"the count {brief(count)} is no number of examples" for count in m.counts
-          if not isinstance(count, int) or not untrusted.is_number(count, 0)),
-        *(f"the cost {brief(key)} is {brief(value)}; expected a finite number" for key, value in m.cost.items()
-          if not untrusted.is_number(value, -1e18, 1e18))]
+        *(
+            f"{kind} {brief(name)} stands twice; names must differ"
+            for kind, names in (("task", m.tasks), ("stage", m.stages))
+            for name, n in Counter(names).items()
+            if n > 1
+        ),
+        *(
+            [f"stage {BASE!r} is row {m.stages.index(BASE)}; it must be the first"]
+            if BASE in m.stages[1:]
+            else []
+        ),
+        *(
+            [f"task {BASE!r}: that name is the first row's; rename the task"]
+            if BASE in m.tasks
+            else []
+        ),
+        *(
+            f"task {task!r} has no metric; add it to metrics"
+            for task in m.tasks
+            if task not in m.metrics
+        ),
+        *(
+            []
+            if len(m.scores) == len(m.stages)
+            else [
+                f"{len(m.scores)} rows of scores for {len(m.stages)} stages; expected one a stage"
+            ]
+        ),
+        *(
+            f"row {i} has {len(row)} scores; expected {wide}, one a task"
+            for i, row in enumerate(m.scores)
+            if len(row) != wide
+        ),
+        *(
+            f"the score {brief(score)} on {task!r} after {stage!r} is no number in [0, 1]"
+            for stage, task, score in cells
+            if score is not None and not untrusted.is_number(score, 0, 1)
+        ),
+        *(
+            []
+            if len(m.counts) in (0, wide)
+            else [f"{len(m.counts)} counts; expected {wide}, one a task, or none"]
+        ),
+        *(
+            f"the count {brief(count)} is no number of examples"
+            for count in m.counts
+            if not isinstance(count, int) or not untrusted.is_number(count, 0)
+        ),
+        *(
+            f"the cost {brief(key)} is {brief(value)}; expected a finite number"
+            for key, value in m.cost.items()
+            if not untrusted.is_number(value, -1e18, 1e18)
+        ),
+    ]

@@ -1,16 +1,16 @@
 """Matrices that others publish: a matrix.json, with or without our schema, or a CSV of scores.
 
-The CSV's first line is `stage` and the tasks; then comes a line a stage, named by the task that was learned in it, with
-a cell a task: empty where it was not measured. `base` may be the first stage, from before training, and a line
-`counts` may hold each task's number of test examples:
+The CSV's first line is `stage` and the tasks; then comes a line a stage, named by the task that was
+learned in it, with a cell a task: empty where it was not measured. `base` may be the first stage,
+from before training, and a line `counts` may hold each task's number of test examples:
 
     stage,dbpedia,amazon
     dbpedia,0.97,
     amazon,0.89,0.55
     counts,7600,7600
 
-Scores are in [0, 1]; in percent where the first cell is `stage (percent)`, or where every score but 0 is above 1. The
-file's name says the strategy, and `NAME_seed3.csv` the seed too.
+Scores are in [0, 1]; in percent where the first cell is `stage (percent)`, or where every score but
+0 is above 1. The file's name says the strategy, and `NAME_seed3.csv` the seed too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ SEEDED = re.compile(r"(.+?)[-_]seed[-_]?(\d{1,9})")
 
 @dataclass(frozen=True)
 class Told:
-    """One matrix, as a run of one file or folder, and the summaries that its file states; `percent` if it held such."""
+    """One matrix, as a run of one file or folder, and the summaries that its file states; `percent`
+    if it held such.
+    """
 
     run: Run
     stated: Mapping[str, Any]
@@ -44,7 +46,9 @@ class Told:
 
 
 def read(paths: Sequence[Path]) -> list[Told]:
-    """The matrices of these files and folders, each once; raises MissingError or DataError, for all files at once."""
+    """The matrices of these files and folders, each once; raises MissingError or DataError, for all
+    files at once.
+    """
     told: list[Told] = []
     problems: list[str] = []
     for path in dict.fromkeys(found for given in paths for found in _files(given)):
@@ -58,20 +62,35 @@ def read(paths: Sequence[Path]) -> list[Told]:
 
 
 def _files(path: Path) -> list[Path]:
-    """A file; of a folder its matrix.json, those of the runs in it, or else every .json and .csv file in it."""
+    """A file; of a folder its matrix.json, those of the runs in it, or else every .json and .csv
+    file in it.
+    """
     if path.is_file():
         if path.suffix not in (".json", ".csv"):
-            raise DataError(f"{path}: found a {path.suffix or 'nameless'} file, expected a matrix.json or a .csv of "
-                            "scores; give one of these, or a folder of them")
+            raise DataError(
+                f"{path}: found a {path.suffix or 'nameless'} file, expected a matrix.json or a "
+                ".csv of scores; give one of these, or a folder of them"
+            )
         return [path]
     if not path.is_dir():
-        raise MissingError(f"{path}: there is no such file or folder; give a matrix.json, a .csv of scores, or a "
-                           "folder of them")
+        raise MissingError(
+            f"{path}: there is no such file or folder; give a matrix.json, a .csv of scores, or a "
+            "folder of them"
+        )
     untrusted.refuse_links_out(path)
-    named = [path / "matrix.json"] if (path / "matrix.json").is_file() else sorted(path.glob("*/matrix.json"))
-    found = named or sorted(p for p in path.iterdir() if p.suffix in (".json", ".csv") and p.is_file())
+    named = (
+        [path / "matrix.json"]
+        if (path / "matrix.json").is_file()
+        else sorted(path.glob("*/matrix.json"))
+    )
+    found = named or sorted(
+        p for p in path.iterdir() if p.suffix in (".json", ".csv") and p.is_file()
+    )
     if not found:
-        raise MissingError(f"{path}: no matrix in it; expected a matrix.json, runs with one, or .json and .csv files")
+        raise MissingError(
+            f"{path}: no matrix in it; expected a matrix.json, runs with one, or .json and .csv "
+            "files"
+        )
     return found
 
 
@@ -83,42 +102,81 @@ def _json(path: Path) -> Told:
         raise DataError(f"{path}: {error}") from error
     if not matrix.stages:
         raise DataError(f"{path}: no stage has been scored; give a matrix with at least one row")
-    return Told(Run(path.parent if path.name == "matrix.json" else path, matrix), data.get("summary") or {})
+    return Told(
+        Run(path.parent if path.name == "matrix.json" else path, matrix), data.get("summary") or {}
+    )
 
 
 def _csv(path: Path) -> Told:
     """Raises DataError that names the file and every line that is wrong."""
-    if strange := [name for name in (path.name, path.parent.resolve().name) if untrusted.CONTROL.search(name)]:
+    if strange := [
+        name for name in (path.name, path.parent.resolve().name) if untrusted.CONTROL.search(name)
+    ]:
         raise DataError(f"{path}: a control character in the name {brief(strange[0])}; rename it")
     lines = list(_lines(path))
     if not lines:
-        raise DataError(f"{path}: found no line, expected a first line of 'stage' and the tasks; see "
-                        "continual verify --help")
+        raise DataError(
+            f"{path}: found no line, expected a first line of 'stage' and the tasks; see "
+            "continual verify --help"
+        )
     (number, (head, *tasks)), body = lines[0], lines[1:]
-    problems = [f"{path}:{number}: the first cell is {brief(head)}; expected 'stage', or 'stage (percent)' where the "
-                "scores are in percent"] if head.strip().lower() not in HEADS else []
-    problems += [f"{path}:{n}: found {len(cells)} cells, expected {len(tasks) + 1}, as the first line has; leave empty "
-                 "what was not measured" for n, cells in body if len(cells) != len(tasks) + 1]
-    problems += [f"{path}:{n}: {brief(cell)} is no number; write a score, or leave the cell empty"
-                 for n, cells in body for cell in cells[1:] if not _is_number(cell)]
+    problems = (
+        [
+            f"{path}:{number}: the first cell is {brief(head)}; expected 'stage', or 'stage "
+            "(percent)' where the scores are in percent"
+        ]
+        if head.strip().lower() not in HEADS
+        else []
+    )
+    problems += [
+        f"{path}:{n}: found {len(cells)} cells, expected {len(tasks) + 1}, as the first line "
+        "has; leave empty what was not measured"
+        for n, cells in body
+        if len(cells) != len(tasks) + 1
+    ]
+    problems += [
+        f"{path}:{n}: {brief(cell)} is no number; write a score, or leave the cell empty"
+        for n, cells in body
+        for cell in cells[1:]
+        if not _is_number(cell)
+    ]
     if problems:
         raise DataError(gathered(problems))
     counted = [(n, cells) for n, cells in body if cells[0] == COUNTS]
-    rows = [(n, cells[0], [_number(cell) for cell in cells[1:]]) for n, cells in body if cells[0] != COUNTS]
+    rows = [
+        (n, cells[0], [_number(cell) for cell in cells[1:]])
+        for n, cells in body
+        if cells[0] != COUNTS
+    ]
     percent = _is_percent(path, head, rows)
     most = 100 if percent else 1
-    if wrong := [f"{path}:{n}: the score {score:g} is not in [0, {most}]; mend it"
-                 for n, _, scores in rows for score in scores if score is not None and not 0 <= score <= most]:
+    if wrong := [
+        f"{path}:{n}: the score {score:g} is not in [0, {most}]; mend it"
+        for n, _, scores in rows
+        for score in scores
+        if score is not None and not 0 <= score <= most
+    ]:
         raise DataError(gathered(wrong))
     if not rows:
-        raise DataError(f"{path}: found no stage below the first line, expected a line a stage; add them")
+        raise DataError(
+            f"{path}: found no stage below the first line, expected a line a stage; add them"
+        )
     named = SEEDED.fullmatch(path.stem)
     try:
         matrix = Matrix(
-            stream=path.parent.resolve().name, order="", strategy=named[1] if named else path.stem,
-            seed=int(named[2]) if named else None, tasks=tuple(tasks), metrics=dict.fromkeys(tasks, "score"),
-            stages=tuple(stage for _, stage, _ in rows), counts=_counts(path, counted),
-            scores=tuple(tuple(score if score is None else score / most for score in scores) for _, _, scores in rows))
+            stream=path.parent.resolve().name,
+            order="",
+            strategy=named[1] if named else path.stem,
+            seed=int(named[2]) if named else None,
+            tasks=tuple(tasks),
+            metrics=dict.fromkeys(tasks, "score"),
+            stages=tuple(stage for _, stage, _ in rows),
+            counts=_counts(path, counted),
+            scores=tuple(
+                tuple(score if score is None else score / most for score in scores)
+                for _, _, scores in rows
+            ),
+        )
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return Told(Run(path, matrix), {}, percent)
@@ -132,15 +190,22 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             if any(cell.strip() for cell in cells):
                 names = [cell.strip() for cell in cells]
                 if strange := [c for c in names if untrusted.CONTROL.search(c)]:
-                    raise DataError(f"{path}:{reader.line_num}: a control character in {brief(strange[0])}; remove it")
+                    raise DataError(
+                        f"{path}:{reader.line_num}: a control character in {brief(strange[0])}; "
+                        "remove it"
+                    )
                 yield reader.line_num, names
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: found broken CSV ({error}), expected cells parted by commas; mend "
-                        "the line") from error
+        raise DataError(
+            f"{path}:{reader.line_num}: found broken CSV ({error}), expected cells parted by "
+            "commas; mend the line"
+        ) from error
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or bool(re.fullmatch(r"[-+]?(\d{1,15}\.?\d{0,30}|\.\d{1,30})([eE][-+]?\d{1,2})?", cell))
+    return not cell or bool(
+        re.fullmatch(r"[-+]?(\d{1,15}\.?\d{0,30}|\.\d{1,30})([eE][-+]?\d{1,2})?", cell)
+    )
 
 
 def _number(cell: str) -> Score:
@@ -148,15 +213,26 @@ def _number(cell: str) -> Score:
 
 
 def _is_percent(path: Path, head: str, rows: Sequence[tuple[int, str, list[Score]]]) -> bool:
-    """Whether the scores are in percent; raises DataError where some are above 1 and some are between 0 and 1."""
+    """Whether the scores are in percent; raises DataError where some are above 1 and some are
+    between 0 and 1.
+    """
     if head.strip().lower() == PERCENT:
         return True
-    above = [(n, score) for n, _, scores in rows for score in scores if score is not None and score > 1]
-    within = [(n, score) for n, _, scores in rows for score in scores if score is not None and 0 < score <= 1]
+    above = [
+        (n, score) for n, _, scores in rows for score in scores if score is not None and score > 1
+    ]
+    within = [
+        (n, score)
+        for n, _, scores in rows
+        for score in scores
+        if score is not None and 0 < score <= 1
+    ]
     if above and within:
-        raise DataError(f"{path}:{above[0][0]}: found the score {above[0][1]:g}, and {within[0][1]:g} on line "
-                        f"{within[0][0]}; expected all in [0, 1], or all in percent: begin the first line with "
-                        f"'{PERCENT}' if they are percent")
+        raise DataError(
+            f"{path}:{above[0][0]}: found the score {above[0][1]:g}, and {within[0][1]:g} on line "
+            f"{within[0][0]}; expected all in [0, 1], or all in percent: begin the first line with "
+            f"'{PERCENT}' if they are percent"
+        )
     return bool(above)
 
 
@@ -165,7 +241,9 @@ def _counts(path: Path, lines: Sequence[tuple[int, list[str]]]) -> tuple[int, ..
         raise DataError(f"{path}:{lines[1][0]}: a second line of {COUNTS}; keep one")
     for number, (_, *cells) in lines:
         if wrong := [cell for cell in cells if not re.fullmatch(r"\d{1,15}", cell)]:
-            raise DataError(f"{path}:{number}: {brief(wrong[0])} is no number of test examples; write a whole number "
-                            "for each task")
+            raise DataError(
+                f"{path}:{number}: {brief(wrong[0])} is no number of test examples; write a "
+                "whole number for each task"
+            )
         return tuple(map(int, cells))
     return ()

@@ -1,4 +1,6 @@
-"""Run folders on disk, read for people: one run, an adaptation's curve, and runs grouped for comparison."""
+"""Run folders on disk, read for people: one run, an adaptation's curve, and runs grouped for
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ from continual.results.matrix import BASE, Matrix, mean
 # What may differ between the runs of one group: they are repetitions of the same experiment.
 REPEATED = {"seed", "order", "out", "track"}
 LONG = re.compile(r"-?\d+\.\d{4,}")
-EXPECTED = ("a run folder (matrix.json), an adapt folder (curve.json) or a comparison folder (run folders inside it); "
-            "give the out= of continual run, adapt or compare")
+EXPECTED = (
+    "a run folder (matrix.json), an adapt folder (curve.json) or a comparison folder (run "
+    "folders inside it); give the out= of continual run, adapt or compare"
+)
 
 
 def kind(folder: Path) -> str:
@@ -37,8 +41,10 @@ def kind(folder: Path) -> str:
     if any(_children(folder)):
         return "comparison"
     if (folder / "config.yaml").is_file():
-        raise MissingError(f"{folder}: a run that has scored nothing yet (no matrix.json); wait for its first row, or "
-                           "start it again with the same out=")
+        raise MissingError(
+            f"{folder}: a run that has scored nothing yet (no matrix.json); wait for its first "
+            "row, or start it again with the same out="
+        )
     if left := comparison.unfinished(folder):
         raise MissingError(f"{folder}: nothing is scored yet; {' '.join(left)}")
     raise MissingError(f"{folder}: no run in it ({_held(folder)}); expected {EXPECTED}")
@@ -50,8 +56,13 @@ def _children(folder: Path) -> Iterator[Path]:
 
 def _held(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    return "it holds " + ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names \
+    return (
+        "it holds "
+        + ", ".join(names[:5])
+        + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        if names
         else "it is empty"
+    )
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,15 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Raises MissingError or DataError, as Matrix.load does; also where no stage has been scored."""
+        """Raises MissingError or DataError, as Matrix.load does; also where no stage has been
+        scored.
+        """
         matrix = Matrix.load(path / "matrix.json")
         if not matrix.stages:
-            raise DataError(f"{path / 'matrix.json'}: no stage has been scored; start the run again with the same out=")
+            raise DataError(
+                f"{path / 'matrix.json'}: no stage has been scored; start the run again with the "
+                "same out="
+            )
         return cls(path, matrix)
 
     @cached_property
@@ -76,19 +92,31 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """Every key of config.yaml in dotted form, but those in which repetitions of one experiment differ."""
+        """Every key of config.yaml in dotted form, but those in which repetitions of one experiment
+        differ.
+        """
         told = dict(_flat(untrusted.yaml_mapping(self.path / "config.yaml")))
-        return {key: value for key, value in told.items() if not REPEATED & {key.rpartition(".")[2]}}
+        return {
+            key: value for key, value in told.items() if not REPEATED & {key.rpartition(".")[2]}
+        }
 
     @cached_property
     def log(self) -> tuple[list[dict[str, Any]], int]:
-        """The events of events.jsonl, and how many lines of it are broken: a killed run may leave half a line."""
+        """The events of events.jsonl, and how many lines of it are broken: a killed run may leave
+        half a line.
+        """
         return read_events(self.path)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """The events of one kind; of several about one stage and step the last, as a resumed run tells them anew."""
+        """The events of one kind; of several about one stage and step the last, as a resumed run
+        tells them anew.
+        """
         told = (e for e in self.log[0] if e["event"] == name)
-        return list({tuple(e.get(key) for key in ("stage", "task", "split", "step")): e for e in told}.values())
+        return list(
+            {
+                tuple(e.get(key) for key in ("stage", "task", "split", "step")): e for e in told
+            }.values()
+        )
 
     def number(self, stage: str) -> int:
         """The stage's number in predictions/stage-NN: 0 is before training."""
@@ -96,11 +124,20 @@ class Run:
 
     def predictions(self, stage: str, task: str) -> list[dict[str, Any]]:
         """Every answer to the task's test prompts after that stage; empty where none were written."""
-        path = self.path / "predictions" / f"stage-{self.number(stage):02d}" / f"{file_name(task)}.jsonl"
+        path = (
+            self.path
+            / "predictions"
+            / f"stage-{self.number(stage):02d}"
+            / f"{file_name(task)}.jsonl"
+        )
         rows, problems = [], []
         for number, line in untrusted.lines(path) if path.is_file() else ():
             try:
-                rows.append(_prediction(untrusted.parse(line, f"{path}:{number}", line=True), f"{path}:{number}"))
+                rows.append(
+                    _prediction(
+                        untrusted.parse(line, f"{path}:{number}", line=True), f"{path}:{number}"
+                    )
+                )
             except DataError as error:
                 problems.append(str(error))
         if problems:
@@ -109,7 +146,9 @@ class Run:
 
     @property
     def joint(self) -> bool:
-        """Whether it learned all tasks in one stage: its matrix says so, whatever its strategy is called."""
+        """Whether it learned all tasks in one stage: its matrix says so, whatever its strategy is
+        called.
+        """
         return self.matrix.finished and not self.matrix.sequential
 
 
@@ -133,8 +172,11 @@ class Group:
 
     def values(self, name: str) -> list[float | None]:
         """One value a finished run: a summary's or a cost's."""
-        told = [{**run.matrix.cost, **summary} for run, summary in zip(self.runs, self.summaries, strict=True)
-                if run.matrix.finished]
+        told = [
+            {**run.matrix.cost, **summary}
+            for run, summary in zip(self.runs, self.summaries, strict=True)
+            if run.matrix.finished
+        ]
         return [values.get(name) for values in told]
 
     def mean(self, name: str) -> float | None:
@@ -144,28 +186,43 @@ class Group:
     def spread(self, name: str) -> float | None:
         """The sample standard deviation (n - 1); None with fewer than two runs."""
         known = [value for value in self.values(name) if value is not None]
-        return statistics.stdev(known) if len(known) > 1 and len(known) == len(self.values(name)) else None
+        return (
+            statistics.stdev(known)
+            if len(known) > 1 and len(known) == len(self.values(name))
+            else None
+        )
 
 
 def reference(run: Run, runs: Iterable[Run]) -> Run | None:
-    """The joint run over the same tasks to measure `run` by: that of the same seed if there is one, else the first."""
-    same = [r for r in runs if r.joint and r is not run and set(r.matrix.tasks) == set(run.matrix.tasks)]
+    """The joint run over the same tasks to measure `run` by: that of the same seed if there is one,
+    else the first.
+    """
+    same = [
+        r for r in runs if r.joint and r is not run and set(r.matrix.tasks) == set(run.matrix.tasks)
+    ]
     return next((r for r in same if r.matrix.seed == run.matrix.seed), same[0] if same else None)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs that differ in seed and order only are one group; best average performance first, the joint arm before all.
+    """Runs that differ in seed and order only are one group; best average performance first, the
+    joint arm before all.
 
-    Its label is the strategy, or "joint"; where two groups would bear the same one, the settings that tell them apart
-    are added.
+    Its label is the strategy, or "joint"; where two groups would bear the same one, the settings
+    that tell them apart are added.
     """
     kinds: dict[Any, list[Run]] = {}
     for run in runs:
-        kinds.setdefault((run.matrix.stream, _name(run), tuple(sorted(run.settings.items()))), []).append(run)
+        kinds.setdefault(
+            (run.matrix.stream, _name(run), tuple(sorted(run.settings.items()))), []
+        ).append(run)
     labels = _labels([members[0] for members in kinds.values()])
-    groups = [Group(label, tuple(members), tuple(_summary(run, runs) for run in members))
-              for label, members in zip(labels, kinds.values(), strict=True)]
-    return sorted(groups, key=lambda g: (not g.joint, -(g.mean("average_performance") or -1), g.label))
+    groups = [
+        Group(label, tuple(members), tuple(_summary(run, runs) for run in members))
+        for label, members in zip(labels, kinds.values(), strict=True)
+    ]
+    return sorted(
+        groups, key=lambda g: (not g.joint, -(g.mean("average_performance") or -1), g.label)
+    )
 
 
 def _summary(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
@@ -181,46 +238,81 @@ def _name(run: Run) -> str:
 def _labels(firsts: Sequence[Run]) -> list[str]:
     """One label for each group, from a run of each."""
     names = Counter(map(_name, firsts))
-    told = [{"stream": r.matrix.stream, "strategy": r.matrix.strategy, **r.settings} for r in firsts]
+    told = [
+        {"stream": r.matrix.stream, "strategy": r.matrix.strategy, **r.settings} for r in firsts
+    ]
     labels = []
     for run, mine in zip(firsts, told, strict=True):
         twins = [t for r, t in zip(firsts, told, strict=True) if _name(r) == _name(run)]
-        apart = [key for key in mine if len({t.get(key) for t in twins}) > 1] if names[_name(run)] > 1 else []
-        labels.append(" ".join([_name(run), *(
-            f"{key.rpartition('.')[2]}={_short(mine[key], {t.get(key) for t in twins})}" for key in apart[:3])]))
-    return [label if labels.count(label) == 1 else f"{label} ({run.path.name})"
-            for label, run in zip(labels, firsts, strict=True)]
+        apart = (
+            [key for key in mine if len({t.get(key) for t in twins}) > 1]
+            if names[_name(run)] > 1
+            else []
+        )
+        labels.append(
+            " ".join(
+                [
+                    _name(run),
+                    *(
+                        f"{key.rpartition('.')[2]}={_short(mine[key], {t.get(key) for t in twins})}"
+                        for key in apart[:3]
+                    ),
+                ]
+            )
+        )
+    return [
+        label if labels.count(label) == 1 else f"{label} ({run.path.name})"
+        for label, run in zip(labels, firsts, strict=True)
+    ]
 
 
 def _short(value: str, others: Collection[str | None]) -> str:
     """A long fraction, such as a search draws, in three digits where they tell it from the others."""
-    told = {other: f"{float(other):.3g}" if LONG.fullmatch(other) else other for other in others
-            if other is not None}
+    told = {
+        other: f"{float(other):.3g}" if LONG.fullmatch(other) else other
+        for other in others
+        if other is not None
+    }
     return told[value] if len(set(told.values())) == len(told) else value
 
 
 def find(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs in these run and comparison folders, and the names of those that have not scored anything yet."""
+    """The runs in these run and comparison folders, and the names of those that have not scored
+    anything yet.
+    """
     paths: list[Path] = []
     waiting: list[str] = []
     for folder in folders:
         what = kind(folder)
         if what == "adapt":
-            raise DataError(f"{folder}: an adapt folder has a curve, not a matrix; compare it with adapt folders only")
+            raise DataError(
+                f"{folder}: an adapt folder has a curve, not a matrix; compare it with adapt "
+                "folders only"
+            )
         paths += [folder] if what == "run" else _children(folder)
         if what == "comparison":
-            begun = [p.parent.name for p in sorted(folder.glob("*/config.yaml"))
-                     if not (p.parent / "matrix.json").is_file()]
+            begun = [
+                p.parent.name
+                for p in sorted(folder.glob("*/config.yaml"))
+                if not (p.parent / "matrix.json").is_file()
+            ]
             waiting += dict.fromkeys([*begun, *comparison.waiting(folder)])
     return [Run.read(path) for path in dict.fromkeys(paths)], waiting
 
 
 def _prediction(row: Any, where: str) -> dict[str, Any]:
     """A line of predictions, if it is one: an id, a score, and texts beside them."""
-    whole = isinstance(row, dict) and isinstance(row.get("id"), str | int) and untrusted.is_number(row.get("score"))
+    whole = (
+        isinstance(row, dict)
+        and isinstance(row.get("id"), str | int)
+        and untrusted.is_number(row.get("score"))
+    )
     texts = whole and all(isinstance(row.get(key), str | None) for key in ("prompt", "answer"))
     if not texts or not isinstance(row.get("references"), list | None):
-        raise DataError(f"{where}: no prediction with an id and a score, a prompt, an answer and a list of references")
+        raise DataError(
+            f"{where}: no prediction with an id and a score, a prompt, an answer and a list of "
+            "references"
+        )
     return {**row, "score": float(row["score"])}
 
 
@@ -238,8 +330,19 @@ def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 # What the pages draw and write of an event, where it has them.
-NUMBERS = ("time", "stage", "step", "steps", "lr", "loss", "tokens", "seconds", "bytes", "memory_bytes",
-           "forgetting")
+NUMBERS = (
+    "time",
+    "stage",
+    "step",
+    "steps",
+    "lr",
+    "loss",
+    "tokens",
+    "seconds",
+    "bytes",
+    "memory_bytes",
+    "forgetting",
+)
 TEXTS = ("task", "split")
 
 
@@ -250,10 +353,14 @@ def is_event(event: Any) -> bool:
     if event["event"] in ("step", "during") and event.get("step") is None:
         return False
     notes, scores = event.get("notes") or {}, event.get("scores") or {}
-    return (all(event.get(key) is None or untrusted.is_number(event[key]) for key in NUMBERS)
-            and all(isinstance(event.get(key), str | None) for key in TEXTS)
-            and isinstance(notes, dict) and all(map(untrusted.is_number, notes.values()))
-            and isinstance(scores, dict) and all(untrusted.is_number(s, 0, 1) for s in scores.values()))
+    return (
+        all(event.get(key) is None or untrusted.is_number(event[key]) for key in NUMBERS)
+        and all(isinstance(event.get(key), str | None) for key in TEXTS)
+        and isinstance(notes, dict)
+        and all(map(untrusted.is_number, notes.values()))
+        and isinstance(scores, dict)
+        and all(untrusted.is_number(s, 0, 1) for s in scores.values())
+    )
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -19,9 +19,12 @@ def notice(out: Path) -> str | None:
 
 
 def _says(told: Mapping[str, Any], out: Path) -> str:
-    return (f"stopped by stop_if.forgetting={told['limit']:g}: forgetting was {told['forgetting']:.3f} after step "
-            f"{told['step']} of stage {told['task']}; all is kept. The same command with out={out} and a higher "
-            "stop_if.forgetting, or stop_if.forgetting=null, goes on from there")
+    return (
+        f"stopped by stop_if.forgetting={told['limit']:g}: forgetting was "
+        f"{told['forgetting']:.3f} after step {told['step']} of stage {told['task']}; all is "
+        f"kept. The same command with out={out} and a higher stop_if.forgetting, or "
+        "stop_if.forgetting=null, goes on from there"
+    )
 
 
 def _read(out: Path) -> dict[str, Any] | None:
@@ -29,9 +32,15 @@ def _read(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     told = json_file(path)
-    if not (isinstance(told, dict) and told.get("schema") == 1 and isinstance(told.get("task"), str)
-            and all(is_number(told.get(key)) for key in ("step", "forgetting", "limit"))
-            and not CONTROL.search(told["task"])):
-        raise DataError(f"{path}: found no task, step, forgetting and limit of schema 1, expected what stopped the "
-                        "run; remove it, and the run goes on")
+    if not (
+        isinstance(told, dict)
+        and told.get("schema") == 1
+        and isinstance(told.get("task"), str)
+        and all(is_number(told.get(key)) for key in ("step", "forgetting", "limit"))
+        and not CONTROL.search(told["task"])
+    ):
+        raise DataError(
+            f"{path}: found no task, step, forgetting and limit of schema 1, expected what "
+            "stopped the run; remove it, and the run goes on"
+        )
     return told

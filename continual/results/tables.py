@@ -34,7 +34,10 @@ RUN: Columns = {
     "path": ("text", "the run's folder; in comparison.parquet as seen from that file"),
 }
 STAGE: Columns = {
-    "stage": ("text", "the stage's name, which is that of the task learned in it; base: before any training"),
+    "stage": (
+        "text",
+        "the stage's name, which is that of the task learned in it; base: before any training",
+    ),
     "stage_index": ("whole number", "the stage's number; 0: before any training"),
 }
 TASK: Columns = {"task": ("text", "the task that was scored")}
@@ -48,10 +51,15 @@ def load(paths: Sequence[str | Path], what: str) -> pandas.DataFrame:
     if what not in TABLES:
         raise ConfigError(unknown("what", what, TABLES))
     if not paths:
-        raise ConfigError("load_runs needs folders made by continual run or compare; give their paths")
+        raise ConfigError(
+            "load_runs needs folders made by continual run or compare; give their paths"
+        )
     runs, waiting = find([Path(path) for path in paths])
     if waiting:
-        warnings.warn(f"not in the table, for they have scored nothing yet: {listed(waiting, 5)}", stacklevel=3)
+        warnings.warn(
+            f"not in the table, for they have scored nothing yet: {listed(waiting, 5)}",
+            stacklevel=3,
+        )
     whole = {pyarrow.int64(): pandas.Int64Dtype()}  # which can be missing
     return table(grouped(runs), what).to_pandas(types_mapper=whole.get)
 
@@ -72,28 +80,49 @@ def table(groups: Sequence[Group], what: str, out: Path | None = None) -> pyarro
     """
     import pyarrow as pa
 
-    kinds = {"text": pa.string(), "texts": pa.list_(pa.string()), "whole number": pa.int64(), "number": pa.float64(),
-             "true or false": pa.bool_()}
+    kinds = {
+        "text": pa.string(),
+        "texts": pa.list_(pa.string()),
+        "whole number": pa.int64(),
+        "number": pa.float64(),
+        "true or false": pa.bool_(),
+    }
     columns, rows = TABLES[what]
-    schema = pa.schema([pa.field(name, kinds[kind], metadata={"says": says})
-                        for name, (kind, says) in {**RUN, **columns}.items()])
+    schema = pa.schema(
+        [
+            pa.field(name, kinds[kind], metadata={"says": says})
+            for name, (kind, says) in {**RUN, **columns}.items()
+        ]
+    )
     parts = []
     for group in groups:
         for run, summary in zip(group.runs, group.summaries, strict=True):
             head = _head(run, group, out)
             try:
-                parts.append(pa.Table.from_pylist([{**head, **row} for row in rows(run, summary)], schema))
+                parts.append(
+                    pa.Table.from_pylist([{**head, **row} for row in rows(run, summary)], schema)
+                )
             except (pa.ArrowException, OverflowError) as e:
-                raise DataError(f"{run.path}: found a value that its column cannot hold ({e}), expected the kinds of "
-                                "docs/data.md; restore the folder, or leave it out") from e
+                raise DataError(
+                    f"{run.path}: found a value that its column cannot hold ({e}), expected the "
+                    "kinds of docs/data.md; restore the folder, or leave it out"
+                ) from e
     return pa.concat_tables(parts)
 
 
 def _head(run: Run, group: Group, out: Path | None) -> dict[str, Any]:
     m = run.matrix
-    return {"path": str(run.path) if out is None else os.path.relpath(run.path, out),
-            "run": run.path.absolute().name, "group": group.label, "stream": m.stream, "order": m.order,
-            "strategy": m.strategy, "seed": m.seed, "joint": run.joint, "finished": m.finished}
+    return {
+        "path": str(run.path) if out is None else os.path.relpath(run.path, out),
+        "run": run.path.absolute().name,
+        "group": group.label,
+        "stream": m.stream,
+        "order": m.order,
+        "strategy": m.strategy,
+        "seed": m.seed,
+        "joint": run.joint,
+        "finished": m.finished,
+    }
 
 
 def _cells(run: Run, _: Summary) -> Rows:
@@ -101,9 +130,15 @@ def _cells(run: Run, _: Summary) -> Rows:
     counts = m.counts or (None,) * len(m.tasks)
     for stage, scores in zip(m.stages, m.scores, strict=True):
         for task, score, n in zip(m.tasks, scores, counts, strict=True):
-            yield {"stage": stage, "stage_index": run.number(stage), "task": task,
-                   "learned": run.number(task) if task in m.stages else None, "metric": m.metrics[task],
-                   "score": score, "n": n}
+            yield {
+                "stage": stage,
+                "stage_index": run.number(stage),
+                "task": task,
+                "learned": run.number(task) if task in m.stages else None,
+                "metric": m.metrics[task],
+                "score": score,
+                "n": n,
+            }
 
 
 def _summaries(run: Run, summary: Summary) -> Rows:
@@ -121,49 +156,92 @@ def _examples(run: Run, _: Summary) -> Rows:
     for stage in run.matrix.stages:
         for task in run.matrix.tasks:
             for told in run.predictions(stage, task):
-                yield {"stage": stage, "stage_index": run.number(stage), "task": task, **told, "id": str(told["id"])}
+                yield {
+                    "stage": stage,
+                    "stage_index": run.number(stage),
+                    "task": task,
+                    **told,
+                    "id": str(told["id"]),
+                }
 
 
 def _steps(run: Run, _: Summary) -> Rows:
     for event in run.events("step"):
-        if parts := [key for key in ("stage", "step", "steps") if isinstance(event.get(key), float)]:
-            raise DataError(f"{run.path / 'events.jsonl'}: found a step with {parts[0]} {event[parts[0]]}, expected a "
-                            "whole number; remove the line")  # Arrow would cut the fraction off
+        if parts := [
+            key for key in ("stage", "step", "steps") if isinstance(event.get(key), float)
+        ]:
+            raise DataError(
+                f"{run.path / 'events.jsonl'}: found a step with {parts[0]} {event[parts[0]]}, "
+                "expected a whole number; remove the line"
+            )  # Arrow would cut the fraction off
         yield {**event, "stage": event.get("task"), "stage_index": event.get("stage")}
 
 
 TABLES: dict[str, tuple[Columns, Callable[[Run, Summary], Rows]]] = {
-    "cells": ({
-        **STAGE, **TASK,
-        "learned": ("whole number", "the number of the task's own stage; missing where that has not been, or never is"),
-        "metric": ("text", "the metric"),
-        "score": ("number", "R[stage][task] in [0, 1]; missing where it was not measured"),
-        "n": ("whole number", "how many test examples it is the mean over; missing where unknown"),
-    }, _cells),
-    "summaries": ({
-        "kind": ("text", "summary or cost"),
-        "name": ("text", "the summary's name, as continual/results/matrix.py defines it, or the cost's"),
-        "value": ("number", "missing of an unfinished run's summaries; a cost is in the unit that its name says"),
-    }, _summaries),
-    "settings": ({
-        "key": ("text", "a key of config.yaml in dotted form; seed, order and out stand above"),
-        "value": ("text", "its value, as JSON where it is no text"),
-    }, _settings),
-    "examples": ({
-        **STAGE, **TASK,
-        "id": ("text", "the test example's id"),
-        "prompt": ("text", "what was asked"),
-        "answer": ("text", "what the model said"),
-        "references": ("texts", "the accepted answers"),
-        "score": ("number", "the answer's mark in [0, 1]"),
-    }, _examples),
-    "steps": ({
-        **STAGE,
-        "step": ("whole number", "the optimizer step within the stage, of those that were logged (train.log_every)"),
-        "steps": ("whole number", "how many the stage has"),
-        "loss": ("number", "the step's loss; missing where it was not finite"),
-        "lr": ("number", "the learning rate"),
-        "tokens": ("number", "supervised tokens that the stage has learned from so far"),
-        "seconds": ("number", "seconds that the stage has taken so far"),
-    }, _steps),
+    "cells": (
+        {
+            **STAGE,
+            **TASK,
+            "learned": (
+                "whole number",
+                "the number of the task's own stage; missing where that has not been, or never is",
+            ),
+            "metric": ("text", "the metric"),
+            "score": ("number", "R[stage][task] in [0, 1]; missing where it was not measured"),
+            "n": (
+                "whole number",
+                "how many test examples it is the mean over; missing where unknown",
+            ),
+        },
+        _cells,
+    ),
+    "summaries": (
+        {
+            "kind": ("text", "summary or cost"),
+            "name": (
+                "text",
+                "the summary's name, as continual/results/matrix.py defines it, or the cost's",
+            ),
+            "value": (
+                "number",
+                "missing of an unfinished run's summaries; a cost is in the unit that its name "
+                "says",
+            ),
+        },
+        _summaries,
+    ),
+    "settings": (
+        {
+            "key": ("text", "a key of config.yaml in dotted form; seed, order and out stand above"),
+            "value": ("text", "its value, as JSON where it is no text"),
+        },
+        _settings,
+    ),
+    "examples": (
+        {
+            **STAGE,
+            **TASK,
+            "id": ("text", "the test example's id"),
+            "prompt": ("text", "what was asked"),
+            "answer": ("text", "what the model said"),
+            "references": ("texts", "the accepted answers"),
+            "score": ("number", "the answer's mark in [0, 1]"),
+        },
+        _examples,
+    ),
+    "steps": (
+        {
+            **STAGE,
+            "step": (
+                "whole number",
+                "the optimizer step within the stage, of those that were logged (train.log_every)",
+            ),
+            "steps": ("whole number", "how many the stage has"),
+            "loss": ("number", "the step's loss; missing where it was not finite"),
+            "lr": ("number", "the learning rate"),
+            "tokens": ("number", "supervised tokens that the stage has learned from so far"),
+            "seconds": ("number", "seconds that the stage has taken so far"),
+        },
+        _steps,
+    ),
 }

@@ -1,4 +1,6 @@
-"""Learn one new instruction type from a checkpoint or a base model, and draw its curves over steps and shots."""
+"""Learn one new instruction type from a checkpoint or a base model, and draw its curves over steps
+and shots.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,12 @@ HALF = "curve.unfinished.json"  # the curves that are finished, while others are
 
 
 def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
-    """Fine-tune on the stream's one task for `adapt.steps`, in each draw of each of `adapt.shots`; the curves' points.
+    """Fine-tune on the stream's one task for `adapt.steps`, in each draw of each of `adapt.shots`;
+    the curves' points.
 
-    Each curve starts from the same weights. Curves that are finished are kept: what was stopped or killed goes on
-    behind them, and ends in the same curves. Raises ConfigError where the stream has not exactly one task, Stopped
-    where a signal asked for an end.
+    Each curve starts from the same weights. Curves that are finished are kept: what was stopped or
+    killed goes on behind them, and ends in the same curves. Raises ConfigError where the stream has
+    not exactly one task, Stopped where a signal asked for an end.
     """
     folder = start_of(config)
     with alone(out := Path(config.out)):
@@ -69,8 +72,9 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
     bench = set_up(config, out)
     if len(bench.stream.tasks) != 1:
         names = ", ".join(t.name for t in bench.stream.tasks)
-        raise ConfigError(f"adapt learns one task, and this stream has {len(bench.stream.tasks)}: {names}; pick one, "
-                          f"such as stream.tasks=[{bench.stream.tasks[0].name}]")
+        raise ConfigError("adapt learns one task, and this stream has "
+                          f"{len(bench.stream.tasks)}: {names}; pick one, such as "
+                          f"stream.tasks=[{bench.stream.tasks[0].name}]")
     bench.load()
     if folder:
         checkpoint.load(folder, bench.model, bench.strategy if config.adapt.rule == "inner" else None)
@@ -98,18 +102,21 @@ def _points(found: Curve) -> list[dict[str, Any]]:
 
 
 def start_of(config: DictConfig) -> Path | None:
-    """The checkpoint to start from, None for the base; `config` takes over the model and data keys of its run.
+    """The checkpoint to start from, None for the base; `config` takes over the model and data keys
+    of its run.
 
     With adapt.rule=inner also its strategy, whose inner loop it is.
     """
     inner = config.adapt.rule == "inner"
     if inner and any(part.get("_target_") != PLAIN for part in config.strategy.values()):
-        raise ConfigError(f"found strategy={'+'.join(map(str, config.strategy))} beside adapt.rule=inner, which takes "
-                          "that of the start's run; leave one of them out")
+        raise ConfigError(f"found strategy={'+'.join(map(str, config.strategy))} beside "
+                          "adapt.rule=inner, which takes that of the start's run; leave one of "
+                          "them out")
     if config.adapt.start == "base":
         if inner:
-            raise ConfigError("adapt.rule=inner takes the inner loop of the run that prepared the start, and the base "
-                              "has none; name a checkpoint, or set adapt.rule=train")
+            raise ConfigError("adapt.rule=inner takes the inner loop of the run that prepared "
+                              "the start, and the base has none; name a checkpoint, or set "
+                              "adapt.rule=train")
         return None
     path = Path(config.adapt.start)
     if path.is_dir():
@@ -117,13 +124,14 @@ def start_of(config: DictConfig) -> Path | None:
     folder = path if (path / "weights.safetensors").exists() else checkpoint.find(path).trained
     source = next((p for p in (path, *path.parents) if (p / "config.yaml").exists()), None)
     if folder is None or source is None:
-        raise MissingError(f"adapt.start={path} is neither a run folder with a checkpoint nor one of its checkpoints; "
-                           "name a folder made by continual run, or adapt.start=base")
+        raise MissingError(f"adapt.start={path} is neither a run folder with a checkpoint nor "
+                           "one of its checkpoints; name a folder made by continual run, or "
+                           "adapt.start=base")
     theirs = read_config(source / "config.yaml")
     if names := instantiate.lacking(theirs.get("strategy")):
-        raise ConfigError(f"adapt.start={path}: the strategy {'+'.join(names)} has a part of the model in its memory, "
-                          "and the weights alone never answered; start from a run of another strategy, or from "
-                          "adapt.start=base")
+        raise ConfigError(f"adapt.start={path}: the strategy {'+'.join(names)} has a part of the "
+                          "model in its memory, and the weights alone never answered; start from "
+                          "a run of another strategy, or from adapt.start=base")
     take_over(config, source / "config.yaml")
     if inner:
         if wrong := foreign(theirs, source / "config.yaml"):
@@ -134,10 +142,11 @@ def start_of(config: DictConfig) -> Path | None:
 
 
 def curves(bench: Bench, task: Task[Encoded], empty: Curve, events: Events, signals: Signals) -> Curve:
-    """A curve for each draw of each number of shots (null: all training examples); the model is that of the last one.
+    """A curve for each draw of each number of shots (null: all training examples); the model is
+    that of the last one.
 
-    A draw is an order of the training examples: the support set of fewer shots is a part of that of more. Curves that
-    the folder of the `empty` one holds are not learned anew.
+    A draw is an order of the training examples: the support set of fewer shots is a part of that of
+    more. Curves that the folder of the `empty` one holds are not learned anew.
     """
     settings, every, start = bench.config.adapt, len(task.train), snapshot(bench.model)
     shots = dict.fromkeys(every if n is None else min(n, every) for n in settings.shots)

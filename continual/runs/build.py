@@ -1,6 +1,7 @@
 """From a configuration to the things it names: stream, model, strategy, encoder, recipe.
 
-Configurations name their constructors by `_target_`; the engine itself knows no strategy and no stream.
+Configurations name their constructors by `_target_`; the engine itself knows no strategy and no
+stream.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ LONGEST_NAME = 200
 
 
 def stream(config: DictConfig) -> Stream:
-    """The configured task stream; raises DataError for a task after whose name no file can be named."""
+    """The configured task stream; raises DataError for a task after whose name no file can be
+    named.
+    """
     made: Stream = construct(config.stream, "stream")
     if not made.stages:
-        raise ConfigError("stream.arrangement=none learns nothing, and is for probes; choose another")
+        raise ConfigError("stream.arrangement=none learns nothing, and is for probes; choose "
+                          "another")
     if long := [t.name for t in made.tasks if len(os.fsencode(file_name(t.name))) > LONGEST_NAME]:
-        raise DataError(gathered([f"found the task name {brief(name)}, expected at most {LONGEST_NAME} bytes: files "
-                                  "are named after it; shorten it" for name in long]))
+        raise DataError(gathered([f"found the task name {brief(name)}, expected at most "
+                                  f"{LONGEST_NAME} bytes: files are named after it; shorten it" for name in long]))
     return made
 
 
@@ -58,28 +62,35 @@ def strategy(config: DictConfig) -> Strategy:
 
 
 def probes(config: DictConfig) -> dict[str, Probe]:
-    """The configured probes, by name, not ready yet; raises ConfigError for a command that measures none."""
+    """The configured probes, by name, not ready yet; raises ConfigError for a command that measures
+    none.
+    """
     sections = config.get("probe") or {}
     if sections and "adapt" in config:
-        raise ConfigError(f"probe=[{','.join(map(str, sections))}]: adapt measures no probe; leave it out, or give it "
-                          "to run")
+        raise ConfigError(f"probe=[{','.join(map(str, sections))}]: adapt measures no probe; "
+                          "leave it out, or give it to run")
     return {str(name): construct(part, f"probe.{name}") for name, part in sections.items()}
 
 
 def choosing(config: DictConfig) -> list[str]:
-    """The configured strategies that choose weights by a task's name or by each prompt when they are tested."""
+    """The configured strategies that choose weights by a task's name or by each prompt when they
+    are tested.
+    """
     kinds = {name: get_object(part["_target_"]) for name, part in config.strategy.items()}
     return [name for name, kind in kinds.items() if any(getattr(kind, moment) is not getattr(Strategy, moment)
                                                         for moment in ("route", "dispatch"))]
 
 
 def model(config: DictConfig, tasks: Stream | None) -> Model:
-    """The configured model on its device, or in shards on all, with the configured batch layout and precision."""
+    """The configured model on its device, or in shards on all, with the configured batch layout and
+    precision.
+    """
     weight = config.loss.instruction_weight
     shards = config.train.shard and world() > 1
     made = _model(config, tasks, **({"device": "cpu"} if shards else {}))
     if made.layout.seq2seq and weight:
-        raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has no loss; set it to 0")
+        raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has "
+                          "no loss; set it to 0")
     made.layout = replace(made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight)
     made.bf16 = config.train.precision == "bf16"  # with auto: once it is measured
     if shards:
@@ -108,7 +119,9 @@ def encoder(config: DictConfig, made: Model) -> Encoder:
 
 
 def test(config: DictConfig, task: Task[Example], encoder: Encoder, index: int) -> Test:
-    """The task, column `index` of the matrix, ready to be scored as configured; raises as `score.prepare` does."""
+    """The task, column `index` of the matrix, ready to be scored as configured; raises as
+    `score.prepare` does.
+    """
     s = config.score
     return prepare(task, encoder, s.split, index, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit,
                    how=s.how, judge=judge(config))

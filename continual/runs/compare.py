@@ -1,4 +1,6 @@
-"""Several runs of one command, through Hydra's multirun, so that any Hydra launcher can spread them."""
+"""Several runs of one command, through Hydra's multirun, so that any Hydra launcher can spread
+them.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,12 @@ OURS = ("strategies", "tuned", "spaces")  # a comparison's own keys, which its r
 
 
 def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> None:
-    """One run for each combination of the comma-separated values, each in a folder of its own, and their report.
+    """One run for each combination of the comma-separated values, each in a folder of its own, and
+    their report.
 
-    A run that fails leaves the others whole; what is not finished is listed at the end, with the command that finishes
-    it. Raises ConfigError for it, for a combination that is wrong before any run starts, and where another comparison
-    is under way in the folder; Stopped for a signal.
+    A run that fails leaves the others whole; what is not finished is listed at the end, with the
+    command that finishes it. Raises ConfigError for it, for a combination that is wrong before any
+    run starts, and where another comparison is under way in the folder; Stopped for a signal.
     """
     if several := [o for o in overrides if o.startswith("out=") and _sweeps(o)]:
         raise ConfigError(f"{several[0]}: a comparison has one folder; quote a comma that is part of its name, such as "
@@ -57,8 +60,9 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     words.append(f"out={quoted(str(out.absolute()))}")
     searches = sweeper._target_ != BASIC
     if searches and not any(_sweeps(word) and word.split("=")[0] not in NAMED for word in words):
-        raise ConfigError(f"a search needs something to look through, and of {', '.join(config.strategy)} nothing is "
-                          "told; give a range, such as 'strategy.NAME.KEY=tag(log,interval(0.01,10))'")
+        raise ConfigError("a search needs something to look through, and of "
+                          f"{', '.join(config.strategy)} nothing is told; give a range, such as "
+                          "'strategy.NAME.KEY=tag(log,interval(0.01,10))'")
     names = [] if searches else _check(words, [*fixed, "out"], configure)
     if launcher == "joblib" and not any(o.startswith("hydra.launcher.n_jobs=") for o in words):
         # Each gets its part of the threads.
@@ -75,7 +79,8 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
 
 
 def cell(config: DictConfig) -> float | None:
-    """One run of the comparison, in this process or wherever the launcher puts it; what fails is left in its folder.
+    """One run of the comparison, in this process or wherever the launcher puts it; what fails is
+    left in its folder.
 
     What a search maximises: the average performance.
     """
@@ -115,14 +120,18 @@ def cell(config: DictConfig) -> float | None:
 
 
 def _for_some(overrides: Sequence[str]) -> list[str]:
-    """Where several strategies are compared, a single one's settings as tuned ones: for those runs that have it."""
+    """Where several strategies are compared, a single one's settings as tuned ones: for those runs
+    that have it.
+    """
     if any(o.startswith("strategy=") and not _sweeps(o) for o in overrides):
         return list(overrides)
     return [re.sub(r"^\+*strategy\.(?=[\w-]+\.)", "++tuned.", o) if not _sweeps(o) else o for o in overrides]
 
 
 def _tune(config: DictConfig, given: Collection[str]) -> None:
-    """The strategies' tuned settings, but for the keys that are given; raises ConfigError for one that is not there."""
+    """The strategies' tuned settings, but for the keys that are given; raises ConfigError for one
+    that is not there.
+    """
     for name, values in config.tuned.items():
         for key, value in values.items():
             if name in config.strategy and f"strategy.{name}.{key}" not in given:
@@ -134,7 +143,9 @@ def _tune(config: DictConfig, given: Collection[str]) -> None:
 
 
 class _Noted(Signals):
-    """A signal is left where runs that have not begun see it; those under way get it too, or come to their end."""
+    """A signal is left where runs that have not begun see it; those under way get it too, or come
+    to their end.
+    """
 
     def __init__(self, out: Path) -> None:
         """For the comparison in `out`."""
@@ -152,7 +163,9 @@ def _stopped(out: Path) -> int:
 
 
 def _sweep(words: Sequence[str]) -> Exception | None:
-    """Let Hydra do all runs; what the launcher raised, such as a process of its own that was killed."""
+    """Let Hydra do all runs; what the launcher raised, such as a process of its own that was
+    killed.
+    """
     import hydra
 
     main = hydra.main(version_base=None, config_path="pkg://conf", config_name="compare")(cell)
@@ -190,14 +203,14 @@ def _tell(out: Path, words: Sequence[str], names: Sequence[str], trouble: Except
         write.tables(Console(), out)
     if (best := out / BEST).is_file():
         told = yaml_mapping(best)
-        print(f"best: {' '.join(f'{k}={v}' for k, v in told['best_params'].items())}, with an average performance of "
-              f"{told['best_value']:.3f}")
+        print(f"best: {' '.join(f'{k}={v}' for k, v in told['best_params'].items())}, with an "
+              f"average performance of {told['best_value']:.3f}")
     print("\n".join(f"wrote {p}" for p in written))
     if left := comparison.failures(out, names):
         what = "failed" if all(told.startswith("failed") for told in left.values()) else "are not finished"
         why = f"\n{type(trouble).__name__}: {trouble}" if trouble else ""
-        raise ConfigError(f"{len(left)} of the runs {what}; mend what they say, and give the command again:\n  "
-                          f"{comparison.command(out, words)}{why}\n" + "\n".join(f"{n}: {t}" for n, t in left.items()))
+        raise ConfigError(f"{len(left)} of the runs {what}; mend what they say, and give the "
+                          f"command again:\n  {comparison.command(out, words)}{why}\n" + "\n".join(f"{n}: {t}" for n, t in left.items()))
     if trouble:
         raise trouble
 
@@ -221,8 +234,8 @@ def _launcher(overrides: Sequence[str]) -> str:
     except ModuleNotFoundError:  # there is no plugin at all
         there = False
     if not there:
-        raise ConfigError(f"{LAUNCHER}={name} needs hydra-{plugin}-launcher, which is not installed: "
-                          f"pip install hydra-{plugin}-launcher")
+        raise ConfigError(f"{LAUNCHER}={name} needs hydra-{plugin}-launcher, which is not "
+                          f"installed: pip install hydra-{plugin}-launcher")
     return name
 
 
@@ -248,7 +261,9 @@ def _first(override: str) -> str:
 
 
 def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[..., DictConfig]) -> list[str]:
-    """Compose every combination once, with its strategy and recipe, before the first one runs; their folders' names."""
+    """Compose every combination once, with its strategy and recipe, before the first one runs;
+    their folders' names.
+    """
     from itertools import product
 
     from hydra.core.override_parser.overrides_parser import OverridesParser

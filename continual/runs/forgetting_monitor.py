@@ -1,14 +1,16 @@
-"""Forgetting seen early: every so many steps of a stage a small sample of each task seen so far is scored.
+"""Forgetting seen early: every so many steps of a stage a small sample of each task seen so far is
+scored.
 
-A task's sample is of its test examples and the same all the run through. With S[i][j] its score on task j after stage
-i, and s[j] its score now, within stage n, forgetting is what the matrix of the samples would say if the stage ended
-here: the mean, over the tasks j that earlier stages taught, of max_{i<n} S[i][j] - s[j], from the first stage i on that
-taught j (Chaudhry et al. 2018, F_k). The points within stages are not among the i: the more often one looked, the
-higher the maximum over noisy scores would be.
+A task's sample is of its test examples and the same all the run through. With S[i][j] its score on
+task j after stage i, and s[j] its score now, within stage n, forgetting is what the matrix of the
+samples would say if the stage ended here: the mean, over the tasks j that earlier stages taught, of
+max_{i<n} S[i][j] - s[j], from the first stage i on that taught j (Chaudhry et al. 2018, F_k). The
+points within stages are not among the i: the more often one looked, the higher the maximum over
+noisy scores would be.
 
-What is scored is the model as it trains: what a strategy does at a stage's end, such as merging, is still to come. The
-tasks that the stage itself teaches are answered by the weights at hand; others as the strategy's `route` and `dispatch`
-have it.
+What is scored is the model as it trains: what a strategy does at a stage's end, such as merging, is
+still to come. The tasks that the stage itself teaches are answered by the weights at hand; others
+as the strategy's `route` and `dispatch` have it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from continual.models.weights import restore, snapshot
 class Early:
     """Scores `examples` test examples a task `every` so many steps, never where that is None.
 
-    `where` names the folder that holds the answers after a stage, by its number from 0, before any training.
+    `where` names the folder that holds the answers after a stage, by its number from 0, before any
+    training.
     """
 
     model: Model
@@ -61,9 +64,11 @@ class Early:
         self.taught: list[set[str]] = [{e.task for e in stage.train} for stage in self.stream.stages]
 
     def begin(self, number: int) -> dict[str, Any] | None:
-        """The event of step 0 of this stage, from 1: the samples' scores as the stage before it left them.
+        """The event of step 0 of this stage, from 1: the samples' scores as the stage before it
+        left them.
 
-        None where nothing is scored within stages. Raises DataError where answers of an earlier stage are not there.
+        None where nothing is scored within stages. Raises DataError where answers of an earlier
+        stage are not there.
         """
         if self.every is None:
             return None
@@ -93,8 +98,9 @@ class Early:
         for test in self._seen(number + 1):
             told = marks(path := self.where(number) / f"{file_name(test.task)}.jsonl", test)
             if told is None:
-                raise DataError(f"{path}: found no mark of every test example, expected them for score.during to "
-                                "compare with; restore the file, or go on with score.during=null")
+                raise DataError(f"{path}: found no mark of every test example, expected them for "
+                                "score.during to compare with; restore the file, or go on with "
+                                "score.during=null")
             drawn = self.drawn[test.task]
             found[test.task] = sum(told[i] for i in drawn) / len(drawn)
         return found
@@ -117,7 +123,8 @@ class Early:
 
 @contextmanager
 def aside(model: Model, strategy: Strategy) -> Iterator[None]:
-    """Within it the model can be asked, also by `route` and `dispatch`; behind it all is as it was, bit for bit.
+    """Within it the model can be asked, also by `route` and `dispatch`; behind it all is as it was,
+    bit for bit.
 
     That is its mode, its weights, the virtual tokens that it reads behind, and what is drawn next.
     """
@@ -143,7 +150,9 @@ def said(event: Mapping[str, Any]) -> str:
 
 
 def marks(path: Path, test: Test) -> list[float] | None:
-    """The mark of each of the test's examples, by the answers that were written; None where they are not whole."""
+    """The mark of each of the test's examples, by the answers that were written; None where they
+    are not whole.
+    """
     try:
         told = [parse(line, f"{path}:{n}", line=True) for n, line in lines(path)]
         found = [t["score"] for t in told]

@@ -24,7 +24,9 @@ FREE = ("out.", "track.", "checkpoint.", "stop_if.", "score.during")
 
 
 def claim(out: Path, config: DictConfig) -> None:
-    """Write the configuration, or check that the folder's run has the same one; raises ConfigError naming the keys."""
+    """Write the configuration, or check that the folder's run has the same one; raises ConfigError
+    naming the keys.
+    """
     if not leads():
         return
     path = out / "config.yaml"
@@ -34,22 +36,23 @@ def claim(out: Path, config: DictConfig) -> None:
         write_whole(path, text)
         return
     if not path.exists():
-        raise ConfigError(f"{out} holds a run without its config.yaml, which tells whether these are its keys; restore "
-                          "that file, or give another out=")
+        raise ConfigError(f"{out} holds a run without its config.yaml, which tells whether these "
+                          "are its keys; restore that file, or give another out=")
     before, now = (flat(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text)))
     differ = [f"{k}: {before.get(k, 'absent')} there, {now.get(k, 'absent')} now"
               for k in sorted(before.keys() | now.keys())
               if before.get(k) != now.get(k) and not f"{k}.".startswith(FREE)]
     if differ:
-        raise ConfigError(f"{out} holds a run with another configuration; give it the same keys to resume, or another "
-                          "out=\n  " + "\n  ".join(differ))
+        raise ConfigError(f"{out} holds a run with another configuration; give it the same keys "
+                          "to resume, or another out=\n  " + "\n  ".join(differ))
 
 
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process; raises ConfigError where another process has it.
+    """Hold the folder's lock, which ends with the process; raises ConfigError where another process
+    has it.
 
     Of processes that share the work one holds it for all.
     """
@@ -67,8 +70,8 @@ def alone(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(f"{out} is in use by process {file.read().strip() or 'unknown'}; wait for it, or give "
-                              "another out=") from None
+            raise ConfigError(f"{out} is in use by process {file.read().strip() or 'unknown'}; "
+                              "wait for it, or give another out=") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -1,7 +1,8 @@
-"""What a run would take: memory, FLOPs, hours and disk, and what of it grows with the number of tasks.
+"""What a run would take: memory, FLOPs, hours and disk, and what of it grows with the number of
+tasks.
 
-Nothing of it is a formula of the model or the strategy: the engine's own stages are rehearsed (`continual.runs.rehearse`), a
-few of their steps and their ends, and measured.
+Nothing of it is a formula of the model or the strategy: the engine's own stages are rehearsed
+(`continual.runs.rehearse`), a few of their steps and their ends, and measured.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ LEAST = {"tasks": 1, "examples": 1, "tests": 1, "tokens": 2, "response": 1, "sta
 GROWN = (2, 4)  # the numbers of tasks between which growth is measured
 GROWS = 1e-3  # a smaller part of the whole is none
 QUANTITIES = {  # what may grow, and its unit
-    "strategy memory on the device": (lambda s: s.strategy, "bytes"), "buffer in the host's memory": (
+    "strategy memory on the device": (lambda s: s.strategy, "bytes"), "buffer in the host's "
+                                                                      "memory": (
         lambda s: s.buffer, "bytes"), "a stage's checkpoint": (lambda s: s.weights_disk + s.memory_disk, "bytes"),
     "FLOPs of a step": (lambda s: s.step_flops, "FLOPs"), "FLOPs of a stage's end": (lambda s: s.end_flops, "FLOPs"),
     "most memory at once": (lambda s: max(s.peak, s.end_peak), "bytes"),
@@ -39,7 +41,9 @@ QUANTITIES = {  # what may grow, and its unit
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be learned and scored: the stages and tests that are rehearsed, and how many there are of each."""
+    """What is to be learned and scored: the stages and tests that are rehearsed, and how many there
+    are of each.
+    """
 
     stages: Sequence[Task[Encoded]]
     tests: Sequence[Test]
@@ -54,7 +58,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was measured, and what follows for all stages. FLOPs are a stage's, `scoring` those of one matrix row."""
+    """What was measured, and what follows for all stages. FLOPs are a stage's, `scoring` those of
+    one matrix row.
+    """
 
     model: str
     parameters: int
@@ -89,7 +95,9 @@ class Plan:
 
 
 def plan(config: DictConfig) -> Plan:
-    """Measure what the configured run would take. Raises ContinualError for what the run itself would refuse."""
+    """Measure what the configured run would take. Raises ContinualError for what the run itself
+    would refuse.
+    """
     validate.check(config)
     _check(config)
     config = _drawn(config)
@@ -114,7 +122,9 @@ def plan(config: DictConfig) -> Plan:
 
 
 def _summed(made: Plan, work: Work, config: DictConfig) -> Plan:
-    """The sums over all stages, the later ones by their tokens and by how the strategy's work grows."""
+    """The sums over all stages, the later ones by their tokens and by how the strategy's work
+    grows.
+    """
     known = made.stages
     a_token = sum(s.flops for s in known[-2:]) / sum(s.tokens for s in known[-2:])
     grows = made.growth(lambda s: s.flops / s.tokens)
@@ -186,8 +196,9 @@ def _task(index: int, n: int, tokens: int, response: int, tasks: int, words: int
 def _check(config: DictConfig) -> None:
     p = config.plan
     if config.train.shard:
-        raise ConfigError("train.shard=true is not planned: continual plan counts devices that each hold the whole "
-                          "model; plan with train.shard=false, and see docs/scale.md for what shards divide")
+        raise ConfigError("train.shard=true is not planned: continual plan counts devices that "
+                          "each hold the whole model; plan with train.shard=false, and see "
+                          "docs/scale.md for what shards divide")
     wrong = [f"plan.{key}={p[key]}: expected a whole number of at least {least}" for key, least in LEAST.items()
              if (p[key] is not None or key != "tasks") and (mistyped("int", p[key]) or p[key] < least)]
     wrong += [f"plan.{key}={p[key]}: expected a number above 0" for key in ("memory", "flops", "share")
@@ -221,11 +232,13 @@ def show(made: Plan, config: DictConfig, console: Console) -> None:
     """Print the tables."""
     last = max(made.stages, key=lambda s: max(s.peak, s.end_peak))
     grows = made.growth(lambda s: max(s.peak, s.end_peak))
-    console.print(f"{made.model}: {made.parameters / 1e6:,.1f}M parameters, {made.trained / 1e6:,.2f}M of them "
-                  f"trained; {len(made.training)} stages, {made.steps:,} steps", highlight=False)
+    console.print(f"{made.model}: {made.parameters / 1e6:,.1f}M parameters, "
+                  f"{made.trained / 1e6:,.2f}M of them trained; {len(made.training)} stages, "
+                  f"{made.steps:,} steps", highlight=False)
     most = made.last(lambda s: max(s.peak, s.end_peak)) if grows else max(last.peak, last.end_peak)
     rows = [("weights", last.weights), ("gradients", last.gradients), ("optimizer", last.optimizer),
-            ("strategy", round(made.last(lambda s: s.strategy))), ("activations and what else a step holds",
+            ("strategy", round(made.last(lambda s: s.strategy))), ("activations and what else a "
+                                                                   "step holds",
                                                                  last.activations),
             ("the most at once in a step", last.peak), ("at a stage's end", last.end_peak), ("most", round(most))]
     _print(console, "memory of one device", ("", "bytes"), [(name, _bytes(size)) for name, size in rows])
@@ -245,7 +258,9 @@ def show(made: Plan, config: DictConfig, console: Console) -> None:
               "constant") for name, (of, unit) in QUANTITIES.items()]
     _print(console, "with the number of tasks", ("", "in the last stage", "grows"), [
         *grown, ("a row of scores", _amount(made.scoring, "FLOPs"), "linear; in all quadratic"),
-        ("a stage's predictions", _bytes(made.predictions / (len(made.training) + 1)), "linear; in all quadratic")])
+        ("a stage's predictions", _bytes(made.predictions / (len(made.training) + 1)), "linear; "
+                                                                                       "in all "
+                                                                                       "quadratic")])
     console.print(f"not counted: {', '.join(_uncounted(config))}", markup=False, highlight=False, soft_wrap=True)
 
 

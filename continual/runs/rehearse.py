@@ -1,8 +1,10 @@
-"""The engine's own code run without its numbers: what it would compute and hold, for a model of any size.
+"""The engine's own code run without its numbers: what it would compute and hold, for a model of any
+size.
 
-Weights, and all that is computed of them, are ghosts: shapes that take no memory. What a batch is made of, token ids
-and where they stand, is real. So packing, strategies, optimizer and scoring run as they are, and their matrix products
-are counted, and the memory that their tensors would take, as they come and go.
+Weights, and all that is computed of them, are ghosts: shapes that take no memory. What a batch is
+made of, token ids and where they stand, is real. So packing, strategies, optimizer and scoring run
+as they are, and their matrix products are counted, and the memory that their tensors would take, as
+they come and go.
 """
 
 from __future__ import annotations
@@ -51,10 +53,11 @@ COUNTS: Mapping[Any, Callable[..., int]] = {
 
 
 class Ghosts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it tensors of numbers are ghosts and tensors of indices are real; `flops` and `peak` bytes are counted.
+    """Within it tensors of numbers are ghosts and tensors of indices are real; `flops` and `peak`
+    bytes are counted.
 
-    Where the code asks for a number that is not there, it is 1, a yes, or the token `said`. What is built within
-    `shapes` is on the meta device, to be made a network of ghosts by `haunt`.
+    Where the code asks for a number that is not there, it is 1, a yes, or the token `said`. What is
+    built within `shapes` is on the meta device, to be made a network of ghosts by `haunt`.
     """
 
     def __init__(self) -> None:
@@ -148,11 +151,12 @@ class Ghosts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage would take. Bytes of memory are those of one device, but for `buffer`, which the host has.
+    """What a stage would take. Bytes of memory are those of one device, but for `buffer`, which the
+    host has.
 
-    FLOPs are those of a step and of what comes after the last one, the strategy's `end`; `peak` is the most memory that
-    is taken at once, in a step or at the end. `weights_disk`, `memory_disk` and `progress_disk` are what a checkpoint
-    has of each.
+    FLOPs are those of a step and of what comes after the last one, the strategy's `end`; `peak` is
+    the most memory that is taken at once, in a step or at the end. `weights_disk`, `memory_disk`
+    and `progress_disk` are what a checkpoint has of each.
     """
 
     steps: int
@@ -183,10 +187,12 @@ class Stage:
 
 def rehearse(ghosts: Ghosts, model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe, *, steps: int,
              seed: int) -> Stage:
-    """Learn a stage without its numbers: `steps` of its steps, drawn as the stage would, and its end.
+    """Learn a stage without its numbers: `steps` of its steps, drawn as the stage would, and its
+    end.
 
-    Early stopping is left out: its steps are the most that the stage can take. Raises ConfigError for a strategy whose
-    code asks for numbers in a way that ghosts have no answer for, such as NumPy's.
+    Early stopping is left out: its steps are the most that the stage can take. Raises ConfigError
+    for a strategy whose code asks for numbers in a way that ghosts have no answer for, such as
+    NumPy's.
     """
     total, at, optimizer, saved = recipe.total(len(task.train)), [ghosts.flops], 0, 0
     ghosts.peak = ghosts.live
@@ -208,9 +214,10 @@ def rehearse(ghosts: Ghosts, model: Model, task: Task[Encoded], strategy: Strate
             learn(model, task, strategy, replace(recipe, steps=min(steps, total), patience=None), seed=seed,
                   log=lambda event: None, after=after)
         except (RuntimeError, ConfigError) as error:  # torch's own, where numbers are asked for all at once
-            raise ConfigError(f"a plan goes through a stage of {type(strategy).__name__} without its numbers, and was "
-                              f"stopped: {error}\nIf that is for want of them, plan a strategy that stores as much, by "
-                              "the table of continual list strategies") from error
+            raise ConfigError(f"a plan goes through a stage of {type(strategy).__name__} without "
+                              f"its numbers, and was stopped: {error}\nIf that is for want of "
+                              "them, plan a strategy that stores as much, by the table of "
+                              "continual list strategies") from error
         trained = _held(weights(model))
         memory = _on_disk(strategy.state_dict())
     own = sum(t.nbytes for t in {*model.net.parameters(), *model.net.buffers()})
@@ -221,7 +228,9 @@ def rehearse(ghosts: Ghosts, model: Model, task: Task[Encoded], strategy: Strate
 
 
 def scored(ghosts: Ghosts, model: Model, test: Test, batch_size: int) -> float:
-    """The FLOPs of scoring a task once, every answer as long as it may be: those of one batch, times the batches."""
+    """The FLOPs of scoring a task once, every answer as long as it may be: those of one batch,
+    times the batches.
+    """
     some = min(batch_size, len(test.encoded))
     step = max(1, len(test.encoded) // some)
     part = test.of([*range(0, len(test.encoded), step)][:some])
@@ -234,7 +243,9 @@ def scored(ghosts: Ghosts, model: Model, test: Test, batch_size: int) -> float:
 
 
 def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices with each real mask as the places where it holds: a ghost of a mask would not tell how many there are."""
+    """Indices with each real mask as the places where it holds: a ghost of a mask would not tell
+    how many there are.
+    """
     found: list[Tensor | None] = []
     for t in indices:
         mask = t is not None and t.dtype == torch.bool and not isinstance(t, FakeTensor)

@@ -41,8 +41,8 @@ from continual.tracking.trackers import tracker
 def run(config: DictConfig, console: Console) -> Matrix:
     """Run or resume in `config.out`, and return the matrix.
 
-    Nothing finished is lost: a run that was killed goes on after its last checkpoint and ends in the same matrix.
-    Raises Stopped where a signal asked for an end, Gated where stop_if did.
+    Nothing finished is lost: a run that was killed goes on after its last checkpoint and ends in
+    the same matrix. Raises Stopped where a signal asked for an end, Gated where stop_if did.
     """
     out = Path(config.out)
     if (done := finished(out)) is not None:
@@ -70,7 +70,9 @@ def run(config: DictConfig, console: Console) -> Matrix:
 
 
 def stages(out: Path, bench: Bench, events: Events, signals: Signals, audit: dict[str, Any] | None = None) -> Matrix:
-    """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before any training."""
+    """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before
+    any training.
+    """
     found = checkpoint.find(out)
     matrix = resume(out, bench, found, events)
     if audit:
@@ -86,7 +88,9 @@ def stages(out: Path, bench: Bench, events: Events, signals: Signals, audit: dic
 
 
 def stage_seed(seed: int, number: int) -> int:
-    """Each stage's randomness starts anew from the run's seed, so that a resumed stage is the same stage."""
+    """Each stage's randomness starts anew from the run's seed, so that a resumed stage is the same
+    stage.
+    """
     return random.Random(f"{seed}/{number}").getrandbits(31)
 
 
@@ -96,7 +100,9 @@ def finished(out: Path) -> Matrix | None:
 
 
 def resume(out: Path, bench: Bench, found: checkpoint.Found, events: Events) -> Matrix:
-    """The matrix so far, with model and strategy as they were after the last trained stage; empty at the start."""
+    """The matrix so far, with model and strategy as they were after the last trained stage; empty
+    at the start.
+    """
     for told in found.damaged:
         events.say(f"a damaged checkpoint is passed over, and an older one used: {told}")
     matrix = empty(bench)
@@ -111,8 +117,8 @@ def resume(out: Path, bench: Bench, found: checkpoint.Found, events: Events) -> 
 
 
 def refuse_other_data(out: Path, before: Matrix, bench: Bench) -> None:
-    """Raise DataError where the stream's tasks are no longer those whose scores the matrix has: its columns and rows
-    would not be what their names say.
+    """Raise DataError where the stream's tasks are no longer those whose scores the matrix has: its
+    columns and rows would not be what their names say.
     """
     now, stages = empty(bench), (BASE, *(stage.name for stage in bench.stream.stages))
     pairs = {"tasks": (before.tasks, now.tasks), "stages": (before.stages, stages[: len(before.stages)]),
@@ -120,7 +126,8 @@ def refuse_other_data(out: Path, before: Matrix, bench: Bench) -> None:
              "test examples": tuple([*map(str, m.counts)] for m in (before, now))}
     differ = [f"{what}: {listed(was)} there, {listed(has)} now" for what, (was, has) in pairs.items() if was != has]
     if differ:
-        raise DataError(f"{out} was begun with other data; restore them to go on, or give another out=\n  "
+        raise DataError(f"{out} was begun with other data; restore them to go on, or give "
+                        "another out=\n  "
                         + "\n  ".join(differ))
 
 
@@ -161,7 +168,9 @@ class Keeper:
         return float(told["seconds"]) if told else 0.0
 
     def tell(self, told: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Write down and show a point within the stage, if there is one; what stops the run there, if stop_if does."""
+        """Write down and show a point within the stage, if there is one; what stops the run there,
+        if stop_if does.
+        """
         if told is None:
             return None
         self.events(told)
@@ -185,7 +194,9 @@ class Keeper:
 
 
 def train(out: Path, bench: Bench, keeper: Keeper, within: Path | None) -> Matrix:
-    """Learn one stage, from its beginning or from a checkpoint within it, and keep it; the matrix has its costs."""
+    """Learn one stage, from its beginning or from a checkpoint within it, and keep it; the matrix
+    has its costs.
+    """
     def go_on() -> dict[str, Any]:
         assert within
         found = checkpoint.load(within, bench.model, bench.strategy, found=True)
@@ -217,7 +228,8 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Si
     events({"event": "score", "seconds": spent["score_seconds"], "scores": dict(zip(matrix.tasks, row, strict=True))})
     if leads():
         matrix.save(out / "matrix.json")
-    events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average {sum(row) / len(row):.3f}"
+    events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average "
+               f"{sum(row) / len(row):.3f}"
                + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
     if not number and leads():
         base_scored(out, dict(zip(matrix.tasks, row, strict=True)), events)
@@ -238,7 +250,9 @@ def asker(out: Path, bench: Bench, events: Events, signals: Signals) -> Ask:
 
 
 def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> list[float]:
-    """Every task's score; every answer is written with its mark, and a task that has its answers is not asked again."""
+    """Every task's score; every answer is written with its mark, and a task that has its answers is
+    not asked again.
+    """
     row = []
     for done, test in enumerate(bench.tests):
         events.bar("scoring", len(bench.tests), done, test.task)
@@ -255,7 +269,9 @@ def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> l
 
 
 def answered(bench: Bench, test: Test) -> tuple[float, list[dict[str, Any]]]:
-    """The score, and every answer with its mark, of the model as the strategy readies it for the task."""
+    """The score, and every answer with its mark, of the model as the strategy readies it for the
+    task.
+    """
     bench.strategy.route(bench.model, test.task)
     turns = bench.strategy.dispatch(bench.model, test.prompts)
     return score(bench.model, test, bench.config.score.batch_size, turns)

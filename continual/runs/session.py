@@ -1,4 +1,6 @@
-"""All that a run works with, built as its configuration says: the weights last, for a large model's take minutes."""
+"""All that a run works with, built as its configuration says: the weights last, for a large model's
+take minutes.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,18 @@ class Bench:
 
 
 def set_up(config: DictConfig, out: Path) -> Bench:
-    """Build what the configuration names but the network; raises ContinualError for whatever is wrong with it."""
+    """Build what the configuration names but the network; raises ContinualError for whatever is
+    wrong with it.
+    """
     validate.check(config)
     strategy, recipe = build.strategy(config), build.recipe(config)  # before anything that takes long
     validate.refuse_shards(config, strategy)
     validate.refuse_optimizer(config, strategy)
     stream = build.stream(config)
     if recipe.patience and (bare := [stage.name for stage in stream.stages if not stage.dev]):
-        raise ConfigError(f"train.patience={recipe.patience} stops by the loss on dev rows, and there are none of "
-                          f"{listed(bare)}; add some, or set train.patience=null")
+        raise ConfigError(f"train.patience={recipe.patience} stops by the loss on dev rows, and "
+                          f"there are none of {listed(bare)}; add some, or set "
+                          "train.patience=null")
     model = build.reader(config, stream)
     encoder = build.encoder(config, model)
     tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]
@@ -79,7 +84,8 @@ def show_unfit(encoder: Encoder, events: Events) -> None:
     counts = {"skipped": len(encoder.skipped), "shortened": len(encoder.shortened)}
     if any(counts.values()):
         events({"event": "data", **counts})
-        events.say(f"inputs shortened to fit: {counts['shortened']}; examples skipped: {counts['skipped']}"
+        events.say(f"inputs shortened to fit: {counts['shortened']}; examples skipped: "
+                   f"{counts['skipped']}"
                    + (f" ({', '.join(encoder.skipped[:5])} ...)" if encoder.skipped else ""))
         encoder.skipped.clear()
         encoder.shortened.clear()

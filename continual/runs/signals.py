@@ -57,7 +57,8 @@ class Signals:
             print("\nstopping once this is kept; the same signal again stops at once", file=sys.stderr)
 
     def leave(self, where: str, out: Path, caught: int | None = None) -> None:
-        """Raise Stopped, with the command that goes on, if a signal came, here or to a process that shares the work.
+        """Raise Stopped, with the command that goes on, if a signal came, here or to a process that
+        shares the work.
 
         `caught` is what all of them know of already, 0 for none.
         """
@@ -67,7 +68,9 @@ class Signals:
             raise Stopped(f"stopped {where}; nothing is lost. Go on with:\n  {again(out)}", caught)
 
     def any(self, due: bool = False) -> tuple[int, bool]:
-        """The signal that came to any process, 0 for none, and whether something is due in any: the same in all."""
+        """The signal that came to any process, 0 for none, and whether something is due in any: the
+        same in all.
+        """
         caught, is_due = most(self.caught or 0, due)
         return caught, bool(is_due)
 

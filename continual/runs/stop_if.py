@@ -1,4 +1,6 @@
-"""A gate stops a run that forgets too much; what stopped it stands in its folder until a gate lets it pass."""
+"""A gate stops a run that forgets too much; what stopped it stands in its folder until a gate lets
+it pass.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Gated(ContinualError):
 
 
 def over(point: Mapping[str, Any], stage: str, limit: float | None) -> dict[str, Any] | None:
-    """The event that stops a run at this point within a stage; None where its forgetting is not above the limit."""
+    """The event that stops a run at this point within a stage; None where its forgetting is not
+    above the limit.
+    """
     forgetting = point["forgetting"]
     if limit is None or forgetting is None or forgetting <= limit:
         return None
@@ -40,7 +44,9 @@ def stop(out: Path, event: Mapping[str, Any]) -> NoReturn:
 
 
 def passed(out: Path, limit: float | None) -> None:
-    """Let a run that a gate stopped go on, where its forgetting is not above this limit; else raises Gated again."""
+    """Let a run that a gate stopped go on, where its forgetting is not above this limit; else
+    raises Gated again.
+    """
     told = agreed(_read(out) if leads() else None)
     if told and limit is not None and told["forgetting"] > limit:
         raise Gated(_says({**told, "limit": limit}, out))

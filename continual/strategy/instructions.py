@@ -26,9 +26,11 @@ def instructions(examples: Sequence[Encoded]) -> Instructions:
 
 
 def beginnings(examples: Sequence[Encoded]) -> Instructions:
-    """The same, but nothing that one prompt alone holds: of those that share no instruction, what all have in common.
+    """The same, but nothing that one prompt alone holds: of those that share no instruction, what
+    all have in common.
 
-    Where that is nothing they are left out; where it is nothing of all, there is one beginning, without a token.
+    Where that is nothing they are left out; where it is nothing of all, there is one beginning,
+    without a token.
     """
     chosen = _some(examples)
     found: Counter[tuple[int, ...]] = Counter()

@@ -1,4 +1,6 @@
-"""The strategy interface: plain sequential fine-tuning, and the moments at which a method may depart from it."""
+"""The strategy interface: plain sequential fine-tuning, and the moments at which a method may
+depart from it.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,19 @@ def memory(factory: Callable[[], Any]) -> Any:
 class Strategy:
     """Naive sequential fine-tuning.
 
-    A method overrides one or two moments, adds its term to `super()`'s and calls `super()` once; then methods compose
-    by inheriting from several. Memory holds values: never live tensors, never positions in a data set.
+    A method overrides one or two moments, adds its term to `super()`'s and calls `super()` once;
+    then methods compose by inheriting from several. Memory holds values: never live tensors, never
+    positions in a data set.
     """
 
-    # What its memory keeps between stages, and what a step takes beside naive's on as many new examples, for people:
-    # P trainable weights, E remembered examples, S response tokens of one, T tasks, V vocabulary; numbers are bytes.
+    # What its memory keeps between stages, and what a step takes beside naive's on as many new
+    # examples, for people: P trainable weights, E remembered examples, S response tokens of one, T
+    # tasks, V vocabulary; numbers are bytes.
     stores: ClassVar[str] = "nothing"
     costs: ClassVar[str] = "1"
-    notes: dict[str, float] = field(init=False, repr=False, default_factory=dict)  # shown beside the step's loss
+    notes: dict[str, float] = field(
+        init=False, repr=False, default_factory=dict
+    )  # shown beside the step's loss
 
     whole = True  # a checkpoint's weights are, without the strategy's memory, a model that answered in the run
     shardable = True  # it asks a model for losses, answers and gradients' sums only, whose weights may be in shards
@@ -45,13 +51,17 @@ class Strategy:
     def __init_subclass__(cls, **more: Any) -> None:
         """A method whose class does not say itself that it is shardable is taken not to be."""
         super().__init_subclass__(**more)
-        cls.shardable = vars(cls).get("shardable", False) and all(getattr(b, "shardable", True) for b in cls.__bases__)
+        cls.shardable = vars(cls).get("shardable", False) and all(
+            getattr(b, "shardable", True) for b in cls.__bases__
+        )
 
     def __post_init__(self) -> None:
         """Where those of composed strategies end: each calls `super()`'s."""
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
-        """A task arrives: ready the model; return what the optimizer may change (parameters or parameter groups)."""
+        """A task arrives: ready the model; return what the optimizer may change (parameters or
+        parameter groups).
+        """
         return list(weights(model).values())
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
@@ -66,22 +76,29 @@ class Strategy:
         """The task is over: keep what later stages need."""
 
     def route(self, model: Model, task: str) -> None:
-        """`task` is about to be tested. To override this is to use the task's identity at test time."""
+        """`task` is about to be tested. To override this is to use the task's identity at test
+        time.
+        """
 
     def dispatch(self, model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """A task's prompts, token ids each, are about to be answered: ready the model for some and yield their indices.
+        """A task's prompts, token ids each, are about to be answered: ready the model for some and
+        yield their indices.
 
-        Those are answered before the next ones are asked for. What is here to decide by is each prompt alone.
+        Those are answered before the next ones are asked for. What is here to decide by is each
+        prompt alone.
         """
         yield range(len(prompts))
 
     def rule(self) -> Strategy:
-        """What learns a new task in the steps that this one has prepared the weights for, under plain SGD at lr 1.
+        """What learns a new task in the steps that this one has prepared the weights for, under
+        plain SGD at lr 1.
 
         Raises ConfigError where they were prepared for none.
         """
-        raise ConfigError(f"{type(self).__name__} has no inner loop, and adapt.rule=inner takes its steps; start from "
-                          "a run of maml or its kin, or set adapt.rule=train")
+        raise ConfigError(
+            f"{type(self).__name__} has no inner loop, and adapt.rule=inner takes its steps; "
+            "start from a run of maml or its kin, or set adapt.rule=train"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The memory fields, by name."""
@@ -100,13 +117,16 @@ class Strategy:
 
 
 def groups(trained: Sequence[Any]) -> list[dict[str, Any]]:
-    """What `begin` returned, as optimizer parameter groups alone: one for all parameters that were in none."""
+    """What `begin` returned, as optimizer parameter groups alone: one for all parameters that were
+    in none.
+    """
     given = [g for g in trained if isinstance(g, dict)]
     return [*given, {"params": [p for p in trained if not isinstance(p, dict)]}]
 
 
 def instead(method: Method) -> Method:
-    """Mark a method that does all of its moment itself, and calls `super()`'s where it is switched off at most.
+    """Mark a method that does all of its moment itself, and calls `super()`'s where it is switched
+    off at most.
 
     A method that never calls it needs no mark.
     """

@@ -15,7 +15,9 @@ KINDS = ("balanced", "reservoir", "ranked")
 T = TypeVar("T")
 
 
-def reservoir(kept: list[T], arrivals: Sequence[T], capacity: int, seen: int, rng: random.Random) -> None:
+def reservoir(
+    kept: list[T], arrivals: Sequence[T], capacity: int, seen: int, rng: random.Random
+) -> None:
     """Algorithm R (Vitter 1985): after it, `kept` is a uniform sample of all that was ever seen.
 
     `seen` is how many examples had passed before `arrivals`.
@@ -28,7 +30,9 @@ def reservoir(kept: list[T], arrivals: Sequence[T], capacity: int, seen: int, rn
 
 
 def chosen(task: Task[Encoded], n: int, seed: str) -> list[Encoded]:
-    """`n` of a task's training examples, or all where it has fewer; the same ones for the same seed."""
+    """`n` of a task's training examples, or all where it has fewer; the same ones for the same
+    seed.
+    """
     return random.Random(seed).sample(list(task.train), min(n, len(task.train)))
 
 
@@ -36,27 +40,34 @@ def chosen(task: Task[Encoded], n: int, seed: str) -> list[Encoded]:
 class ReplayBuffer:
     """Examples of earlier tasks.
 
-    `capacity` of 1 or more is the number of examples in the whole buffer, below 1 the fraction of each task's training
-    examples that is kept, at least one. A "balanced" buffer gives every task an equal part of the capacity, to within
-    one example; a "reservoir" keeps a uniform sample of all examples seen, whichever task they came from. A fraction is
-    by its nature one reservoir a task, so both kinds agree there. A "ranked" buffer is balanced, and keeps of each task
-    not a uniform sample but the examples that stand first.
+    `capacity` of 1 or more is the number of examples in the whole buffer, below 1 the fraction of
+    each task's training examples that is kept, at least one. A "balanced" buffer gives every task
+    an equal part of the capacity, to within one example; a "reservoir" keeps a uniform sample of
+    all examples seen, whichever task they came from. A fraction is by its nature one reservoir a
+    task, so both kinds agree there. A "ranked" buffer is balanced, and keeps of each task not a
+    uniform sample but the examples that stand first.
     """
 
     capacity: float
     kind: str = "balanced"
     seed: int = 0
-    tasks: dict[str, list[Encoded]] = field(default_factory=dict)  # "all" when one reservoir serves every task
+    tasks: dict[str, list[Encoded]] = field(
+        default_factory=dict
+    )  # "all" when one reservoir serves every task
     seen: int = 0
     rng: random.Random = field(default=None)  # type: ignore[assignment]  # seeded, unless one is given
 
     def __post_init__(self) -> None:
-        """Refuse a kind or capacity that does not exist; seed a generator where none is given, as a checkpoint does."""
+        """Refuse a kind or capacity that does not exist; seed a generator where none is given, as a
+        checkpoint does.
+        """
         if self.kind not in KINDS:
             raise ConfigError(unknown("replay buffer", self.kind, KINDS))
         if self.capacity < 0 or (self.capacity > 1 and self.capacity % 1):
-            raise ConfigError(f"a replay buffer of capacity {self.capacity}: give a whole number of examples, or a "
-                              "fraction of each task between 0 and 1")
+            raise ConfigError(
+                f"a replay buffer of capacity {self.capacity}: give a whole number of examples, "
+                "or a fraction of each task between 0 and 1"
+            )
         self.rng = self.rng or random.Random(self.seed)
 
     def __len__(self) -> int:
@@ -71,7 +82,9 @@ class ReplayBuffer:
     def add(self, task: str, examples: Sequence[Encoded]) -> None:
         """Offer a finished task's training examples to the buffer."""
         if self.kind == "reservoir" and self.capacity >= 1:
-            reservoir(self.tasks.setdefault("all", []), examples, int(self.capacity), self.seen, self.rng)
+            reservoir(
+                self.tasks.setdefault("all", []), examples, int(self.capacity), self.seen, self.rng
+            )
         else:
             self._add_balanced(task, examples)
         self.seen += len(examples)
@@ -81,11 +94,15 @@ class ReplayBuffer:
         quota = max(1, round(self.capacity * len(examples))) if self.capacity else 0
         if self.capacity >= 1:
             earlier = [name for name in self.tasks if name != task]
-            parts, rest = divmod(int(self.capacity), len(earlier) + 1)  # the rest goes to the first tasks, one each
+            parts, rest = divmod(
+                int(self.capacity), len(earlier) + 1
+            )  # the rest goes to the first tasks, one each
             for i, name in enumerate(earlier):
                 kept = self.tasks[name]
                 part = min(parts + (i < rest), len(kept))
-                self.tasks[name] = kept[:part] if self.kind == "ranked" else self.rng.sample(kept, part)
+                self.tasks[name] = (
+                    kept[:part] if self.kind == "ranked" else self.rng.sample(kept, part)
+                )
             quota = parts
         self.tasks.pop(task, None)
         self.tasks[task] = [*examples[:quota]] if self.kind == "ranked" else []
@@ -101,7 +118,9 @@ class ReplayBuffer:
         return pools
 
     def draw(self, n: int, pool: Sequence[Encoded] | None = None) -> list[Encoded]:
-        """`n` examples, uniformly, of all or of a pool of them; none twice before all have been drawn once."""
+        """`n` examples, uniformly, of all or of a pool of them; none twice before all have been
+        drawn once.
+        """
         pool = self.examples if pool is None else pool
         drawn: list[Encoded] = []
         while len(drawn) < n and pool:
@@ -109,7 +128,11 @@ class ReplayBuffer:
         return drawn
 
     def draw_by_task(self, n: int, odds: Mapping[int, float]) -> list[Encoded]:
-        """`n` examples: first their tasks are drawn, by these odds of each task index (none: 0), then theirs."""
+        """`n` examples: first their tasks are drawn, by these odds of each task index (none: 0),
+        then theirs.
+        """
         pools = self.by_task
-        times = Counter(self.rng.choices(list(pools), [odds.get(t, 0.0) for t in pools], k=n) if pools else ())
+        times = Counter(
+            self.rng.choices(list(pools), [odds.get(t, 0.0) for t in pools], k=n) if pools else ()
+        )
         return [e for t, k in times.items() for e in self.draw(k, pools[t])]

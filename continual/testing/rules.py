@@ -1,4 +1,6 @@
-"""The rules that every strategy keeps to, each tried on a network of a few thousand weights and random tasks."""
+"""The rules that every strategy keeps to, each tried on a network of a few thousand weights and
+random tasks.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ HALF = 2  # of the four steps of a short stage
 
 
 class ContractError(ContinualError, AssertionError):
-    """A strategy breaks a rule; the message says which, what was found, what was expected, and the mend."""
+    """A strategy breaks a rule; the message says which, what was found, what was expected, and the
+    mend.
+    """
 
 
 def title(rule: Callable[..., None]) -> str:
@@ -47,7 +51,8 @@ def _expect(kept: bool, rule: Callable[..., None], found: str, mend: str) -> Non
 
 @dataclass
 class Subject:
-    """A strategy to be tried: `make` gives a fresh one. What a first stage leaves is learned once for all rules.
+    """A strategy to be tried: `make` gives a fresh one. What a first stage leaves is learned once
+    for all rules.
 
     With this `recipe` the loss of a task that is learned `falls` by so much at least.
     """
@@ -81,10 +86,17 @@ class Subject:
 
 def it_is_a_dataclass(s: Subject) -> None:
     """Its annotated fields are dataclass fields, which compositions and checkpoints ask for."""
-    bare = [kind.__name__ for kind in type(s.make()).__mro__
-            if vars(kind).get("__annotations__") and "__dataclass_fields__" not in vars(kind)]
-    _expect(not bare, it_is_a_dataclass, f"{listed(bare)} has fields, and no decorator",
-            "put @dataclass(kw_only=True) above the class")
+    bare = [
+        kind.__name__
+        for kind in type(s.make()).__mro__
+        if vars(kind).get("__annotations__") and "__dataclass_fields__" not in vars(kind)
+    ]
+    _expect(
+        not bare,
+        it_is_a_dataclass,
+        f"{listed(bare)} has fields, and no decorator",
+        "put @dataclass(kw_only=True) above the class",
+    )
 
 
 def a_stage_lowers_the_loss(s: Subject) -> None:
@@ -93,13 +105,20 @@ def a_stage_lowers_the_loss(s: Subject) -> None:
     before = nll(made, made.batch(toy.examples(0))).item()
     train(made, strategy, 0, recipe=s.recipe)
     after = nll(made, made.batch(toy.examples(0))).item()
-    _expect(after < before - s.falls, a_stage_lowers_the_loss, f"the loss went from {before:.3f} to {after:.3f}, and "
-            f"it should fall by more than {s.falls}", "see that backward leaves the gradient of what is to be "
-            "minimised in .grad, and lower what holds the weights")
+    _expect(
+        after < before - s.falls,
+        a_stage_lowers_the_loss,
+        f"the loss went from {before:.3f} to {after:.3f}, and "
+        f"it should fall by more than {s.falls}",
+        "see that backward leaves the gradient of what is to be "
+        "minimised in .grad, and lower what holds the weights",
+    )
 
 
 def every_moment_calls_super(s: Subject) -> None:
-    """Composed with another strategy, it lets that one's begin, loss and end come once each, a loss at every step."""
+    """Composed with another strategy, it lets that one's begin, loss and end come once each, a loss
+    at every step.
+    """
     rule = every_moment_calls_super
     try:
         composed: Any = compose(s.make(), toy.Counting())
@@ -108,18 +127,35 @@ def every_moment_calls_super(s: Subject) -> None:
     train(s.network(), composed, 0, n=SHORT)
     seen = composed.reached
     for moment in ("begin", "end"):
-        _expect(seen[moment] == 1, rule, f"in one stage the {moment} of a strategy composed with it came "
-                f"{seen[moment]} times, expected once", f"call super().{moment}(model, task) once in its {moment}")
-    _expect(seen["loss"] > 0, rule, "the loss of a strategy composed with it was never asked for",
-            "add to super().loss(model, batch) in loss, and use self.loss or super().backward in backward")
+        _expect(
+            seen[moment] == 1,
+            rule,
+            f"in one stage the {moment} of a strategy composed with it came "
+            f"{seen[moment]} times, expected once",
+            f"call super().{moment}(model, task) once in its {moment}",
+        )
+    _expect(
+        seen["loss"] > 0,
+        rule,
+        "the loss of a strategy composed with it was never asked for",
+        "add to super().loss(model, batch) in loss, and use self.loss or super().backward in "
+        "backward",
+    )
 
 
 def memory_holds_values(s: Subject) -> None:
-    """No tensor in memory is the network's own or has a graph, so training on leaves memory as it is."""
+    """No tensor in memory is the network's own or has a graph, so training on leaves memory as it
+    is.
+    """
     made, strategy = s.after_one_stage()
     before = deepcopy(toy.memory_tensors(strategy))
     restore(made, {n: w + 1 for n, w in weights(made).items()})
-    _expect(same(toy.memory_tensors(strategy), before), memory_holds_values, "memory changed with the weights", VALUES)
+    _expect(
+        same(toy.memory_tensors(strategy), before),
+        memory_holds_values,
+        "memory changed with the weights",
+        VALUES,
+    )
 
 
 VALUES = "keep copies: continual.models.weights.snapshot(model), or t.detach().clone()"
@@ -129,30 +165,66 @@ def _holds_values(made: Model, strategy: Strategy) -> None:
     live = {p.untyped_storage().data_ptr() for p in made.net.parameters()}
     held = toy.memory_tensors(strategy)
     graphs = [path for path, t in held.items() if t.grad_fn is not None]
-    owned = [path for path, t in held.items() if t.numel() and t.untyped_storage().data_ptr() in live]
+    owned = [
+        path for path, t in held.items() if t.numel() and t.untyped_storage().data_ptr() in live
+    ]
     rule = memory_holds_values
-    _expect(not graphs, rule, f"{listed(graphs, 3)} in memory has a graph, and values were expected", VALUES)
-    _expect(not owned, rule, f"{listed(owned, 3)} in memory is the network's own, and a copy was expected", VALUES)
+    _expect(
+        not graphs,
+        rule,
+        f"{listed(graphs, 3)} in memory has a graph, and values were expected",
+        VALUES,
+    )
+    _expect(
+        not owned,
+        rule,
+        f"{listed(owned, 3)} in memory is the network's own, and a copy was expected",
+        VALUES,
+    )
 
 
 def the_optimizer_gets_trainable_parameters_only(s: Subject) -> None:
-    """`begin` returns all trainable parameters, and what is frozen gets no gradient, no step and no place in memory."""
+    """`begin` returns all trainable parameters, and what is frozen gets no gradient, no step and no
+    place in memory.
+    """
     made, strategy, rule = s.network(), s.make(), the_optimizer_gets_trainable_parameters_only
     made.net.get_input_embeddings().weight.requires_grad_(False)
     made.net.get_decoder().layers[0].requires_grad_(False)
     frozen = {n: p.clone() for n, p in made.net.named_parameters() if not p.requires_grad}
     parts = _parts(strategy.begin(made, toy.task(0)))
-    _expect({id(p) for p in parts} >= {id(p) for p in weights(made).values()}, rule, "begin left out trainable "
-            "parameters", "return what super().begin(model, task) returned, and your own beside it")
-    _expect(all(p.requires_grad for p in parts), rule, "begin returned a frozen parameter",
-            "take them from continual.models.weights.weights(model)")
+    _expect(
+        {id(p) for p in parts} >= {id(p) for p in weights(made).values()},
+        rule,
+        "begin left out trainable parameters",
+        "return what super().begin(model, task) returned, and your own beside it",
+    )
+    _expect(
+        all(p.requires_grad for p in parts),
+        rule,
+        "begin returned a frozen parameter",
+        "take them from continual.models.weights.weights(model)",
+    )
     train(made, strategy, 0, n=SHORT)
     now = dict(made.net.named_parameters())
-    _expect(same({n: now[n] for n in frozen}, frozen), rule, "a frozen parameter moved", "leave it alone")
-    _expect(all(now[n].grad is None for n in frozen), rule, "a frozen parameter has a gradient",
-            "take gradients of continual.models.weights.weights(model)")
+    _expect(
+        same({n: now[n] for n in frozen}, frozen),
+        rule,
+        "a frozen parameter moved",
+        "leave it alone",
+    )
+    _expect(
+        all(now[n].grad is None for n in frozen),
+        rule,
+        "a frozen parameter has a gradient",
+        "take gradients of continual.models.weights.weights(model)",
+    )
     kept = [path for path in toy.memory_tensors(strategy) if "layers.0" in path or "embed" in path]
-    _expect(not kept, rule, f"{listed(kept, 3)} in memory is of a frozen parameter", "leave it out: it never changes")
+    _expect(
+        not kept,
+        rule,
+        f"{listed(kept, 3)} in memory is of a frozen parameter",
+        "leave it out: it never changes",
+    )
 
 
 def _parts(trained: list[Any]) -> list[Tensor]:
@@ -165,32 +237,54 @@ def only_the_optimizer_moves_the_weights(s: Subject) -> None:
     made, strategy = s.after_one_stage()
     task, batch = toy.task(1, SHORT), made.batch(toy.examples(1, SHORT)[:5])
     moments: Mapping[str, Callable[[], Any]] = {
-        "begin": lambda: strategy.begin(made, task), "backward": lambda: strategy.backward(made, batch),
-        "loss": lambda: strategy.loss(made, batch), "end": lambda: strategy.end(made, task),
-        "route": lambda: strategy.route(made, "a")}
+        "begin": lambda: strategy.begin(made, task),
+        "backward": lambda: strategy.backward(made, batch),
+        "loss": lambda: strategy.loss(made, batch),
+        "end": lambda: strategy.end(made, task),
+        "route": lambda: strategy.route(made, "a"),
+    }
     for moment, call in moments.items():
         before = everything(made)
         call()
-        _expect(moment in s.moves or same(everything(made), before), only_the_optimizer_moves_the_weights,
-                f"{moment} changed parameters", "put back what it tried out with continual.models.weights.restore, or run the "
-                "model at other weights with continual.models.loss.forward(model, batch, at=weights)")
+        _expect(
+            moment in s.moves or same(everything(made), before),
+            only_the_optimizer_moves_the_weights,
+            f"{moment} changed parameters",
+            "put back what it tried out with continual.models.weights.restore, or run the "
+            "model at other weights with continual.models.loss.forward(model, batch, at=weights)",
+        )
 
 
 def only_backward_leaves_gradients(s: Subject) -> None:
     """begin, loss and end leave no `.grad`; after backward every parameter has a finite one."""
     made, strategy = s.after_one_stage()
-    task, batch, rule = toy.task(1, SHORT), made.batch(toy.examples(1, SHORT)[:5]), only_backward_leaves_gradients
+    task, batch, rule = (
+        toy.task(1, SHORT),
+        made.batch(toy.examples(1, SHORT)[:5]),
+        only_backward_leaves_gradients,
+    )
     made.net.zero_grad()
     strategy.begin(made, task)
     strategy.loss(made, batch)
     strategy.end(made, task)
     left = [n for n, g in gradients(made).items() if g is not None]
-    _expect(not left, rule, f"begin, loss or end left a gradient in {listed(left, 3)}",
-            "use torch.autograd.grad there, or set every .grad to None again")
+    _expect(
+        not left,
+        rule,
+        f"begin, loss or end left a gradient in {listed(left, 3)}",
+        "use torch.autograd.grad there, or set every .grad to None again",
+    )
     strategy.backward(made, batch)
-    bad = [n for n, w in weights(made).items() if w.grad is None or not bool(w.grad.isfinite().all())]
-    _expect(not bad, rule, f"backward left no finite gradient in {listed(bad, 3)}",
-            "begin with super().backward(model, batch), or end with continual.models.weights.set_gradient")
+    bad = [
+        n for n, w in weights(made).items() if w.grad is None or not bool(w.grad.isfinite().all())
+    ]
+    _expect(
+        not bad,
+        rule,
+        f"backward left no finite gradient in {listed(bad, 3)}",
+        "begin with super().backward(model, batch), or end with "
+        "continual.models.weights.set_gradient",
+    )
 
 
 def micro_batches_do_not_change_the_step(s: Subject) -> None:
@@ -205,16 +299,28 @@ def micro_batches_do_not_change_the_step(s: Subject) -> None:
         tried.backward(small, small.batch(toy.examples(1)[:7]))
         found.append(gradient(made))
         live = {id(p) for p in weights(made).values()}
-        own.append({str(i): p.grad for i, p in enumerate(parts) if id(p) not in live and p.grad is not None})
-    alike = (all(close(g, found[0]) for g in found[1:])
-             and all(close(g, own[0], rtol=1e-5, atol=1e-7) for g in own[1:]))  # its own may be float32
-    _expect(alike, micro_batches_do_not_change_the_step, "parts of another size gave another gradient",
-            "divide sums by batch.tokens, once: continual.models.loss.accumulate weighs each part by its share of the step's "
-            "tokens; what needs the whole step belongs in backward")
+        own.append(
+            {
+                str(i): p.grad
+                for i, p in enumerate(parts)
+                if id(p) not in live and p.grad is not None
+            }
+        )
+    alike = all(close(g, found[0]) for g in found[1:]) and all(
+        close(g, own[0], rtol=1e-5, atol=1e-7) for g in own[1:]
+    )  # its own may be float32
+    _expect(
+        alike,
+        micro_batches_do_not_change_the_step,
+        "parts of another size gave another gradient",
+        "divide sums by batch.tokens, once: continual.models.loss.accumulate weighs each part by "
+        "its share of the step's tokens; what needs the whole step belongs in backward",
+    )
 
 
 def a_stage_goes_on_where_it_stopped(s: Subject) -> None:
-    """From the checkpoint before it and from one within it, a stage ends in the same weights and memory, bit for bit.
+    """From the checkpoint before it and from one within it, a stage ends in the same weights and
+    memory, bit for bit.
 
     The global generators of Python and NumPy are somewhere else each time.
     """
@@ -232,11 +338,19 @@ def a_stage_goes_on_where_it_stopped(s: Subject) -> None:
         again, resumed = s.blank(), s.make()
         checkpoint.load(before, again, resumed)
         if _ended(again, resumed) != whole:
-            _expect(_ended(*deepcopy(start)) == _ended(*start), rule, "two stages from the same state ended "
-                    "differently", "draw from a generator in a memory() field, seeded by a hyper-parameter: never from "
-                    "random, numpy.random or the clock")
-            _expect(False, rule, "from the checkpoint before it a stage ended differently", "keep in memory() fields "
-                    "all that a later stage depends on, generators too")
+            _expect(
+                _ended(*deepcopy(start)) == _ended(*start),
+                rule,
+                "two stages from the same state ended differently",
+                "draw from a generator in a memory() field, seeded by a hyper-parameter: never "
+                "from random, numpy.random or the clock",
+            )
+            _expect(
+                False,
+                rule,
+                "from the checkpoint before it a stage ended differently",
+                "keep in memory() fields all that a later stage depends on, generators too",
+            )
         again, resumed = s.blank(), s.make()
         checkpoint.load(before, again, resumed)
 
@@ -244,9 +358,13 @@ def a_stage_goes_on_where_it_stopped(s: Subject) -> None:
             checkpoint.load(within, again, resumed)
             return checkpoint.progress(within, again)
 
-        _expect(_ended(again, resumed, progress=go_on) == whole, rule, "from a checkpoint within it a stage ended "
-                "differently", "keep in memory() fields all that changes within a stage, and let begin come to the "
-                "same whenever it is called at the stage's start")
+        _expect(
+            _ended(again, resumed, progress=go_on) == whole,
+            rule,
+            "from a checkpoint within it a stage ended differently",
+            "keep in memory() fields all that changes within a stage, and let begin come to the "
+            "same whenever it is called at the stage's start",
+        )
 
 
 def _ended(made: Model, strategy: Strategy, **more: Any) -> tuple[str, list[bytes]]:
@@ -273,9 +391,18 @@ def an_adapter_trains_and_its_base_does_not(s: Subject) -> None:
     before, live = everything(made), set(weights(made))
     train(made, s.make(), 0, 1, n=SHORT)
     moved = {n for n, w in everything(made).items() if not torch.equal(w, before[n])}
-    _expect(bool(moved), rule, "nothing moved in two stages", "see that the adapter's weights get gradients")
-    _expect(moved <= live, rule, f"{listed(sorted(moved - live), 3)} of the base moved",
-            "take parameters from continual.models.weights.weights(model)")
+    _expect(
+        bool(moved),
+        rule,
+        "nothing moved in two stages",
+        "see that the adapter's weights get gradients",
+    )
+    _expect(
+        moved <= live,
+        rule,
+        f"{listed(sorted(moved - live), 3)} of the base moved",
+        "take parameters from continual.models.weights.weights(model)",
+    )
 
 
 def each_prompt_is_dispatched_once(s: Subject) -> None:
@@ -283,20 +410,39 @@ def each_prompt_is_dispatched_once(s: Subject) -> None:
     made, strategy = s.after_one_stage()
     strategy.route(made, "b")
     turns = [[*turn] for turn in strategy.dispatch(made, [[3, 4], [5], [3, 4]])]
-    _expect(sorted(i for turn in turns for i in turn) == [0, 1, 2], each_prompt_is_dispatched_once,
-            f"dispatch dealt three prompts into {turns}", "let the turns hold each prompt's index once")
+    _expect(
+        sorted(i for turn in turns for i in turn) == [0, 1, 2],
+        each_prompt_is_dispatched_once,
+        f"dispatch dealt three prompts into {turns}",
+        "let the turns hold each prompt's index once",
+    )
 
 
 def switched_off_it_is_naive(s: Subject) -> None:
-    """With its strength or capacity 0 it is plain fine-tuning, bit for bit: no part of the subject's `RULES`."""
+    """With its strength or capacity 0 it is plain fine-tuning, bit for bit: no part of the
+    subject's `RULES`.
+    """
     off, naive = s.network(), s.network()
     train(off, s.make(), 0, 1, n=SHORT)
     train(naive, Strategy(), 0, 1, n=SHORT)
-    _expect(same(everything(off), everything(naive)), switched_off_it_is_naive, "after two stages it has other weights "
-            "than the naive strategy", "where it is off, add nothing, draw nothing and round nothing")
+    _expect(
+        same(everything(off), everything(naive)),
+        switched_off_it_is_naive,
+        "after two stages it has other weights than the naive strategy",
+        "where it is off, add nothing, draw nothing and round nothing",
+    )
 
 
-RULES = (it_is_a_dataclass, memory_holds_values, every_moment_calls_super,
-         the_optimizer_gets_trainable_parameters_only, only_the_optimizer_moves_the_weights,
-         only_backward_leaves_gradients, a_stage_goes_on_where_it_stopped, micro_batches_do_not_change_the_step,
-         a_stage_lowers_the_loss, an_adapter_trains_and_its_base_does_not, each_prompt_is_dispatched_once)
+RULES = (
+    it_is_a_dataclass,
+    memory_holds_values,
+    every_moment_calls_super,
+    the_optimizer_gets_trainable_parameters_only,
+    only_the_optimizer_moves_the_weights,
+    only_backward_leaves_gradients,
+    a_stage_goes_on_where_it_stopped,
+    micro_batches_do_not_change_the_step,
+    a_stage_lowers_the_loss,
+    an_adapter_trains_and_its_base_does_not,
+    each_prompt_is_dispatched_once,
+)

@@ -1,4 +1,6 @@
-"""A language model of a few thousand weights and seeded tasks of random tokens: what a strategy is tried on."""
+"""A language model of a few thousand weights and seeded tasks of random tokens: what a strategy is
+tried on.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,35 @@ SHORT = 6  # examples of a stage that need not learn anything well
 
 
 def llama(vocabulary: int = VOCABULARY, context: int = CONTEXT, seed: int = 0) -> Any:
-    """A random Llama of two layers, hidden 32; transformers' norms and rotates in float32 whatever its dtype."""
+    """A random Llama of two layers, hidden 32; transformers' norms and rotates in float32 whatever
+    its dtype.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=context, bos_token_id=None, eos_token_id=0, pad_token_id=1))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=context,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    )
 
 
-def model(dtype: torch.dtype = torch.float32, seed: int = 0, net: Any = None, lora: int = 0, **layout: Any) -> Model:
+def model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, net: Any = None, lora: int = 0, **layout: Any
+) -> Model:
     """A network, by default a `llama`, as a Model on the CPU that spells its tokens as numbers.
 
-    With a rank for `lora` that is all that trains, at a scale that learns as fast as the whole network.
+    With a rank for `lora` that is all that trains, at a scale that learns as fast as the whole
+    network.
     """
     net = (llama(seed=seed) if net is None else net).to(dtype)
     if lora:
@@ -56,7 +74,11 @@ def prompted(made: Model, tokens: int = 2) -> Model:
     """A model that gets so many virtual tokens, which alone train."""
     settings = {"num_virtual_tokens": tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
     dtype = next(made.net.parameters()).dtype
-    made.net = adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False).to(dtype).eval()
+    made.net = (
+        adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False)
+        .to(dtype)
+        .eval()
+    )
     made.behind(())
     return made
 
@@ -67,7 +89,8 @@ def _spelled(ids: Sequence[int], skip_special_tokens: bool = False) -> str:
 
 
 def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
-    """Prompts of one to six tokens, responses of one to four that say what the task is: the prompt's first token + k.
+    """Prompts of one to six tokens, responses of one to four that say what the task is: the
+    prompt's first token + k.
 
     Their lengths differ, so that means over examples and over tokens do.
     """
@@ -75,9 +98,19 @@ def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
     found = []
     for i in range(n):
         prompt = [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(1, 6))]
-        response = [(prompt[0] + 7 * task + j) % (VOCABULARY - 2) + 2 for j in range(rng.randint(1, 4))]
+        response = [
+            (prompt[0] + 7 * task + j) % (VOCABULARY - 2) + 2 for j in range(rng.randint(1, 4))
+        ]
         mask = (False,) * len(prompt) + (True,) * len(response)
-        found.append(Encoded(f"{NAMES[task]}/{i}", task, (*prompt, *response), mask, f"task {NAMES[task]}, row {i}"))
+        found.append(
+            Encoded(
+                f"{NAMES[task]}/{i}",
+                task,
+                (*prompt, *response),
+                mask,
+                f"task {NAMES[task]}, row {i}",
+            )
+        )
     return found
 
 
@@ -86,7 +119,14 @@ def task(index: int, n: int = 12) -> Task[Encoded]:
     return Task(NAMES[index], tuple(examples(index, n)), columns=NAMES)
 
 
-def train(made: Model, strategy: Strategy, *indices: int, n: int = 12, recipe: Recipe = RECIPE, **more: Any) -> None:
+def train(
+    made: Model,
+    strategy: Strategy,
+    *indices: int,
+    n: int = 12,
+    recipe: Recipe = RECIPE,
+    **more: Any,
+) -> None:
     """A stage for each task index; `more` goes to `continual.training.stage.learn`."""
     for i in indices:
         learn(made, task(i, n), strategy, recipe, seed=i, log=lambda event: None, **more)
@@ -109,15 +149,20 @@ def gradients(made: Model) -> dict[str, torch.Tensor | None]:
 
 def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two {name: tensor or None} agree bit for bit."""
+
     def equal(a: Any, b: Any) -> bool:
         return a is b if a is None or b is None else torch.equal(a, b)
 
     return one.keys() == other.keys() and all(equal(one[n], other[n]) for n in one)
 
 
-def close(one: Mapping[str, Any], other: Mapping[str, Any], rtol: float = 1e-9, atol: float = 1e-10) -> bool:
+def close(
+    one: Mapping[str, Any], other: Mapping[str, Any], rtol: float = 1e-9, atol: float = 1e-10
+) -> bool:
     """Whether two {name: tensor} agree but for rounding."""
-    return one.keys() == other.keys() and all(torch.allclose(one[n], other[n], rtol, atol) for n in one)
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[n], other[n], rtol, atol) for n in one
+    )
 
 
 def in_micro_batches(made: Model, tokens: int) -> Model:
@@ -127,11 +172,17 @@ def in_micro_batches(made: Model, tokens: int) -> Model:
 
 def memory_tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
     """Every tensor in the strategy's memory, by its path."""
+
     def walk(value: Any, path: str) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             return {path: value}
-        items = (value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple)
-                 else ())
+        items = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list | tuple)
+            else ()
+        )
         return {k: v for key, part in items for k, v in walk(part, f"{path}/{key}").items()}
 
     return walk(strategy.state_dict(), "")
@@ -139,7 +190,9 @@ def memory_tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
 
 @dataclass(kw_only=True)
 class Counting(Strategy):
-    """Naive, and counts which of its moments are reached where it is composed with another strategy."""
+    """Naive, and counts which of its moments are reached where it is composed with another
+    strategy.
+    """
 
     reached: Counter[str] = field(init=False, repr=False, default_factory=Counter)
 

@@ -15,7 +15,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from continual.distributed.processes import leads
 
@@ -37,7 +44,9 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it would speed up is no concern of a run's
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # what it would speed up is no concern of a run's
 
 
 class _Lines(io.StringIO):
@@ -63,7 +72,8 @@ def lines_of(name: str) -> Console:
 class Events:
     """An append-only log of JSON lines, and a progress bar fed by it.
 
-    `stage` counts from 0, the scoring before any training. Of processes that share the work only one writes and shows.
+    `stage` counts from 0, the scoring before any training. Of processes that share the work only
+    one writes and shows.
     """
 
     def __init__(self, path: Path, console: Console, track: Tracker | None = None) -> None:
@@ -74,8 +84,15 @@ class Events:
         self.console, self.stage, self.track = console, 0, track
         self._file = path.open("a", encoding="utf-8")
         self._file.write("\n" if _cut(path) else "")
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                             TextColumn("{task.fields[note]}"), console=console, transient=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
         self._task: TaskID | None = None
 
     def __enter__(self) -> Events:
@@ -83,8 +100,12 @@ class Events:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-                 ) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Stop to show; write down why, if this is not the end; close the file."""
         self._bar.stop()
         if error is not None:
@@ -104,7 +125,9 @@ class Events:
         if event["event"] == "step":
             rate = event["tokens"] / max(event["seconds"], 1e-9)
             loss = "not finite" if event["loss"] is None else f"{event['loss']:.3f}"
-            self.bar(event["task"], event["steps"], event["step"], f"loss {loss}, {rate:,.0f} tokens/s")
+            self.bar(
+                event["task"], event["steps"], event["step"], f"loss {loss}, {rate:,.0f} tokens/s"
+            )
         elif event["event"] == "warning":
             self.say(event["text"])
 
@@ -115,7 +138,12 @@ class Events:
             what(self.track)
         except Exception as trouble:  # of a library that is not ours, and of whatever it talks to
             self.track = None
-            self({"event": "warning", "text": f"the tracker failed, and the run goes on without it: {trouble}"})
+            self(
+                {
+                    "event": "warning",
+                    "text": f"the tracker failed, and the run goes on without it: {trouble}",
+                }
+            )
 
     def bar(self, text: str, total: int, done: int, note: str = "") -> None:
         """Show a bar at `done` of `total`, in place of the one before."""

@@ -1,7 +1,9 @@
-"""A run's events beside events.jsonl: in TensorBoard, Weights & Biases, MLflow or trackio, each an extra of its own.
+"""A run's events beside events.jsonl: in TensorBoard, Weights & Biases, MLflow or trackio, each an
+extra of its own.
 
-The horizontal axis counts optimizer steps since the run began, over all its stages. A run that is resumed goes on in
-the tracker's same run. A tracker that fails later than at its start is left out from then on, with a line that says so.
+The horizontal axis counts optimizer steps since the run began, over all its stages. A run that is
+resumed goes on in the tracker's same run. A tracker that fails later than at its start is left out
+from then on, with a line that says so.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class TensorBoard:
 class WandB:
     """Weights & Biases, as its own environment variables say.
 
-    Its files are where it puts them, WANDB_DIR or the working folder: they hold links that lead out of a run's.
+    Its files are where it puts them, WANDB_DIR or the working folder: they hold links that lead out
+    of a run's.
     """
 
     package = "wandb"
@@ -80,8 +83,14 @@ class WandB:
     def __init__(self, out: Path, name: str, id: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=name, id=id, resume="allow",
-                              config=dict(settings), settings=wandb.Settings(console="off"))
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=name,
+            id=id,
+            resume="allow",
+            config=dict(settings),
+            settings=wandb.Settings(console="off"),
+        )
         self.run.define_metric("*", step_metric="step")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -107,17 +116,27 @@ class MLflow:
         at = self.client.get_experiment_by_name(project)
         where = at.experiment_id if at else self.client.create_experiment(project)
         found = self.client.search_runs([where], f"tags.continual = '{id}'", max_results=1)
-        run = found[0] if found else self.client.create_run(where, run_name=name, tags={"continual": id})
+        run = (
+            found[0]
+            if found
+            else self.client.create_run(where, run_name=name, tags={"continual": id})
+        )
         self.id = run.info.run_id
         self.client.update_run(self.id, status="RUNNING")
-        params = [] if found else [Param(_name(key), str(value)[:500]) for key, value in settings.items()]
+        params = (
+            []
+            if found
+            else [Param(_name(key), str(value)[:500]) for key, value in settings.items()]
+        )
         for start in range(0, len(params), 100):  # as many as it takes at once
             self.client.log_batch(self.id, params=params[start : start + 100])
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """One batch."""
         now = int(1000 * time.time())
-        self.client.log_batch(self.id, metrics=[self.metric(_name(k), v, now, step) for k, v in values.items()])
+        self.client.log_batch(
+            self.id, metrics=[self.metric(_name(k), v, now, step) for k, v in values.items()]
+        )
 
     def close(self, whole: bool) -> None:
         """Say how it ended."""
@@ -133,8 +152,14 @@ class Trackio:
         import trackio
 
         with redirect_stdout(sys.stderr):  # on stdout there are the tables
-            self.run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=f"{name} {id}",
-                                    config=dict(settings), resume="allow", auto_log_gpu=False, auto_log_cpu=False)
+            self.run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+                name=f"{name} {id}",
+                config=dict(settings),
+                resume="allow",
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """One line."""
@@ -146,7 +171,12 @@ class Trackio:
             self.run.finish()
 
 
-TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+TRACKERS: dict[str, Any] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
 
 
 def refuse_missing(kind: str) -> None:
@@ -154,12 +184,16 @@ def refuse_missing(kind: str) -> None:
     if kind != NONE and kind not in TRACKERS:
         raise ConfigError(unknown("track", kind, [NONE, *TRACKERS]))
     if kind != NONE and not find_spec(TRACKERS[kind].package):
-        raise ConfigError(f"track={kind} needs {TRACKERS[kind].package}, which is not installed; install the extra: "
-                          f"uv sync --extra {kind}, or pip install 'continual[{kind}]', or set track=none")
+        raise ConfigError(
+            f"track={kind} needs {TRACKERS[kind].package}, which is not installed; install the "
+            f"extra: uv sync --extra {kind}, or pip install 'continual[{kind}]', or set "
+            "track=none"
+        )
 
 
 def tracker(config: DictConfig, out: Path) -> Tracker | None:
-    """What follows the run in `out`; None where none is asked for, and in all processes but the one that writes.
+    """What follows the run in `out`; None where none is asked for, and in all processes but the one
+    that writes.
 
     Raises ConfigError where the tracker cannot begin.
     """
@@ -169,8 +203,10 @@ def tracker(config: DictConfig, out: Path) -> Tracker | None:
     try:
         sink = TRACKERS[config.track](out, "/".join(out.absolute().parts[-2:]), _id(out), settings)
     except Exception as e:  # of a library that is not ours, and of whatever it talks to
-        raise ConfigError(f"track={config.track} cannot begin: {e}; see to its login and address, or set track=none"
-                          ) from e
+        raise ConfigError(
+            f"track={config.track} cannot begin: {e}; see to its login and address, or set "
+            "track=none"
+        ) from e
     return Tracker(sink, out)
 
 
@@ -205,7 +241,8 @@ class Tracker:
         stage = int(event["stage"])
         step = event.get("step")
         return sum(n for s, n in self.lengths.items() if s < stage) + int(
-            self.lengths.get(stage, 0) if step is None else step)
+            self.lengths.get(stage, 0) if step is None else step
+        )
 
     def _figures(self, event: Mapping[str, Any]) -> dict[str, Any]:
         kind = event["event"]
@@ -213,16 +250,29 @@ class Tracker:
             stage, tokens, took = event["stage"], event["tokens"], event["seconds"]
             before = self.last[1:] if self.last[0] == stage and self.last[2] < took else (0.0, 0.0)
             self.last = (stage, tokens, took)
-            return {"train/loss": event["loss"], "train/lr": event["lr"], "train/stage": stage,
-                    "train/tokens_per_second": (tokens - before[0]) / max(took - before[1], 1e-9),
-                    **{f"notes/{name}": value for name, value in event["notes"].items()}}
+            return {
+                "train/loss": event["loss"],
+                "train/lr": event["lr"],
+                "train/stage": stage,
+                "train/tokens_per_second": (tokens - before[0]) / max(took - before[1], 1e-9),
+                **{f"notes/{name}": value for name, value in event["notes"].items()},
+            }
         if kind in ("score", "during"):
             scores = event["scores"]
-            return {**{f"{kind}/{task}": value for task, value in scores.items()},
-                    f"{kind}/average": mean(scores.values())}
+            return {
+                **{f"{kind}/{task}": value for task, value in scores.items()},
+                f"{kind}/average": mean(scores.values()),
+            }
         if kind == "checkpoint":
-            return {"checkpoint/bytes": event["bytes"], "checkpoint/memory_bytes": event["memory_bytes"]}
-        return {f"summary/{name}": value for name, value in event["summary"].items()} if kind == "end" else {}
+            return {
+                "checkpoint/bytes": event["bytes"],
+                "checkpoint/memory_bytes": event["memory_bytes"],
+            }
+        return (
+            {f"summary/{name}": value for name, value in event["summary"].items()}
+            if kind == "end"
+            else {}
+        )
 
 
 def _id(out: Path) -> str:

@@ -1,8 +1,10 @@
-"""All or nothing on disk: trainable weights, strategy memory, the matrix so far and, within a stage, its progress.
+"""All or nothing on disk: trainable weights, strategy memory, the matrix so far and, within a
+stage, its progress.
 
-A checkpoint is a folder, `stage-NN` of a trained stage or `stage-NN-step-NNNNNNNN` of one under way. It is written
-beside, flushed to disk and renamed; its manifest has the size and SHA-256 of every file. Tensors go to safetensors,
-everything else to JSON that people can read; nothing that is read back can run code.
+A checkpoint is a folder, `stage-NN` of a trained stage or `stage-NN-step-NNNNNNNN` of one under
+way. It is written beside, flushed to disk and renamed; its manifest has the size and SHA-256 of
+every file. Tensors go to safetensors, everything else to JSON that people can read; nothing that is
+read back can run code.
 """
 
 from __future__ import annotations
@@ -33,12 +35,17 @@ NAME = re.compile(r"stage-(\d+)(?:-step-(\d+))?")
 WITHIN = 2  # of the stage under way this many are kept: an older one for when the newest is damaged
 
 
-def save(folder: Path, model: Model, strategy: Strategy, matrix: Matrix, progress: Mapping[str, Any] | None = None
-         ) -> Path:
+def save(
+    folder: Path,
+    model: Model,
+    strategy: Strategy,
+    matrix: Matrix,
+    progress: Mapping[str, Any] | None = None,
+) -> Path:
     """Write `folder` whole, with the stage's `progress` if it is under way; returns it.
 
-    Of several processes the first writes, and where the model is in shards all must call. Raises ContinualError, with
-    nothing written, where the disk has not the space.
+    Of several processes the first writes, and where the model is in shards all must call. Raises
+    ContinualError, with nothing written, where the disk has not the space.
     """
     from safetensors import SafetensorError
 
@@ -50,26 +57,36 @@ def save(folder: Path, model: Model, strategy: Strategy, matrix: Matrix, progres
         memory["progress.json"] = to_json(dict(progress), "progress", tensors["progress"])
     if not leads():
         return folder
-    texts = {name: json.dumps(value, indent=1, ensure_ascii=False).encode() for name, value in memory.items()}
+    texts = {
+        name: json.dumps(value, indent=1, ensure_ascii=False).encode()
+        for name, value in memory.items()
+    }
     texts["matrix.json"] = json.dumps(matrix.to_json(), indent=1).encode()
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _refuse_full(folder.parent, sum(map(len, texts.values())) + sum(
-            t.nbytes for part in tensors.values() for t in part.values()))
+        _refuse_full(
+            folder.parent,
+            sum(map(len, texts.values()))
+            + sum(t.nbytes for part in tensors.values() for t in part.values()),
+        )
         _write(temporary, tensors, texts)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ContinualError(f"{folder} cannot be written: {e}; see to the space there, and give the same command "
-                             "again: earlier checkpoints are kept") from e
+        raise ContinualError(
+            f"{folder} cannot be written: {e}; see to the space there, and give the same command "
+            "again: earlier checkpoints are kept"
+        ) from e
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     flush(folder.parent)
     return folder
 
 
-def _write(folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, bytes]) -> None:
+def _write(
+    folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, bytes]
+) -> None:
     """All files and their manifest, flushed to disk."""
     from safetensors.torch import save_file
 
@@ -90,7 +107,9 @@ def _refuse_full(folder: Path, size: int) -> None:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Each file's size in bytes and SHA-256."""
-    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+    return {
+        p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -110,36 +129,52 @@ def fault(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != told["bytes"] or _sha256(path) != told["sha256"]:
                 return f"{name} is not as it was written"
-        missing = {"weights.safetensors", "memory.safetensors", "memory.json", "matrix.json"} - manifest.keys()
+        missing = {
+            "weights.safetensors",
+            "memory.safetensors",
+            "memory.json",
+            "matrix.json",
+        } - manifest.keys()
         return f"{', '.join(sorted(missing))} missing" if missing else None
     except (OSError, *MALFORMED):
         return "manifest.json is missing or damaged"
 
 
-def load(folder: Path, model: Model, strategy: Strategy | None = None, *, found: bool = False) -> Matrix:
-    """Give the model, and the strategy if there is one, what `save` wrote; returns the matrix of that time.
+def load(
+    folder: Path, model: Model, strategy: Strategy | None = None, *, found: bool = False
+) -> Matrix:
+    """Give the model, and the strategy if there is one, what `save` wrote; returns the matrix of
+    that time.
 
     A folder that `find` has `found` was read and found whole, and is not looked through again.
-    Raises MissingError for a folder that is no checkpoint, DataError for one that is damaged or does not fit this model
-    or strategy.
+    Raises MissingError for a folder that is no checkpoint, DataError for one that is damaged or
+    does not fit this model or strategy.
     """
     if not folder.is_dir():
-        raise MissingError(f"{folder}: there is no such checkpoint; name a folder such as RUN/checkpoints/stage-01")
+        raise MissingError(
+            f"{folder}: there is no such checkpoint; name a folder such as RUN/checkpoints/stage-01"
+        )
     if not found and (problem := fault(folder)):
-        raise DataError(f"{folder} is no whole checkpoint: {problem}; name another, or remove it to go on from the one "
-                        "before it")
+        raise DataError(
+            f"{folder} is no whole checkpoint: {problem}; name another, or remove it to go on "
+            "from the one before it"
+        )
     saved = _tensors(folder / "weights.safetensors", model)
     wanted = {n: tuple(w.shape) for n, w in weights(model).items()}
     if wanted != {n: tuple(w.shape) for n, w in saved.items()}:
-        raise DataError(f"{folder}: its weights are of another model or adapter than the one configured; give the same "
-                        "model.* keys as the run that wrote it")
+        raise DataError(
+            f"{folder}: its weights are of another model or adapter than the one configured; "
+            "give the same model.* keys as the run that wrote it"
+        )
     restore(model, saved)
     if strategy is not None:
         try:
             strategy.load_state_dict(_values(folder, "memory", model))
         except MALFORMED as e:
-            raise DataError(f"{folder}/memory.json does not fit this strategy ({e!r}); resume with the strategy that "
-                            "wrote it") from e
+            raise DataError(
+                f"{folder}/memory.json does not fit this strategy ({e!r}); resume with the "
+                "strategy that wrote it"
+            ) from e
     return Matrix.load(folder / "matrix.json")
 
 
@@ -148,13 +183,17 @@ def progress(folder: Path, model: Model) -> dict[str, Any]:
     try:
         return dict(_values(folder, "progress", model))
     except (OSError, *MALFORMED) as e:
-        raise DataError(f"{folder}/progress.json cannot be read ({e!r}); remove {folder} to go on from the one before "
-                        "it") from e
+        raise DataError(
+            f"{folder}/progress.json cannot be read ({e!r}); remove {folder} to go on from the "
+            "one before it"
+        ) from e
 
 
 def _values(folder: Path, name: str, model: Model) -> Any:
     words = model.net.get_input_embeddings().num_embeddings
-    return from_json(json_file(folder / f"{name}.json"), _tensors(folder / f"{name}.safetensors", model), words)
+    return from_json(
+        json_file(folder / f"{name}.json"), _tensors(folder / f"{name}.safetensors", model), words
+    )
 
 
 def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
@@ -162,15 +201,22 @@ def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        found = load_file(path, device="cpu" if model.sharded else str(model.layout.device))  # cut before it moves
-        # A file's bytes stand anywhere, and the last bit of a product may depend on where: copies stand as torch's do.
+        found = load_file(
+            path, device="cpu" if model.sharded else str(model.layout.device)
+        )  # cut before it moves
+        # A file's bytes stand anywhere, and the last bit of a product may depend on where: copies
+        # stand as torch's do.
         return {n: t.clone() for n, t in found.items()}
     except SafetensorError as e:
-        raise DataError(f"{path} is damaged ({e}); remove {path.parent} to go on from the one before it") from e
+        raise DataError(
+            f"{path} is damaged ({e}); remove {path.parent} to go on from the one before it"
+        ) from e
 
 
 class Found(NamedTuple):
-    """Where a run can go on: its newest whole trained stage, the stage after it under way, and what was passed over."""
+    """Where a run can go on: its newest whole trained stage, the stage after it under way, and what
+    was passed over.
+    """
 
     trained: Path | None
     within: Path | None
@@ -191,7 +237,11 @@ def find(run: Path) -> Found:
 
     trained = first([p for p in order if _place(p)[1] == math.inf])
     after = number(trained) + 1 if trained else 1
-    return Found(trained, first([p for p in order if _place(p)[1] < math.inf and number(p) == after]), damaged)
+    return Found(
+        trained,
+        first([p for p in order if _place(p)[1] < math.inf and number(p) == after]),
+        damaged,
+    )
 
 
 def _named(run: Path) -> list[Path]:
@@ -200,7 +250,9 @@ def _named(run: Path) -> list[Path]:
 
 
 def _place(folder: Path) -> tuple[int, float]:
-    """How far a run had come: its stage, and the step in it; a trained stage is behind all its steps."""
+    """How far a run had come: its stage, and the step in it; a trained stage is behind all its
+    steps.
+    """
     match = NAME.fullmatch(folder.name)
     return number(folder), int(match[2]) if match and match[2] else math.inf
 
@@ -212,9 +264,11 @@ def number(folder: Path) -> int:
 
 
 def prune(run: Path, keep: int | None, newest: Path | None = None) -> None:
-    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest two; nothing half.
+    """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest
+    two; nothing half.
 
-    What is further than `newest`, the one just written, was damaged and passed over: it goes, and counts for nothing.
+    What is further than `newest`, the one just written, was damaged and passed over: it goes, and
+    counts for nothing.
     """
     for half in (run / "checkpoints").glob("*.tmp"):  # of a process that was killed
         shutil.rmtree(half)
@@ -223,12 +277,14 @@ def prune(run: Path, keep: int | None, newest: Path | None = None) -> None:
     trained = [p for p in sound if _place(p)[1] == math.inf]
     after = number(trained[-1]) + 1 if trained else 1
     within = [p for p in sound if _place(p)[1] < math.inf and number(p) == after]
-    kept = {*trained[-(keep or len(trained) or 1):], *within[-WITHIN:]}
+    kept = {*trained[-(keep or len(trained) or 1) :], *within[-WITHIN:]}
     for path in found:
         if path not in kept:
             shutil.rmtree(path)
 
 
 def size(folder: Path, pattern: str = "*") -> int:
-    """The bytes of a checkpoint's files, or of those that match: "memory.*" is what the strategy keeps."""
+    """The bytes of a checkpoint's files, or of those that match: "memory.*" is what the strategy
+    keeps.
+    """
     return sum(p.stat().st_size for p in folder.glob(pattern))

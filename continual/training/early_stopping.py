@@ -20,15 +20,25 @@ from continual.strategy.interface import Strategy
 
 
 class Patience:
-    """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs without a gain.
+    """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs
+    without a gain.
 
-    Kept with them is all of the strategy's memory, generators too: a path, an average, a reservoir are of the steps up
-    to the best weights, as if the stage had ended there. It takes as much memory again.
+    Kept with them is all of the strategy's memory, generators too: a path, an average, a reservoir
+    are of the steps up to the best weights, as if the stage had ended there. It takes as much
+    memory again.
     """
 
-    def __init__(self, model: Model, strategy: Strategy, dev: Sequence[Encoded], epoch: int, allowed: int) -> None:
+    def __init__(
+        self, model: Model, strategy: Strategy, dev: Sequence[Encoded], epoch: int, allowed: int
+    ) -> None:
         """`epoch` is how many steps one takes, `allowed` how many epochs may bring no gain."""
-        self.model, self.strategy, self.dev, self.epoch, self.allowed = model, strategy, dev, epoch, allowed
+        self.model, self.strategy, self.dev, self.epoch, self.allowed = (
+            model,
+            strategy,
+            dev,
+            epoch,
+            allowed,
+        )
         self.low, self.since, self.seen = math.inf, 0, 0
         self.keep()
 
@@ -62,12 +72,19 @@ class Patience:
 
     def state(self) -> dict[str, Any]:
         """It as values."""
-        return {"low": self.low if self.seen else None, "since": self.since, "seen": self.seen, "best": self.best,
-                "memory": self.memory}
+        return {
+            "low": self.low if self.seen else None,
+            "since": self.since,
+            "seen": self.seen,
+            "best": self.best,
+            "memory": self.memory,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-        self.since, self.seen, self.best, self.memory = (state[k] for k in ("since", "seen", "best", "memory"))
+        self.since, self.seen, self.best, self.memory = (
+            state[k] for k in ("since", "seen", "best", "memory")
+        )
         self.low = math.inf if state["low"] is None else state["low"]
 
     @torch.no_grad()
@@ -76,8 +93,13 @@ class Patience:
         batch = self.model.batch(self.dev)
         parts = batch.micro_batches()
         with in_step(self.model):
-            total = torch.tensor(sum(float(nll(self.model, micro)) * micro.tokens
-                                     for micro in dealt(parts, [p.length for p in parts])), dtype=torch.float64)
+            total = torch.tensor(
+                sum(
+                    float(nll(self.model, micro)) * micro.tokens
+                    for micro in dealt(parts, [p.length for p in parts])
+                ),
+                dtype=torch.float64,
+            )
         add_up([total])
         self.model.net.train()
         return float(total) / batch.tokens

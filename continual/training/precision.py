@@ -22,9 +22,15 @@ LONG = 0.5  # seconds after which no further round begins
 ENOUGH = 0.05  # seconds of a pass that can be told from the clock's and the system's noise
 
 
-def settle(asked: str, path: Path, model: Model, rows: Callable[[int], Sequence[Encoded]], say: Callable[[str], None]
-           ) -> None:
-    """With train.precision=auto, let `model` compute in what `path` says, or else in what measures faster on `rows`.
+def settle(
+    asked: str,
+    path: Path,
+    model: Model,
+    rows: Callable[[int], Sequence[Encoded]],
+    say: Callable[[str], None],
+) -> None:
+    """With train.precision=auto, let `model` compute in what `path` says, or else in what measures
+    faster on `rows`.
 
     `rows` gives at most so many. Raises DataError where `path` says neither fp32 nor bf16.
     """
@@ -48,14 +54,18 @@ def _kept(path: Path) -> str:
             return str(chosen)
     except (ValueError, KeyError, TypeError):
         pass
-    raise DataError(f'{path} does not say in which precision the run began; write {{"precision": "fp32"}} or '
-                    '{"precision": "bf16"} into it, or give another out=')
+    raise DataError(
+        f'{path} does not say in which precision the run began; write {{"precision": "fp32"}} or '
+        '{"precision": "bf16"} into it, or give another out='
+    )
 
 
 def measure(model: Model, rows: Sequence[Encoded]) -> float:
-    """How many times as fast as in fp32 a step's forward and backward pass is in bf16; `model` is left as it was.
+    """How many times as fast as in fp32 a step's forward and backward pass is in bf16; `model` is
+    left as it was.
 
-    It takes as few rows as can be measured, so that it is over in well under a second unless a single one takes longer.
+    It takes as few rows as can be measured, so that it is over in well under a second unless a
+    single one takes longer.
     """
     bf16, n, began = model.bf16, 1, time.perf_counter()
     model.net.train()

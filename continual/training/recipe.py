@@ -65,7 +65,9 @@ def _out_of_range(recipe: Recipe) -> Iterator[str]:
     for name in ("warmup", "mask_instruction_tokens"):
         if not 0 <= (value := getattr(recipe, name)) <= 1:
             yield f"{_key(name)}={value}: expected a share or probability in [0, 1]"
-    if len(recipe.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in recipe.betas):
+    if len(recipe.betas) != 2 or not all(
+        isinstance(b, (int, float)) and 0 <= b < 1 for b in recipe.betas
+    ):
         yield f"train.betas={list(recipe.betas)}: expected two numbers in [0, 1), such as [0.9,0.999]"
     for name in ("lr", "weight_decay"):
         if not (value := getattr(recipe, name)) >= 0:

@@ -1,4 +1,6 @@
-"""A small language model of our own: tokenizer trained, weights drawn and pre-trained once, then kept in the cache."""
+"""A small language model of our own: tokenizer trained, weights drawn and pre-trained once, then
+kept in the cache.
+"""
 
 from __future__ import annotations
 
@@ -30,41 +32,89 @@ VERSION = 2  # of this recipe's code: a change that gives other weights must rai
 END = "<|endoftext|>"
 
 
-def build(*, stream: Stream, hidden: int, layers: int, heads: int, context: int, vocabulary: int, pretrain: Any,
-          attention: str = "sdpa", seed: int = 0, weights_seed: int = 0, device: str = "auto", adapter: str = "none",
-          adapters: Mapping[str, Mapping[str, Any]] | None = None, network: bool = True, drawn: bool = False) -> Model:
+def build(
+    *,
+    stream: Stream,
+    hidden: int,
+    layers: int,
+    heads: int,
+    context: int,
+    vocabulary: int,
+    pretrain: Any,
+    attention: str = "sdpa",
+    seed: int = 0,
+    weights_seed: int = 0,
+    device: str = "auto",
+    adapter: str = "none",
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    network: bool = True,
+    drawn: bool = False,
+) -> Model:
     """A Llama of the given shape for this stream, from the user's cache if it was built before.
 
-    The tokenizer is a byte-level BPE of `vocabulary` tokens trained on the stream's training text. With
-    `pretrain.tokens` above 0 the model first learns that many tokens: of the stream's own pre-training examples, or,
-    where it has none, of the training rows' inputs as plain text behind their instructions, without their answers.
-    With `drawn` the weights stay as they are drawn, and nothing is kept.
-    Without the `network` it only tokenises, and nothing is kept.
+    The tokenizer is a byte-level BPE of `vocabulary` tokens trained on the stream's training text.
+    With `pretrain.tokens` above 0 the model first learns that many tokens: of the stream's own
+    pre-training examples, or, where it has none, of the training rows' inputs as plain text behind
+    their instructions, without their answers. With `drawn` the weights stay as they are drawn, and
+    nothing is kept. Without the `network` it only tokenises, and nothing is kept.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    shape = {"hidden": hidden, "layers": layers, "heads": heads, "context": context, "vocabulary": vocabulary}
+    shape = {
+        "hidden": hidden,
+        "layers": layers,
+        "heads": heads,
+        "context": context,
+        "vocabulary": vocabulary,
+    }
     if hidden % heads:
-        raise ConfigError(f"model.hidden={hidden} is no multiple of model.heads={heads}; choose such a pair")
+        raise ConfigError(
+            f"model.hidden={hidden} is no multiple of model.heads={heads}; choose such a pair"
+        )
     tasks = sorted(stream.tasks, key=lambda t: t.name)  # one model whatever the order
     corpus = [*(e for t in tasks for e in t.train), *stream.pretraining]
     if drawn:
         tokenizer = byte_bpe(corpus, vocabulary, context)
-        return assemble(_llama(tokenizer, shape, attention, weights_seed), tokenizer, device=device, seed=seed,
-                        adapter=adapter, adapters=adapters)
-    recipe = {"version": VERSION, **shape, "pretrain": dict(pretrain), "attention": attention, "seed": weights_seed,
-              "text": _digest(corpus), "torch": torch.__version__}
-    folder = cache() / "models" / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    if not network:  # a tokenizer that was trained before is that model's, whatever would be trained now
-        return reader(AutoTokenizer.from_pretrained(folder) if folder.exists() else
-                      byte_bpe(corpus, vocabulary, context), context)
+        return assemble(
+            _llama(tokenizer, shape, attention, weights_seed),
+            tokenizer,
+            device=device,
+            seed=seed,
+            adapter=adapter,
+            adapters=adapters,
+        )
+    recipe = {
+        "version": VERSION,
+        **shape,
+        "pretrain": dict(pretrain),
+        "attention": attention,
+        "seed": weights_seed,
+        "text": _digest(corpus),
+        "torch": torch.__version__,
+    }
+    folder = (
+        cache()
+        / "models"
+        / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    )
+    if (
+        not network
+    ):  # a tokenizer that was trained before is that model's, whatever would be trained now
+        return reader(
+            AutoTokenizer.from_pretrained(folder)
+            if folder.exists()
+            else byte_bpe(corpus, vocabulary, context),
+            context,
+        )
     with first():
         if not folder.exists():
             with _turn(folder):
                 if not folder.exists():
                     _build(folder, stream, corpus, shape, pretrain, attention, weights_seed, device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    net = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    )
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
 
 
@@ -93,8 +143,16 @@ def _digest(examples: Sequence[Example]) -> str:
     return told.hexdigest()
 
 
-def _build(folder: Path, stream: Stream, corpus: Sequence[Example], shape: Mapping[str, int], pretrain: Any,
-           attention: str, seed: int, device: str) -> None:
+def _build(
+    folder: Path,
+    stream: Stream,
+    corpus: Sequence[Example],
+    shape: Mapping[str, int],
+    pretrain: Any,
+    attention: str,
+    seed: int,
+    device: str,
+) -> None:
     """Build into a temporary folder and rename, so that a half-built model is never found."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     tokenizer = byte_bpe(corpus, shape["vocabulary"], shape["context"])
@@ -120,25 +178,41 @@ def byte_bpe(corpus: Sequence[Example], vocabulary: int, context: int) -> Any:
     # An answer's first word gets the same token as that word within a text.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator((_text(e) + "\n" + "\n".join(e.outputs) for e in corpus), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=context)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=context
+    )
 
 
 def _llama(tokenizer: Any, shape: Mapping[str, int], attention: str, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=shape["hidden"], intermediate_size=3 * shape["hidden"],
-                         num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
-                         num_key_value_heads=shape["heads"], max_position_embeddings=shape["context"],
-                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                         attn_implementation=attention)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape["hidden"],
+        intermediate_size=3 * shape["hidden"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"],
+        max_position_embeddings=shape["context"],
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation=attention,
+    )
     return LlamaForCausalLM(config)
 
 
-def _pretrain(model: Model, stream: Stream, pretrain: Any, seed: int, context: int, folder: Path) -> None:
+def _pretrain(
+    model: Model, stream: Stream, pretrain: Any, seed: int, context: int, folder: Path
+) -> None:
     """One stage of naive training on the pre-training examples."""
     encoder = Encoder(model.tokenizer, "plain", context)
     if stream.pretraining:
@@ -148,11 +222,18 @@ def _pretrain(model: Model, stream: Stream, pretrain: Any, seed: int, context: i
         random.Random(seed).shuffle(rows)
         examples = [_plain(e, encoder) for e in rows]
     settings = dict(pretrain)
-    steps = settings.pop("tokens") * len(examples) // (sum(len(e.ids) for e in examples) * settings["batch_size"])
+    steps = (
+        settings.pop("tokens")
+        * len(examples)
+        // (sum(len(e.ids) for e in examples) * settings["batch_size"])
+    )
     recipe = Recipe(**settings, steps=max(1, steps))
     console = Console(stderr=True)
-    console.print(f"Building a model of {sum(p.numel() for p in model.net.parameters()) / 1e6:.1f}M parameters for "
-                  f"stream {stream.name!r}, once; it is kept in {folder.parent}", highlight=False)
+    console.print(
+        f"Building a model of {sum(p.numel() for p in model.net.parameters()) / 1e6:.1f}M "
+        f"parameters for stream {stream.name!r}, once; it is kept in {folder.parent}",
+        highlight=False,
+    )
     with Events(folder / "events.jsonl", console) as events:
         learn(model, Task("pretraining", examples), Strategy(), recipe, seed=seed, log=events)
 
@@ -164,7 +245,9 @@ def _text(e: Example) -> str:
 
 
 def _plain(e: Example, encoder: Encoder) -> Encoded:
-    """The row's text without its answer, cut to the context; an instruction before an input is only read."""
+    """The row's text without its answer, cut to the context; an instruction before an input is only
+    read.
+    """
     text = [*encoder.ids(e.input or _text(e)), encoder.tokenizer.eos_token_id][: encoder.limit]
     asked = encoder.ids(f"{e.instruction}\n")[: encoder.limit - len(text)] if e.input else []
     return Encoded(e.id, 0, (*asked, *text), (False,) * len(asked) + (True,) * len(text))

@@ -1,4 +1,6 @@
-"""Memory values as JSON that people can read, and tensors beside it; nothing that is read back can run code."""
+"""Memory values as JSON that people can read, and tensors beside it; nothing that is read back can
+run code.
+"""
 
 from __future__ import annotations
 
@@ -29,38 +31,67 @@ def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"random": value.getstate()}
     if isinstance(value, Encoded):
         ids, response = " ".join(map(str, value.ids)), "".join("01"[r] for r in value.response)
-        return {"example": {"id": value.id, "task": value.task, "text": value.text, "ids": ids, "response": response}}
+        return {
+            "example": {
+                "id": value.id,
+                "task": value.task,
+                "text": value.text,
+                "ids": ids,
+                "response": response,
+            }
+        }
     if type(value).__name__ in VALUES:
-        return {"value": type(value).__name__,
-                "fields": {f.name: to_json(getattr(value, f.name), f"{name}/{f.name}", tensors)
-                           for f in fields(value)}}
+        return {
+            "value": type(value).__name__,
+            "fields": {
+                f.name: to_json(getattr(value, f.name), f"{name}/{f.name}", tensors)
+                for f in fields(value)
+            },
+        }
     if isinstance(value, dict):
         return {"dict": [[k, to_json(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         return [to_json(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ContinualError(f"strategy memory {name} is a {type(value).__name__}, which no checkpoint can hold; keep "
-                         f"tensors, numbers, texts, lists, dicts, generators, encoded examples or {', '.join(VALUES)}")
+    raise ContinualError(
+        f"strategy memory {name} is a {type(value).__name__}, which no checkpoint can hold; keep "
+        "tensors, numbers, texts, lists, dicts, generators, encoded examples or "
+        f"{', '.join(VALUES)}"
+    )
 
 
 # What comes out of values, or of tensors, that no run has written.
-MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
+MALFORMED = (
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+)
 
 
 def _example(e: Mapping[str, Any], words: int) -> Encoded:
     ids, response = tuple(map(int, e["ids"].split())), tuple(r == "1" for r in e["response"])
-    if not all(isinstance(e[key], kind) for key, kind in (("id", str), ("text", str), ("task", int))):
+    if not all(
+        isinstance(e[key], kind) for key, kind in (("id", str), ("text", str), ("task", int))
+    ):
         raise TypeError("an example's id and text are no texts, or its task is no number")
     if len(ids) != len(response) or not any(response) or e["task"] < 0:
         raise ValueError(f"the ids, response or task of the example {brief(e['id'])} cannot be")
     if not all(0 <= i < words for i in ids):
-        raise ValueError(f"the example {brief(e['id'])} has ids that are not among the model's {words:,}")
+        raise ValueError(
+            f"the example {brief(e['id'])} has ids that are not among the model's {words:,}"
+        )
     return Encoded(e["id"], e["task"], ids, response, e["text"])
 
 
 def from_json(value: Any, tensors: Mapping[str, Tensor], words: int) -> Any:
-    """What `to_json` was given, of examples whose ids are below `words`; raises one of MALFORMED for anything else."""
+    """What `to_json` was given, of examples whose ids are below `words`; raises one of MALFORMED
+    for anything else.
+    """
     if isinstance(value, list):
         return [from_json(v, tensors, words) for v in value]
     if not isinstance(value, dict):
@@ -75,5 +106,7 @@ def from_json(value: Any, tensors: Mapping[str, Tensor], words: int) -> Any:
     if "example" in value:
         return _example(value["example"], words)
     if "value" in value:
-        return VALUES[value["value"]](**{k: from_json(v, tensors, words) for k, v in value["fields"].items()})
+        return VALUES[value["value"]](
+            **{k: from_json(v, tensors, words) for k, v in value["fields"].items()}
+        )
     return {k: from_json(v, tensors, words) for k, v in value["dict"]}

@@ -27,19 +27,32 @@ from continual.training.stage_state import Progress
 Log = Callable[[dict[str, Any]], None]
 
 
-def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe, *, seed: int, log: Log,
-          after: Callable[[int, Callable[[], dict[str, Any]]], float | None] | None = None,
-          progress: Callable[[], dict[str, Any]] | None = None) -> dict[str, float]:
-    """Train `model` on `task` under `strategy`; returns what it took: steps, supervised tokens, seconds.
+def learn(
+    model: Model,
+    task: Task[Encoded],
+    strategy: Strategy,
+    recipe: Recipe,
+    *,
+    seed: int,
+    log: Log,
+    after: Callable[[int, Callable[[], dict[str, Any]]], float | None] | None = None,
+    progress: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, float]:
+    """Train `model` on `task` under `strategy`; returns what it took: steps, supervised tokens,
+    seconds.
 
-    `log` gets a "step" event now and then and one "stage" event. `after` is called after each step with its number and
-    a function that gives the stage's progress, all that the next step depends on beside weights and strategy memory; it
-    may return seconds that were no training. A stage goes on where `progress` says, which also gives model and strategy
-    what they had then. All randomness follows from `seed` and the strategy's own saved generators. Raises DataError for
-    a task without train rows, TrainingError where a loss or gradient is not finite or memory runs out twice.
+    `log` gets a "step" event now and then and one "stage" event. `after` is called after each step
+    with its number and a function that gives the stage's progress, all that the next step depends
+    on beside weights and strategy memory; it may return seconds that were no training. A stage goes
+    on where `progress` says, which also gives model and strategy what they had then. All randomness
+    follows from `seed` and the strategy's own saved generators. Raises DataError for a task without
+    train rows, TrainingError where a loss or gradient is not finite or memory runs out twice.
     """
     if not task.train:
-        raise DataError(f"task {task.name!r} has no train rows, and a stage needs some; add rows or leave it out")
+        raise DataError(
+            f"task {task.name!r} has no train rows, and a stage needs some; add rows or leave it "
+            "out"
+        )
     torch.manual_seed(seed)
     model.net.train()
     optimizer = _optimizer(model, strategy.begin(model, task), recipe)
@@ -51,13 +64,29 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
         at.load(progress())
         began -= at.seconds
     draws = _draw(task, recipe, model, random.Random(seed))
-    last = at.step if patience and patience.spent else total  # it may go on where it had come to its end
+    last = (
+        at.step if patience and patience.spent else total
+    )  # it may go on where it had come to its end
     for step, examples in enumerate(islice(draws, at.step, last), at.step + 1):
-        lr, loss = at.schedule.get_last_lr()[0], _step(at, strategy, recipe, task, step, examples, budget, log)
+        lr, loss = (
+            at.schedule.get_last_lr()[0],
+            _step(at, strategy, recipe, task, step, examples, budget, log),
+        )
         at.seconds = time.perf_counter() - began
         if step % recipe.log_every == 0 or step == total:
-            log({"event": "step", "task": task.name, "step": step, "steps": total, "loss": _shown(loss), "lr": lr,
-                 "tokens": at.tokens, "seconds": at.seconds, "notes": dict(strategy.notes)})
+            log(
+                {
+                    "event": "step",
+                    "task": task.name,
+                    "step": step,
+                    "steps": total,
+                    "loss": _shown(loss),
+                    "lr": lr,
+                    "tokens": at.tokens,
+                    "seconds": at.seconds,
+                    "notes": dict(strategy.notes),
+                }
+            )
         if patience:
             patience.look(step)
         if after:
@@ -67,15 +96,27 @@ def learn(model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe,
     _close(at, task)
     compare([p for p in at.trained if not in_shards(p)])
     strategy.end(model, _learned(at, task, log))
-    spent = {"steps": at.step, "tokens": at.tokens, "train_seconds": time.perf_counter() - began,
-             "skipped_steps": at.skipped}
+    spent = {
+        "steps": at.step,
+        "tokens": at.tokens,
+        "train_seconds": time.perf_counter() - began,
+        "skipped_steps": at.skipped,
+    }
     log({"event": "stage", "task": task.name, "seconds": spent["train_seconds"], **spent})
     return spent
 
 
-def _gradient(model: Model, strategy: Strategy, optimizer: torch.optim.Optimizer, examples: Sequence[Encoded],
-              budget: int, log: Log) -> tuple[Batch, torch.Tensor]:
-    """The step's batch and loss, its gradient left in the parameters; once more with less if memory runs out."""
+def _gradient(
+    model: Model,
+    strategy: Strategy,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Encoded],
+    budget: int,
+    log: Log,
+) -> tuple[Batch, torch.Tensor]:
+    """The step's batch and loss, its gradient left in the parameters; once more with less if memory
+    runs out.
+    """
     while True:
         optimizer.zero_grad()
         batch = model.batch(examples)
@@ -86,25 +127,51 @@ def _gradient(model: Model, strategy: Strategy, optimizer: torch.optim.Optimizer
 
 
 def _halve(model: Model, budget: int, log: Log) -> None:
-    """Half as many tokens in a forward pass from now on; raises TrainingError where the stage's budget already was."""
+    """Half as many tokens in a forward pass from now on; raises TrainingError where the stage's
+    budget already was.
+    """
     if model.layout.tokens < budget:
-        raise TrainingError(f"out of memory again with train.tokens_per_microbatch={model.layout.tokens}; set it "
-                            "lower, lower data.max_length, or choose an adapter (model.adapter=lora)")
+        raise TrainingError(
+            f"out of memory again with train.tokens_per_microbatch={model.layout.tokens}; set it "
+            "lower, lower data.max_length, or choose an adapter (model.adapter=lora)"
+        )
     model.layout = replace(model.layout, tokens=budget // 2)
-    log({"event": "warning", "text": f"out of memory: from now on train.tokens_per_microbatch={budget // 2}"})
+    log(
+        {
+            "event": "warning",
+            "text": f"out of memory: from now on train.tokens_per_microbatch={budget // 2}",
+        }
+    )
 
 
-def _finite(loss: torch.Tensor, trained: Sequence[torch.Tensor], recipe: Recipe, task: Task[Encoded], step: int,
-            examples: Sequence[Encoded], log: Log) -> bool:
-    """Clip the gradient; whether it and the loss are finite. Raises TrainingError where they are not and must be."""
+def _finite(
+    loss: torch.Tensor,
+    trained: Sequence[torch.Tensor],
+    recipe: Recipe,
+    task: Task[Encoded],
+    step: int,
+    examples: Sequence[Encoded],
+    log: Log,
+) -> bool:
+    """Clip the gradient; whether it and the loss are finite. Raises TrainingError where they are
+    not and must be.
+    """
     norm = clip(trained, recipe.clip or math.inf)
-    if torch.isfinite(norm + loss):  # the one wait of a step: a weight that is not finite cannot be mended
+    if torch.isfinite(
+        norm + loss
+    ):  # the one wait of a step: a weight that is not finite cannot be mended
         return True
-    what = f"the loss is {loss.item()}" if not torch.isfinite(loss) else f"the gradient's norm is {norm.item()}"
+    what = (
+        f"the loss is {loss.item()}"
+        if not torch.isfinite(loss)
+        else f"the gradient's norm is {norm.item()}"
+    )
     told = f"{what} at step {step} of task {task.name!r}, on the examples {', '.join(e.id for e in examples)}"
     if recipe.on_nonfinite == "stop":
-        raise TrainingError(f"{told}; the last checkpoint is kept. Lower train.lr, set train.clip, train in fp32, or "
-                            "set train.on_nonfinite=skip")
+        raise TrainingError(
+            f"{told}; the last checkpoint is kept. Lower train.lr, set train.clip, train in "
+            "fp32, or set train.on_nonfinite=skip"
+        )
     log({"event": "warning", "text": f"skipped: {told}"})
     return False
 
@@ -114,8 +181,16 @@ def _shown(loss: torch.Tensor) -> float | None:
     return value if math.isfinite(value := loss.item()) else None
 
 
-def _step(at: Progress, strategy: Strategy, recipe: Recipe, task: Task[Encoded], step: int,
-          examples: Sequence[Encoded], budget: int, log: Log) -> torch.Tensor:
+def _step(
+    at: Progress,
+    strategy: Strategy,
+    recipe: Recipe,
+    task: Task[Encoded],
+    step: int,
+    examples: Sequence[Encoded],
+    budget: int,
+    log: Log,
+) -> torch.Tensor:
     """One optimizer step, unless it is skipped; the loss before it."""
     batch, loss = _gradient(at.model, strategy, at.optimizer, examples, budget, log)
     if not _finite(loss, at.trained, recipe, task, step, examples, log):
@@ -129,17 +204,22 @@ def _step(at: Progress, strategy: Strategy, recipe: Recipe, task: Task[Encoded],
 
 
 def _close(at: Progress, task: Task[Encoded]) -> None:
-    """The best weights and the memory of then, where they were kept; raises TrainingError where no step was taken."""
+    """The best weights and the memory of then, where they were kept; raises TrainingError where no
+    step was taken.
+    """
     if at.skipped == at.step:
-        raise TrainingError(f"every step of task {task.name!r} had a loss or gradient that is not finite; lower "
-                            "train.lr, set train.clip, or train in fp32")
+        raise TrainingError(
+            f"every step of task {task.name!r} had a loss or gradient that is not finite; lower "
+            "train.lr, set train.clip, or train in fp32"
+        )
     if at.patience:
         at.patience.settle()
     at.model.net.eval()
 
 
 def _learned(at: Progress, task: Task[Encoded], log: Log) -> Task[Encoded]:
-    """The task less those rows of skipped steps that are the reason: no strategy measures or remembers them.
+    """The task less those rows of skipped steps that are the reason: no strategy measures or
+    remembers them.
 
     Raises TrainingError where no row is left.
     """
@@ -147,8 +227,10 @@ def _learned(at: Progress, task: Task[Encoded], log: Log) -> Task[Encoded]:
     if not bad:
         return task
     kept = tuple(e for e in task.train if (e.task, e.id) not in bad)
-    told = (f"the loss or gradient of {len(task.train) - len(kept)} of the {len(task.train)} rows of task "
-            f"{task.name!r} is not finite: {listed(sorted(name for _, name in bad))}")
+    told = (
+        f"the loss or gradient of {len(task.train) - len(kept)} of the {len(task.train)} rows of "
+        f"task {task.name!r} is not finite: {listed(sorted(name for _, name in bad))}"
+    )
     if not kept:
         raise TrainingError(f"{told}; lower train.lr, set train.clip, or train in fp32")
     log({"event": "warning", "text": f"{told}; nothing of them is kept for later stages"})
@@ -164,54 +246,81 @@ def _can_be_learned(at: Progress, example: Encoded) -> bool:
     return bool(torch.isfinite(norm + loss))
 
 
-def _patience(model: Model, strategy: Strategy, task: Task[Encoded], recipe: Recipe) -> Patience | None:
+def _patience(
+    model: Model, strategy: Strategy, task: Task[Encoded], recipe: Recipe
+) -> Patience | None:
     epoch = math.ceil(len(task.train) / recipe.batch_size)
-    return Patience(model, strategy, list(task.split("dev")), epoch, recipe.patience) if recipe.patience else None
+    return (
+        Patience(model, strategy, list(task.split("dev")), epoch, recipe.patience)
+        if recipe.patience
+        else None
+    )
 
 
 def _optimizer(model: Model, groups: list[Any], recipe: Recipe) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay,
-                                "fused": model.layout.device.type in ("cpu", "cuda")}
+    settings: dict[str, Any] = {
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "fused": model.layout.device.type in ("cpu", "cuda"),
+    }
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, **settings)
     return torch.optim.AdamW(groups, betas=recipe.betas, **settings)
 
 
-def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+def _schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, total: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     from transformers import get_scheduler
 
     warmup = round(recipe.warmup * total)
-    made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(SCHEDULES[recipe.schedule], optimizer, warmup, total)
+    made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        SCHEDULES[recipe.schedule], optimizer, warmup, total
+    )
     return made
 
 
-def _draw(task: Task[Encoded], recipe: Recipe, model: Model, rng: random.Random) -> Iterator[list[Encoded]]:
+def _draw(
+    task: Task[Encoded], recipe: Recipe, model: Model, rng: random.Random
+) -> Iterator[list[Encoded]]:
     """Epoch after epoch, each a new order; the last step of an epoch may be smaller."""
     examples = task.train
     while True:
         order = _order(task, rng)
         for i in range(0, len(order), recipe.batch_size):
             step = [examples[j] for j in order[i : i + recipe.batch_size]]
-            yield [mask_instruction(e, recipe, model, rng) for e in step] if recipe.mask_instruction_tokens else step
+            yield (
+                [mask_instruction(e, recipe, model, rng) for e in step]
+                if recipe.mask_instruction_tokens
+                else step
+            )
 
 
 def _order(task: Task[Encoded], rng: random.Random) -> list[int]:
-    """The places of the train rows, drawn anew; those of an episode, which are of one task, behind one another."""
+    """The places of the train rows, drawn anew; those of an episode, which are of one task, behind
+    one another.
+    """
     order = rng.sample(range(len(task.train)), len(task.train))
     if not task.episode:
         return order
     by_task: dict[int, list[int]] = {}
     for i in order:
         by_task.setdefault(task.train[i].task, []).append(i)
-    episodes = [of[i : i + task.episode] for of in by_task.values() for i in range(0, len(of), task.episode)]
-    drawn = sorted(rng.sample(episodes, len(episodes)), key=len, reverse=True)  # short ones last: they shift the rest
+    episodes = [
+        of[i : i + task.episode] for of in by_task.values() for i in range(0, len(of), task.episode)
+    ]
+    drawn = sorted(
+        rng.sample(episodes, len(episodes)), key=len, reverse=True
+    )  # short ones last: they shift the rest
     return [i for episode in drawn for i in episode]
 
 
 def mask_instruction(example: Encoded, recipe: Recipe, model: Model, rng: random.Random) -> Encoded:
-    """Each prompt token but the special ones is, with the recipe's probability, replaced by a random one or dropped.
+    """Each prompt token but the special ones is, with the recipe's probability, replaced by a
+    random one or dropped.
 
-    The first token of all is never dropped: without one before it, a response token could not be learned.
+    The first token of all is never dropped: without one before it, a response token could not be
+    learned.
     """
     special = set(model.tokenizer.all_special_ids)
     kept = []

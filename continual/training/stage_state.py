@@ -1,4 +1,6 @@
-"""How far a stage has come: its step, optimizer, schedule, early stopping and random states, as values and back."""
+"""How far a stage has come: its step, optimizer, schedule, early stopping and random states, as
+values and back.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from continual.training.early_stopping import Patience
 
 @dataclass
 class Progress:
-    """A stage under way: all that its next step depends on beside the weights, the strategy's memory and the data."""
+    """A stage under way: all that its next step depends on beside the weights, the strategy's
+    memory and the data.
+    """
 
     model: Model
     optimizer: torch.optim.Optimizer
@@ -37,23 +41,43 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """It as values that a checkpoint can hold."""
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "skipped": self.skipped,
-                "suspects": sorted(self.suspects), "budget": self.model.layout.tokens,
-                "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                "patience": self.patience.state() if self.patience else None, "random": random_state()}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "suspects": sorted(self.suspects),
+            "budget": self.model.layout.tokens,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "patience": self.patience.state() if self.patience else None,
+            "random": random_state(),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from there; raises DataError where the state is another stage's."""
         try:
             self._load(state)
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as e:
-            raise DataError(f"the stage's progress does not fit it ({e!r}); remove the newest stage-NN-step-* of the "
-                            "run's checkpoints to go on from the one before it") from e
+        except (
+            KeyError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+            RuntimeError,
+        ) as e:
+            raise DataError(
+                f"the stage's progress does not fit it ({e!r}); remove the newest "
+                "stage-NN-step-* of the run's checkpoints to go on from the one before it"
+            ) from e
 
     def _load(self, state: dict[str, Any]) -> None:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.skipped, self.suspects = state["skipped"], set(state["suspects"])
-        if not all(is_number(state[key], 0) for key in ("step", "tokens", "seconds", "skipped", "budget")):
+        if not all(
+            is_number(state[key], 0) for key in ("step", "tokens", "seconds", "skipped", "budget")
+        ):
             raise ValueError("its step, tokens, seconds, skipped and budget are no counts")
         self.model.layout = replace(self.model.layout, tokens=state["budget"])
         self.optimizer.load_state_dict(self._cut(state["optimizer"]))
@@ -66,16 +90,25 @@ class Progress:
         """What the optimizer keeps of each parameter, in shards where that one is."""
         if not self.model.sharded:
             return state
-        kept = {i: {k: cut_as(t, self.trained[i]) if t.shape == self.trained[i].shape else t for k, t in own.items()}
-                for i, own in state["state"].items()}
+        kept = {
+            i: {
+                k: cut_as(t, self.trained[i]) if t.shape == self.trained[i].shape else t
+                for k, t in own.items()
+            }
+            for i, own in state["state"].items()
+        }
         return {**state, "state": kept}
 
 
 def random_state() -> dict[str, Any]:
     """The states of the global generators of Python, NumPy and torch, on each device."""
     name, keys, *rest = np.random.get_state()
-    return {"python": list(random.getstate()), "numpy": [name, torch.from_numpy(np.array(keys, np.int64)), *rest],
-            "torch": torch.get_rng_state(), "cuda": [*torch.cuda.get_rng_state_all()] if _cuda() else []}
+    return {
+        "python": list(random.getstate()),
+        "numpy": [name, torch.from_numpy(np.array(keys, np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": [*torch.cuda.get_rng_state_all()] if _cuda() else [],
+    }
 
 
 def set_random_state(state: dict[str, Any]) -> None:

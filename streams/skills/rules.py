@@ -1,7 +1,9 @@
-"""The embedded skills: what each one asks about a list of words, in several phrasings, and the rule that answers.
+"""The embedded skills: what each one asks about a list of words, in several phrasings, and the rule
+that answers.
 
-All skills read lists of one and the same make: one or two number words among nouns of three kinds, in any order. Only
-the instruction tells them apart, so a skill learned later competes with the earlier ones for the same inputs.
+All skills read lists of one and the same make: one or two number words among nouns of three kinds,
+in any order. Only the instruction tells them apart, so a skill learned later competes with the
+earlier ones for the same inputs.
 """
 
 from __future__ import annotations
@@ -140,7 +142,8 @@ SKILLS = (
 )  # fmt: skip
 
 BASIC = (
-    Skill("copy", "transformation", ("copy the list", "write the words again", "repeat all words as they are"),
+    Skill("copy", "transformation", ("copy the list", "write the words again", "repeat all words "
+                                                                               "as they are"),
           lambda w: join(*w)),
     Skill("rotate", "transformation", ("rotate the list", "move the first word to the end",
                                        "write the list from its second word on , then the first"),
@@ -156,7 +159,9 @@ BASIC = (
           lambda w: join(*[x for x in w if x in NUMBERS])),
     Skill("last", "selection", ("write the last word", "give the word at the end", "pick the final word"),
           lambda w: w[-1]),
-    Skill("second_and_fourth", "selection", ("write the second and the fourth word", "give word two and word four",
+    Skill("second_and_fourth", "selection", ("write the second and the fourth word", "give word "
+                                                                                     "two and "
+                                                                                     "word four",
                                              "pick the words in places two and four"), lambda w: join(w[1], w[3])),
     Skill("third_and_second", "selection", ("write the third and then the second word",
                                            "give word three and word two",

@@ -1,4 +1,6 @@
-"""The audit: what is amiss in a stream's rows is counted, shown at a run's start and alone, and changes nothing."""
+"""The audit: what is amiss in a stream's rows is counted, shown at a run's start and alone, and
+changes nothing.
+"""
 
 import io
 import json
@@ -18,7 +20,17 @@ from continual.errors import ConfigError, DataError, MissingError
 from continual.reports import audits, write
 from continual.runs import run as engine
 from continual.runs.audit_step import alone
-from tests.support.models import TASKS, byte_bpe, lines, rows, run, stream_text, write_model, write_rows, write_stream
+from tests.support.models import (
+    TASKS,
+    byte_bpe,
+    lines,
+    rows,
+    run,
+    stream_text,
+    write_model,
+    write_rows,
+    write_stream,
+)
 from tests.support.pages import EVIL, page
 
 
@@ -29,10 +41,13 @@ def row(asked="Say red.", input="", answers=("red",), id="a", task="t"):
 
 def task(name="t", train=(), dev=(), test=(), **more):
     """Rows get their task's name and an id that says where they stand."""
+
     def own(split, found):
         ids = [f"{name}/{split}/{i}" for i in range(len(found))]
-        return tuple(replace(e, task=name, id=id, where=f"{name}/{split}.jsonl:{id[-1]}")
-                     for e, id in zip(found, ids, strict=True))
+        return tuple(
+            replace(e, task=name, id=id, where=f"{name}/{split}.jsonl:{id[-1]}")
+            for e, id in zip(found, ids, strict=True)
+        )
 
     return Task(name, own("train", train), own("dev", dev), own("test", test), **more)
 
@@ -48,8 +63,16 @@ def found(told, kind):
 
 # One finding after another
 
+
 def test_rows_of_one_split_that_ask_the_same_are_repeated():
-    a = task(train=[row("Say  RED.\n"), row("say red."), row("Say red.", answers="blue"), row("Say gold.")])
+    a = task(
+        train=[
+            row("Say  RED.\n"),
+            row("say red."),
+            row("Say red.", answers="blue"),
+            row("Say gold."),
+        ]
+    )
     ((name, count, says, example),) = found(audit(stream(a)), "repeated")
     assert (name, count) == ("t", 2)
     assert says == "2 of 4 train rows repeat the prompt of an earlier one, 1 with the same answers"
@@ -62,10 +85,19 @@ def test_instruction_and_input_are_one_prompt_however_they_are_parted():
 
 
 def test_a_test_row_in_another_tasks_training_rows_is_leaked():
-    a, b = task("t", test=[row(), row("Say gold.")]), task("u", train=[row(answers="RED ")], test=[row("x")])
+    a, b = (
+        task("t", test=[row(), row("Say gold.")]),
+        task("u", train=[row(answers="RED ")], test=[row("x")]),
+    )
     told = audit(stream(a, b))
-    assert found(told, "leaked") == [("t", 1, "1 of 2 test prompts stand in training rows, 1 with the same answers",
-                                      "t/test/0 (t/test.jsonl:0) and u/train/0 (u/train.jsonl:0)")]
+    assert found(told, "leaked") == [
+        (
+            "t",
+            1,
+            "1 of 2 test prompts stand in training rows, 1 with the same answers",
+            "t/test/0 (t/test.jsonl:0) and u/train/0 (u/train.jsonl:0)",
+        )
+    ]
     assert [told.tasks[name]["leaked"] for name in "tu"] == [1, 0]
 
 
@@ -75,38 +107,58 @@ def test_rows_that_only_pretraining_saw_are_training_rows_too():
 
 
 def test_a_dev_row_in_the_training_rows_and_a_test_row_in_the_dev_rows_are_told_apart():
-    told = audit(stream(task(train=[row("A")], dev=[row("A"), row("B")], test=[row("B"), row("C")])))
+    told = audit(
+        stream(task(train=[row("A")], dev=[row("A"), row("B")], test=[row("B"), row("C")]))
+    )
     assert [f[2] for f in found(told, "leaked")] == [
-        "1 of 2 dev prompts stand in training rows, 1 with the same answers"]
+        "1 of 2 dev prompts stand in training rows, 1 with the same answers"
+    ]
     assert [f[2] for f in found(told, "seen in dev")] == ["1 of 2 test prompts stand in dev rows"]
 
 
 def test_a_test_input_that_is_trained_on_under_another_instruction_is_told():
-    told = audit(stream(task(train=[row("Solve.", "2 + 2")], test=[row("Solve and explain.", "2 + 2"), row("Go.")])))
+    told = audit(
+        stream(
+            task(
+                train=[row("Solve.", "2 + 2")],
+                test=[row("Solve and explain.", "2 + 2"), row("Go.")],
+            )
+        )
+    )
     assert not found(told, "leaked")
     assert [f[2] for f in found(told, "input leaked")] == [
-        "1 of 2 test inputs stand in training rows under another instruction"]
+        "1 of 2 test inputs stand in training rows under another instruction"
+    ]
 
 
 def test_conflicting_answers_to_one_prompt_are_counted_wherever_they_stand():
-    a = task(train=[row("A", answers="red"), row("B", answers="x")], test=[row("A", answers=("blue", "green"))])
+    a = task(
+        train=[row("A", answers="red"), row("B", answers="x")],
+        test=[row("A", answers=("blue", "green"))],
+    )
     told = audit(stream(a, task("u", train=[row("B", answers=("y", "x"))])))
     assert [(f[1], f[3]) for f in found(told, "conflicting")] == [
         (1, "t/train/0 (t/train.jsonl:0) and t/test/0 (t/test.jsonl:0)"),
-        (1, "t/test/0 (t/test.jsonl:0) and t/train/0 (t/train.jsonl:0)")]
+        (1, "t/test/0 (t/test.jsonl:0) and t/train/0 (t/train.jsonl:0)"),
+    ]
 
 
 def test_answers_of_which_one_is_right_for_all_rows_do_not_conflict():
-    assert not found(audit(stream(task(train=[row(answers="red"), row(answers=("blue", "Red"))]))), "conflicting")
+    assert not found(
+        audit(stream(task(train=[row(answers="red"), row(answers=("blue", "Red"))]))), "conflicting"
+    )
 
 
 def test_empty_answers_are_counted_by_split():
-    a = task(train=[row("A", answers=(" ", "red")), row("B")],
-             test=[row("C", answers=(" ", "red")), row("D", answers="")])
+    a = task(
+        train=[row("A", answers=(" ", "red")), row("B")],
+        test=[row("C", answers=(" ", "red")), row("D", answers="")],
+    )
     told = audit(stream(a))
     assert [(f[2], f[3]) for f in found(told, "empty")] == [
         ("1 of 2 train rows have an empty answer", "t/train/0 (t/train.jsonl:0)"),
-        ("1 of 2 test rows have an empty answer", "t/test/1 (t/test.jsonl:1)")]
+        ("1 of 2 test rows have an empty answer", "t/test/1 (t/test.jsonl:1)"),
+    ]
     assert told.tasks["t"]["empty"] == 2
 
 
@@ -141,31 +193,58 @@ def test_a_split_that_is_none_is_refused():
 
 # The majority's score
 
+
 def answered(*answers):
     return [row(f"q{i}", answers=a) for i, a in enumerate(answers)]
 
 
 def test_the_majority_of_training_and_that_of_the_split_are_scored():
-    told = majority(task(labels=("yes", "no")), answered("Yes", "yes.", "no"), answered("no", "no", "yes", "no"),
-                    "exact_match")
-    assert told == {"classes": 2, "answer": "yes", "share": 2 / 3, "score": 0.25, "own_answer": "no", "own_score": 0.75}
+    told = majority(
+        task(labels=("yes", "no")),
+        answered("Yes", "yes.", "no"),
+        answered("no", "no", "yes", "no"),
+        "exact_match",
+    )
+    assert told == {
+        "classes": 2,
+        "answer": "yes",
+        "share": 2 / 3,
+        "score": 0.25,
+        "own_answer": "no",
+        "own_score": 0.75,
+    }
 
 
 def test_a_task_of_few_answers_needs_no_labels_and_one_of_many_has_no_majority():
     many = [str(i) for i in range(30)]
-    assert majority(task(), answered(*["a", "b"] * 10), answered("a"), "exact_match")["classes"] == 2
+    assert (
+        majority(task(), answered(*["a", "b"] * 10), answered("a"), "exact_match")["classes"] == 2
+    )
     assert majority(task(), answered(*many * 10), answered("1"), "exact_match") is None
-    assert majority(task(), answered("a", "b"), answered("a"), "exact_match") is None, "each answer but once"
+    assert majority(task(), answered("a", "b"), answered("a"), "exact_match") is None, (
+        "each answer but once"
+    )
 
 
 def test_the_majority_gets_its_score_by_the_metric():
     told = majority(task(labels=("a b", "c")), answered("a b"), answered("a c"), "token_f1")
     assert told["score"] == 0.5
-    assert majority(task(labels=("a",)), answered("a"), answered("a"), "perplexity")["score"] is None
+    assert (
+        majority(task(labels=("a",)), answered("a"), answered("a"), "perplexity")["score"] is None
+    )
 
 
-@pytest.mark.parametrize(("answers", "one_sided"), [
-    ("aab", True), ("aabb", False), ("aaabb", False), ("aaaabcde", True), ("aaaabbccde", True), ("abcde", False)])
+@pytest.mark.parametrize(
+    ("answers", "one_sided"),
+    [
+        ("aab", True),
+        ("aabb", False),
+        ("aaabb", False),
+        ("aaaabcde", True),
+        ("aaaabbccde", True),
+        ("abcde", False),
+    ],
+)
 def test_one_answer_of_two_thirds_or_twice_its_part_is_an_imbalance(answers, one_sided):
     a = task(train=answered(*answers), test=answered("a"), labels=tuple(set(answers)))
     told = found(audit(stream(a)), "imbalance")
@@ -175,7 +254,9 @@ def test_one_answer_of_two_thirds_or_twice_its_part_is_an_imbalance(answers, one
 
 
 def test_what_the_base_scores_above_the_majority_says_whether_it_solves_a_task():
-    a = task("a", train=answered(*"ccc", "d"), test=answered(*"ccc", "d"), labels=("c", "d"))  # the majority gets 0.75
+    a = task(
+        "a", train=answered(*"ccc", "d"), test=answered(*"ccc", "d"), labels=("c", "d")
+    )  # the majority gets 0.75
     told = audit(stream(a, task("b", train=[row()], test=[row("x")]))).to_json()
     assert [line.split(":")[0] for line in audits.solved(told, {"a": 0.92, "b": 0.92})] == ["b"]
     assert [line.split(":")[0] for line in audits.solved(told, {"a": 0.98, "b": 0.88})] == ["a"]
@@ -183,6 +264,7 @@ def test_what_the_base_scores_above_the_majority_says_whether_it_solves_a_task()
 
 
 # Lengths in tokens
+
 
 def measured(train, test=(), limit=40, room=None, **more):
     from continual.evaluation.scoring import prepare
@@ -197,20 +279,33 @@ def measured(train, test=(), limit=40, room=None, **more):
 
 
 def test_whole_lengths_are_told_and_what_becomes_of_the_rows_that_are_too_long():
-    encoder, made, told = measured([row(), row(input="q" * 60), row("w" * 90), row("x", answers=" ")])
+    encoder, made, told = measured(
+        [row(), row(input="q" * 60), row("w" * 90), row("x", answers=" ")]
+    )
     whole = replace(encoder, limit=10_000)
     assert told.tokens == sorted(len(whole.train(e, 0).ids) for e in made.train[:3])
-    assert told.figures() == {"median": told.tokens[1], "p95": told.tokens[2], "longest": told.tokens[2],
-                              "left out": 2, "shortened": 1}
+    assert told.figures() == {
+        "median": told.tokens[1],
+        "p95": told.tokens[2],
+        "longest": told.tokens[2],
+        "left out": 2,
+        "shortened": 1,
+    }
     assert [e.id for e in told.train["shortened"]] == ["t/train/1"]
     assert [e.id for e in told.train["left out"]] == ["t/train/2", "t/train/3"]
 
 
 def test_shortened_prompts_and_answers_longer_than_max_new_tokens_are_found():
-    _, _, told = measured([row()], [row(), row(input="q" * 60), row(answers=("q" * 20, "red")),
-                                    row(answers="q" * 20)], room=8)
+    _, _, told = measured(
+        [row()],
+        [row(), row(input="q" * 60), row(answers=("q" * 20, "red")), row(answers="q" * 20)],
+        room=8,
+    )
     assert {kind: [e.id for e in some] for kind, some in told.scored.items()} == {
-        "left out": [], "too long": ["t/test/3"], "shortened": ["t/test/1"]}
+        "left out": [],
+        "too long": ["t/test/3"],
+        "shortened": ["t/test/1"],
+    }
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
@@ -226,15 +321,26 @@ def test_the_quantiles_are_the_nearest_ranks(tokens):
 # Against brute force
 
 TEXTS = st.sampled_from(["a", "A", " b", "b", "a b", "A  b", "c", "", "ß", "SS"])
-EXAMPLES = st.lists(st.builds(lambda i, x, o: (i, x, tuple(o)), TEXTS, TEXTS, st.lists(TEXTS, max_size=3)), max_size=7)
+EXAMPLES = st.lists(
+    st.builds(lambda i, x, o: (i, x, tuple(o)), TEXTS, TEXTS, st.lists(TEXTS, max_size=3)),
+    max_size=7,
+)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(EXAMPLES, EXAMPLES, EXAMPLES), min_size=1, max_size=3))
 def test_the_counts_are_those_of_comparing_every_row_with_every_other(parts):
-    tasks = [task(f"t{i}", *([row(*r) for r in split] for split in splits)) for i, splits in enumerate(parts)]
+    tasks = [
+        task(f"t{i}", *([row(*r) for r in split] for split in splits))
+        for i, splits in enumerate(parts)
+    ]
     told = audit(stream(*tasks)).tasks
-    every = [(s, n, e) for s in ("train", "dev", "test") for n, t in enumerate(tasks) for e in getattr(t, s)]
+    every = [
+        (s, n, e)
+        for s in ("train", "dev", "test")
+        for n, t in enumerate(tasks)
+        for e in getattr(t, s)
+    ]
 
     def plain(text):
         return " ".join(text.casefold().split())
@@ -243,28 +349,47 @@ def test_the_counts_are_those_of_comparing_every_row_with_every_other(parts):
         return {plain(o) for o in e.outputs} - {""}
 
     def same(one, other):
-        return plain(f"{one.instruction} {one.input}") == plain(f"{other.instruction} {other.input}")
+        return plain(f"{one.instruction} {one.input}") == plain(
+            f"{other.instruction} {other.input}"
+        )
 
     for number, t in enumerate(tasks):
         own = [(i, s, e) for i, (s, n, e) in enumerate(every) if n == number]
         assert told[t.name]["repeated"] == sum(
-            any(split == s and same(e, other) for split, _, other in every[:i]) for i, s, e in own)
+            any(split == s and same(e, other) for split, _, other in every[:i]) for i, s, e in own
+        )
         assert told[t.name]["leaked"] == sum(
-            s != "train" and any(split == "train" and same(e, other) for split, _, other in every) for _, s, e in own)
+            s != "train" and any(split == "train" and same(e, other) for split, _, other in every)
+            for _, s, e in own
+        )
         assert told[t.name]["input leaked"] == sum(
-            s != "train" and bool(plain(e.input)) and any(
-                split == "train" and plain(other.input) == plain(e.input) for split, _, other in every)
-            and not any(split == "train" and same(e, other) for split, _, other in every) for _, s, e in own)
+            s != "train"
+            and bool(plain(e.input))
+            and any(
+                split == "train" and plain(other.input) == plain(e.input)
+                for split, _, other in every
+            )
+            and not any(split == "train" and same(e, other) for split, _, other in every)
+            for _, s, e in own
+        )
         assert told[t.name]["seen in dev"] == sum(
-            s == "test" and any(split == "dev" and same(e, other) for split, _, other in every) for _, s, e in own)
+            s == "test" and any(split == "dev" and same(e, other) for split, _, other in every)
+            for _, s, e in own
+        )
         assert told[t.name]["conflicting"] == sum(
-            bool(answers(e)) and not set.intersection(
-                *(answers(other) for *_, other in every if same(e, other) and answers(other))) for _, _, e in own)
+            bool(answers(e))
+            and not set.intersection(
+                *(answers(other) for *_, other in every if same(e, other) and answers(other))
+            )
+            for _, _, e in own
+        )
         assert told[t.name]["empty"] == sum(
-            not answers(e) or (s == "train" and not e.outputs[0].strip()) for _, s, e in own)
+            not answers(e) or (s == "train" and not e.outputs[0].strip()) for _, s, e in own
+        )
 
 
 # Alone, and at a run's start
+
 
 @pytest.fixture
 def leaky(tmp_path):
@@ -277,10 +402,16 @@ def leaky(tmp_path):
 def test_the_command_says_what_it_finds_and_writes_nothing(cli, leaky, tmp_path):
     code, out, err = cli("audit", "stream=folder", f"stream.path={leaky}")
     assert (code, err) == (0, "")
-    assert (f"first: 1 of 4 test prompts stand in training rows, 1 with the same answers, such as first/test/0 "
-            f"({leaky}/first/test.jsonl:1) and first/train/12 ({leaky}/first/train.jsonl:13)") in out
-    assert [line.split()[:4] for line in out.splitlines() if line.startswith(TASKS)] [:3] == [
-        ["first", "13", "4", "4"], ["last", "12", "4", "4"], ["loud", "12", "4", "4"]]
+    assert (
+        "first: 1 of 4 test prompts stand in training rows, 1 with the same answers, such as "
+        f"first/test/0 ({leaky}/first/test.jsonl:1) and first/train/12 "
+        f"({leaky}/first/train.jsonl:13)"
+    ) in out
+    assert [line.split()[:4] for line in out.splitlines() if line.startswith(TASKS)][:3] == [
+        ["first", "13", "4", "4"],
+        ["last", "12", "4", "4"],
+        ["loud", "12", "4", "4"],
+    ]
     assert "Tokens are counted where model= is given" in " ".join(out.split())
     assert list((tmp_path / "here").iterdir()) == []
 
@@ -290,10 +421,18 @@ def test_a_clean_stream_is_said_to_be_clean(cli, stream_folder):
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_tokens_are_counted_for_a_named_model_without_its_weights(leaky, tmp_path, kind, monkeypatch):
+def test_tokens_are_counted_for_a_named_model_without_its_weights(
+    leaky, tmp_path, kind, monkeypatch
+):
     folder = write_model(tmp_path / "model", kind)
     (folder / "model.safetensors").unlink()
-    keys = ["stream=folder", f"stream.path={leaky}", "model=hf", f"model.name={folder}", "data.max_length=20"]
+    keys = [
+        "stream=folder",
+        f"stream.path={leaky}",
+        "model=hf",
+        f"model.name={folder}",
+        "data.max_length=20",
+    ]
     told = alone(cli_config(*keys), Console(file=io.StringIO()))
     assert told.fits == {"limit": 20, "max_length": 20, "context": 128 if kind == "llama" else None}
     assert told.tasks["first"]["tokens"]["longest"] > 0
@@ -305,8 +444,12 @@ def cli_config(*keys):
 
 def test_a_model_from_scratch_is_not_built_to_count_its_tokens(leaky, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    told = alone(cli_config("stream=folder", f"stream.path={leaky}", "model=scratch", "model.vocabulary=300"),
-                 Console(file=io.StringIO()))
+    told = alone(
+        cli_config(
+            "stream=folder", f"stream.path={leaky}", "model=scratch", "model.vocabulary=300"
+        ),
+        Console(file=io.StringIO()),
+    )
     assert told.tasks["loud"]["tokens"]["median"] > 0
     assert not (tmp_path / "cache").exists()
 
@@ -327,11 +470,19 @@ def test_a_run_audits_once_and_shows_it_in_the_terminal_the_log_and_the_page(key
     assert sum(e["event"] == "audit" for e in lines(tmp_path / "run/events.jsonl")) == 1
 
 
-def test_the_audit_is_shown_before_the_weights_are_read_and_kept_once_the_run_begins(keys, leaky, tmp_path):
+def test_the_audit_is_shown_before_the_weights_are_read_and_kept_once_the_run_begins(
+    keys, leaky, tmp_path
+):
     folder = write_model(tmp_path / "model")
     weights = folder / "model.safetensors"
     aside, said = weights.rename(tmp_path / "weights"), io.StringIO()
-    told = (*keys, f"stream.path={leaky}", f"model.name={folder}", "train.epochs=1", f"out={tmp_path / 'run'}")
+    told = (
+        *keys,
+        f"stream.path={leaky}",
+        f"model.name={folder}",
+        "train.epochs=1",
+        f"out={tmp_path / 'run'}",
+    )
     with pytest.raises(MissingError, match="could not be loaded"):
         engine.run(main.configure("run", list(told)), Console(file=said, width=400))
     assert "first: 1 of 4 test prompts stand in training rows" in said.getvalue()
@@ -362,7 +513,10 @@ def test_an_audit_agrees_with_what_the_run_counts(keys, tmp_path):
     long = {"instruction": "Say it.", "input": "q" * 300, "output": "q"}
     unfit = {"instruction": "w" * 200, "output": "x"}
     for split in ("train", "test"):
-        write_rows(folder / f"first/{split}.jsonl", [*rows("first", 4, len(split)), long, unfit, {**long, "id": "b"}])
+        write_rows(
+            folder / f"first/{split}.jsonl",
+            [*rows("first", 4, len(split)), long, unfit, {**long, "id": "b"}],
+        )
     more = (f"stream.path={folder}", "data.on_unfit=skip", "train.epochs=1")
     _, said = run(tmp_path / "run", keys, *more)
     assert "inputs shortened to fit: 4; examples skipped: 2" in said
@@ -370,25 +524,41 @@ def test_an_audit_agrees_with_what_the_run_counts(keys, tmp_path):
     assert told["tasks"]["first"]["tokens"]["shortened"] == 2
     counts = {(f["kind"], f["says"].split()[3]): f["count"] for f in told["findings"]}
     assert {k: n for k, n in counts.items() if k[0] in ("left out", "shortened")} == {
-        (kind, split): n for split in ("train", "test") for kind, n in (("left out", 1), ("shortened", 2))}
-    assert json.loads(json.dumps(alone(cli_config(*keys, *more), Console(file=io.StringIO())).to_json())) == told
+        (kind, split): n
+        for split in ("train", "test")
+        for kind, n in (("left out", 1), ("shortened", 2))
+    }
+    assert (
+        json.loads(
+            json.dumps(alone(cli_config(*keys, *more), Console(file=io.StringIO())).to_json())
+        )
+        == told
+    )
 
 
 def test_a_task_that_the_base_solves_is_told_once_it_is_scored(keys, tmp_path, monkeypatch):
     from continual.runs import run as module
 
     def score(model, test, batch_size, turns):
-        return 1.0, [{"id": e.id, "score": 1.0, "answer": "", "references": []} for e in test.examples]
+        return 1.0, [
+            {"id": e.id, "score": 1.0, "answer": "", "references": []} for e in test.examples
+        ]
 
     monkeypatch.setattr(module, "score", score)
     _, said = run(tmp_path / "run", keys, "stream.tasks=[loud]", "train.epochs=1")
-    assert said.count("loud: the base already solves it, with 100.0; there is little left to learn") == 1
+    assert (
+        said.count("loud: the base already solves it, with 100.0; there is little left to learn")
+        == 1
+    )
     assert "the base already solves it" in page(tmp_path / "run").text
 
 
 def test_a_pages_audit_shows_every_text_as_text(keys, tmp_path):
     folder = write_stream(tmp_path / "stream", ("first",))
-    write_rows(folder / "first/train.jsonl", [{"id": f"{EVIL}{i}", "instruction": "x", "output": "y"} for i in "ab"])
+    write_rows(
+        folder / "first/train.jsonl",
+        [{"id": f"{EVIL}{i}", "instruction": "x", "output": "y"} for i in "ab"],
+    )
     run(tmp_path / "run", keys, f"stream.path={folder}", "train.epochs=1")
     assert EVIL in page(tmp_path / "run").text
 
@@ -397,5 +567,7 @@ def test_a_pages_audit_shows_every_text_as_text(keys, tmp_path):
 def test_a_damaged_audit_is_named_by_the_report(keys, tmp_path, damage):
     run(tmp_path / "run", keys, "stream.tasks=[first]", "train.epochs=1")
     (tmp_path / "run/audit.json").write_text(damage)
-    with pytest.raises(DataError, match=r"audit\.json.*(found broken JSON|no audit of schema 1 .*remove it)"):
+    with pytest.raises(
+        DataError, match=r"audit\.json.*(found broken JSON|no audit of schema 1 .*remove it)"
+    ):
         write.write(tmp_path / "run")

@@ -1,4 +1,6 @@
-"""The benchmarks' own arms and measures, on the smallest models; the peers are an extra that the tests go without."""
+"""The benchmarks' own arms and measures, on the smallest models; the peers are an extra that the
+tests go without.
+"""
 
 import json
 import sys
@@ -32,7 +34,9 @@ def test_the_engines_arms_learn_the_same_and_each_is_a_row_with_ratios_to_its_pe
     assert {"padded"} <= set(rows[0]["ratio_to"]) <= {"padded", "padded memory"}
     assert len({r["first_losses"] for r in rows}) == 1
     table = common.table(rows)
-    assert table.splitlines()[0].startswith("| work | arm | ms a step | examples/s | MB above the model | ratio to |")
+    assert table.splitlines()[0].startswith(
+        "| work | arm | ms a step | examples/s | MB above the model | ratio to |"
+    )
 
 
 def test_arms_that_learn_differently_are_refused():
@@ -55,7 +59,10 @@ def test_answers_a_second_are_measured_against_generate(monkeypatch):
 
 def test_answers_are_compared_by_their_tokens_up_to_the_end():
     numbers = answer.Numbers(end=0)
-    assert numbers.batch_decode([[5, 71, 0, 0], [571, 3]], skip_special_tokens=True) == ["5 71", "571 3"]
+    assert numbers.batch_decode([[5, 71, 0, 0], [571, 3]], skip_special_tokens=True) == [
+        "5 71",
+        "571 3",
+    ]
     with pytest.raises(RuntimeError, match="1 of 2 answers differ"):
         answer.compare({"continual": ["5 71", "571 3"], "generate": ["5 71", "57 13"]})
 
@@ -90,12 +97,14 @@ def test_the_meta_gradient_is_measured_against_learn2learn_s(monkeypatch, second
 
 def test_another_meta_gradient_is_refused():
     with pytest.raises(RuntimeError, match="the meta-gradient of learn2learn differs"):
-        maml.compare({"continual": {"w": torch.ones(3)}, "learn2learn": {"w": torch.ones(3) * 1.001}})
+        maml.compare(
+            {"continual": {"w": torch.ones(3)}, "learn2learn": {"w": torch.ones(3) * 1.001}}
+        )
 
 
 @pytest.mark.parametrize("name", overhead.STRATEGIES)
 def test_a_strategys_step_is_measured_against_naives(name):
-    found, = overhead.against_naive("3M", "lora", name, works.rows("agnews", 96), seconds=0)
+    (found,) = overhead.against_naive("3M", "lora", name, works.rows("agnews", 96), seconds=0)
     assert set(found) >= KEYS
     assert found["ratio_to"]["naive time"] > 0
 
@@ -116,8 +125,13 @@ def test_causal_attention_counts_the_half_that_it_needs():
     q, k, v = torch.randn(3, 2, 4, 64, 16, requires_grad=True)
 
     def attend(causal):
-        return common.flops(lambda: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=causal).sum().backward())
+        return common.flops(
+            lambda: (
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                .sum()
+                .backward()
+            )
+        )
 
     assert 2 * attend(True) == attend(False) > 0
 
@@ -138,11 +152,15 @@ def test_a_long_instruction_takes_the_place_of_the_rows_own():
     assert [b.ids[150:] for b in behind] == [r.ids[30:] for r in rows]
 
 
-def test_the_command_writes_a_table_that_names_the_machine_and_all_rows_as_json(tmp_path, monkeypatch):
+def test_the_command_writes_a_table_that_names_the_machine_and_all_rows_as_json(
+    tmp_path, monkeypatch
+):
     row = common.row("overhead", "a work", "naive", 0.5, 32, 2_000_000, {"naive time": 1.0})
     monkeypatch.setattr(overhead, "run", lambda: [row])
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "overhead", "--json", str(tmp_path / "rows.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "overhead", "--json", str(tmp_path / "rows.json")]
+    )
     command.main()
     told = (tmp_path / "results" / "overhead-cpu.md").read_text()
     assert common.machine() in told

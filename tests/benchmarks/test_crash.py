@@ -1,4 +1,6 @@
-"""The crash benchmark in short: runs that are killed at random instants end bit for bit as the one left alone."""
+"""The crash benchmark in short: runs that are killed at random instants end bit for bit as the one
+left alone.
+"""
 
 import sys
 
@@ -20,8 +22,16 @@ def crash(*words: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes that hold torch")
 def test_killed_runs_end_bit_for_bit_as_the_one_that_was_left_alone(tmp_path):
     table = tmp_path / "table.md"
-    code, said = subprocesses.Apart(tmp_path / "said", crash, "--kills", "4", "--strategies", "[replay,ewc]", "--out",
-                             str(table)).ended()
+    code, said = subprocesses.Apart(
+        tmp_path / "said",
+        crash,
+        "--kills",
+        "4",
+        "--strategies",
+        "[replay,ewc]",
+        "--out",
+        str(table),
+    ).ended()
     assert code == 0, said
     row = next(line for line in table.read_text().splitlines() if line.startswith("| [replay,ewc]"))
     assert row.split(" | ")[1] == "4"

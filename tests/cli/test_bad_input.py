@@ -1,11 +1,22 @@
-"""What a user may get wrong in data or folders: each ends in one clear message that says where, what and the mend."""
+"""What a user may get wrong in data or folders: each ends in one clear message that says where,
+what and the mend.
+"""
 
 import json
 import shutil
 
 import pytest
 
-from tests.support.models import TASKS, byte_bpe, rows, run, stream_text, write_model, write_rows, write_stream
+from tests.support.models import (
+    TASKS,
+    byte_bpe,
+    rows,
+    run,
+    stream_text,
+    write_model,
+    write_rows,
+    write_stream,
+)
 
 GOOD = json.dumps(rows("first", 1)[0])
 
@@ -19,22 +30,52 @@ def stream(tmp_path):
 @pytest.fixture
 def said(refused, keys, tmp_path, stream):
     """What a run over the spoiled stream is refused with."""
-    return lambda *words: refused("run", *keys, f"stream.path={stream}", *words, f"out={tmp_path / 'run'}")
+    return lambda *words: refused(
+        "run", *keys, f"stream.path={stream}", *words, f"out={tmp_path / 'run'}"
+    )
 
 
 # Rows
 
-@pytest.mark.parametrize(("line", "told"), [
-    ('{"instruction": "Say it.", "output": ', "found broken JSON"),
-    ('{"instruction": "Say it."}', "found no answer beside 'instruction' (columns 'instruction'), expected 'output'"),
-    ('{"question": "Say it.", "output": "x"}', "found the columns 'question', 'output', expected 'instruction'"),
-    ('{"instruction": "Say it.", "inputs": "x", "output": "x"}', "found the column 'inputs', expected 'input'"),
-    ('{"instruction": "Say it.", "output": ""}', "the response is empty"),
-    ('{"instruction": "Say it.", "output": "%s"}' % ("z" * 300), "tokens, and the limit is 128; raise"),
-    ('{"instruction": "%s", "output": "z"}' % ("Say it. " * 300), "tokens, and the limit is 128; raise"),
-    ('["Say it."]', "found a list, expected a JSON object"),
-], ids=["broken JSON", "no output", "unknown column", "misspelt column", "empty output", "long output", "long prompt",
-        "no object"])
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"instruction": "Say it.", "output": ', "found broken JSON"),
+        (
+            '{"instruction": "Say it."}',
+            "found no answer beside 'instruction' (columns 'instruction'), expected 'output'",
+        ),
+        (
+            '{"question": "Say it.", "output": "x"}',
+            "found the columns 'question', 'output', expected 'instruction'",
+        ),
+        (
+            '{"instruction": "Say it.", "inputs": "x", "output": "x"}',
+            "found the column 'inputs', expected 'input'",
+        ),
+        ('{"instruction": "Say it.", "output": ""}', "the response is empty"),
+        (
+            '{"instruction": "Say it.", "output": "%s"}' % ("z" * 300),
+            "tokens, and the limit is 128; raise",
+        ),
+        (
+            '{"instruction": "%s", "output": "z"}' % ("Say it. " * 300),
+            "tokens, and the limit is 128; raise",
+        ),
+        ('["Say it."]', "found a list, expected a JSON object"),
+    ],
+    ids=[
+        "broken JSON",
+        "no output",
+        "unknown column",
+        "misspelt column",
+        "empty output",
+        "long output",
+        "long prompt",
+        "no object",
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(said, stream, line, told):
     file = stream / "last/train.jsonl"
     file.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
@@ -52,23 +93,41 @@ def test_every_bad_row_of_a_file_is_told_at_once(said, stream):
     assert other.startswith(f"{file}:4:")
 
 
-def test_the_rows_that_cannot_be_learned_are_told_for_all_stages_at_once_and_before_any(said, stream, tmp_path):
+def test_the_rows_that_cannot_be_learned_are_told_for_all_stages_at_once_and_before_any(
+    said, stream, tmp_path
+):
     for task in TASKS:
-        write_rows(stream / task / "train.jsonl", [*rows(task, 4), {"instruction": "Say it.", "output": " "}])
+        write_rows(
+            stream / task / "train.jsonl",
+            [*rows(task, 4), {"instruction": "Say it.", "output": " "}],
+        )
     told = said().split("\n")
-    assert [line.partition(": ")[0] for line in told] == [f"{stream / task / 'train.jsonl'}:5" for task in TASKS]
+    assert [line.partition(": ")[0] for line in told] == [
+        f"{stream / task / 'train.jsonl'}:5" for task in TASKS
+    ]
     assert not (tmp_path / "run/matrix.json").exists()
 
 
-def test_a_run_refused_for_its_rows_may_be_given_again_with_more_room_or_skipping(said, cli, keys, stream, tmp_path):
-    write_rows(stream / "first/train.jsonl", [*rows("first", 4), {"instruction": "Say it.", "output": " "}])
+def test_a_run_refused_for_its_rows_may_be_given_again_with_more_room_or_skipping(
+    said, cli, keys, stream, tmp_path
+):
+    write_rows(
+        stream / "first/train.jsonl", [*rows("first", 4), {"instruction": "Say it.", "output": " "}]
+    )
     said()
-    code, _, err = cli("run", *keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}")
+    code, _, err = cli(
+        "run", *keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}"
+    )
     assert code == 0, err
 
 
-def test_a_test_prompt_longer_than_the_models_context_is_named_before_any_training(said, stream, tmp_path):
-    write_rows(stream / "loud/test.jsonl", [*rows("loud", 2), {"instruction": "Say it. " * 300, "output": "x"}])
+def test_a_test_prompt_longer_than_the_models_context_is_named_before_any_training(
+    said, stream, tmp_path
+):
+    write_rows(
+        stream / "loud/test.jsonl",
+        [*rows("loud", 2), {"instruction": "Say it. " * 300, "output": "x"}],
+    )
     message = said()
     assert message.startswith(f"{stream / 'loud/test.jsonl'}:3: takes")
     assert "the limit is" in message
@@ -76,19 +135,35 @@ def test_a_test_prompt_longer_than_the_models_context_is_named_before_any_traini
 
 
 def test_all_bad_rows_may_be_skipped(cli, keys, stream, tmp_path):
-    write_rows(stream / "loud/train.jsonl", [*rows("loud", 6), {"instruction": "Say it. " * 300, "output": "x"},
-                                             {"instruction": "Say it.", "output": " "}])
-    code, _, err = cli("run", *keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}")
+    write_rows(
+        stream / "loud/train.jsonl",
+        [
+            *rows("loud", 6),
+            {"instruction": "Say it. " * 300, "output": "x"},
+            {"instruction": "Say it.", "output": " "},
+        ],
+    )
+    code, _, err = cli(
+        "run", *keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}"
+    )
     assert code == 0
     assert "examples skipped: 2 (loud/train/6, loud/train/7 ...)" in err
 
 
 # Tasks and folders
 
-def test_early_stopping_without_dev_rows_is_refused_before_anything_is_scored(cli, keys, stream, tmp_path):
+
+def test_early_stopping_without_dev_rows_is_refused_before_anything_is_scored(
+    cli, keys, stream, tmp_path
+):
     (stream / "last/dev.jsonl").unlink()
-    code, _, err = cli("run", *keys, f"stream.path={stream}", "train.patience=1", f"out={tmp_path / 'run'}")
-    assert (code, "train.patience=1 stops by the loss on dev rows, and there are none of last; add" in err) == (2, True)
+    code, _, err = cli(
+        "run", *keys, f"stream.path={stream}", "train.patience=1", f"out={tmp_path / 'run'}"
+    )
+    assert (
+        code,
+        "train.patience=1 stops by the loss on dev rows, and there are none of last; add" in err,
+    ) == (2, True)
     assert not (tmp_path / "run/matrix.json").exists()
 
 
@@ -99,7 +174,10 @@ def test_an_empty_task_is_refused(said, stream):
 
 def test_a_task_without_the_scored_split_is_refused(said, stream):
     (stream / "last/test.jsonl").unlink()
-    assert "task 'last' has no test rows (it has train, dev); score another split (score.split=dev)" in said()
+    assert (
+        "task 'last' has no test rows (it has train, dev); score another split (score.split=dev)"
+        in said()
+    )
 
 
 def test_a_missing_stream_folder_is_refused(said, stream):
@@ -114,7 +192,10 @@ def test_a_missing_task_folder_is_refused(said, stream):
 
 def test_a_folder_without_stream_json_is_refused(said, stream):
     (stream / "stream.json").unlink()
-    assert f"found no {stream / 'stream.json'}, expected the file that names the stream's tasks" in said()
+    assert (
+        f"found no {stream / 'stream.json'}, expected the file that names the stream's tasks"
+        in said()
+    )
 
 
 def test_a_broken_stream_json_is_named_with_its_line(said, stream):
@@ -129,6 +210,7 @@ def test_an_unknown_metric_of_a_task_names_the_nearest(said, stream):
 
 
 # Models
+
 
 def test_a_tokenizer_without_end_of_sequence_or_padding_is_no_error(keys, tmp_path):
     bare = write_model(tmp_path / "model", tokenizer=byte_bpe(stream_text(), eos=None, pad=None))
@@ -156,10 +238,14 @@ def test_a_checkpoint_of_another_model_is_refused(refused, keys, tmp_path):
 
 # Run folders
 
-@pytest.mark.parametrize(("file", "told"), [
-    ("matrix.json", "matrix.json:1:3: found broken JSON"),
-    ("config.yaml", "config.yaml cannot be read"),
-])
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("matrix.json", "matrix.json:1:3: found broken JSON"),
+        ("config.yaml", "config.yaml cannot be read"),
+    ],
+)
 def test_a_damaged_file_of_a_run_folder_is_named(refused, keys, tmp_path, file, told):
     run(tmp_path / "run", keys, "stream.tasks=[first]")
     (tmp_path / "run" / file).write_text("{ [")

@@ -19,10 +19,15 @@ from tests.support.models import TASKS, lines, run
 
 
 def names(group):
-    return {p.name.removesuffix(".yaml") for p in files("conf").joinpath(group).iterdir() if p.name.endswith(".yaml")}
+    return {
+        p.name.removesuffix(".yaml")
+        for p in files("conf").joinpath(group).iterdir()
+        if p.name.endswith(".yaml")
+    }
 
 
 # Help and lists
+
 
 @pytest.mark.parametrize("word", ["--help", "-h", "help", None])
 def test_help_names_every_command(cli, word):
@@ -39,14 +44,25 @@ def test_every_command_shows_examples(cli, verb):
 
 
 def test_help_loads_nothing_heavy():
-    code = ("import sys; from continual.cli.main import main; main(['--help']); main(['run', '--help']); "
-            "print({'torch', 'transformers', 'hydra', 'datasets', 'matplotlib'} & set(sys.modules))")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys; from continual.cli.main import main; main(['--help']); main(['run', "
+        "'--help']); print({'torch', 'transformers', 'hydra', 'datasets', 'matplotlib'} & "
+        "set(sys.modules))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip().endswith("set()")
 
 
-@pytest.mark.parametrize("line", [line for verb in ("run", "compare", "adapt", "audit", "plan")
-                                  for line in EXAMPLES[verb].splitlines()[2:]])
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for verb in ("run", "compare", "adapt", "audit", "plan")
+        for line in EXAMPLES[verb].splitlines()[2:]
+    ],
+)
 def test_the_examples_of_the_help_compose(line):
     from continual.cli.main import configure
 
@@ -73,7 +89,9 @@ def test_list_of_one_group_names_no_other(cli):
 def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
     from omegaconf import OmegaConf
 
-    code, out, _ = cli("run", "strategy=[replay,ewc]", "train.lr=0.25", f"out={tmp_path / 'run'}", "--cfg")
+    code, out, _ = cli(
+        "run", "strategy=[replay,ewc]", "train.lr=0.25", f"out={tmp_path / 'run'}", "--cfg"
+    )
     config = OmegaConf.create(out)
     assert code == 0
     assert (config.train.lr, list(config.strategy)) == (0.25, ["replay", "ewc"])
@@ -82,89 +100,140 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
 
 # Names that are not there
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["rn"], "unknown command 'rn'; did you mean 'run'? Known: " + ", ".join(sorted(VERBS)) + "."),
-    (["list", "strategis"], "unknown list 'strategis'; did you mean 'strategies'"),
-    (["run", "strategy=replya"], "unknown strategy 'replya'; did you mean 'replay'"),
-    (["run", "strategy=[naive,ewk]"], "unknown strategy 'ewk'; did you mean 'ewc'"),
-    (["run", "stream=foldr"], "unknown stream 'foldr'; did you mean 'folder'?"),
-    (["run", "model=scrach"], "unknown model 'scrach'; did you mean 'scratch'?"),
-    (["run", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'"),
-    (["run", "trian.lr=1"], "unknown key 'trian"),
-    (["run", "sead=1"], "unknown key 'sead'; did you mean 'seed'"),
-    (["run", "strategy=replay", "strategy.replay.shere=1"], "did you mean 'strategy.replay.share'"),
-    (["run", "+strategy.naive.foo=1"], "unknown key strategy.naive 'foo'"),
-    (["run", "+train.foo=1"], "unknown key train 'foo'"),
-    (["compare", "strategy=naive,replya"], "unknown strategy 'replya'; did you mean 'replay'"),
-    (["compare", "seed=0,1", "train.lrr=1"], "unknown key 'train.lrr'"),
-    (["adapt", "adapt.stps=3"], "unknown key 'adapt.stps'; did you mean 'adapt.steps'"),
-    (["run", "stream=folder"], "stream.path is not set; give stream.path=..."),
-    (["run", "model=hf"], "model.name is not set; give model.name=..."),
-    (["run", "stream=folder", "model=hf"], "model.name is not set; give model.name=...\nstream.path is not set"),
-    (["run", "train.lr"], "Keys are given as key=value"),
-    (["run", "train.lr=[1"], "Keys are given as key=value"),
-    (["run", "out=höhe"], "out=höhe: found no key and value that can be read."),
-    (["run", "out=höhe", "seed=1", "stream=a=b"], "in quotes: \"out='höhe'\"\nstream=a=b: found no key"),
-    (["run", "out=a,b"], "out=a,b: found several values, which only continual compare takes."),
-    (["run", "out=2024"], "out=2024: expected a text; one that is a number or a list stands in quotes"),
-    (["run", "out=null"], "out=None: expected a text"),
-    (["run", "device=null", "checkpoint=null"], "device=None: expected a text; one that is a number or a list stands "
-     "in quotes: \"device='123'\"\ncheckpoint=None: expected its keys, as in checkpoint.KEY=VALUE"),
-    (["run", "lr=1"], "unknown key 'lr'; did you mean 'train.lr'?"),
-    (["run", "strategy=maml", "strategy.inner=meta_sgd"], "did you mean 'strategy.maml.inner'"),
-    (["run", "strategy=avalanche", "strategy.plugin=EWCPlugin"], "did you mean 'strategy.avalanche.plugin'"),
-    (["run", "train=null"], "train=null: expected a name of those in"),
-    (["run", "~train.lr"], "~train.lr: a key is not taken away; give it another value"),
-    (["compare", "~strategies", "seed=1"], "~strategies: a key is not taken away"),
-    (["audit", "data=5"], "data=5: expected its keys"),
-    (["run", "strategy=[]"], "strategy=[] names none"),
-    (["compare", "strategy=[]"], "strategy=[] names none"),
-    (["report"], "continual report needs a folder made by run, compare or adapt"),
-    (["report", "nowhere"], "nowhere: there is no such folder"),
-    (["report", "json=true"], "unknown key 'json'"),
-    (["export", "runs/x", "--cfg"], "continual export has no configuration"),
-])
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["rn"],
+            "unknown command 'rn'; did you mean 'run'? Known: " + ", ".join(sorted(VERBS)) + ".",
+        ),
+        (["list", "strategis"], "unknown list 'strategis'; did you mean 'strategies'"),
+        (["run", "strategy=replya"], "unknown strategy 'replya'; did you mean 'replay'"),
+        (["run", "strategy=[naive,ewk]"], "unknown strategy 'ewk'; did you mean 'ewc'"),
+        (["run", "stream=foldr"], "unknown stream 'foldr'; did you mean 'folder'?"),
+        (["run", "model=scrach"], "unknown model 'scrach'; did you mean 'scratch'?"),
+        (["run", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'"),
+        (["run", "trian.lr=1"], "unknown key 'trian"),
+        (["run", "sead=1"], "unknown key 'sead'; did you mean 'seed'"),
+        (
+            ["run", "strategy=replay", "strategy.replay.shere=1"],
+            "did you mean 'strategy.replay.share'",
+        ),
+        (["run", "+strategy.naive.foo=1"], "unknown key strategy.naive 'foo'"),
+        (["run", "+train.foo=1"], "unknown key train 'foo'"),
+        (["compare", "strategy=naive,replya"], "unknown strategy 'replya'; did you mean 'replay'"),
+        (["compare", "seed=0,1", "train.lrr=1"], "unknown key 'train.lrr'"),
+        (["adapt", "adapt.stps=3"], "unknown key 'adapt.stps'; did you mean 'adapt.steps'"),
+        (["run", "stream=folder"], "stream.path is not set; give stream.path=..."),
+        (["run", "model=hf"], "model.name is not set; give model.name=..."),
+        (
+            ["run", "stream=folder", "model=hf"],
+            "model.name is not set; give model.name=...\nstream.path is not set",
+        ),
+        (["run", "train.lr"], "Keys are given as key=value"),
+        (["run", "train.lr=[1"], "Keys are given as key=value"),
+        (["run", "out=höhe"], "out=höhe: found no key and value that can be read."),
+        (
+            ["run", "out=höhe", "seed=1", "stream=a=b"],
+            "in quotes: \"out='höhe'\"\nstream=a=b: found no key",
+        ),
+        (["run", "out=a,b"], "out=a,b: found several values, which only continual compare takes."),
+        (
+            ["run", "out=2024"],
+            "out=2024: expected a text; one that is a number or a list stands in quotes",
+        ),
+        (["run", "out=null"], "out=None: expected a text"),
+        (
+            ["run", "device=null", "checkpoint=null"],
+            "device=None: expected a text; one that is a number or a list stands "
+            "in quotes: \"device='123'\"\ncheckpoint=None: expected its keys, as in checkpoint.KEY=VALUE",
+        ),
+        (["run", "lr=1"], "unknown key 'lr'; did you mean 'train.lr'?"),
+        (["run", "strategy=maml", "strategy.inner=meta_sgd"], "did you mean 'strategy.maml.inner'"),
+        (
+            ["run", "strategy=avalanche", "strategy.plugin=EWCPlugin"],
+            "did you mean 'strategy.avalanche.plugin'",
+        ),
+        (["run", "train=null"], "train=null: expected a name of those in"),
+        (["run", "~train.lr"], "~train.lr: a key is not taken away; give it another value"),
+        (["compare", "~strategies", "seed=1"], "~strategies: a key is not taken away"),
+        (["audit", "data=5"], "data=5: expected its keys"),
+        (["run", "strategy=[]"], "strategy=[] names none"),
+        (["compare", "strategy=[]"], "strategy=[] names none"),
+        (["report"], "continual report needs a folder made by run, compare or adapt"),
+        (["report", "nowhere"], "nowhere: there is no such folder"),
+        (["report", "json=true"], "unknown key 'json'"),
+        (["export", "runs/x", "--cfg"], "continual export has no configuration"),
+    ],
+)
 def test_a_name_that_is_not_there_is_refused_with_the_nearest(refused, words, told):
     assert told in refused(*words)
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["stream.order=givn"], "unknown stream.order 'givn'; did you mean 'given'?"),
-    (["stream.tasks=[furst]"], "'furst'; did you mean 'first'"),
-    (["stream.tasks=first"], "stream.tasks=first: expected a list, such as [a,b]"),
-    (["stream.arrangement=cumulativ"], "unknown stream.arrangement 'cumulativ'; did you mean 'cumulative'?"),
-    (["score.metric=rougel"], "unknown metric 'rougel'; did you mean 'rougeL'"),
-    (["score.split=tset"], "unknown score.split 'tset'; did you mean 'test'"),
-    (["data.template=alpacca"], "unknown data.template 'alpacca'; did you mean 'alpaca'?"),
-    (["data.template=chat"], "needs a tokenizer with a chat template"),
-    (["model.adapter=lra"], "unknown model.adapter 'lra'; did you mean 'lora'"),
-    (["train.schedule=cos"], "unknown train.schedule 'cos'; did you mean 'cosine'"),
-    (["train.precision=fp16"], "unknown train.precision 'fp16'"),
-    (["train.lr=fast"], "train.lr=fast: expected a number"),
-    (["train.betas=3"], "train.betas=3: expected a list"),
-    (["train.betas=[0.9,1]"], "train.betas=[0.9, 1]: expected two numbers in [0, 1)"),
-    (["train.tokens_per_microbatch=0"], "train.tokens_per_microbatch=0: expected a whole number of at least 1"),
-    (["score.batch_size=0"], "score.batch_size=0: expected a whole number of at least 1"),
-    (["data.max_length=many", "score.limit=0"],
-     "data.max_length=many: expected a whole number of at least 1\nscore.limit=0"),
-    (["seed=x"], "seed=x: expected a whole number of at least 0"),
-    (["seed=99999999999999999999"], "seed=99999999999999999999: expected a whole number below 2^63"),
-    (["checkpoint.every_seconds=5m"], "checkpoint.every_seconds=5m: expected a number of seconds of at least 0"),
-    (["checkpoint.every_seconds=nan"], "checkpoint.every_seconds=nan: expected a number of seconds"),
-    (["train.epochs=inf"], "train.epochs=inf: expected more than 0 and at most 1e9"),
-    (["train.steps=99999999999999999999"], "train.steps=99999999999999999999: expected at least 1 and below 2^63"),
-    (["stream.tasks=[1]"], "unknown task in stream.tasks"),
-    (["track=null"], "unknown track None"),
-    (["strategy=replay", "strategy.replay.capacity=inf"], "capacity"),
-    (["loss.instruction_weight=2"], "loss.instruction_weight=2: expected a number from 0"),
-    (["loss.instruction_weight=all"], "loss.instruction_weight=all: expected a number from 0"),
-    (["device=gpu"], "unknown device 'gpu'"),
-    (["stream.limit=0"], "stream.limit=0"),
-    (["stream.limit=few"], "stream.limit=few: expected a whole number"),
-    (["model.name=./nowhere"], "model.name=./nowhere: no such folder"),
-    (["strategy=replay", "strategy.replay.share=2"], "share"),
-    (["strategy=replay", "strategy.replay.share=half"], "strategy.replay.share=half: expected a number"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stream.order=givn"], "unknown stream.order 'givn'; did you mean 'given'?"),
+        (["stream.tasks=[furst]"], "'furst'; did you mean 'first'"),
+        (["stream.tasks=first"], "stream.tasks=first: expected a list, such as [a,b]"),
+        (
+            ["stream.arrangement=cumulativ"],
+            "unknown stream.arrangement 'cumulativ'; did you mean 'cumulative'?",
+        ),
+        (["score.metric=rougel"], "unknown metric 'rougel'; did you mean 'rougeL'"),
+        (["score.split=tset"], "unknown score.split 'tset'; did you mean 'test'"),
+        (["data.template=alpacca"], "unknown data.template 'alpacca'; did you mean 'alpaca'?"),
+        (["data.template=chat"], "needs a tokenizer with a chat template"),
+        (["model.adapter=lra"], "unknown model.adapter 'lra'; did you mean 'lora'"),
+        (["train.schedule=cos"], "unknown train.schedule 'cos'; did you mean 'cosine'"),
+        (["train.precision=fp16"], "unknown train.precision 'fp16'"),
+        (["train.lr=fast"], "train.lr=fast: expected a number"),
+        (["train.betas=3"], "train.betas=3: expected a list"),
+        (["train.betas=[0.9,1]"], "train.betas=[0.9, 1]: expected two numbers in [0, 1)"),
+        (
+            ["train.tokens_per_microbatch=0"],
+            "train.tokens_per_microbatch=0: expected a whole number of at least 1",
+        ),
+        (["score.batch_size=0"], "score.batch_size=0: expected a whole number of at least 1"),
+        (
+            ["data.max_length=many", "score.limit=0"],
+            "data.max_length=many: expected a whole number of at least 1\nscore.limit=0",
+        ),
+        (["seed=x"], "seed=x: expected a whole number of at least 0"),
+        (
+            ["seed=99999999999999999999"],
+            "seed=99999999999999999999: expected a whole number below 2^63",
+        ),
+        (
+            ["checkpoint.every_seconds=5m"],
+            "checkpoint.every_seconds=5m: expected a number of seconds of at least 0",
+        ),
+        (
+            ["checkpoint.every_seconds=nan"],
+            "checkpoint.every_seconds=nan: expected a number of seconds",
+        ),
+        (["train.epochs=inf"], "train.epochs=inf: expected more than 0 and at most 1e9"),
+        (
+            ["train.steps=99999999999999999999"],
+            "train.steps=99999999999999999999: expected at least 1 and below 2^63",
+        ),
+        (["stream.tasks=[1]"], "unknown task in stream.tasks"),
+        (["track=null"], "unknown track None"),
+        (["strategy=replay", "strategy.replay.capacity=inf"], "capacity"),
+        (["loss.instruction_weight=2"], "loss.instruction_weight=2: expected a number from 0"),
+        (["loss.instruction_weight=all"], "loss.instruction_weight=all: expected a number from 0"),
+        (["device=gpu"], "unknown device 'gpu'"),
+        (["stream.limit=0"], "stream.limit=0"),
+        (["stream.limit=few"], "stream.limit=few: expected a whole number"),
+        (["model.name=./nowhere"], "model.name=./nowhere: no such folder"),
+        (["strategy=replay", "strategy.replay.share=2"], "share"),
+        (
+            ["strategy=replay", "strategy.replay.share=half"],
+            "strategy.replay.share=half: expected a number",
+        ),
+    ],
+)
 def test_a_value_that_cannot_be_is_refused(refused, keys, tmp_path, words, told):
     assert told in refused("run", *keys, *words, f"out={tmp_path}")
 
@@ -179,6 +248,7 @@ def test_the_traceback_is_there_for_those_who_ask(cli, monkeypatch):
 
 # run
 
+
 def test_run_trains_composed_strategies_and_shows_the_matrix(cli, keys, tmp_path):
     code, out, err = cli("run", *keys, "strategy=[replay,ewc]", f"out={tmp_path}")
     assert code == 0
@@ -188,6 +258,7 @@ def test_run_trains_composed_strategies_and_shows_the_matrix(cli, keys, tmp_path
 
 
 # compare
+
 
 @pytest.fixture(scope="module")
 def compared(keys, tmp_path_factory):
@@ -202,22 +273,33 @@ def compared(keys, tmp_path_factory):
 def test_compare_leaves_a_run_folder_for_each_combination_and_one_page(compared):
     runs = {p.parent.name: Matrix.load(p) for p in compared.glob("*/matrix.json")}
     assert {(m.strategy, m.seed) for m in runs.values()} == {
-        (s, seed) for s in ("naive", "replay+ewc") for seed in (0, 1)}
+        (s, seed) for s in ("naive", "replay+ewc") for seed in (0, 1)
+    }
     assert all(m.finished for m in runs.values())
     assert all((compared / name / "report.html").is_file() for name in runs)
-    assert {p.name for p in compared.iterdir() if p.is_file()} >= {"comparison.json", "report.html", "curves.png"}
+    assert {p.name for p in compared.iterdir() if p.is_file()} >= {
+        "comparison.json",
+        "report.html",
+        "curves.png",
+    }
 
 
 def test_a_comparisons_runs_are_those_of_run(compared, keys, tmp_path):
     alone, _ = run(tmp_path, keys, "strategy=[replay,ewc]", "seed=1")
-    (same,) = [m for p in compared.glob("*/matrix.json") if (m := Matrix.load(p)).strategy != "naive" and m.seed == 1]
+    (same,) = [
+        m
+        for p in compared.glob("*/matrix.json")
+        if (m := Matrix.load(p)).strategy != "naive" and m.seed == 1
+    ]
     assert same.scores == alone.scores
     assert same.stages == alone.stages
 
 
 def test_the_same_comparison_again_is_finished_and_another_seed_is_added(cli, compared, keys):
     before = {p: p.stat().st_mtime_ns for p in compared.glob("*/predictions/*/*")}
-    code, _, err = cli("compare", *keys, "strategy=naive,[replay,ewc]", "seed=0,1,2", f"out={compared}")
+    code, _, err = cli(
+        "compare", *keys, "strategy=naive,[replay,ewc]", "seed=0,1,2", f"out={compared}"
+    )
     assert code == 0, err
     assert " ".join(err.split()).count("is finished") == 4
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -226,12 +308,24 @@ def test_the_same_comparison_again_is_finished_and_another_seed_is_added(cli, co
 
 def test_a_comparison_of_one_seed_grows_by_others(cli, keys, tmp_path):
     for seeds in ([], ["seed=0,1"]):
-        assert cli("compare", *keys, "strategy=naive", "train.epochs=1", *seeds, f"out={tmp_path / 'it'}")[0] == 0
+        assert (
+            cli(
+                "compare",
+                *keys,
+                "strategy=naive",
+                "train.epochs=1",
+                *seeds,
+                f"out={tmp_path / 'it'}",
+            )[0]
+            == 0
+        )
     assert sorted(Matrix.load(p).seed for p in (tmp_path / "it").glob("*/matrix.json")) == [0, 1]
 
 
 def test_compare_runs_every_default_strategy_and_the_joint_arm(cli, keys, tmp_path):
-    code, out, err = cli("compare", *keys, "train.epochs=1", "stream.tasks=[first,loud]", f"out={tmp_path / 'all'}")
+    code, out, err = cli(
+        "compare", *keys, "train.epochs=1", "stream.tasks=[first,loud]", f"out={tmp_path / 'all'}"
+    )
     assert code == 0, err
     ran = {Matrix.load(p).strategy for p in (tmp_path / "all").glob("*/matrix.json")}
     assert ran == {"naive", "replay", "ewc", "multitask", "maml", "joint"}
@@ -239,7 +333,9 @@ def test_compare_runs_every_default_strategy_and_the_joint_arm(cli, keys, tmp_pa
 
 
 def test_a_run_that_fails_leaves_the_others_whole_and_is_told_at_the_end(cli, keys, tmp_path):
-    code, _, err = cli("compare", *keys, "strategy=naive", "stream.order=nope,given", f"out={tmp_path / 'it'}")
+    code, _, err = cli(
+        "compare", *keys, "strategy=naive", "stream.order=nope,given", f"out={tmp_path / 'it'}"
+    )
     assert code == 2
     assert "Traceback" not in err
     last = err[err.rindex("error: ") :]
@@ -259,6 +355,7 @@ def test_training_that_diverges_in_one_run_leaves_the_others_whole(cli, keys, tm
 
 
 # report
+
 
 def test_report_writes_the_pages_again(cli, compared):
     (compared / "report.html").unlink()
@@ -283,27 +380,43 @@ def test_report_of_several_folders_needs_a_place(refused, compared):
 
 # adapt
 
-ADAPT = ("stream.tasks=[loud]", "adapt.steps=6", "adapt.at=[0,2,4]", "adapt.shots=[2,null]", "adapt.draws=1")
+ADAPT = (
+    "stream.tasks=[loud]",
+    "adapt.steps=6",
+    "adapt.at=[0,2,4]",
+    "adapt.shots=[2,null]",
+    "adapt.draws=1",
+)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft's own
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_adapt_from_a_run_writes_its_curve_and_a_model_that_loads(cli, keys, tmp_path, adapter):
     run(tmp_path / "run", keys, "stream.tasks=[first,last]", f"model.adapter={adapter}")
-    code, out, err = cli("adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}")
+    code, out, err = cli(
+        "adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
+    )
     assert code == 0, err
     curve = json.loads((tmp_path / "new/curve.json").read_text())
     assert (curve["task"], curve["metric"]) == ("loud", "exact_match")
     assert curve["start"] == str(tmp_path / "run/checkpoints/stage-02")
-    assert [(p["shots"], p["step"]) for p in curve["points"]] == [(n, s) for n in (2, 12) for s in (0, 2, 4, 6)]
-    assert len({p["score"] for p in curve["points"] if p["step"] == 0}) == 1, "each curve starts at the same weights"
+    assert [(p["shots"], p["step"]) for p in curve["points"]] == [
+        (n, s) for n in (2, 12) for s in (0, 2, 4, 6)
+    ]
+    assert len({p["score"] for p in curve["points"] if p["step"] == 0}) == 1, (
+        "each curve starts at the same weights"
+    )
     assert "loud" in out
     assert (tmp_path / "new/report.html").is_file()
     assert loads(tmp_path / "new/model", keys, adapter)
 
 
 def loads(folder, keys, adapter):
-    """Whether transformers, or peft on the base, read the adapted model and its weights are no longer the base's."""
+    """Whether transformers, or peft on the base, read the adapted model and its weights are no
+    longer the base's.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -312,8 +425,11 @@ def loads(folder, keys, adapter):
     original = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.tensor([[7, 8, 9]])
     before = original(ids).logits
-    net = AutoModelForCausalLM.from_pretrained(folder) if adapter == "none" else PeftModel.from_pretrained(
-        original, folder)
+    net = (
+        AutoModelForCausalLM.from_pretrained(folder)
+        if adapter == "none"
+        else PeftModel.from_pretrained(original, folder)
+    )
     return not torch.equal(net(ids).logits, before)
 
 
@@ -341,12 +457,18 @@ def test_adapt_learns_one_task_only(refused, keys, tmp_path):
     assert "pick one, such as stream.tasks=[first]" in told
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    ("adapt.at=5", "adapt.at=5: expected a list of whole numbers of at least 0"),
-    ("adapt.shots=[16,many]", "adapt.shots=[16, 'many']: expected a list of whole numbers of at least 1"),
-    ("adapt.shots=[0]", "adapt.shots=[0]: expected a list"),
-    ("adapt.steps=0", "adapt.steps=0: expected a whole number of at least 1"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("adapt.at=5", "adapt.at=5: expected a list of whole numbers of at least 0"),
+        (
+            "adapt.shots=[16,many]",
+            "adapt.shots=[16, 'many']: expected a list of whole numbers of at least 1",
+        ),
+        ("adapt.shots=[0]", "adapt.shots=[0]: expected a list"),
+        ("adapt.steps=0", "adapt.steps=0: expected a whole number of at least 1"),
+    ],
+)
 def test_adapt_refuses_steps_and_shots_that_cannot_be(refused, keys, tmp_path, words, told):
     assert told in refused("adapt", *keys, "stream.tasks=[loud]", words, f"out={tmp_path}")
 
@@ -360,15 +482,22 @@ def test_adapt_builds_nothing_but_our_own_from_a_run_folder(refused, keys, tmp_p
     run(tmp_path / "run", keys, "stream.tasks=[first]")
     config = tmp_path / "run/config.yaml"
     config.write_text(config.read_text().replace("continual.models.loading.hf", "os.system"))
-    told = refused("adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}")
+    told = refused(
+        "adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
+    )
     assert "asks for model._target_='os.system', which is not one of continual's" in told
 
 
-@pytest.mark.parametrize("name", ["plain/a b-1", "a,b", "a=b", "it's", "[x]", "{x}", "höhe", "123", "null", " lead",
-                                  "a\\"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain/a b-1", "a,b", "a=b", "it's", "[x]", "{x}", "höhe", "123", "null", " lead", "a\\"],
+)
 def test_the_command_that_goes_on_names_the_same_folder_whatever_it_is_called(name, monkeypatch):
     monkeypatch.setattr("sys.argv", ["continual", "run", "out='other'", "seed=3"])
-    for command, verb in ((again(Path(name)), "run"), (comparison.command(Path(name), ["seed=3"]), "compare")):
+    for command, verb in (
+        (again(Path(name)), "run"),
+        (comparison.command(Path(name), ["seed=3"]), "compare"),
+    ):
         program, first, *words = shlex.split(command)
         assert (program, first) == ("continual", verb)
         assert configure(verb, words).out == name

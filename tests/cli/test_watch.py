@@ -14,8 +14,19 @@ from continual.results.matrix import forgetting, mean
 from tests.support.fake_run import fake_matrix, fake_run
 from tests.support.models import run, write_stream
 
-STEP = {"event": "step", "time": 1.0, "stage": 1, "task": "a", "step": 1, "steps": 10, "loss": 2.0, "tokens": 50,
-        "seconds": 0.5, "lr": 0.1, "notes": {}}
+STEP = {
+    "event": "step",
+    "time": 1.0,
+    "stage": 1,
+    "task": "a",
+    "step": 1,
+    "steps": 10,
+    "loss": 2.0,
+    "tokens": 50,
+    "seconds": 0.5,
+    "lr": 0.1,
+    "notes": {},
+}
 
 
 def shown(*folders, width=200):
@@ -51,7 +62,9 @@ def test_nothing_is_read_again(tmp_path, monkeypatch):
     path.write_bytes(WRITTEN)
     tail = Tail(path)
     assert len(list(tail.new())) == 5
-    path.write_bytes(b"x" * len(WRITTEN) + b'{"event": "end"}\n')  # of what was read before nothing is looked at
+    path.write_bytes(
+        b"x" * len(WRITTEN) + b'{"event": "end"}\n'
+    )  # of what was read before nothing is looked at
     assert list(tail.new()) == [{"event": "end"}]
 
 
@@ -64,8 +77,17 @@ def test_a_file_that_has_become_shorter_is_read_from_its_start(tmp_path):
     assert list(tail.new()) == [{"event": "start"}]
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"event": 3}', b'{"event": "step"}', b"\xff\xfe", b'{"event": "step", '
-                                  b'"step": "many"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b'{"event": 3}',
+        b'{"event": "step"}',
+        b"\xff\xfe",
+        b'{"event": "step", "step": "many"}',
+    ],
+)
 def test_a_broken_line_is_counted_and_passed_over(tmp_path, line):
     (tmp_path / "events.jsonl").write_bytes(line + b"\n" + WRITTEN)
     tail = Tail(tmp_path / "events.jsonl")
@@ -75,24 +97,35 @@ def test_a_broken_line_is_counted_and_passed_over(tmp_path, line):
 
 # What is made of it
 
+
 def test_speed_is_that_of_late_and_what_is_left_follows_from_the_stages_before(tmp_path):
-    write(tmp_path / "events.jsonl",
-          {"event": "start", "stages": ["a", "b", "c"]}, {"event": "score", "stage": 0, "seconds": 2.0},
-          {**STEP, "step": 10, "seconds": 10.0}, {"event": "stage", "stage": 1, "seconds": 10.0},
-          {"event": "score", "stage": 1, "seconds": 4.0},
-          {**STEP, "stage": 2, "task": "b", "step": 2, "tokens": 100, "seconds": 4.0},
-          {**STEP, "stage": 2, "task": "b", "step": 4, "tokens": 300, "seconds": 6.0})
+    write(
+        tmp_path / "events.jsonl",
+        {"event": "start", "stages": ["a", "b", "c"]},
+        {"event": "score", "stage": 0, "seconds": 2.0},
+        {**STEP, "step": 10, "seconds": 10.0},
+        {"event": "stage", "stage": 1, "seconds": 10.0},
+        {"event": "score", "stage": 1, "seconds": 4.0},
+        {**STEP, "stage": 2, "task": "b", "step": 2, "tokens": 100, "seconds": 4.0},
+        {**STEP, "stage": 2, "task": "b", "step": 4, "tokens": 300, "seconds": 6.0},
+    )
     told = Watched(tmp_path, "it")
     told.look()
     assert told.speed == 100
     assert told.left == (6 / 4 * 6) + 10 + 2 * 3  # this stage's steps, the last stage, two scorings
-    assert told.row()[1:4] == ["2/3 b, quiet for " + told.row()[1].partition("quiet for ")[2], "4/10", "2.000"]
+    assert told.row()[1:4] == [
+        "2/3 b, quiet for " + told.row()[1].partition("quiet for ")[2],
+        "4/10",
+        "2.000",
+    ]
 
 
 @pytest.mark.parametrize("rows", range(1, 7))
 def test_average_and_forgetting_so_far_are_those_of_a_run_that_ends_here(rows):
     whole = fake_matrix("naive")
-    part = type(whole)(**{**whole.__dict__, "stages": whole.stages[: rows + 1], "scores": whole.scores[: rows + 1]})
+    part = type(whole)(
+        **{**whole.__dict__, "stages": whole.stages[: rows + 1], "scores": whole.scores[: rows + 1]}
+    )
     now = learned(part)
     assert now.tasks == whole.tasks[:rows]
     r = whole.scores
@@ -110,6 +143,7 @@ def test_nothing_is_learned_before_the_first_stage_and_a_joint_run_is_over_at_on
 
 # What is shown
 
+
 def test_a_real_run_is_followed_to_its_end(keys, tmp_path):
     matrix, _ = run(tmp_path / "run", keys, "train.epochs=1", "stream.tasks=[first,last]")
     out = shown(tmp_path / "run")
@@ -121,7 +155,9 @@ def test_a_comparison_shows_its_runs_and_those_that_have_not_begun(tmp_path):
     for name, more in (("a", {}), ("b", {"finished": False})):
         fake_run(tmp_path / name, **more)
     (tmp_path / "a/finished").touch()
-    (tmp_path / "cells.json").write_text(json.dumps({"schema": 1, "commands": [{"words": [], "cells": ["a", "c"]}]}))
+    (tmp_path / "cells.json").write_text(
+        json.dumps({"schema": 1, "commands": [{"words": [], "cells": ["a", "c"]}]})
+    )
     rows = {line.split()[0]: line.split()[1] for line in shown(tmp_path).splitlines()[1:]}
     assert rows == {"a": "finished", "b": "3/?", "c": "waiting"}
 
@@ -139,7 +175,10 @@ def test_a_screen_without_room_shows_the_runs_that_do_something_and_counts_the_o
 
 
 def test_a_run_that_stopped_or_failed_says_so(cli, keys, tmp_path):
-    assert cli("run", *keys, "train.weight_decay=1e30", "train.epochs=4", f"out={tmp_path / 'it'}")[0] == 2
+    assert (
+        cli("run", *keys, "train.weight_decay=1e30", "train.epochs=4", f"out={tmp_path / 'it'}")[0]
+        == 2
+    )
     assert "stopped" in shown(tmp_path / "it")
     (tmp_path / "it/failed.txt").write_text("why")
     assert "failed" in shown(tmp_path / "it")

@@ -18,8 +18,12 @@ from tests.support import toy
 CONF = Path(__file__).parents[2] / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 HYDRA = {"defaults", "hydra", "_target_"}  # Hydra's own, told in its manual
-NEEDED = {"folder": ["stream.path=x"], "hub": ["stream.datasets={a:{path:x}}"], "hf": ["model.name=x"],
-          "avalanche": ["strategy.avalanche.plugin=RWalkPlugin"]}
+NEEDED = {
+    "folder": ["stream.path=x"],
+    "hub": ["stream.datasets={a:{path:x}}"],
+    "hf": ["model.name=x"],
+    "avalanche": ["strategy.avalanche.plugin=RWalkPlugin"],
+}
 
 
 def group(name: str) -> list[str]:
@@ -60,7 +64,9 @@ def test_a_strategy_config_has_exactly_the_constructor_s_keys(name):
 
 @pytest.mark.parametrize("name", group("probe"))
 def test_a_probe_config_has_exactly_the_constructor_s_keys(name):
-    section = toy.config(f"probe=[{name}]", *([f"probe.{name}.stream.path=x"] if name == "general" else [])).probe[name]
+    section = toy.config(
+        f"probe=[{name}]", *([f"probe.{name}.stream.path=x"] if name == "general" else [])
+    ).probe[name]
     known = inspect.signature(get_object(section["_target_"])).parameters
     assert set(section) - {"_target_"} == set(known)
 
@@ -73,7 +79,9 @@ def test_an_arrangement_is_the_naive_strategy_on_another_stream(name):
 
 
 def test_strategies_are_listed_to_be_composed():
-    made = build.strategy(toy.config("strategy=[replay,ewc]", "strategy.ewc.strength=5", "strategy.replay.share=0.1"))
+    made = build.strategy(
+        toy.config("strategy=[replay,ewc]", "strategy.ewc.strength=5", "strategy.replay.share=0.1")
+    )
     assert type(made).__name__ == "ReplayEWC"
     assert (made.strength, made.share) == (5, 0.1)
 
@@ -99,7 +107,9 @@ def test_the_joint_strategy_arranges_the_stream(stream_folder):
     assert len(made.tasks) == 3
 
 
-@pytest.mark.skipif(not (CONF / "stream" / "skills.yaml").exists(), reason="conf/stream/skills.yaml is not there")
+@pytest.mark.skipif(
+    not (CONF / "stream" / "skills.yaml").exists(), reason="conf/stream/skills.yaml is not there"
+)
 def test_the_default_config_makes_the_skills_stream():
     made = build.stream(composed("run"))
     assert len(made.tasks) >= 6
@@ -108,7 +118,9 @@ def test_the_default_config_makes_the_skills_stream():
 
 @pytest.mark.parametrize("name", group("model"))
 def test_every_model_config_names_a_constructor_and_its_keys(name):
-    config = composed("run", "stream=folder", "stream.path=x", f"model={name}", *NEEDED.get(name, []))
+    config = composed(
+        "run", "stream=folder", "stream.path=x", f"model={name}", *NEEDED.get(name, [])
+    )
     section = dict(config.model)
     known = inspect.signature(get_object(section.pop("_target_"))).parameters
     assert set(section) <= set(known)
@@ -131,31 +143,45 @@ def test_every_command_s_config_composes(verb):
 @pytest.mark.parametrize("name", group("train"))
 def test_every_train_config_makes_a_recipe(name):
     config = toy.config(f"train={name}")
-    keys = {*inspect.signature(type(build.recipe(config))).parameters, "tokens_per_microbatch", "precision",
-            "shard"}
+    keys = {
+        *inspect.signature(type(build.recipe(config))).parameters,
+        "tokens_per_microbatch",
+        "precision",
+        "shard",
+    }
     assert set(config.train) <= keys
 
 
 def test_a_key_that_the_constructor_does_not_take_is_refused():
-    config = OmegaConf.create({"strategy": {"ewc": {"_target_": "strategies.ewc.EWC", "strenght": 1}}})
-    with pytest.raises(ConfigError, match=r"unknown key strategy\.ewc 'strenght'; did you mean 'strength'"):
+    config = OmegaConf.create(
+        {"strategy": {"ewc": {"_target_": "strategies.ewc.EWC", "strenght": 1}}}
+    )
+    with pytest.raises(
+        ConfigError, match=r"unknown key strategy\.ewc 'strenght'; did you mean 'strength'"
+    ):
         build.strategy(config)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONF)))
 def test_the_first_line_of_a_config_says_what_it_is(path):
-    lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("# @package")]
+    lines = [
+        line for line in path.read_text("utf-8").splitlines() if not line.startswith("# @package")
+    ]
     assert re.match(r"# .{20,}", lines[0])
 
 
 def keys_of(path: Path) -> list[tuple[str, bool]]:
-    """Every key of a file as a dotted path, and whether a comment or its own block of keys tells it."""
+    """Every key of a file as a dotted path, and whether a comment or its own block of keys tells
+    it.
+    """
     found, outer = [], []
     lines = path.read_text("utf-8").splitlines()
     for i, line in enumerate(lines):
         if key := re.match(r"( *)([A-Za-z_]\w*):( .+)?$", line):
             outer = [*outer[: len(key[1]) // 2], key[2]]
-            opens_block = not key[3] and i + 1 < len(lines) and lines[i + 1].startswith(key[1] + "  ")
+            opens_block = (
+                not key[3] and i + 1 < len(lines) and lines[i + 1].startswith(key[1] + "  ")
+            )
             found.append((".".join(outer), lines[i - 1].strip().startswith("#") or opens_block))
     return found
 
@@ -165,7 +191,15 @@ TOLD = {key.rpartition(".")[2] for path in FILES for key, told in keys_of(path) 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONF)))
 def test_every_key_has_a_comment_above_it(path):
-    """There, or in the file that tells it for all; Hydra's and peft's own keys have manuals of their own."""
-    bare = [key for key, told in keys_of(path) if not told and key.rpartition(".")[2] not in TOLD
-            and not HYDRA & set(key.split(".")) and not key.startswith("adapters.")]
+    """There, or in the file that tells it for all; Hydra's and peft's own keys have manuals of
+    their own.
+    """
+    bare = [
+        key
+        for key, told in keys_of(path)
+        if not told
+        and key.rpartition(".")[2] not in TOLD
+        and not HYDRA & set(key.split("."))
+        and not key.startswith("adapters.")
+    ]
     assert not bare

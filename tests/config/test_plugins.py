@@ -1,4 +1,6 @@
-"""Strategies of other packages: found by their entry point, listed and used by name, without being ours."""
+"""Strategies of other packages: found by their entry point, listed and used by name, without being
+ours.
+"""
 
 import json
 import subprocess
@@ -76,10 +78,17 @@ def test_it_is_listed_with_its_source_moments_and_what_it_stores(package, cli):
     package()
     _, out, _ = cli("list", "strategies", "json=true")
     told = {c["name"]: c for c in json.loads(out)["strategies"]}
-    assert told["held"] == {"name": "held", "source": "A pull to where the stage began (Somebody 2030).",
-                            "class": "their_own_package.Held", "moments": ["begin", "loss"], "stores": "4 P",
-                            "costs": "1"}
-    assert told["held_replay"]["moments"] == told["replay"]["moments"] == ["begin", "backward", "end"]
+    assert told["held"] == {
+        "name": "held",
+        "source": "A pull to where the stage began (Somebody 2030).",
+        "class": "their_own_package.Held",
+        "moments": ["begin", "loss"],
+        "stores": "4 P",
+        "costs": "1",
+    }
+    assert (
+        told["held_replay"]["moments"] == told["replay"]["moments"] == ["begin", "backward", "end"]
+    )
     assert told["held_replay"]["stores"] == told["replay"]["stores"] == "E examples"
     assert "their_own_package" not in sys.modules
 
@@ -87,8 +96,12 @@ def test_it_is_listed_with_its_source_moments_and_what_it_stores(package, cli):
 def test_listing_strategies_from_elsewhere_loads_nothing_heavy(package):
     site = package()
     code = "import sys; from continual.cli.main import main; main(['list']); print(sorted({'torch'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"],
-                         capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "\nheld " in out
     assert out.endswith("[]\n")
 
@@ -97,14 +110,25 @@ def test_its_name_is_a_strategy_and_its_defaults_are_the_configuration(package):
     package()
     config = configure("run", ["strategy=[replay,held]", "strategy.held.strength=0.5", "seed=7"])
     assert list(config.strategy) == ["replay", "held"]
-    assert dict(config.strategy.held) == {"_target_": "their_own_package.Held", "strength": 0.5, "seed": 7, "names": []}
+    assert dict(config.strategy.held) == {
+        "_target_": "their_own_package.Held",
+        "strength": 0.5,
+        "seed": 7,
+        "names": [],
+    }
     assert configure("run", ["strategy=held"]).strategy.held.strength == 0.1
 
 
 def test_a_run_and_a_comparison_take_it_as_any_other(package, cli, keys, tmp_path):
     package()
-    code, out, err = cli("compare", *keys, "train.epochs=1", "stream.tasks=[first,loud]", "strategy=naive,held",
-                         f"out={tmp_path / 'it'}")
+    code, out, err = cli(
+        "compare",
+        *keys,
+        "train.epochs=1",
+        "stream.tasks=[first,loud]",
+        "strategy=naive,held",
+        f"out={tmp_path / 'it'}",
+    )
     assert code == 0, err
     assert "held" in out
     made = {p.parent.name: Matrix.load(p) for p in tmp_path.glob("it/*/matrix.json")}
@@ -114,14 +138,22 @@ def test_a_run_and_a_comparison_take_it_as_any_other(package, cli, keys, tmp_pat
 def test_a_name_that_is_mistyped_is_told_the_outside_ones_too(package, refused):
     package()
     assert "unknown strategy 'hedl'; did you mean 'held'" in refused("run", "strategy=hedl")
-    assert "did you mean 'strategy.held.strength'" in refused("run", "strategy=held", "strategy.held.strenght=1")
+    assert "did you mean 'strategy.held.strength'" in refused(
+        "run", "strategy=held", "strategy.held.strenght=1"
+    )
 
 
-@pytest.mark.parametrize(("points", "told"), [
-    ({"held": "their_own_package:Gone"}, "cannot be had from there"),
-    ({"held": "not_there_at_all:Held"}, "cannot be had from there"),
-    ({"held": "their_own_package:NoStrategy"}, "found NoStrategy, expected a dataclass that inherits from"),
-])
+@pytest.mark.parametrize(
+    ("points", "told"),
+    [
+        ({"held": "their_own_package:Gone"}, "cannot be had from there"),
+        ({"held": "not_there_at_all:Held"}, "cannot be had from there"),
+        (
+            {"held": "their_own_package:NoStrategy"},
+            "found NoStrategy, expected a dataclass that inherits from",
+        ),
+    ],
+)
 def test_what_cannot_be_had_is_one_clear_error_and_breaks_no_list(package, refused, points, told):
     package(points)
     assert told in refused("run", "strategy=held")
@@ -137,5 +169,10 @@ def test_two_packages_with_one_name_are_refused(package, refused):
 
 def test_ours_keep_their_names(package):
     package({"replay": "their_own_package:Held"})
-    assert configure("run", ["strategy=replay"]).strategy.replay["_target_"] == "strategies.replay.Replay"
-    assert [c.target for c in catalogue.choices("strategy") if c.name == "replay"] == ["strategies.replay.Replay"]
+    assert (
+        configure("run", ["strategy=replay"]).strategy.replay["_target_"]
+        == "strategies.replay.Replay"
+    )
+    assert [c.target for c in catalogue.choices("strategy") if c.name == "replay"] == [
+        "strategies.replay.Replay"
+    ]

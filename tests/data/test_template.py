@@ -1,4 +1,6 @@
-"""From text to token ids: what each template writes, which tokens are learned, and what gives way for lack of room."""
+"""From text to token ids: what each template writes, which tokens are learned, and what gives way
+for lack of room.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -13,9 +15,20 @@ PLAIN = byte_bpe(stream_text())
 CHAT = byte_bpe(stream_text(), eos="<|im_end|>", chat_template=CHATML)
 THINKER = byte_bpe(stream_text(), eos="<|im_end|>", chat_template=THINKING)
 # Its merges cross every boundary: "\nred", ":\nred", "] red" and the like are one token each.
-GREEDY = byte_bpe([f"Say it{gap}red blue" for gap in ("\n", ":\n", " ", "] ", ": ", ":", "]")] * 9, split_words=False)
-TALK = example("", messages=(Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"),
-                             Message("user", "Name a colour."), Message("assistant", "red")))
+GREEDY = byte_bpe(
+    [f"Say it{gap}red blue" for gap in ("\n", ":\n", " ", "] ", ": ", ":", "]")] * 9,
+    split_words=False,
+)
+TALK = example(
+    "",
+    messages=(
+        Message("system", "Be brief."),
+        Message("user", "Hi"),
+        Message("assistant", "Hello"),
+        Message("user", "Name a colour."),
+        Message("assistant", "red"),
+    ),
+)
 
 
 def learned(e, tokenizer):
@@ -36,13 +49,26 @@ def response_ids(e):
 
 # Templates
 
-@pytest.mark.parametrize(("name", "bare", "full", "response"), [
-    ("plain", "Do it.\n", "Do it.\na b\n", "red"),
-    ("alpaca", "### Instruction:\nDo it.\n\n### Response:\n",
-     "### Instruction:\nDo it.\n\n### Input:\na b\n\n### Response:\n", "red"),
-    ("human_assistant", "### Human: Do it.\n### Assistant:", "### Human: Do it.\na b\n### Assistant:", " red"),
-    ("inst", "[INST] Do it. [/INST]", "[INST] Do it.\na b [/INST]", " red"),
-])
+
+@pytest.mark.parametrize(
+    ("name", "bare", "full", "response"),
+    [
+        ("plain", "Do it.\n", "Do it.\na b\n", "red"),
+        (
+            "alpaca",
+            "### Instruction:\nDo it.\n\n### Response:\n",
+            "### Instruction:\nDo it.\n\n### Input:\na b\n\n### Response:\n",
+            "red",
+        ),
+        (
+            "human_assistant",
+            "### Human: Do it.\n### Assistant:",
+            "### Human: Do it.\na b\n### Assistant:",
+            " red",
+        ),
+        ("inst", "[INST] Do it. [/INST]", "[INST] Do it.\na b [/INST]", " red"),
+    ],
+)
 def test_a_template_writes_what_its_name_says(name, bare, full, response):
     encoder = Encoder(PLAIN, name)
     for e, prompt in ((example("Do it."), bare), (example("Do it.", "a b"), full)):
@@ -56,7 +82,10 @@ def test_a_template_writes_what_its_name_says(name, bare, full, response):
 
 def test_chat_is_the_tokenizers_own_template_and_its_end_of_turn_is_learned_once():
     made = Encoder(CHAT, "chat").train(example("Do it.", "a b"), 0)
-    assert CHAT.decode(made.ids) == "<|im_start|>user\nDo it.\na b<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
+    assert (
+        CHAT.decode(made.ids)
+        == "<|im_start|>user\nDo it.\na b<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
+    )
     assert learned(made, CHAT) == ["red<|im_end|>"]
 
 
@@ -82,16 +111,27 @@ def test_an_answer_that_holds_its_own_thoughts_is_learned_with_them():
 
 
 def test_a_space_that_a_chat_template_writes_before_an_answer_is_its_first_word_s():
-    spaced = byte_bpe(stream_text(), eos="<|im_end|>", chat_template="{% for m in messages %}{% if m.role == 'user' %}"
-                      "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}")
-    assert learned(Encoder(spaced, "chat").train(example("Do it."), 0), spaced) == [" red<|im_end|>"]
+    spaced = byte_bpe(
+        stream_text(),
+        eos="<|im_end|>",
+        chat_template="{% for m in messages %}{% if m.role == 'user' %}"
+        "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+    )
+    assert learned(Encoder(spaced, "chat").train(example("Do it."), 0), spaced) == [
+        " red<|im_end|>"
+    ]
 
 
-@pytest.mark.parametrize(("name", "tokenizer", "turns"), [
-    ("plain", PLAIN, ["Hello<eos>", "red<eos>"]), ("alpaca", PLAIN, ["Hello<eos>", "red<eos>"]),
-    ("human_assistant", PLAIN, [" Hello<eos>", " red<eos>"]), ("inst", PLAIN, [" Hello<eos>", " red<eos>"]),
-    ("chat", CHAT, ["Hello<|im_end|>", "red<|im_end|>"]),
-])
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "turns"),
+    [
+        ("plain", PLAIN, ["Hello<eos>", "red<eos>"]),
+        ("alpaca", PLAIN, ["Hello<eos>", "red<eos>"]),
+        ("human_assistant", PLAIN, [" Hello<eos>", " red<eos>"]),
+        ("inst", PLAIN, [" Hello<eos>", " red<eos>"]),
+        ("chat", CHAT, ["Hello<|im_end|>", "red<|im_end|>"]),
+    ],
+)
 def test_a_conversation_trains_on_every_assistant_turn_and_nothing_else(name, tokenizer, turns):
     assert learned(Encoder(tokenizer, name).train(TALK, 0), tokenizer) == turns
 
@@ -103,28 +143,37 @@ def test_a_conversation_is_asked_up_to_its_last_assistant_turn():
 
 
 def test_braces_in_a_row_are_text():
-    text = PLAIN.decode(Encoder(PLAIN, "alpaca").train(example("Write {input} and {x}.", "{}"), 0).ids)
+    text = PLAIN.decode(
+        Encoder(PLAIN, "alpaca").train(example("Write {input} and {x}.", "{}"), 0).ids
+    )
     assert "Write {input} and {x}." in text
     assert "### Input:\n{}" in text
 
 
 def test_an_unknown_template_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown data.template 'alpacca'; did you mean 'alpaca'\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown data.template 'alpacca'; did you mean 'alpaca'\?"
+    ):
         Encoder(PLAIN, "alpacca")
 
 
 def test_chat_without_a_chat_template_is_refused():
-    with pytest.raises(ConfigError, match="needs a tokenizer with a chat template, and this one has none"):
+    with pytest.raises(
+        ConfigError, match="needs a tokenizer with a chat template, and this one has none"
+    ):
         Encoder(PLAIN, "chat")
 
 
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused():
-    shouting = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}")
+    shouting = CHATML.replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}"
+    )
     with pytest.raises(ConfigError, match="rewrites earlier turns"):
         Encoder(byte_bpe(chat_template=shouting, eos="<|im_end|>"), "chat").train(TALK, 0)
 
 
 # The boundary
+
 
 def test_the_merging_tokenizer_does_merge_across_the_boundary():
     apart = GREEDY("Say it\n")["input_ids"] + GREEDY("red blue")["input_ids"]
@@ -137,7 +186,9 @@ def test_the_boundary_is_exact_where_merges_would_shift_it(name):
     made, asked = encoder.train(row, 0), encoder.ask(row, 0, 9)
     lead = " " if name in ("human_assistant", "inst") else ""
     assert response_ids(made) == [*GREEDY(lead + "red blue")["input_ids"], GREEDY.eos_token_id]
-    assert made.ids[: len(asked.ids)] == asked.ids, "what is asked at test time is what was seen in training"
+    assert made.ids[: len(asked.ids)] == asked.ids, (
+        "what is asked at test time is what was seen in training"
+    )
 
 
 @given(st.text(min_size=1).filter(str.strip), st.text(), st.text(min_size=1).filter(str.strip))
@@ -172,13 +223,24 @@ def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row)
     whole = tokenizer.apply_chat_template(told)["input_ids"]
     made, asked = encoder.train(row, 0), encoder.ask(row, 0, 5)
     assert list(made.ids) == whole[: len(made.ids)]
-    assert tokenizer.decode(whole[len(made.ids) :]) == "\n", "what stands behind the last end of turn is not learned"
-    assert list(asked.ids) == tokenizer.apply_chat_template(told[:-1], add_generation_prompt=True)["input_ids"]
-    assert made.ids.count(tokenizer.bos_token_id) == asked.ids.count(tokenizer.bos_token_id) == (written == BEGUN)
+    assert tokenizer.decode(whole[len(made.ids) :]) == "\n", (
+        "what stands behind the last end of turn is not learned"
+    )
+    assert (
+        list(asked.ids)
+        == tokenizer.apply_chat_template(told[:-1], add_generation_prompt=True)["input_ids"]
+    )
+    assert (
+        made.ids.count(tokenizer.bos_token_id)
+        == asked.ids.count(tokenizer.bos_token_id)
+        == (written == BEGUN)
+    )
 
 
 def test_demonstrations_are_earlier_turns_as_a_chat_template_writes_them():
-    asked = Encoder(THINKER, "chat", shown=(example("Do.", output="so"),)).ask(example("Do it."), 0, 5)
+    asked = Encoder(THINKER, "chat", shown=(example("Do.", output="so"),)).ask(
+        example("Do it."), 0, 5
+    )
     told = [*conversation(example("Do.", output="so")), *conversation(example("Do it."))[:-1]]
     before = THINKER.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
     assert THINKER.decode(asked.ids) == before + "<think>\n\n</think>\n\n"
@@ -187,15 +249,23 @@ def test_demonstrations_are_earlier_turns_as_a_chat_template_writes_them():
 
 def test_demonstrations_of_a_chat_begin_once():
     tokenizer = byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=BEGUN)
-    asked = Encoder(tokenizer, "chat", shown=(example("Do.", output="so"),)).ask(example("Do it."), 0, 5)
+    asked = Encoder(tokenizer, "chat", shown=(example("Do.", output="so"),)).ask(
+        example("Do it."), 0, 5
+    )
     told = [*conversation(example("Do.", output="so")), *conversation(example("Do it."))[:-1]]
-    assert list(asked.ids) == tokenizer.apply_chat_template(told, add_generation_prompt=True)["input_ids"]
+    assert (
+        list(asked.ids)
+        == tokenizer.apply_chat_template(told, add_generation_prompt=True)["input_ids"]
+    )
 
 
 def test_an_encoder_decoders_chat_begins_as_its_template_does_and_ends_as_its_tokenizer_does():
     tokenizer = byte_bpe(stream_text(), bos="<s>", close=True, chat_template=BEGUN)
     asked = Encoder(tokenizer, "chat", seq2seq=True).ask(example("Do it."), 0, 5)
-    assert tokenizer.decode(asked.ids) == "<s><|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n<eos>"
+    assert (
+        tokenizer.decode(asked.ids)
+        == "<s><|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n<eos>"
+    )
 
 
 def test_an_encoders_text_ends_with_its_end_of_sequence_and_so_does_the_response():
@@ -206,18 +276,25 @@ def test_an_encoders_text_ends_with_its_end_of_sequence_and_so_does_the_response
 
 
 def test_an_encoder_decoder_model_refuses_several_assistant_turns_by_row():
-    with pytest.raises(DataError, match=r"t/train.jsonl:1: several assistant turns, .* split the row"):
+    with pytest.raises(
+        DataError, match=r"t/train.jsonl:1: several assistant turns, .* split the row"
+    ):
         Encoder(PLAIN, seq2seq=True).train(TALK, 0)
 
 
 # Truncation
 
-@given(st.integers(1, 60), st.integers(0, 200), st.integers(1, 40), st.integers(8, 120), st.booleans())
+
+@given(
+    st.integers(1, 60), st.integers(0, 200), st.integers(1, 40), st.integers(8, 120), st.booleans()
+)
 @settings(max_examples=60, deadline=None)
 def test_instruction_and_response_are_kept_whole_or_refused(ask, given_input, out, limit, seq2seq):
     encoder = Encoder(PLAIN, "plain", limit, seq2seq)
     e = example("x" * ask, "ab " * given_input, "z" * out)
-    fewest = len(PLAIN(f"{e.instruction}\n")["input_ids"]) + len(PLAIN(e.outputs[0])["input_ids"]) + 1
+    fewest = (
+        len(PLAIN(f"{e.instruction}\n")["input_ids"]) + len(PLAIN(e.outputs[0])["input_ids"]) + 1
+    )
     if fewest > limit:
         with pytest.raises(DataError, match=rf"the limit is {limit}"):
             encoder.train(e, 0)
@@ -226,7 +303,9 @@ def test_instruction_and_response_are_kept_whole_or_refused(ask, given_input, ou
     assert len(made.ids) <= limit
     assert PLAIN.decode(made.ids).startswith(e.instruction + "\n")
     assert response_ids(made) == [*PLAIN(e.outputs[0])["input_ids"], PLAIN.eos_token_id]
-    assert bool(encoder.shortened) == (len(Encoder(PLAIN, limit=10_000, seq2seq=seq2seq).train(e, 0).ids) > limit)
+    assert bool(encoder.shortened) == (
+        len(Encoder(PLAIN, limit=10_000, seq2seq=seq2seq).train(e, 0).ids) > limit
+    )
 
 
 def test_the_input_is_shortened_from_its_end_as_little_as_needed():
@@ -242,13 +321,17 @@ def test_a_prompt_leaves_room_for_its_answer():
 
 # Demonstrations
 
+
 @given(st.sampled_from(["plain", "alpaca", "human_assistant", "inst", "chat"]), st.integers(1, 3))
 @settings(max_examples=15, deadline=None)
 def test_demonstrations_stand_before_the_prompt_as_earlier_turns_of_a_conversation_would(name, k):
     tokenizer = CHAT if name == "chat" else PLAIN
     shown = [example(f"Do {i}.", output=f"so {i}") for i in range(k)]
-    turns = [Message(role, text) for e in (*shown, example("Do it."))
-             for role, text in (("user", e.instruction), ("assistant", e.outputs[0]))]
+    turns = [
+        Message(role, text)
+        for e in (*shown, example("Do it."))
+        for role, text in (("user", e.instruction), ("assistant", e.outputs[0]))
+    ]
     asked = Encoder(tokenizer, name, shown=tuple(shown)).ask(example("Do it."), 0, 5)
     talk = Encoder(tokenizer, name).ask(example("", messages=tuple(turns)), 0, 5)
     assert (asked.ids, asked.text) == (talk.ids, talk.text)
@@ -265,7 +348,9 @@ def test_a_system_message_stands_before_the_demonstrations():
 
 def test_an_encoder_reads_demonstrations_as_one_text_that_ends_once():
     tokenizer = byte_bpe(stream_text(), close=True)
-    asked = Encoder(tokenizer, "plain", seq2seq=True, shown=(example("Do.", output="so"),)).ask(example("Do it."), 0, 5)
+    asked = Encoder(tokenizer, "plain", seq2seq=True, shown=(example("Do.", output="so"),)).ask(
+        example("Do it."), 0, 5
+    )
     assert tokenizer.decode(asked.ids) == "Do.\nso\nDo it.\n<eos>"
 
 
@@ -280,14 +365,19 @@ def test_the_first_demonstrations_give_way_for_lack_of_room_before_the_input_doe
 
 # What cannot be learned
 
+
 def task(*examples):
     return Task("t", examples)
 
 
 def test_all_rows_that_do_not_fit_or_are_empty_are_named_together_with_file_line_and_mend():
     encoder = Encoder(PLAIN, limit=20)
-    rows = [example(where="t.jsonl:1", output="z" * 30), example("Do.", where="t.jsonl:2"),
-            example(where="t.jsonl:3", output=" \n"), example("y" * 30, where="t.jsonl:4")]
+    rows = [
+        example(where="t.jsonl:1", output="z" * 30),
+        example("Do.", where="t.jsonl:2"),
+        example(where="t.jsonl:3", output=" \n"),
+        example("y" * 30, where="t.jsonl:4"),
+    ]
     with pytest.raises(DataError) as caught:
         encoder.task(task(*rows), {"t": 0})
     told = str(caught.value).split("\n")
@@ -298,7 +388,9 @@ def test_all_rows_that_do_not_fit_or_are_empty_are_named_together_with_file_line
 
 
 def test_a_response_that_does_not_fit_is_refused_whatever_the_input():
-    with pytest.raises(DataError, match=r"takes \d+ tokens \(\d+ with no input at all\), and the limit is 20"):
+    with pytest.raises(
+        DataError, match=r"takes \d+ tokens \(\d+ with no input at all\), and the limit is 20"
+    ):
         Encoder(PLAIN, limit=20).train(example(input="q q q", output="z" * 30), 0)
 
 

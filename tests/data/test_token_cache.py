@@ -29,9 +29,14 @@ from tests.support.models import (
 
 PLAIN = byte_bpe(stream_text())
 CHAT = byte_bpe(stream_text(), eos="<|im_end|>", chat_template=CHATML)
-ROWS = (example("Do it.", "a b", id="a"), example("Do it.", "q" * 60, id="b"), example("Größe?", "", "rød", id="c"),
-        example("x" * 90, id="d"), example(output=" ", id="e"),
-        example("", messages=(Message("user", "Hi"), Message("assistant", "red")), id="f"))
+ROWS = (
+    example("Do it.", "a b", id="a"),
+    example("Do it.", "q" * 60, id="b"),
+    example("Größe?", "", "rød", id="c"),
+    example("x" * 90, id="d"),
+    example(output=" ", id="e"),
+    example("", messages=(Message("user", "Hi"), Message("assistant", "red")), id="f"),
+)
 FIT = tuple(e for e in ROWS if e.id not in "de")
 
 
@@ -42,7 +47,9 @@ def stream(*found):
 
 
 def same(encoder, given_stream, path):
-    """What is read at `path`, after it was seen to be what this encoder makes of the stream, counted alike."""
+    """What is read at `path`, after it was seen to be what this encoder makes of the stream,
+    counted alike.
+    """
     told = tokenise(path, encoder, given_stream, dev=False)
     fresh = replace(encoder, skipped=[], shortened=[])
     for stage in given_stream.stages:
@@ -55,10 +62,16 @@ def same(encoder, given_stream, path):
 
 # The same ids
 
-@pytest.mark.parametrize("encoder", [
-    Encoder(PLAIN, limit=40, on_unfit="skip"), Encoder(CHAT, "chat", 80, on_unfit="skip"),
-    Encoder(byte_bpe(stream_text(), close=True), "alpaca", 60, seq2seq=True, on_unfit="skip"),
-], ids=["plain", "chat", "encoder-decoder"])
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        Encoder(PLAIN, limit=40, on_unfit="skip"),
+        Encoder(CHAT, "chat", 80, on_unfit="skip"),
+        Encoder(byte_bpe(stream_text(), close=True), "alpaca", 60, seq2seq=True, on_unfit="skip"),
+    ],
+    ids=["plain", "chat", "encoder-decoder"],
+)
 def test_what_is_read_is_what_was_tokenised_and_counts_the_same(encoder, tmp_path, capsys):
     for _ in range(2):
         same(encoder, stream(*ROWS), tmp_path / "tokens.safetensors")
@@ -75,7 +88,9 @@ def test_some_rows_are_from_all_over_the_stream_and_not_counted(tmp_path):
 
 def test_a_row_is_tokenised_once_however_many_stages_hold_it(keys, tmp_path, monkeypatch):
     calls, train = [], Encoder.train
-    monkeypatch.setattr(Encoder, "train", lambda self, e, i: calls.append(e.id) or train(self, e, i))
+    monkeypatch.setattr(
+        Encoder, "train", lambda self, e, i: calls.append(e.id) or train(self, e, i)
+    )
     run(tmp_path, keys, "stream.arrangement=cumulative", "train.steps=1")
     assert sorted(calls) == sorted(f"{task}/train/{i}" for task in TASKS for i in range(12))
 
@@ -84,7 +99,10 @@ def test_a_resumed_run_tokenises_nothing_and_counts_as_before(keys, tmp_path, mo
     long = {"instruction": "Say it.", "input": "q" * 300, "output": "q"}
     folder = write_stream(tmp_path / "stream", TASKS[:2])
     for task in TASKS[:2]:
-        write_rows(folder / task / "train.jsonl", [*rows(task, 6), long, {"instruction": "Say.", "output": ""}])
+        write_rows(
+            folder / task / "train.jsonl",
+            [*rows(task, 6), long, {"instruction": "Say.", "output": ""}],
+        )
     told = (*keys, f"stream.path={folder}", "data.on_unfit=skip")
     out = tmp_path / "run"
     whole, _ = run(out, told)
@@ -94,15 +112,24 @@ def test_a_resumed_run_tokenises_nothing_and_counts_as_before(keys, tmp_path, mo
     again, said = run(out, told)
     assert again.scores == whole.scores
     assert "inputs shortened to fit: 1; examples skipped: 1 (last/train/7 ...)" in said
-    counts = [(e["stage"], e["skipped"], e["shortened"]) for e in lines(out / "events.jsonl") if e["event"] == "data"]
+    counts = [
+        (e["stage"], e["skipped"], e["shortened"])
+        for e in lines(out / "events.jsonl")
+        if e["event"] == "data"
+    ]
     assert counts == [(1, 1, 1), (2, 1, 1), (2, 1, 1)]
 
 
 # Never the wrong ones
 
 CHANGES = {
-    "a row": lambda e, s: (e, stream(*FIT[:-1], replace(FIT[-1], messages=(Message("user", "Ho"),
-                                                                         Message("assistant", "red"))))),
+    "a row": lambda e, s: (
+        e,
+        stream(
+            *FIT[:-1],
+            replace(FIT[-1], messages=(Message("user", "Ho"), Message("assistant", "red"))),
+        ),
+    ),
     "an input": lambda e, s: (e, stream(replace(FIT[0], input="a c"), *FIT[1:])),
     "the order": lambda e, s: (e, stream(*FIT[::-1])),
     "a row more": lambda e, s: (e, stream(*FIT, example("More.", id="g"))),
@@ -123,15 +150,20 @@ def test_a_change_of_what_the_ids_depend_on_makes_them_anew(change, tmp_path, ca
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_file_that_lost_its_end_or_has_a_wrong_byte_is_made_anew(tmp_path, data):
     path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, limit=40)
     same(encoder, stream(*FIT), path)
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     cut = data.draw(st.booleans())
-    path.write_bytes(whole[:at] if cut else whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))])
-                     + whole[at + 1 :])
+    path.write_bytes(
+        whole[:at]
+        if cut
+        else whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
+    )
     same(encoder, stream(*FIT), path)
 
 
@@ -166,7 +198,10 @@ def test_numbers_that_cannot_be_rows_are_not_believed_whatever_their_hash(how, t
     path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, limit=40)
     same(encoder, stream(*FIT), path)
     with safe_open(path, framework="pt") as file:
-        key, parts = file.metadata()["key"], {n: file.get_tensor(n).clone() for n in list(file.keys())}
+        key, parts = (
+            file.metadata()["key"],
+            {n: file.get_tensor(n).clone() for n in list(file.keys())},
+        )
     parts = FORGED[how](parts)
     hashed = "" if how == "bfloat16" else _digest(parts)
     save_file(parts, path, {"key": key, "digest": hashed})
@@ -175,6 +210,7 @@ def test_numbers_that_cannot_be_rows_are_not_believed_whatever_their_hash(how, t
 
 
 # What cannot be learned
+
 
 def test_all_unfit_rows_of_all_stages_are_named_together(tmp_path):
     with pytest.raises(DataError) as caught:
@@ -190,5 +226,7 @@ def test_every_task_of_which_nothing_is_left_is_refused_before_the_first_is_lear
     with pytest.raises(DataError) as caught:
         run(tmp_path / "run", keys, f"stream.path={folder}", "data.on_unfit=skip")
     assert [line.split(" has no train rows left")[0] for line in str(caught.value).split("\n")] == [
-        "task 'last'", "task 'loud'"]
+        "task 'last'",
+        "task 'loud'",
+    ]
     assert not (tmp_path / "run/events.jsonl").exists()

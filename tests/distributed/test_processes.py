@@ -24,13 +24,21 @@ from tests.support.all_strategies import learn_all, learned
 from tests.support.models import encoded, lines, run
 from tests.support.strategy_table import TABLE
 
-BOTH = ("strategy=[replay,ewc]", "strategy.ewc.strength=10", "strategy.replay.capacity=6", "strategy.ewc.examples=6",
-        "checkpoint.every_steps=1", "probe=[shots]", "probe.shots.k=[0,1]")
+BOTH = (
+    "strategy=[replay,ewc]",
+    "strategy.ewc.strength=10",
+    "strategy.replay.capacity=6",
+    "strategy.ewc.examples=6",
+    "checkpoint.every_steps=1",
+    "probe=[shots]",
+    "probe.shots.k=[0,1]",
+)
 
 
 @pytest.fixture
 def of(monkeypatch):
     """Make this process think that it is one of several, for what needs no other."""
+
     def pretend(rank, world):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -41,16 +49,21 @@ def of(monkeypatch):
 
 # Every strategy
 
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """What two processes came to: for each entry of the contract's table, and by rank, losses and tensors."""
+    """What two processes came to: for each entry of the contract's table, and by rank, losses and
+    tensors.
+    """
     out = tmp_path_factory.mktemp("together")
     told = [process.ended() for process in subprocesses.two(out, learn_all, out)]
     assert [code for code, _ in told] == [0, 0], "\n".join(said for _, said in told)
 
     def read(i, rank):
         with safe_open(out / f"{i}-{rank}.safetensors", framework="pt") as file:
-            return json.loads(file.metadata()["losses"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            return json.loads(file.metadata()["losses"]), {
+                n: file.get_tensor(n) for n in file.keys()
+            }  # noqa: SIM118
 
     return [[read(i, rank) for rank in (0, 1)] for i in range(len(TABLE))]
 
@@ -67,9 +80,14 @@ def test_every_strategy_learns_in_two_processes_what_it_learns_in_one(i, togethe
 
 # A run
 
+
 def losses(out):
     """The last loss told of each step of each stage: a resumed run may have told of a step twice."""
-    return {(e["stage"], e["step"]): e["loss"] for e in lines(out / "events.jsonl") if e["event"] == "step"}
+    return {
+        (e["stage"], e["step"]): e["loss"]
+        for e in lines(out / "events.jsonl")
+        if e["event"] == "step"
+    }
 
 
 def assert_alike(out, whole):
@@ -93,21 +111,42 @@ def whole(keys, tmp_path_factory):
 
 def launched(*launcher):
     """The exit code and what is said, by a launcher itself."""
-    done = subprocess.run([sys.executable, "-m", *launcher], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-                          timeout=subprocesses.LIMIT)
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=subprocesses.LIMIT,
+    )
     return done.returncode, done.stdout
 
 
 def torchrun(folder, *words):
-    return launched("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "continual", *words)
+    return launched(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "continual", *words
+    )
 
 
 def accelerate(folder, *words):
     """On a CPU too by --multi_gpu: with --cpu it starts one process, and leaves more to MPI."""
-    return launched("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                    "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "--module",
-                    "continual", *words)
+    return launched(
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--module",
+        "continual",
+        *words,
+    )
 
 
 def forked(folder, *words):
@@ -116,15 +155,33 @@ def forked(folder, *words):
     return max(code for code, _ in told), "".join(said for _, said in told)
 
 
-@pytest.mark.parametrize("launch", [
-    forked, pytest.param(torchrun, marks=pytest.mark.slow),
-    pytest.param(accelerate, marks=[pytest.mark.slow, pytest.mark.skipif(
-        not find_spec("accelerate"), reason="needs accelerate, of the extras quantize and bench")])])
+@pytest.mark.parametrize(
+    "launch",
+    [
+        forked,
+        pytest.param(torchrun, marks=pytest.mark.slow),
+        pytest.param(
+            accelerate,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    not find_spec("accelerate"),
+                    reason="needs accelerate, of the extras quantize and bench",
+                ),
+            ],
+        ),
+    ],
+)
 def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(launch, whole, keys, tmp_path):
     out = shutil.copytree(whole, tmp_path / "two")
     (out / "finished").unlink()
-    for path in ("predictions/stage-01", "predictions/stage-02", "predictions/stage-03", "checkpoints/stage-02",
-                 "checkpoints/stage-03"):
+    for path in (
+        "predictions/stage-01",
+        "predictions/stage-02",
+        "predictions/stage-03",
+        "checkpoints/stage-02",
+        "checkpoints/stage-03",
+    ):
         shutil.rmtree(out / path)
     code, said = launch(tmp_path, "run", *keys, *BOTH, f"out={out}")
     assert code == 0, said
@@ -134,7 +191,9 @@ def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(launch, whole, keys
 
 
 def die(step: int, *words: str) -> None:
-    """The command line, whose process of rank 1 is gone in the middle of its so-manieth step, as if killed."""
+    """The command line, whose process of rank 1 is gone in the middle of its so-manieth step, as if
+    killed.
+    """
     from continual.training import stage
 
     gradient, calls = stage._gradient, []
@@ -149,9 +208,14 @@ def die(step: int, *words: str) -> None:
     subprocesses.command(*words)
 
 
-def test_a_lost_process_ends_the_others_and_one_alone_goes_on_to_the_same_end(whole, keys, tmp_path):
+def test_a_lost_process_ends_the_others_and_one_alone_goes_on_to_the_same_end(
+    whole, keys, tmp_path
+):
     out = tmp_path / "lost"
-    told = [process.ended() for process in subprocesses.two(tmp_path, die, 6, "run", *keys, *BOTH, f"out={out}")]
+    told = [
+        process.ended()
+        for process in subprocesses.two(tmp_path, die, 6, "run", *keys, *BOTH, f"out={out}")
+    ]
     assert [code for code, _ in told] == [2, -signal.SIGKILL], told
     assert "error: another of the 2 processes is lost" in told[0][1]
     assert "goes on after the last checkpoint, also with another number of processes" in told[0][1]
@@ -164,8 +228,10 @@ def test_several_processes_are_refused_what_is_the_work_of_one(refused, monkeypa
     monkeypatch.setattr(processes, "GRACE", 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert refused("compare") == ("continual compare is the work of one process, and 2 were started; several can share "
-                                  "continual run or adapt")
+    assert refused("compare") == (
+        "continual compare is the work of one process, and 2 were started; several can share "
+        "continual run or adapt"
+    )
 
 
 def test_half_an_environment_is_told(refused, keys, monkeypatch, tmp_path):
@@ -173,10 +239,13 @@ def test_half_an_environment_is_told(refused, keys, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "0")
     for name in processes.NEEDED:
         monkeypatch.delenv(name, raising=False)
-    assert "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun" in refused("run", *keys, f"out={tmp_path}")
+    assert "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun" in refused(
+        "run", *keys, f"out={tmp_path}"
+    )
 
 
 # What is dealt out
+
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 5))
 def test_every_item_is_dealt_once_and_to_each_about_as_much(sizes, world):
@@ -200,17 +269,28 @@ def read(part):
     return len(rows) * max(map(len, rows))
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=12), st.booleans(),
-       st.integers(8, 60), st.integers(2, 4))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=12),
+    st.booleans(),
+    st.integers(8, 60),
+    st.integers(2, 4),
+)
 def test_a_step_is_cut_into_smaller_parts_for_more_processes(shapes, flat, budget, world):
     layout = Layout(pad=1, device=torch.device("cpu"), flat=flat, tokens=budget)
-    batch = Batch(tuple(encoded([5 + p, 3, 4], [*range(10 + 20 * i, 10 + 20 * i + n)], str(i))
-                        for i, (p, n) in enumerate(shapes)), layout)
+    batch = Batch(
+        tuple(
+            encoded([5 + p, 3, 4], [*range(10 + 20 * i, 10 + 20 * i + n)], str(i))
+            for i, (p, n) in enumerate(shapes)
+        ),
+        layout,
+    )
     few = batch.micro_batches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_world", world)
         parts = batch.micro_batches()
-    assert sorted(e.id for part in parts for e in part.examples) == sorted(e.id for e in batch.examples)
+    assert sorted(e.id for part in parts for e in part.examples) == sorted(
+        e.id for e in batch.examples
+    )
     assert len(few) <= len(parts) <= -(-len(few) // world) * world
     assert all(read(part) <= budget for part in parts if len(part.examples) > 1)
     assert flat or len(parts) >= min(2, len(shapes))

@@ -14,7 +14,16 @@ from continual.models.loading import assemble
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
-from tests.support.models import byte_bpe, example, lines, network, rows, run, write_model, write_rows
+from tests.support.models import (
+    byte_bpe,
+    example,
+    lines,
+    network,
+    rows,
+    run,
+    write_model,
+    write_rows,
+)
 
 ROW = example("Say red. Say blue.", id="r")
 ANSWERS = ("red", "blue", "red blue")
@@ -28,12 +37,23 @@ def asked(answer, requirement, instruction="Say red. Say blue."):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A local folder of a judge that knows these prompts by heart: 5 where the answer has the word, else 2."""
+    """A local folder of a judge that knows these prompts by heart: 5 where the answer has the word,
+    else 2.
+    """
     net = assemble(network("llama", len(TOKENIZER), context=400), TOKENIZER, device="cpu")
-    known = [Example(f"{a}/{word}", "t", asked(a, f"Say {word}."), outputs=("5" if word in a else "2",))
-             for a in ANSWERS for word in ("red", "blue")]
-    learn(net, Encoder(TOKENIZER, limit=400).task(Task("t", known), {"t": 0}), Strategy(),
-          Recipe(lr=0.01, steps=120, batch_size=6, warmup=0.1), seed=0, log=lambda e: None)
+    known = [
+        Example(f"{a}/{word}", "t", asked(a, f"Say {word}."), outputs=("5" if word in a else "2",))
+        for a in ANSWERS
+        for word in ("red", "blue")
+    ]
+    learn(
+        net,
+        Encoder(TOKENIZER, limit=400).task(Task("t", known), {"t": 0}),
+        Strategy(),
+        Recipe(lr=0.01, steps=120, batch_size=6, warmup=0.1),
+        seed=0,
+        log=lambda e: None,
+    )
     folder = tmp_path_factory.mktemp("judge")
     net.net.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
@@ -42,7 +62,9 @@ def taught(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dull(tmp_path_factory):
-    """A judge that says nothing at all, as all of its tokens are alike and the first ends the answer."""
+    """A judge that says nothing at all, as all of its tokens are alike and the first ends the
+    answer.
+    """
     folder = write_model(tmp_path_factory.mktemp("dull"), tokenizer=TOKENIZER, context=400)
     net = assemble(network("llama", len(TOKENIZER), context=400), TOKENIZER, device="cpu").net
     torch.nn.init.zeros_(net.lm_head.weight)
@@ -62,14 +84,18 @@ def judged(judge, *answers):
 def test_each_requirement_is_graded_by_itself_and_the_mark_is_the_mean_of_the_grades(taught, short):
     told = judged(Judge(str(taught), how="generate", device="cpu"), *ANSWERS)
     assert [t["grades"] for t in told] == [[5, 2], [2, 5], [5, 5]]
-    assert [t["score"] for t in told] == [pytest.approx(x) for x in ((1 + 0.25) / 2, (0.25 + 1) / 2, 1)]
+    assert [t["score"] for t in told] == [
+        pytest.approx(x) for x in ((1 + 0.25) / 2, (0.25 + 1) / 2, 1)
+    ]
 
 
 def test_by_likelihood_the_grade_is_the_expected_one(taught, short):
     judge = Judge(str(taught), device="cpu")
     told = judged(judge, "red", "red blue")
-    assert [t["grades"] for t in told] == [[pytest.approx(5, abs=0.5), pytest.approx(2, abs=0.5)],
-                                           [pytest.approx(5, abs=0.5)] * 2]
+    assert [t["grades"] for t in told] == [
+        [pytest.approx(5, abs=0.5), pytest.approx(2, abs=0.5)],
+        [pytest.approx(5, abs=0.5)] * 2,
+    ]
     prompt, _ = judge.prompt(ROW, "red", "Say red.")
     shares = []
     for n in "12345":  # as five rows of their own
@@ -77,7 +103,9 @@ def test_by_likelihood_the_grade_is_the_expected_one(taught, short):
         logits = judge.model.net(torch.tensor([whole.ids])).logits[0, :-1].log_softmax(-1)
         said = range(len(prompt.ids), len(whole.ids))
         shares.append(sum(logits[i - 1, whole.ids[i]].item() for i in said))
-    expected = sum(g * p for g, p in enumerate(torch.tensor(shares).double().softmax(0).tolist(), 1))
+    expected = sum(
+        g * p for g, p in enumerate(torch.tensor(shares).double().softmax(0).tolist(), 1)
+    )
     assert told[0]["grades"][0] == pytest.approx(expected, abs=1e-3)
 
 
@@ -94,25 +122,56 @@ def test_a_blank_answer_meets_nothing_and_no_judge_is_asked():
 
 def test_grades_that_cannot_be_read_count_as_0_and_are_told(dull, capsys):
     encoder = Encoder(TOKENIZER, limit=120)
-    test = prepare(Task("t", (), (), (ROW,), "relevance_judged"), encoder, "test", 0, max_new_tokens=4,
-                   judge=Judge(str(dull), how="generate", device="cpu"))
-    value, (row,) = score(assemble(network("llama", len(TOKENIZER)), TOKENIZER, device="cpu"), test, 8)
+    test = prepare(
+        Task("t", (), (), (ROW,), "relevance_judged"),
+        encoder,
+        "test",
+        0,
+        max_new_tokens=4,
+        judge=Judge(str(dull), how="generate", device="cpu"),
+    )
+    value, (row,) = score(
+        assemble(network("llama", len(TOKENIZER)), TOKENIZER, device="cpu"), test, 8
+    )
     assert (value, row["grades"]) == (0, [None, None])
-    assert capsys.readouterr().err.endswith("t: 2 of 2 grades of the judge could not be read and count as 0\n")
+    assert capsys.readouterr().err.endswith(
+        "t: 2 of 2 grades of the judge could not be read and count as 0\n"
+    )
 
 
-@pytest.mark.parametrize(("said", "read"), [
-    ("4", 4), (" 5.\n", 5), ("1", 1), ("", None), ("6", None), ("0", None), ("44", None), ("4/5", None),
-    ("4 or 5", None), ("Grade: 4", None), ("four", None), ("4.5", None),
-])
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("4", 4),
+        (" 5.\n", 5),
+        ("1", 1),
+        ("", None),
+        ("6", None),
+        ("0", None),
+        ("44", None),
+        ("4/5", None),
+        ("4 or 5", None),
+        ("Grade: 4", None),
+        ("four", None),
+        ("4.5", None),
+    ],
+)
 def test_a_grade_is_one_digit_from_1_to_5_and_nothing_beside_it(said, read):
     assert grade(said) == read
 
 
-@pytest.mark.parametrize(("row", "found"), [
-    (ROW, ["Say red.", "Say blue."]), (example("Say it"), ["Say it"]), (example("???"), ["???"]),
-    (example("Say it.", requirements=("Is it red?", "Is it short?")), ["Is it red?", "Is it short?"]),
-])
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (ROW, ["Say red.", "Say blue."]),
+        (example("Say it"), ["Say it"]),
+        (example("???"), ["???"]),
+        (
+            example("Say it.", requirements=("Is it red?", "Is it short?")),
+            ["Is it red?", "Is it short?"],
+        ),
+    ],
+)
 def test_requirements_are_the_row_s_own_or_else_the_sentences_of_its_instruction(row, found):
     assert requirements(row) == found
 
@@ -129,7 +188,9 @@ def test_a_long_answer_is_cut_for_the_judge_and_told(dull, capsys):
 
 def test_an_instruction_too_long_for_the_judge_is_refused_by_file_and_line(dull):
     row = example("Say it. " * 100, where="t/dev.jsonl:3")
-    with pytest.raises(DataError, match=r"^t/dev.jsonl:3: the judge's prompt takes \d+ tokens without the answer"):
+    with pytest.raises(
+        DataError, match=r"^t/dev.jsonl:3: the judge's prompt takes \d+ tokens without the answer"
+    ):
         Judge(str(dull), device="cpu", limit=150)([row], ["red"])
 
 
@@ -140,19 +201,28 @@ def test_loading_a_judge_draws_nothing_from_the_run_s_random_numbers(dull):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("key", "said"), [
-    ("how=guess", "unknown score.judge.how 'guess'"), ("dtype=fp8", "unknown score.judge.dtype 'fp8'"),
-    ("template=plane", "unknown score.judge.template 'plane'; did you mean 'plain'"),
-    ("max_length=0", "score.judge.max_length=0: expected a whole number"),
-    ("batch_size=null", "score.judge.batch_size=None: expected a whole number"),
-])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("how=guess", "unknown score.judge.how 'guess'"),
+        ("dtype=fp8", "unknown score.judge.dtype 'fp8'"),
+        ("template=plane", "unknown score.judge.template 'plane'; did you mean 'plain'"),
+        ("max_length=0", "score.judge.max_length=0: expected a whole number"),
+        ("batch_size=null", "score.judge.batch_size=None: expected a whole number"),
+    ],
+)
 def test_a_judge_that_cannot_be_is_refused_before_training(keys, refused, tmp_path, key, said):
-    assert said in refused("run", *keys, "score.judge.name=x", f"score.judge.{key}", f"out={tmp_path / 'no'}")
+    assert said in refused(
+        "run", *keys, "score.judge.name=x", f"score.judge.{key}", f"out={tmp_path / 'no'}"
+    )
 
 
 def test_without_a_judge_the_metric_is_refused(keys, refused, tmp_path):
     said = refused("run", *keys, "score.metric=relevance_judged", f"out={tmp_path / 'no'}")
-    assert "found no judge, expected a model that grades for the metric relevance_judged; name one by" in said
+    assert (
+        "found no judge, expected a model that grades for the metric relevance_judged; name one by"
+        in said
+    )
 
 
 def test_a_run_is_judged_and_resumes_to_the_same_matrix(taught, tmp_path, model_folder):
@@ -160,9 +230,20 @@ def test_a_run_is_judged_and_resumes_to_the_same_matrix(taught, tmp_path, model_
     asked = [{**r, "requirements": ["Is it a word?"]} for r in rows("first", 3)]
     for split in ("train", "test"):
         write_rows(root / "first" / f"{split}.jsonl", asked)
-    (root / "stream.json").write_text(json.dumps({"tasks": [{"name": "first", "metric": "relevance_judged"}]}))
-    keys = ("stream=folder", f"stream.path={root}", "model=hf", f"model.name={model_folder}", "device=cpu",
-            "train.steps=25", "train.lr=0.01", f"score.judge.name={taught}", "score.max_new_tokens=3")
+    (root / "stream.json").write_text(
+        json.dumps({"tasks": [{"name": "first", "metric": "relevance_judged"}]})
+    )
+    keys = (
+        "stream=folder",
+        f"stream.path={root}",
+        "model=hf",
+        f"model.name={model_folder}",
+        "device=cpu",
+        "train.steps=25",
+        "train.lr=0.01",
+        f"score.judge.name={taught}",
+        "score.max_new_tokens=3",
+    )
     whole, _ = run(tmp_path / "run", keys)
     told = lines(tmp_path / "run/predictions/stage-01/first.jsonl")
     assert whole.scores[1][0] == pytest.approx(sum(t["score"] for t in told) / 3)

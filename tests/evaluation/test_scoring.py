@@ -23,7 +23,9 @@ from continual.training.stage import learn
 from tests.support.models import byte_bpe, example, model, stream_text
 
 SAID = ["red", "blue green", "blue green gold pink", "grey grey red", "plum", "teal red gold"]
-ROWS = [example(f"Say {'it ' * (5 * i % 7 + 1)}{i}.", output=o, id=f"r{i}") for i, o in enumerate(SAID)]
+ROWS = [
+    example(f"Say {'it ' * (5 * i % 7 + 1)}{i}.", output=o, id=f"r{i}") for i, o in enumerate(SAID)
+]
 
 
 def ready(net, rows=ROWS, metric="exact_match", seq2seq=False, **more):
@@ -36,24 +38,53 @@ def taught(request):
     """A model that has learned ROWS by heart."""
     net = model(request.param)
     encoder = Encoder(net.tokenizer, seq2seq=request.param == "t5")
-    learn(net, encoder.task(Task("t", ROWS), {"t": 0}), Strategy(), Recipe(lr=0.02, steps=150, warmup=0.1), seed=0,
-          log=lambda e: None)
+    learn(
+        net,
+        encoder.task(Task("t", ROWS), {"t": 0}),
+        Strategy(),
+        Recipe(lr=0.02, steps=150, warmup=0.1),
+        seed=0,
+        log=lambda e: None,
+    )
     return net
 
 
 # Marks
 
-@pytest.mark.parametrize(("said", "right"), [
-    ("red", "red"), ("Red", "red"), ("red", "RED"), (" red\n", "red"), ("red.", "red"), ("red", "red."),
-    ("red  blue", "red blue"), ("ﬁne", "fine"), ("STRASSE", "straße"), (".", "."), ("7", "７"),
-])
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("red", "red"),
+        ("Red", "red"),
+        ("red", "RED"),
+        (" red\n", "red"),
+        ("red.", "red"),
+        ("red", "red."),
+        ("red  blue", "red blue"),
+        ("ﬁne", "fine"),
+        ("STRASSE", "straße"),
+        (".", "."),
+        ("7", "７"),
+    ],
+)
 def test_exact_match_compares_both_sides_normalised(said, right):
     assert exact_match(said, right) == 1
 
 
-@pytest.mark.parametrize(("said", "right"), [
-    ("", "red"), ("", ""), ("  ", ""), (" \n", " "), ("red blue", "red"), ("rd", "red"), ("red,", "red"), (".", "red."),
-])
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("", "red"),
+        ("", ""),
+        ("  ", ""),
+        (" \n", " "),
+        ("red blue", "red"),
+        ("rd", "red"),
+        ("red,", "red"),
+        (".", "red."),
+    ],
+)
 def test_another_or_an_empty_answer_is_no_match(said, right):
     assert exact_match(said, right) == 0
 
@@ -63,24 +94,41 @@ def test_normalising_twice_is_normalising_once(text):
     assert normalise(normalise(text)) == normalise(text)
 
 
-@pytest.mark.parametrize(("said", "right", "expected"), [
-    ("red blue", "red blue", 1), ("red", "red blue", 2 * 1 * 0.5 / 1.5), ("Red, blue!", "blue red", 1),
-    ("red red", "red", 2 * 0.5 * 1 / 1.5), ("green", "red", 0), ("", "red", 0), ("", "", 0),
-])
+@pytest.mark.parametrize(
+    ("said", "right", "expected"),
+    [
+        ("red blue", "red blue", 1),
+        ("red", "red blue", 2 * 1 * 0.5 / 1.5),
+        ("Red, blue!", "blue red", 1),
+        ("red red", "red", 2 * 0.5 * 1 / 1.5),
+        ("green", "red", 0),
+        ("", "red", 0),
+        ("", "", 0),
+    ],
+)
 def test_token_f1_is_the_harmonic_mean_of_precision_and_recall_over_words(said, right, expected):
     assert token_f1(said, right) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("said", "right", "expected"), [
-    ("a b c d", "a b c d", 1), ("b a", "a b", 0.5), ("a x b y c", "a b c", 2 * (3 / 5) / (3 / 5 + 1)), ("", "a", 0),
-    ("the cats sleep", "the cat sleeps", 1),
-])
+@pytest.mark.parametrize(
+    ("said", "right", "expected"),
+    [
+        ("a b c d", "a b c d", 1),
+        ("b a", "a b", 0.5),
+        ("a x b y c", "a b c", 2 * (3 / 5) / (3 / 5 + 1)),
+        ("", "a", 0),
+        ("the cats sleep", "the cat sleeps", 1),
+    ],
+)
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence_of_stems(said, right, expected):
     assert rouge_l(said, right) == pytest.approx(expected)
 
 
 ASCII = st.text(st.characters(max_codepoint=127), max_size=12)
-WORDS = st.lists(st.sampled_from(["red", "running", "runs", "Gold", "x-ray", "isn't", "a_b", "."]) | ASCII, max_size=6)
+WORDS = st.lists(
+    st.sampled_from(["red", "running", "runs", "Gold", "x-ray", "isn't", "a_b", "."]) | ASCII,
+    max_size=6,
+)
 
 
 @given(WORDS, WORDS)
@@ -88,15 +136,29 @@ def test_rouge_l_of_ascii_is_that_of_the_rouge_score_package(a, b):
     from rouge_score.rouge_scorer import RougeScorer
 
     said, right = " ".join(a), " ".join(b)
-    assert rouge_l(said, right) == RougeScorer(["rougeL"], use_stemmer=True).score(right, said)["rougeL"].fmeasure
+    assert (
+        rouge_l(said, right)
+        == RougeScorer(["rougeL"], use_stemmer=True).score(right, said)["rougeL"].fmeasure
+    )
 
 
-@pytest.mark.parametrize(("said", "right", "expected"), [
-    ("反对", "反对", 1), ("我反对。", "反对", 2 * (2 / 3) / (2 / 3 + 1)), ("支持", "反对", 0),
-    ("Привет, мир!", "привет мир", 1), ("Привет", "Привет мир", 2 * 0.5 / 1.5), ("नमस्ते", "नमस्ते", 1), ("कि", "का", 0),
-    ("größer als", "größer als", 1), ("größer", "groß", 0), ("e\u0301te\u0301", "été", 1), ("ไม่", "ไม่", 1),
-    ("running 很 fast", "runs 很 fast", 1),
-])
+@pytest.mark.parametrize(
+    ("said", "right", "expected"),
+    [
+        ("反对", "反对", 1),
+        ("我反对。", "反对", 2 * (2 / 3) / (2 / 3 + 1)),
+        ("支持", "反对", 0),
+        ("Привет, мир!", "привет мир", 1),
+        ("Привет", "Привет мир", 2 * 0.5 / 1.5),
+        ("नमस्ते", "नमस्ते", 1),
+        ("कि", "का", 0),
+        ("größer als", "größer als", 1),
+        ("größer", "groß", 0),
+        ("e\u0301te\u0301", "été", 1),
+        ("ไม่", "ไม่", 1),
+        ("running 很 fast", "runs 很 fast", 1),
+    ],
+)
 def test_rouge_l_counts_words_of_any_script(said, right, expected):
     assert rouge_l(said, right) == pytest.approx(expected)
 
@@ -108,6 +170,7 @@ def test_every_metric_is_between_0_and_1_at_its_ends(metric):
 
 
 # Answers
+
 
 def test_a_taught_model_answers_and_stops_at_the_end_of_sequence(taught):
     test = ready(taught, seq2seq=taught.layout.seq2seq, max_new_tokens=50)
@@ -122,7 +185,9 @@ def test_a_taught_model_answers_and_stops_at_the_end_of_sequence(taught):
 
 def test_by_default_an_answer_may_be_as_long_as_the_longest_reference_and_its_end(taught):
     test = ready(taught, seq2seq=taught.layout.seq2seq)
-    assert test.max_new_tokens == max(len(taught.tokenizer(o)["input_ids"]) for o in SAID) + (not taught.layout.seq2seq)
+    assert test.max_new_tokens == max(len(taught.tokenizer(o)["input_ids"]) for o in SAID) + (
+        not taught.layout.seq2seq
+    )
     assert score(taught, test, 8)[0] == 1
 
 
@@ -170,8 +235,11 @@ def by_hand(net, ids, n):
     said = [net.layout.decoder_start] if net.layout.seq2seq else []
     start = len(said)
     while len(said) < n + start and net.tokenizer.eos_token_id not in said[start:]:
-        inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([said])} if start else {
-            "input_ids": torch.tensor([[*ids, *said]])}
+        inputs = (
+            {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([said])}
+            if start
+            else {"input_ids": torch.tensor([[*ids, *said]])}
+        )
         said.append(int(net.net(**inputs, use_cache=False).logits[0, -1].argmax()))
     return net.tokenizer.decode(said, skip_special_tokens=True).strip()
 
@@ -180,7 +248,12 @@ def test_a_models_own_generation_settings_do_not_change_its_answers():
     net = model()
     test = ready(net)
     plain = answer(net, test.encoded, 12, 8)
-    for key, value in {"repetition_penalty": 5.0, "do_sample": True, "num_beams": 3, "min_new_tokens": 12}.items():
+    for key, value in {
+        "repetition_penalty": 5.0,
+        "do_sample": True,
+        "num_beams": 3,
+        "min_new_tokens": 12,
+    }.items():
         setattr(net.net.generation_config, key, value)
     again = assemble(net.net, net.tokenizer, device="cpu")
     assert answer(again, test.encoded, 12, 8) == plain
@@ -190,7 +263,9 @@ def test_an_empty_answer_is_wrong_and_stays_in_the_denominator():
     net = model()
     with torch.no_grad():  # the end of sequence is the best token everywhere
         net.net.lm_head.weight.zero_()
-        net.net.lm_head.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.tensor(0), 1.0))
+        net.net.lm_head.register_forward_hook(
+            lambda m, args, out: out.index_fill(-1, torch.tensor(0), 1.0)
+        )
     value, rows = score(net, ready(net), 8)
     assert [r["answer"] for r in rows] == [""] * 6
     assert value == 0
@@ -198,8 +273,12 @@ def test_an_empty_answer_is_wrong_and_stays_in_the_denominator():
 
 
 def test_a_conversation_is_scored_on_its_last_turn():
-    turns = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Name one."),
-             Message("assistant", "red"))
+    turns = (
+        Message("user", "Hi"),
+        Message("assistant", "Hello"),
+        Message("user", "Name one."),
+        Message("assistant", "red"),
+    )
     _, (row,) = score(model(), ready(model(), [example("", output="red", messages=turns)]), 8)
     assert row["references"] == ["red"]
     assert row["prompt"].endswith("Name one.\n")
@@ -217,8 +296,12 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
         for w in net.net.parameters():
             w.mul_(3)  # labels that differ by example
     encoder = Encoder(net.tokenizer, limit=120, seq2seq=kind == "t5")
-    rows = [example(f"Say {'it ' * (7 * i % 5)}{i}.", output="very sad", id=f"r{i}") for i in range(12)]
-    test = prepare(Task("t", (), (), tuple(rows), labels=LABELS), encoder, "test", 0, how="likelihood")
+    rows = [
+        example(f"Say {'it ' * (7 * i % 5)}{i}.", output="very sad", id=f"r{i}") for i in range(12)
+    ]
+    test = prepare(
+        Task("t", (), (), tuple(rows), labels=LABELS), encoder, "test", 0, how="likelihood"
+    )
     best = []
     for row in rows:
         alone = [encoder.train(replace(row, outputs=(label,)), 0) for label in LABELS]
@@ -236,11 +319,14 @@ def test_a_task_without_labels_cannot_be_answered_by_likelihood():
 
 
 def test_an_unknown_way_to_answer_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown score.how 'likelyhood'; did you mean 'likelihood'"):
+    with pytest.raises(
+        ConfigError, match=r"unknown score.how 'likelyhood'; did you mean 'likelihood'"
+    ):
         ready(model(), how="likelyhood")
 
 
 # Perplexity
+
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -251,34 +337,53 @@ def test_perplexity_is_that_of_the_reference_whatever_is_trained_on(kind, weight
     if kind == "llama":
         net.layout = replace(net.layout, instruction_weight=weight)
     value, rows = score(net, test, 8)
-    assert [r["perplexity"] for r in rows] == pytest.approx([math.exp(x) for x in expected], rel=1e-4)
+    assert [r["perplexity"] for r in rows] == pytest.approx(
+        [math.exp(x) for x in expected], rel=1e-4
+    )
     assert value == pytest.approx(sum(math.exp(-x) for x in expected) / 6, rel=1e-4)
 
 
 # What cannot be scored
 
+
 def test_an_unknown_metric_names_the_task_and_the_nearest():
-    with pytest.raises(ConfigError, match=r"task 't': unknown metric 'rogueL'; did you mean 'rougeL'"):
+    with pytest.raises(
+        ConfigError, match=r"task 't': unknown metric 'rogueL'; did you mean 'rougeL'"
+    ):
         ready(model(), metric="rogueL")
 
 
 def test_a_split_that_is_not_there_says_which_is():
-    with pytest.raises(DataError, match=r"task 't' has no dev rows \(it has test\); .*score.split=test"):
+    with pytest.raises(
+        DataError, match=r"task 't' has no dev rows \(it has test\); .*score.split=test"
+    ):
         prepare(Task("t", (), (), tuple(ROWS)), Encoder(model().tokenizer), "dev", 0)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_by_file_and_line():
     encoder = Encoder(byte_bpe(stream_text()), limit=40)
-    rows = [ROWS[0], example("Say it. " * 40, where="t/test.jsonl:2"), example("x" * 90, where="t/test.jsonl:3")]
-    with pytest.raises(DataError, match=r"(?s)^t/test.jsonl:2: takes .*score.max_new_tokens.*\nt/test.jsonl:3: takes"):
+    rows = [
+        ROWS[0],
+        example("Say it. " * 40, where="t/test.jsonl:2"),
+        example("x" * 90, where="t/test.jsonl:3"),
+    ]
+    with pytest.raises(
+        DataError,
+        match=r"(?s)^t/test.jsonl:2: takes .*score.max_new_tokens.*\nt/test.jsonl:3: takes",
+    ):
         prepare(Task("t", (), (), tuple(rows)), encoder, "test", 0)
 
 
-@pytest.mark.parametrize(("more", "whence"), [({}, "the longest of its test references"),
-                                              ({"max_new_tokens": 120}, "score.max_new_tokens")])
+@pytest.mark.parametrize(
+    ("more", "whence"),
+    [({}, "the longest of its test references"), ({"max_new_tokens": 120}, "score.max_new_tokens")],
+)
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_once_a_task(more, whence):
     long = [example("Say it.", output="a b " * 100, id=str(i)) for i in range(3)]
-    with pytest.raises(ConfigError, match=rf"task 't': an answer may take \d+ tokens \({whence}\), which leaves none"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"task 't': an answer may take \d+ tokens \({whence}\), which leaves none",
+    ):
         ready(model(), long, **more)
 
 

@@ -24,6 +24,7 @@ def done(keys, tmp_path_factory):
 @pytest.fixture
 def say(cli, monkeypatch):
     """What `continual chat` prints for these lines of a pipe, each as it stands there."""
+
     def typed(path, *told, words=("max_new_tokens=6", "device=cpu")):
         monkeypatch.setenv("COLUMNS", "300")
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in told)))
@@ -48,7 +49,9 @@ def test_a_prompt_from_a_pipe_is_answered(say, done):
 
 
 @pytest.mark.parametrize(("stage", "number"), [("base", 0), ("1", 1), ("last", 2), ("first", 1)])
-def test_a_tasks_instruction_stands_before_what_is_typed_and_each_stage_answers_as_it_did(say, done, stage, number):
+def test_a_tasks_instruction_stands_before_what_is_typed_and_each_stage_answers_as_it_did(
+    say, done, stage, number
+):
     asked = lines(done / "predictions/stage-00/first.jsonl")[0]["prompt"]
     instruction, words = asked.splitlines()
     out = say(done, "/task first", f"/stage {stage}", words)
@@ -66,7 +69,9 @@ def test_compare_asks_the_last_prompt_of_several_stages_side_by_side_and_goes_ba
     out = say(done, "/task first", "/example", "/compare base last", "/stages")
     table = "\n".join(out[out.index("> /compare base last") :])
     assert "base" in table
-    assert all(first_answer(done, n, "first").removeprefix("(an empty answer)") in table for n in (0, 2))
+    assert all(
+        first_answer(done, n, "first").removeprefix("(an empty answer)") in table for n in (0, 2)
+    )
     assert out[-1].startswith("*  2 last  average ")
 
 
@@ -74,7 +79,12 @@ def test_compare_of_all_stages_has_a_row_for_each(say, keys, tmp_path):
     run(tmp_path, keys, "score.max_new_tokens=6", "train.epochs=1")
     out = "\n".join(say(tmp_path, "/task loud", "/example", "/compare"))
     rows = out[out.index("after stage", out.index("/compare")) :]
-    assert [name for name in ("base", "first", "last", "loud") if name in rows] == ["base", "first", "last", "loud"]
+    assert [name for name in ("base", "first", "last", "loud") if name in rows] == [
+        "base",
+        "first",
+        "last",
+        "loud",
+    ]
 
 
 def test_tasks_and_stages_tell_what_they_scored(say, done):
@@ -83,16 +93,21 @@ def test_tasks_and_stages_tell_what_they_scored(say, done):
     assert out[out.index("> /tasks") + 1] == f"* first  {100 * matrix['scores'][2][0]:.1f}"
     averages = [f"{50 * sum(row):.1f}" for row in matrix["scores"]]
     assert [line.lstrip("* ").split() for line in out[-3:]] == [
-        [str(n), name, "average", averages[n]] for n, name in enumerate(["base", "first", "last"])]
+        [str(n), name, "average", averages[n]] for n, name in enumerate(["base", "first", "last"])
+    ]
 
 
-@pytest.mark.parametrize(("line", "expected"), [
-    ("/stag 1", "unknown command '/stag'; did you mean '/stage'"),
-    ("/stage frist", "unknown stage 'frist'; did you mean 'first'"),
-    ("/task lost", "unknown task 'lost'; did you mean 'last'"),
-    ("/example", "/example needs a task"), ("/compare", "there is none yet; type one"),
-    ("word " * 200, "the prompt: takes "),
-])
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("/stag 1", "unknown command '/stag'; did you mean '/stage'"),
+        ("/stage frist", "unknown stage 'frist'; did you mean 'first'"),
+        ("/task lost", "unknown task 'lost'; did you mean 'last'"),
+        ("/example", "/example needs a task"),
+        ("/compare", "there is none yet; type one"),
+        ("word " * 200, "the prompt: takes "),
+    ],
+)
 def test_what_is_wrong_with_a_line_is_said_and_the_next_is_read(say, done, line, expected):
     out = say(done, line, "/stages")
     assert expected in " ".join(out)
@@ -101,30 +116,48 @@ def test_what_is_wrong_with_a_line_is_said_and_the_next_is_read(say, done, line,
 
 def test_help_names_every_command(say, done):
     out = "\n".join(say(done, "/help"))
-    assert all(word in out for word in ("/stages", "/stage NAME", "/task NAME", "/example", "/compare [NAME ...]"))
+    assert all(
+        word in out
+        for word in ("/stages", "/stage NAME", "/task NAME", "/example", "/compare [NAME ...]")
+    )
 
 
 def test_quit_ends_it(say, done):
     assert len(say(done, "/quit", "/stages")) == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft's own
 @pytest.mark.parametrize("strategy", ["per_task", "router", "gain_lora"])
 def test_a_strategy_that_chooses_weights_chooses_them_here_too(say, keys, tmp_path, strategy):
     rank = ("strategy.gain_lora.rank=2",) if strategy == "gain_lora" else ()
     run(tmp_path, keys, *SHORT, f"strategy={strategy}", *rank, "model.adapter=lora")
     out = say(tmp_path, "red blue", "/task first", "/example")
-    assert ("has other weights for each task, and none is named" in " ".join(out)) == (strategy == "per_task")
+    assert ("has other weights for each task, and none is named" in " ".join(out)) == (
+        strategy == "per_task"
+    )
     assert out[-2] == first_answer(tmp_path, 2, "first")
 
 
 def test_an_adapted_model_answers_as_it_did_when_it_was_scored(say, cli, keys, tmp_path):
-    words = ("stream.tasks=[loud]", "adapt.steps=20", "adapt.at=[]", "adapt.shots=[null]", "adapt.draws=1",
-             "train.lr=0.02", f"out={tmp_path / 'new'}")
+    words = (
+        "stream.tasks=[loud]",
+        "adapt.steps=20",
+        "adapt.at=[]",
+        "adapt.shots=[null]",
+        "adapt.draws=1",
+        "train.lr=0.02",
+        f"out={tmp_path / 'new'}",
+    )
     assert cli("adapt", *keys, *words)[0] == 0
     (point,) = json.loads((tmp_path / "new/curve.json").read_text())["points"]
     out = say(tmp_path / "new", "/task loud", *["/example"] * 4, "/stages")
-    right = [f"right would be: {out[i - 1]}" == line for i, line in enumerate(out) if line.startswith("right would be")]
+    right = [
+        f"right would be: {out[i - 1]}" == line
+        for i, line in enumerate(out)
+        if line.startswith("right would be")
+    ]
     assert sum(right) / 4 == point["score"]
     assert out[-1] == "*  0 adapted"
 
@@ -149,7 +182,9 @@ def test_a_stream_that_is_gone_leaves_whole_prompts(say, done, keys, tmp_path):
 
 
 def test_an_answer_cannot_command_the_terminal(say, done, monkeypatch):
-    monkeypatch.setattr("continual.inference.chat.answer", lambda *args: ["\x1b[2J\x07 [red]gone[/red] \u202e"])
+    monkeypatch.setattr(
+        "continual.inference.chat.answer", lambda *args: ["\x1b[2J\x07 [red]gone[/red] \u202e"]
+    )
     assert say(done, "hello")[-1] == "\\x1b[2J\\x07 [red]gone[/red] \\u202e"
 
 

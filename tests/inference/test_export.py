@@ -1,4 +1,6 @@
-"""What a run learned, as a folder of its own: it answers as the run did, and its card says how it is asked."""
+"""What a run learned, as a folder of its own: it answers as the run did, and its card says how it
+is asked.
+"""
 
 import json
 import re
@@ -17,11 +19,24 @@ from continual.cli.main import configure
 from continual.data.template import TEMPLATES, Encoder
 from continual.inference.export import export
 from continual.inference.model_card import chat_template, plain
-from tests.support.models import CHATML, TASKS, THINKING, byte_bpe, example, lines, run, stream_text, write_model
+from tests.support.models import (
+    CHATML,
+    TASKS,
+    THINKING,
+    byte_bpe,
+    example,
+    lines,
+    run,
+    stream_text,
+    write_model,
+)
 
 pytestmark = [  # both of peft's own
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning")]
+    pytest.mark.filterwarnings(
+        "ignore:Position ids are not supported for parameter efficient tuning"
+    ),
+]
 SHORT = ("stream.tasks=[first,last]", "score.max_new_tokens=6", "train.lr=0.01", "train.epochs=8")
 
 
@@ -63,7 +78,9 @@ def test_by_default_it_is_the_model_of_the_run_s_end_whatever_its_tasks_are_call
 def answers(folder, prompts):
     """Each prompt's answer, by the code that the card gives."""
     code = re.search(r"```python\n(.*?)```", card(folder)[1], re.DOTALL)[1]
-    code = code.replace('folder = "."', f"folder = {str(folder)!r}").replace("max_new_tokens=64", "max_new_tokens=6")
+    code = code.replace('folder = "."', f"folder = {str(folder)!r}").replace(
+        "max_new_tokens=64", "max_new_tokens=6"
+    )
     head, asking = code.split('instruction, input = "...", "..."')
     names, said = {}, []
     exec(head, names)  # the card's own words
@@ -86,16 +103,27 @@ LORA = ("model.adapter=lora",)
 VIRTUAL = ("model.adapter=prompt_tuning", "train.lr=0.3")
 
 
-@pytest.mark.parametrize(("more", "stage", "options"), [
-    ((), "last", {}), ((), "base", {}), ((), "1", {}), ((), "first", {}),
-    (LORA, "last", {}), (LORA, "last", {"merged": False}),
-    (VIRTUAL, "last", {}), (("strategy=progressive_prompts", *VIRTUAL), "last", {"task": "first"}),
-    (("strategy=progressive_prompts", *VIRTUAL), "last", {"task": "last"}),
-    (("strategy=progressive_prompts", *VIRTUAL), "base", {"task": "last"}),
-    (("strategy=per_task", *LORA), "last", {"task": "first"}),
-    (("data.template=alpaca",), "last", {}),
-], ids=str)
-def test_an_exported_model_answers_every_test_prompt_as_the_run_did(made, keys, tmp_path, more, stage, options):
+@pytest.mark.parametrize(
+    ("more", "stage", "options"),
+    [
+        ((), "last", {}),
+        ((), "base", {}),
+        ((), "1", {}),
+        ((), "first", {}),
+        (LORA, "last", {}),
+        (LORA, "last", {"merged": False}),
+        (VIRTUAL, "last", {}),
+        (("strategy=progressive_prompts", *VIRTUAL), "last", {"task": "first"}),
+        (("strategy=progressive_prompts", *VIRTUAL), "last", {"task": "last"}),
+        (("strategy=progressive_prompts", *VIRTUAL), "base", {"task": "last"}),
+        (("strategy=per_task", *LORA), "last", {"task": "first"}),
+        (("data.template=alpaca",), "last", {}),
+    ],
+    ids=str,
+)
+def test_an_exported_model_answers_every_test_prompt_as_the_run_did(
+    made, keys, tmp_path, more, stage, options
+):
     path = made(*more)
     number = {"last": 2, "base": 0, "1": 1, "first": 1}[stage]
     made_folder = exported(path, tmp_path / "out", stage=stage, **options).path
@@ -103,9 +131,20 @@ def test_an_exported_model_answers_every_test_prompt_as_the_run_did(made, keys, 
         assert answers(made_folder, asked(keys, task)) == told(path, number, task)
 
 
-def test_an_encoder_decoder_asked_by_its_tokenizers_own_template_answers_as_the_run_did(keys, tmp_path):
-    folder = write_model(tmp_path / "model", "t5", byte_bpe(stream_text(), close=True, chat_template=CHATML))
-    run(tmp_path / "run", keys, *SHORT, f"model.name={folder}", "data.template=chat", "stream.tasks=[first]")
+def test_an_encoder_decoder_asked_by_its_tokenizers_own_template_answers_as_the_run_did(
+    keys, tmp_path
+):
+    folder = write_model(
+        tmp_path / "model", "t5", byte_bpe(stream_text(), close=True, chat_template=CHATML)
+    )
+    run(
+        tmp_path / "run",
+        keys,
+        *SHORT,
+        f"model.name={folder}",
+        "data.template=chat",
+        "stream.tasks=[first]",
+    )
     exported(tmp_path / "run", tmp_path / "out")
     assert answers(tmp_path / "out", asked(keys, "first")) == told(tmp_path / "run", 1, "first")
 
@@ -119,12 +158,23 @@ def test_an_adapter_is_saved_for_its_base_and_is_far_smaller(made, keys, tmp_pat
 
 
 def test_an_adapter_of_a_base_that_only_this_run_has_brings_it_along(keys, tmp_path):
-    words = ("model=scratch", "model.hidden=32", "model.layers=1", "model.heads=2", "model.context=64",
-             "model.vocabulary=300", "model.adapter=lora", *SHORT)
+    words = (
+        "model=scratch",
+        "model.hidden=32",
+        "model.layers=1",
+        "model.heads=2",
+        "model.context=64",
+        "model.vocabulary=300",
+        "model.adapter=lora",
+        *SHORT,
+    )
     run(tmp_path / "run", [k for k in keys if not k.startswith("model")], *words)
     exported(tmp_path / "run", tmp_path / "out", merged=False)
     assert answers(tmp_path / "out", asked(keys, "first")) == told(tmp_path / "run", 2, "first")
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert (
+        json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"]
+        == "base"
+    )
 
 
 def test_the_adapted_model_of_an_adaptation_is_exported(cli, made, keys, tmp_path):
@@ -133,13 +183,17 @@ def test_the_adapted_model_of_an_adaptation_is_exported(cli, made, keys, tmp_pat
     code, out, err = cli("export", tmp_path / "new", "merged=false")
     assert code == 0, err
     assert f"wrote {tmp_path / 'new/export/adapted'}" in out
-    theirs, ours = (load_file(tmp_path / "new" / f / "adapter_model.safetensors") for f in ("model", "export/adapted"))
+    theirs, ours = (
+        load_file(tmp_path / "new" / f / "adapter_model.safetensors")
+        for f in ("model", "export/adapted")
+    )
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(w, ours[n]) for n, w in theirs.items())
     assert "exact\\_match in percent on loud" in card(tmp_path / "new/export/adapted")[1]
 
 
 # The card
+
 
 def test_the_card_holds_the_matrix_for_people_and_the_stages_scores_for_machines(made, tmp_path):
     exported(made(), tmp_path / "out", stage="first", license="apache-2.0")
@@ -149,7 +203,9 @@ def test_the_card_holds_the_matrix_for_people_and_the_stages_scores_for_machines
     (entry,) = head["model-index"]
     assert [r["task"]["name"] for r in entry["results"]] == ["first", "last"]
     matrix = json.loads((made() / "matrix.json").read_text())
-    assert [r["metrics"][0]["value"] for r in entry["results"]] == [100 * s for s in matrix["scores"][1]]
+    assert [r["metrics"][0]["value"] for r in entry["results"]] == [
+        100 * s for s in matrix["scores"][1]
+    ]
     assert text.count("\n| ") == 2 + 3
     assert "| first (this model) |" in text
 
@@ -162,15 +218,25 @@ def test_the_hubs_own_reader_takes_the_card(made, tmp_path):
     assert [r.metric_type for r in data.eval_results] == ["exact_match"] * 2
 
 
-@pytest.mark.parametrize(("licences", "expected"), [
-    (["CC BY-SA 3.0 (databricks-dolly-15k)"] * 2, "cc-by-sa-3.0"), (["MIT", "Apache 2.0"], "other"),
-    (["MIT License", "mit"], "mit"), ([None, None], None), (["none in the repository", None], "other"),
-])
-def test_the_licence_is_that_of_the_data_where_the_stream_tells_it(made, keys, tmp_path, licences, expected):
+@pytest.mark.parametrize(
+    ("licences", "expected"),
+    [
+        (["CC BY-SA 3.0 (databricks-dolly-15k)"] * 2, "cc-by-sa-3.0"),
+        (["MIT", "Apache 2.0"], "other"),
+        (["MIT License", "mit"], "mit"),
+        ([None, None], None),
+        (["none in the repository", None], "other"),
+    ],
+)
+def test_the_licence_is_that_of_the_data_where_the_stream_tells_it(
+    made, keys, tmp_path, licences, expected
+):
     copy = shutil.copytree(made(), tmp_path / "run")
     config = (copy / "config.yaml").read_text()
     old = next(k for k in keys if k.startswith("stream.path=")).partition("=")[2]
-    index = {"tasks": [{"name": t, "licence": lic} for t, lic in zip(TASKS, licences, strict=False)]}
+    index = {
+        "tasks": [{"name": t, "licence": lic} for t, lic in zip(TASKS, licences, strict=False)]
+    }
     (tmp_path / "stream").mkdir()
     (tmp_path / "stream/stream.json").write_text(json.dumps(index))
     (copy / "config.yaml").write_text(config.replace(old, str(tmp_path / "stream")))
@@ -190,23 +256,35 @@ def test_names_out_of_files_stay_text_in_the_card(spoiled, tmp_path):
     assert plain("a\nb|c") == "a b\\|c"
 
 
-TOKENIZERS = [byte_bpe(stream_text()), byte_bpe(stream_text(), bos="<s>", eos="</s>", chat_template=CHATML),
-              byte_bpe(stream_text(), close=True, split_words=False)]
+TOKENIZERS = [
+    byte_bpe(stream_text()),
+    byte_bpe(stream_text(), bos="<s>", eos="</s>", chat_template=CHATML),
+    byte_bpe(stream_text(), close=True, split_words=False),
+]
 
 
 @pytest.mark.parametrize("seq2seq", [False, True])
-def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_stands_there_once(seq2seq):
-    tokenizer = byte_bpe(stream_text(), bos="<s>", close=seq2seq, chat_template="{{ bos_token }}" + CHATML)
+def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_stands_there_once(
+    seq2seq,
+):
+    tokenizer = byte_bpe(
+        stream_text(), bos="<s>", close=seq2seq, chat_template="{{ bos_token }}" + CHATML
+    )
     encoder = Encoder(tokenizer, "chat", seq2seq=seq2seq)
-    told = tokenizer.apply_chat_template([{"role": "user", "content": "Do it."}], add_generation_prompt=True,
-                                         chat_template=chat_template(encoder))["input_ids"]
+    told = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Do it."}],
+        add_generation_prompt=True,
+        chat_template=chat_template(encoder),
+    )["input_ids"]
     assert tuple(told) == encoder.ask(example("Do it."), 0, 1).ids
     assert told.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("seq2seq", [False, True])
 @pytest.mark.parametrize("more", [{}, {"enable_thinking": False}], ids=str)
-def test_a_chat_template_is_saved_so_that_it_asks_with_all_that_it_writes_before_any_answer(seq2seq, more):
+def test_a_chat_template_is_saved_so_that_it_asks_with_all_that_it_writes_before_any_answer(
+    seq2seq, more
+):
     tokenizer = byte_bpe(stream_text(), bos="<s>", close=seq2seq, chat_template=THINKING)
     encoder = Encoder(tokenizer, "chat", seq2seq=seq2seq)
     tokenizer.chat_template, asked = chat_template(encoder), encoder.ask(example("Do it."), 0, 1)
@@ -217,46 +295,75 @@ def test_a_chat_template_is_saved_so_that_it_asks_with_all_that_it_writes_before
 
 
 @settings(max_examples=60)
-@given(st.sampled_from([*TEMPLATES]), st.sampled_from(range(3)), st.text(min_size=1, max_size=12), st.text(max_size=12))
-def test_the_saved_template_writes_every_prompt_as_the_run_did(template, which, instruction, given_input):
+@given(
+    st.sampled_from([*TEMPLATES]),
+    st.sampled_from(range(3)),
+    st.text(min_size=1, max_size=12),
+    st.text(max_size=12),
+)
+def test_the_saved_template_writes_every_prompt_as_the_run_did(
+    template, which, instruction, given_input
+):
     seq2seq = which == 2
     encoder = Encoder(TOKENIZERS[which], template, limit=500, seq2seq=seq2seq)
     asked = encoder.ask(example(instruction, given_input), 0, 1)
     between = "\n\n### Input:\n" if template == "alpaca" else "\n"
     text = instruction + between + given_input if given_input else instruction
-    told = TOKENIZERS[which].apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                                 chat_template=chat_template(encoder))["input_ids"]
+    told = TOKENIZERS[which].apply_chat_template(
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        chat_template=chat_template(encoder),
+    )["input_ids"]
     assert tuple(told) == asked.ids
 
 
 # What cannot be exported
 
+
 def test_a_folder_that_is_there_is_left_alone(refused, made, tmp_path):
     (tmp_path / "out").mkdir()
     assert f"{tmp_path / 'out'} is there already; remove it, or give another out=" in refused(
-        "export", made(), f"out={tmp_path / 'out'}")
+        "export", made(), f"out={tmp_path / 'out'}"
+    )
 
 
-@pytest.mark.parametrize(("more", "words", "expected"), [
-    ((), ["stage=frist"], "unknown stage 'frist'; did you mean 'first'"),
-    ((), ["task=lost"], "unknown task 'lost'; did you mean 'last'"),
-    ((), ["merged=no"], "merged=no: expected true or false"),
-    ((), ["merged=false"], "this one trained the whole model"),
-    ((), ["stge=1"], "unknown key 'stge'; did you mean 'stage'"),
-    (VIRTUAL, ["merged=true"], "puts virtual tokens before the prompt"),
-    (("strategy=per_task", *LORA), [], "the strategy per_task has other weights for each task, and one model holds "
-                                       "those of one; give task=NAME, of first, last"),
-], ids=str)
-def test_what_cannot_be_exported_is_refused_with_the_reason(refused, made, tmp_path, more, words, expected):
+@pytest.mark.parametrize(
+    ("more", "words", "expected"),
+    [
+        ((), ["stage=frist"], "unknown stage 'frist'; did you mean 'first'"),
+        ((), ["task=lost"], "unknown task 'lost'; did you mean 'last'"),
+        ((), ["merged=no"], "merged=no: expected true or false"),
+        ((), ["merged=false"], "this one trained the whole model"),
+        ((), ["stge=1"], "unknown key 'stge'; did you mean 'stage'"),
+        (VIRTUAL, ["merged=true"], "puts virtual tokens before the prompt"),
+        (
+            ("strategy=per_task", *LORA),
+            [],
+            "the strategy per_task has other weights for each task, and one model holds "
+            "those of one; give task=NAME, of first, last",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_exported_is_refused_with_the_reason(
+    refused, made, tmp_path, more, words, expected
+):
     assert expected in refused("export", made(*more), *words, f"out={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_strategy_that_chooses_by_each_prompt_is_no_one_model(refused, spoiled):
     config = spoiled / "config.yaml"
-    config.write_text(config.read_text().replace("continual.strategy.interface.Strategy", "strategies.router.Router"))
+    config.write_text(
+        config.read_text().replace(
+            "continual.strategy.interface.Strategy", "strategies.router.Router"
+        )
+    )
     told = refused("export", spoiled)
-    assert "chooses other weights for each prompt, which no one model holds; talk to it with continual chat" in told
+    assert (
+        "chooses other weights for each prompt, which no one model holds; talk to it with "
+        "continual chat" in told
+    )
 
 
 def test_an_unfinished_run_has_no_last_stage_but_those_that_it_has(refused, spoiled, tmp_path):
@@ -265,7 +372,10 @@ def test_an_unfinished_run_has_no_last_stage_but_those_that_it_has(refused, spoi
     matrix["scores"].pop()
     (spoiled / "matrix.json").write_text(json.dumps(matrix))
     told = refused("export", spoiled, f"out={tmp_path / 'out'}")
-    assert "is not finished, and has no last stage yet; finish it, or name a stage that it has: base, first" in told
+    assert (
+        "is not finished, and has no last stage yet; finish it, or name a stage that it has: "
+        "base, first" in told
+    )
     assert exported(spoiled, tmp_path / "out", stage="first").path.is_dir()
 
 
@@ -283,12 +393,27 @@ def test_a_full_disk_leaves_nothing_behind(refused, made, tmp_path, monkeypatch)
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.mark.parametrize(("old", "new", "expected"), [
-    ("continual.models.loading.hf", "os.system", "asks for model._target_='os.system', which is not one of continual's"),
-    ("continual.strategy.interface.Strategy", "os.system", "asks for strategy.naive._target_='os.system', which is neither"),
-    ("streams.folder.folder", "os.system", "asks for stream._target_='os.system', which is not one of continual's"),
-    ("trust_remote_code: false", "trust_remote_code: true", "asks to run code that the model"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "continual.models.loading.hf",
+            "os.system",
+            "asks for model._target_='os.system', which is not one of continual's",
+        ),
+        (
+            "continual.strategy.interface.Strategy",
+            "os.system",
+            "asks for strategy.naive._target_='os.system', which is neither",
+        ),
+        (
+            "streams.folder.folder",
+            "os.system",
+            "asks for stream._target_='os.system', which is not one of continual's",
+        ),
+        ("trust_remote_code: false", "trust_remote_code: true", "asks to run code that the model"),
+    ],
+)
 def test_nothing_is_built_from_a_run_folder_but_our_own(refused, spoiled, old, new, expected):
     config = spoiled / "config.yaml"
     assert old in config.read_text()

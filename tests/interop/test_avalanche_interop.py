@@ -1,4 +1,6 @@
-"""Our tasks under Avalanche's own strategies, evaluators and loggers, and its metrics beside our summaries."""
+"""Our tasks under Avalanche's own strategies, evaluators and loggers, and its metrics beside our
+summaries.
+"""
 
 import io
 from copy import deepcopy
@@ -29,7 +31,9 @@ def test_examples_are_what_their_tensors_hold(causal):
     x, y, t = tensors(rows, causal, longest=20)
     assert x.shape == (5, 2, 20)
     assert [(e.ids, e.response) for e in examples(x)] == [(e.ids, e.response) for e in rows]
-    assert y[y != avalanche.NONE].tolist() == [i for e in rows for i, r in zip(e.ids, e.response, strict=True) if r]
+    assert y[y != avalanche.NONE].tolist() == [
+        i for e in rows for i, r in zip(e.ids, e.response, strict=True) if r
+    ]
     assert t.tolist() == [2] * 5
 
 
@@ -44,6 +48,7 @@ def test_a_model_as_avalanche_sees_it_has_our_logits_and_our_loss(kind):
 
 
 # A benchmark
+
 
 @pytest.fixture(scope="module")
 def ready(stream_folder):
@@ -61,8 +66,11 @@ def loop(made, kind="Naive", adam: float | None = None, **settings):
     p = list(net.parameters())
     settings = {"train_mb_size": 12, "eval_mb_size": 4, "evaluator": None, **settings}
     return getattr(supervised, kind)(
-        model=net, criterion=Criterion(), optimizer=torch.optim.Adam(p, adam) if adam else torch.optim.SGD(p, 0.1),
-        **settings)
+        model=net,
+        criterion=Criterion(),
+        optimizer=torch.optim.Adam(p, adam) if adam else torch.optim.SGD(p, 0.1),
+        **settings,
+    )
 
 
 def test_a_stage_is_an_experience_and_a_task_a_test_experience(ready):
@@ -82,8 +90,14 @@ def test_a_step_of_avalanche_s_naive_is_a_step_down_our_gradient(ready):
     assert toy.close(snapshot(made), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "settings"), [
-    ("Replay", {"mem_size": 6}), ("EWC", {"ewc_lambda": 1.0}), ("AGEM", {"patterns_per_exp": 4, "sample_size": 4})])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Replay", {"mem_size": 6}),
+        ("EWC", {"ewc_lambda": 1.0}),
+        ("AGEM", {"patterns_per_exp": 4, "sample_size": 4}),
+    ],
+)
 def test_avalanche_s_own_strategies_run_over_our_tasks(ready, kind, settings):
     made = deepcopy(ready[1])
     made_of = loop(made, kind, train_mb_size=4, **settings)
@@ -96,32 +110,43 @@ def test_avalanche_s_own_strategies_run_over_our_tasks(ready, kind, settings):
 
 # Its metrics
 
+
 def token_accuracy(made, rows) -> float:
     batch = numbered(made, rows)
     return (forward(made, batch).argmax(-1) == batch.targets).float().mean().item()
 
 
 def test_evaluators_and_loggers_of_avalanche_s_tell_what_our_matrix_tells(ready):
-    """Its forgetting is the first less the last score, minus our backward transfer; ours begins at the best."""
+    """Its forgetting is the first less the last score, minus our backward transfer; ours begins at
+    the best.
+    """
     from avalanche.evaluation import metrics
     from avalanche.logging import TextLogger
     from avalanche.training.plugins import EvaluationPlugin
 
     made, said, scores = deepcopy(ready[1]), io.StringIO(), []
     square = metrics.acc_matrix.AccuracyMatrixPluginMetric()
-    evaluator = EvaluationPlugin(metrics.forgetting_metrics(stream=True), metrics.bwt_metrics(stream=True), square,
-                                 loggers=[TextLogger(said)])
+    evaluator = EvaluationPlugin(
+        metrics.forgetting_metrics(stream=True),
+        metrics.bwt_metrics(stream=True),
+        square,
+        loggers=[TextLogger(said)],
+    )
     made_of = loop(made, "Naive", 0.005, train_mb_size=4, train_epochs=15, evaluator=evaluator)
     tests = [[e.dataset[i] for i in range(4)] for e in ready[0].test_stream]
     for experience in ready[0].train_stream:
         made_of.train(experience)
         told = made_of.eval(ready[0].test_stream)
         scores.append(tuple(token_accuracy(made, rows) for rows in tests))
-    matrix = Matrix("s", "given", "naive", 0, TASKS, dict.fromkeys(TASKS, "accuracy"), TASKS, tuple(scores))
+    matrix = Matrix(
+        "s", "given", "naive", 0, TASKS, dict.fromkeys(TASKS, "accuracy"), TASKS, tuple(scores)
+    )
     last = {key.split("/")[0]: value for key, value in told.items()}
     assert torch.allclose(square.matrix, torch.tensor(scores))
     assert last["StreamBWT"] == pytest.approx(matrix.summary()["backward_transfer"], abs=1e-6)
-    assert last["StreamForgetting"] == pytest.approx(-matrix.summary()["backward_transfer"], abs=1e-6)
+    assert last["StreamForgetting"] == pytest.approx(
+        -matrix.summary()["backward_transfer"], abs=1e-6
+    )
     assert matrix.summary()["backward_transfer"] != 0
     assert "StreamForgetting/eval_phase/test_stream" in said.getvalue()
 
@@ -134,8 +159,16 @@ grid = st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=5, m
 def test_on_any_matrix_its_bwt_and_fwt_are_ours_and_its_forgetting_is_at_most_ours(scores):
     from avalanche.evaluation.metrics import BWT, Forgetting, ForwardTransfer
 
-    matrix = Matrix("s", "given", "naive", 0, toy.NAMES, dict.fromkeys(toy.NAMES, "accuracy"), ("base", *toy.NAMES),
-                    tuple(map(tuple, scores)))
+    matrix = Matrix(
+        "s",
+        "given",
+        "naive",
+        0,
+        toy.NAMES,
+        dict.fromkeys(toy.NAMES, "accuracy"),
+        ("base", *toy.NAMES),
+        tuple(map(tuple, scores)),
+    )
     forgetting, bwt, fwt = Forgetting(), BWT(), ForwardTransfer()
     for j in range(4):
         fwt.update(j, scores[0][j], initial=True)
@@ -159,8 +192,16 @@ def test_on_any_matrix_its_bwt_and_fwt_are_ours_and_its_forgetting_is_at_most_ou
 def test_their_forgetting_differs_from_ours_where_a_task_was_best_after_its_own_stage():
     from avalanche.evaluation.metrics import Forgetting
 
-    matrix = Matrix("s", "given", "naive", 0, ("a", "b", "c"), dict.fromkeys("abc", "accuracy"), ("a", "b", "c"),
-                    ((0.5, 0, 0), (0.9, 0.4, 0), (0.3, 0.4, 0.8)))
+    matrix = Matrix(
+        "s",
+        "given",
+        "naive",
+        0,
+        ("a", "b", "c"),
+        dict.fromkeys("abc", "accuracy"),
+        ("a", "b", "c"),
+        ((0.5, 0, 0), (0.9, 0.4, 0), (0.3, 0.4, 0.8)),
+    )
     theirs = Forgetting()
     for task, first, last in (("a", 0.5, 0.3), ("b", 0.4, 0.4)):
         theirs.update(task, first, initial=True)
@@ -171,4 +212,6 @@ def test_their_forgetting_differs_from_ours_where_a_task_was_best_after_its_own_
 
 def test_rows_of_a_data_set_have_one_width():
     rows = Rows(toy.examples(0), causal=True)
-    assert {rows.collate_fn([e])[0].shape for e in rows.examples} == {(1, 2, max(len(e.ids) for e in rows.examples))}
+    assert {rows.collate_fn([e])[0].shape for e in rows.examples} == {
+        (1, 2, max(len(e.ids) for e in rows.examples))
+    }

@@ -1,6 +1,8 @@
-"""Whatever the bytes of a file, its reader returns or raises a ContinualError: no traceback, no hang, no flood.
+"""Whatever the bytes of a file, its reader returns or raises a ContinualError: no traceback, no
+hang, no flood.
 
-`python -m benchmarks.fuzz` drives the same readers by a coverage-guided fuzzer, for as long as one likes.
+`python -m benchmarks.fuzz` drives the same readers by a coverage-guided fuzzer, for as long as one
+likes.
 """
 
 from __future__ import annotations
@@ -14,17 +16,35 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz import READERS, WORDS, attempt
 
-ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 # What JSON allows and few expect: numbers without end or value, halves of characters, NUL.
-SCALARS = (st.none() | st.booleans() | st.integers() | st.integers(10**17, 10**400) | st.floats() | st.text(max_size=9)
-           | st.sampled_from(["\ud800", "\x00", "\x1b[2J", "../..", "${oc.env:HOME}", "<script>", *WORDS]))
-VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3),
-                      max_leaves=6)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(10**17, 10**400)
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["\ud800", "\x00", "\x1b[2J", "../..", "${oc.env:HOME}", "<script>", *WORDS])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3),
+    max_leaves=6,
+)
 
 
 def spots(value, path=()):
     """The paths to all parts of a JSON value."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(spot for key, part in parts for spot in spots(part, (*path, key)))]
 
 
@@ -51,7 +71,9 @@ def structured(draw, raw):
 
 @st.composite
 def spliced(draw, raw):
-    """A sound file with other bytes, or a word that means something to some reader, in the place of a few."""
+    """A sound file with other bytes, or a word that means something to some reader, in the place of
+    a few.
+    """
     at, end = sorted((draw(st.integers(0, len(raw))), draw(st.integers(0, len(raw)))))
     word = draw(st.binary(max_size=20) | st.sampled_from([w.encode() for w in WORDS]))
     return raw[:at] + word + raw[min(end, at + 9) :]
@@ -99,11 +121,22 @@ def test_a_sound_file_with_other_values(name, tmp_path):
 
 
 FLOODS = {
-    "brackets": b"[" * 300_000, "objects": b'{"a":' * 100_000, "digits": b"9" * 300_000, "exponent": b"1e999999999",
-    "one line": b"x" * 2_000_000, "many lines": b"x\n" * 100_000, "quotes": b'"' * 300_000, "indents": b"- " * 100_000,
-    "a key twice": b'{"a":1,"a":1}', "BOM": b"\xef\xbb\xbf" * 9, "NUL": bytes(100_000), "UTF-16": "{}".encode("utf-16"),
-    "unfolding": b"a: &a [1,1,1,1,1,1,1,1,1]\n" + b"".join(
-        b"%c: &%c [*%c,*%c,*%c,*%c,*%c,*%c]\n" % (i + 1, i + 1, *[i] * 6) for i in range(97, 121)),
+    "brackets": b"[" * 300_000,
+    "objects": b'{"a":' * 100_000,
+    "digits": b"9" * 300_000,
+    "exponent": b"1e999999999",
+    "one line": b"x" * 2_000_000,
+    "many lines": b"x\n" * 100_000,
+    "quotes": b'"' * 300_000,
+    "indents": b"- " * 100_000,
+    "a key twice": b'{"a":1,"a":1}',
+    "BOM": b"\xef\xbb\xbf" * 9,
+    "NUL": bytes(100_000),
+    "UTF-16": "{}".encode("utf-16"),
+    "unfolding": b"a: &a [1,1,1,1,1,1,1,1,1]\n"
+    + b"".join(
+        b"%c: &%c [*%c,*%c,*%c,*%c,*%c,*%c]\n" % (i + 1, i + 1, *[i] * 6) for i in range(97, 121)
+    ),
 }
 
 

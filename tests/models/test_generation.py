@@ -32,13 +32,18 @@ def made(network, dtype) -> Model:
         for w in net.parameters():
             w.mul_(3)
         head = net.get_output_embeddings()
-        head.register_forward_hook(lambda m, args, out: out.index_add(
-            -1, torch.tensor([END]), 0.6 * out.amax(-1, keepdim=True).abs()))
+        head.register_forward_hook(
+            lambda m, args, out: out.index_add(
+                -1, torch.tensor([END]), 0.6 * out.amax(-1, keepdim=True).abs()
+            )
+        )
     return Model(net, Eos(), Layout(pad=0, device=torch.device("cpu"), flat=True, tokens=200))
 
 
 def prompts() -> list[Encoded]:
-    """Two instructions, texts of many lengths, a prompt that is another's beginning, one twice, one of one token."""
+    """Two instructions, texts of many lengths, a prompt that is another's beginning, one twice, one
+    of one token.
+    """
     rng = random.Random(0)
     before = [[rng.randrange(5, 250) for _ in range(40)] for _ in range(2)]
     rows = [before[i % 2] + [rng.randrange(5, 250) for _ in range(i * 7 % 12)] for i in range(14)]
@@ -61,21 +66,35 @@ def test_every_architecture_answers_as_generate_does(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", OWN_RULES)
-def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_and_has_its_own_loss(kind):
+def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_and_has_its_own_loss(
+    kind,
+):
     net = made(OWN_RULES[kind], torch.float32)
     net.layout = replace(net.layout, flat=probe(net.net)[0])
     for e, said in zip(prompts(), answers.complete(net, prompts(), 12, 128, END), strict=True):
         ids = torch.tensor([e.ids])
-        whole = net.net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-                                 eos_token_id=END, pad_token_id=END)
-        assert said == whole[0, len(e.ids):].tolist()
-    rows = [replace(p, response=(False, *[True] * (len(p.ids) - 1))) for p in prompts() if len(p.ids) > 1]
+        whole = net.net.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=END,
+            pad_token_id=END,
+        )
+        assert said == whole[0, len(e.ids) :].tolist()
+    rows = [
+        replace(p, response=(False, *[True] * (len(p.ids) - 1)))
+        for p in prompts()
+        if len(p.ids) > 1
+    ]
     batch = net.batch(rows)
     with torch.no_grad():
         each = token_nll(net, batch).split(torch.bincount(batch.example).tolist())
         for e, found in zip(rows, each, strict=True):
             ids = torch.tensor([e.ids])
-            own = torch.nn.functional.cross_entropy(net.net(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            own = torch.nn.functional.cross_entropy(
+                net.net(ids).logits[0, :-1], ids[0, 1:], reduction="none"
+            )
             torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
 
 
@@ -97,7 +116,9 @@ def test_a_finished_answer_leaves_the_batch(monkeypatch):
 
 def read(rows: list[tuple[int, ...]], most: int) -> tuple[Cache, list[int]]:
     """What is kept of these prompts, and how many tokens each pass reads."""
-    cache = Cache([Encoded(str(i), 0, r, (False,) * len(r)) for i, r in enumerate(rows)], 0, range(-1, 3), 2)
+    cache = Cache(
+        [Encoded(str(i), 0, r, (False,) * len(r)) for i, r in enumerate(rows)], 0, range(-1, 3), 2
+    )
     return cache, [p.shape[1] for p in cache.passes(most)]
 
 
@@ -113,7 +134,9 @@ def test_no_pass_reads_more_tokens_than_were_asked_for_unless_a_single_prompt_do
     rows = [tuple(range(i, i + n)) for i, n in enumerate((5, 5, 5, 4, 5, 33))]
     assert read(rows, 18)[1] == [16, 4, 32]
     shared = [(*range(10, 110), i, 7) for i in range(9)]
-    assert read(shared, 5)[1] == [100, 5, 4], "a prefix longer than a pass is read alone, and reading goes on"
+    assert read(shared, 5)[1] == [100, 5, 4], (
+        "a prefix longer than a pass is read alone, and reading goes on"
+    )
 
 
 def test_prompts_are_kept_in_few_blocks_whose_padding_is_bounded():
@@ -134,7 +157,15 @@ def test_batches_do_not_change_the_answers():
 
 # Likelihoods
 
-LABELS = [(5, 6, 0), (5, 6, 7, 0), (5, 6, 7), (5, 8, 0), (9,), (5, 6, 0), (0,)]  # some begin with others, one is twice
+LABELS = [
+    (5, 6, 0),
+    (5, 6, 7, 0),
+    (5, 6, 7),
+    (5, 8, 0),
+    (9,),
+    (5, 6, 0),
+    (0,),
+]  # some begin with others, one is twice
 
 
 @pytest.mark.parametrize("batch_size", [3, 128])
@@ -142,17 +173,25 @@ LABELS = [(5, 6, 0), (5, 6, 7, 0), (5, 6, 7), (5, 8, 0), (9,), (5, 6, 0), (0,)] 
 def test_labels_read_as_a_tree_have_the_likelihoods_that_each_has_alone(kind, batch_size):
     net = made(READ[kind], torch.float64)
     padded = replace(net, layout=replace(net.layout, flat=False))
-    alone = torch.cat([likelihoods(padded, [p], [ids], 1) for p in prompts() for ids in LABELS]).view(-1, len(LABELS))
+    alone = torch.cat(
+        [likelihoods(padded, [p], [ids], 1) for p in prompts() for ids in LABELS]
+    ).view(-1, len(LABELS))
     together = likelihoods(net, prompts(), LABELS, batch_size)
     # some norms of transformers round through float32 even in float64
-    torch.testing.assert_close(together, alone, **({} if kind in ("gpt2", "opt") else {"rtol": 1e-5, "atol": 1e-5}))
+    torch.testing.assert_close(
+        together, alone, **({} if kind in ("gpt2", "opt") else {"rtol": 1e-5, "atol": 1e-5})
+    )
     assert together.argmax(1).tolist() == alone.argmax(1).tolist()
 
 
 def test_what_labels_begin_with_alike_is_read_once_behind_each_prompt(monkeypatch):
     net, read = made(READ["llama"], torch.float32), []
     before = Cache.next
-    monkeypatch.setattr(Cache, "next", lambda self, count: read.append((len(self.order), count)) or before(self, count))
+    monkeypatch.setattr(
+        Cache,
+        "next",
+        lambda self, count: read.append((len(self.order), count)) or before(self, count),
+    )
     likelihoods(net, prompts(), LABELS, 128)
     assert read == [(17, 5)], "the prompt's last token and 5, 5 6, 5 6 7, 5 8"
 
@@ -161,7 +200,9 @@ def test_no_more_labels_are_read_at_once_than_a_pass_has_tokens():
     net, read = made(READ["llama"], torch.float64), []
     net.layout = replace(net.layout, tokens=16)
     labels = [(i, j, 0) for i in range(5, 9) for j in range(9, 12)]
-    hook = net.net.get_output_embeddings().register_forward_hook(lambda m, args, out: read.append(args[0].shape[1]))
+    hook = net.net.get_output_embeddings().register_forward_hook(
+        lambda m, args, out: read.append(args[0].shape[1])
+    )
     likelihoods(net, prompts()[:3], labels, 128)
     hook.remove()
     assert read == [17, 17, 17]

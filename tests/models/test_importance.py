@@ -1,4 +1,6 @@
-"""The diagonal Fisher information against closed forms, a loop of one example at a time, and Avalanche."""
+"""The diagonal Fisher information against closed forms, a loop of one example at a time, and
+Avalanche.
+"""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -20,10 +22,22 @@ WORDS = 6  # the vocabulary of the model with a closed form
 
 
 def biased(probabilities: torch.Tensor) -> Model:
-    """A model that gives every token these probabilities, whatever came before; only the LM head's bias trains."""
-    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=WORDS, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=32, bos_token_id=None, eos_token_id=0, pad_token_id=1)).double()
+    """A model that gives every token these probabilities, whatever came before; only the LM head's
+    bias trains.
+    """
+    net = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            max_position_embeddings=32,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    ).double()
     net.lm_head = torch.nn.Linear(8, WORDS, bias=True, dtype=torch.float64)
     net.requires_grad_(False)
     net.lm_head.weight.zero_()
@@ -36,8 +50,10 @@ P = torch.tensor([0.3, 0.1, 0.1, 0.2, 0.2, 0.1], dtype=torch.float64)
 
 
 def answers(*responses: tuple[int, ...], prompt: tuple[int, ...] = (5, 5)) -> list[Encoded]:
-    return [Encoded(str(i), 0, (*prompt, *r), (False,) * len(prompt) + (True,) * len(r))
-            for i, r in enumerate(responses)]
+    return [
+        Encoded(str(i), 0, (*prompt, *r), (False,) * len(prompt) + (True,) * len(r))
+        for i, r in enumerate(responses)
+    ]
 
 
 def bias_fisher(made: Model, examples, *more) -> torch.Tensor:
@@ -47,13 +63,17 @@ def bias_fisher(made: Model, examples, *more) -> torch.Tensor:
 
 
 def test_the_empirical_fisher_of_one_token_is_the_squared_error():
-    expected = torch.stack([(torch.eye(WORDS, dtype=torch.float64)[y] - P).square() for y in (3, 3, 0)]).mean(0)
+    expected = torch.stack(
+        [(torch.eye(WORDS, dtype=torch.float64)[y] - P).square() for y in (3, 3, 0)]
+    ).mean(0)
     assert torch.allclose(bias_fisher(biased(P), answers((3,), (3,), (0,))), expected)
 
 
 def test_the_gradient_is_summed_over_an_example_s_tokens_before_it_is_squared():
     responses = [(3, 4, 3), (0,), (2, 5)]
-    counts = torch.stack([torch.bincount(torch.tensor(r), minlength=WORDS).double() for r in responses])
+    counts = torch.stack(
+        [torch.bincount(torch.tensor(r), minlength=WORDS).double() for r in responses]
+    )
     expected = (counts - torch.tensor([[3.0], [1.0], [2.0]]) * P).square().mean(0)
     assert torch.allclose(bias_fisher(biased(P), answers(*responses)), expected)
 
@@ -61,7 +81,9 @@ def test_the_gradient_is_summed_over_an_example_s_tokens_before_it_is_squared():
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_the_sampled_fisher_is_the_variance_of_the_model_s_own_labels(tokens):
     """E (n_k - T p_k)^2 = T p_k (1 - p_k) for T tokens drawn from p, whatever the data says."""
-    drawn = bias_fisher(biased(P), answers((2,) * tokens) * 800, "sampled", torch.Generator().manual_seed(0))
+    drawn = bias_fisher(
+        biased(P), answers((2,) * tokens) * 800, "sampled", torch.Generator().manual_seed(0)
+    )
     ratio = drawn / (tokens * P * (1 - P))
     assert torch.allclose(ratio, torch.ones_like(ratio), rtol=0.3)
     assert ratio.mean().item() == pytest.approx(1, rel=0.05)
@@ -69,7 +91,9 @@ def test_the_sampled_fisher_is_the_variance_of_the_model_s_own_labels(tokens):
 
 def test_sampled_labels_follow_their_generator():
     def drawn(seed):
-        return bias_fisher(biased(P), answers((2, 3), (0,)), "sampled", torch.Generator().manual_seed(seed))
+        return bias_fisher(
+            biased(P), answers((2, 3), (0,)), "sampled", torch.Generator().manual_seed(seed)
+        )
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
@@ -84,7 +108,9 @@ def test_only_response_tokens_count_whatever_the_instruction_weighs_in_the_loss(
 
 
 def by_hand(made: Model, examples) -> dict[str, torch.Tensor]:
-    """A copy of the network, one example at a time, by .backward() of the log-likelihood from all its logits."""
+    """A copy of the network, one example at a time, by .backward() of the log-likelihood from all
+    its logits.
+    """
     net = deepcopy(made.net)
     total = {n: torch.zeros_like(p) for n, p in net.named_parameters() if p.requires_grad}
     for e in examples:
@@ -110,13 +136,17 @@ def test_it_has_trainable_parameters_only():
 
 
 def test_it_is_no_squared_mean_gradient():
-    """Two examples that pull against one another matter to the weights, and their mean gradient does not see it."""
+    """Two examples that pull against one another matter to the weights, and their mean gradient
+    does not see it.
+    """
     halves = torch.tensor([0.5, 0, 0, 0, 0.5, 0], dtype=torch.float64) + 1e-12
     made, pair = biased(halves), answers((0,), (4,))
     net = deepcopy(made.net)
     (sum(toy.log_likelihood(net, e) for e in pair) / 2).backward()
     assert net.lm_head.bias.grad.abs().max() < 1e-9
-    assert torch.allclose(bias_fisher(made, pair), torch.tensor([0.25, 0, 0, 0, 0.25, 0], dtype=torch.float64))
+    assert torch.allclose(
+        bias_fisher(made, pair), torch.tensor([0.25, 0, 0, 0, 0.25, 0], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 14])
@@ -135,6 +165,7 @@ def test_one_row_of_all_examples_and_a_row_each_give_the_same():
 
 
 # Examples together
+
 
 def lora(made: Model, **keys) -> Model:
     """Both halves of every adapter away from zero."""
@@ -164,10 +195,23 @@ def of(kind: str, **keys) -> Model:
 
 def experts() -> Model:
     """Tokens of several examples meet in an expert."""
-    net = transformers.MixtralForCausalLM(transformers.MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=32,
-        experts_implementation="eager")).double().eval()
+    net = (
+        transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                num_local_experts=2,
+                max_position_embeddings=32,
+                experts_implementation="eager",
+            )
+        )
+        .double()
+        .eval()
+    )
     return Model(net, None, Layout(pad=1, device=torch.device("cpu")))
 
 
@@ -177,8 +221,9 @@ TOGETHER = {
     "llama, only the tied weight": lambda: only(tied(of("llama")), "embed_tokens.weight"),
     "llama, only the last norm": lambda: only(of("llama"), "model.norm.weight"),
     "llama with lora": lambda: lora(of("llama"), target_modules=["q_proj", "v_proj"]),
-    "llama with lora, a whole head": lambda: lora(of("llama"), target_modules="all-linear",
-                                                  modules_to_save=["lm_head"]),
+    "llama with lora, a whole head": lambda: lora(
+        of("llama"), target_modules="all-linear", modules_to_save=["lm_head"]
+    ),
     "gpt2": lambda: of("gpt2"),
     "gpt2 with lora": lambda: lora(of("gpt2"), target_modules=["c_attn"]),
     "qwen3": lambda: of("qwen3"),
@@ -194,9 +239,13 @@ APART = {
 
 
 def repeating() -> list[Encoded]:
-    """Tokens that come twice in an example and in others, padding among them, and as many examples as positions."""
-    more = [Encoded("r", 0, ids, (False, False, False, True, True))
-            for ids in [(5, 1, 5, 6, 6), (9, 9, 9, 9, 9), (5, 6, 1, 1, 5), (2, 3, 4, 5, 6)]]
+    """Tokens that come twice in an example and in others, padding among them, and as many examples
+    as positions.
+    """
+    more = [
+        Encoded("r", 0, ids, (False, False, False, True, True))
+        for ids in [(5, 1, 5, 6, 6), (9, 9, 9, 9, 9), (5, 6, 1, 1, 5), (2, 3, 4, 5, 6)]
+    ]
     return [*toy.examples(0, 10), *more]
 
 
@@ -221,7 +270,10 @@ def test_models_whose_weights_mix_examples_run_one_at_a_time(kind, labels):
     made = APART[kind]()
     with pytest.raises(importance._Entangled):
         importance._together(made, repeating(), [None] * len(repeating()))
-    one, other = (f(made, repeating(), labels, torch.Generator().manual_seed(0)) for f in (fisher, fisher_by_example))
+    one, other = (
+        f(made, repeating(), labels, torch.Generator().manual_seed(0))
+        for f in (fisher, fisher_by_example)
+    )
     assert toy.same(one, other)
 
 
@@ -278,11 +330,21 @@ def test_it_equals_avalanche_s_importances_at_batch_size_one():
     from avalanche.training.plugins import EWCPlugin
 
     made = toy.model(torch.float64)
-    examples = [Encoded(str(i), 0, e.ids[:3], (False, False, True))
-                for i, e in enumerate(e for e in toy.examples(0, 40) if len(e.ids) > 2)]
+    examples = [
+        Encoded(str(i), 0, e.ids[:3], (False, False, True))
+        for i, e in enumerate(e for e in toy.examples(0, 40) if len(e.ids) > 2)
+    ]
     module = LastToken(deepcopy(made.net))
     rows = [(torch.tensor(e.ids[:2]), torch.tensor(e.ids[2]), torch.tensor(0)) for e in examples]
     theirs = EWCPlugin(ewc_lambda=1.0).compute_importances(
-        module, torch.nn.CrossEntropyLoss(), torch.optim.SGD(module.parameters(), lr=0.1), rows, "cpu", batch_size=1)
-    expected = {n.removeprefix("net."): p.data.double() for n, p in theirs.items()}  # it adds up in float32
+        module,
+        torch.nn.CrossEntropyLoss(),
+        torch.optim.SGD(module.parameters(), lr=0.1),
+        rows,
+        "cpu",
+        batch_size=1,
+    )
+    expected = {
+        n.removeprefix("net."): p.data.double() for n, p in theirs.items()
+    }  # it adds up in float32
     assert toy.close(fisher(made, examples), expected, rtol=1e-5, atol=1e-10)

@@ -1,4 +1,6 @@
-"""Models of many architectures, with and without an adapter; what their tokenizers lack; models built from scratch."""
+"""Models of many architectures, with and without an adapter; what their tokenizers lack; models
+built from scratch.
+"""
 
 import shutil
 
@@ -32,13 +34,21 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_local_folder_runs_two_stages(folders, kind, adapter, keys, tmp_path):
-    matrix, _ = run(tmp_path, keys, "stream.tasks=[first,loud]", f"model.name={folders[kind]}",
-                    f"model.adapter={adapter}", "train.epochs=1")
+    matrix, _ = run(
+        tmp_path,
+        keys,
+        "stream.tasks=[first,loud]",
+        f"model.name={folders[kind]}",
+        f"model.adapter={adapter}",
+        "train.epochs=1",
+    )
     assert matrix.stages == ("base", "first", "loud")
     assert matrix.finished
     saved = [load_file(tmp_path / f"checkpoints/stage-0{n}/weights.safetensors") for n in (1, 2)]
     assert all("lora_" in name for name in saved[0]) == (adapter == "lora")
-    assert any(not torch.equal(w, saved[1][name]) for name, w in saved[0].items()), "each stage moves the weights"
+    assert any(not torch.equal(w, saved[1][name]) for name, w in saved[0].items()), (
+        "each stage moves the weights"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,7 +66,9 @@ def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "loha", "lokr", "oft", "prompt_tuning"])
 def test_every_configured_adapter_trains(kind, keys, tmp_path):
-    matrix, _ = run(tmp_path, keys, "stream.tasks=[first]", f"model.adapter={kind}", "train.epochs=1")
+    matrix, _ = run(
+        tmp_path, keys, "stream.tasks=[first]", f"model.adapter={kind}", "train.epochs=1"
+    )
     assert matrix.finished
 
 
@@ -76,11 +88,15 @@ def test_a_run_with_lora_resumes_to_the_same_weights(keys, tmp_path):
     resumed, said = run(tmp_path / "cut", keys, *more)
     assert "cut from stage-01" in said
     assert resumed.scores == whole.scores
-    a, b = (load_file(tmp_path / f"{n}/checkpoints/stage-03/weights.safetensors") for n in ("whole", "cut"))
+    a, b = (
+        load_file(tmp_path / f"{n}/checkpoints/stage-03/weights.safetensors")
+        for n in ("whole", "cut")
+    )
     assert all(torch.equal(w, b[n]) for n, w in a.items())
 
 
 # Tokenizers
+
 
 def test_a_tokenizer_without_end_of_sequence_or_padding_gets_both():
     bare = byte_bpe(stream_text(), eos=None, pad=None)
@@ -96,7 +112,9 @@ def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
     write_model(tmp_path, tokenizer=byte_bpe(stream_text(), eos=None, pad=None))
     net = hf(name=str(tmp_path), device="cpu")
     encoder = Encoder(net.tokenizer)
-    rows = tuple(example(f"Say {'it ' * i}.", output=o) for i, o in enumerate(("red", "blue gold", "grey")))
+    rows = tuple(
+        example(f"Say {'it ' * i}.", output=o) for i, o in enumerate(("red", "blue gold", "grey"))
+    )
     task = encoder.task(Task("t", rows), {"t": 0})
     learn(net, task, Strategy(), Recipe(lr=0.02, steps=80), seed=0, log=lambda e: None)
     assert answer(net, [encoder.ask(e, 0, 9) for e in rows], 20, 4) == ["red", "blue gold", "grey"]
@@ -116,10 +134,17 @@ def test_an_encoder_decoder_without_a_start_token_starts_with_padding():
 
 
 def test_the_models_context_bounds_an_example(folders):
-    assert [hf(name=str(folders[kind]), device="cpu").context for kind in KINDS] == [128, 128, 128, 128, None]
+    assert [hf(name=str(folders[kind]), device="cpu").context for kind in KINDS] == [
+        128,
+        128,
+        128,
+        128,
+        None,
+    ]
 
 
 # What cannot be loaded
+
 
 def test_a_folder_that_is_not_there_is_told():
     with pytest.raises(MissingError, match=r"model.name=./nowhere: no such folder"):
@@ -127,7 +152,9 @@ def test_a_folder_that_is_not_there_is_told():
 
 
 def test_a_folder_without_a_model_is_told(tmp_path):
-    with pytest.raises(MissingError, match=r"could not be loaded: .* Give a local folder with config.json"):
+    with pytest.raises(
+        MissingError, match=r"could not be loaded: .* Give a local folder with config.json"
+    ):
         hf(name=str(tmp_path))
 
 
@@ -145,19 +172,25 @@ def test_a_model_folder_without_a_tokenizer_is_told(tmp_path):
 
 
 def test_an_unknown_adapter_names_the_nearest(folders):
-    with pytest.raises(ConfigError, match=r"unknown model.adapter 'lra'; did you mean 'lora'\? Known: lora, none"):
+    with pytest.raises(
+        ConfigError, match=r"unknown model.adapter 'lra'; did you mean 'lora'\? Known: lora, none"
+    ):
         model(adapter="lra", adapters=LORA)
 
 
 @pytest.mark.parametrize("kind", ["prefix_tuning", "p_tuning"])
 def test_adapters_that_add_more_than_embeddings_of_virtual_tokens_are_refused(kind):
-    with pytest.raises(ConfigError, match=f"model.adapter={kind} cannot be used: .*more than embeddings of virtual"):
+    with pytest.raises(
+        ConfigError, match=f"model.adapter={kind} cannot be used: .*more than embeddings of virtual"
+    ):
         model(adapter=kind, adapters={kind: {"num_virtual_tokens": 4}})
 
 
 @pytest.mark.parametrize("settings", [{"rank": 8}, {"target_modules": ["nothing"]}, {"r": 0}])
 def test_wrong_settings_of_an_adapter_are_told(settings):
-    with pytest.raises(ConfigError, match=r"model.adapter=lora cannot be used: .*model.adapters.lora"):
+    with pytest.raises(
+        ConfigError, match=r"model.adapter=lora cannot be used: .*model.adapters.lora"
+    ):
         model(adapter="lora", adapters={"lora": settings})
 
 
@@ -168,11 +201,20 @@ def test_an_unknown_dtype_names_the_known(folders):
 
 # Built from scratch
 
-SCRATCH = ("model=scratch", "model.hidden=32", "model.layers=1", "model.heads=2", "model.context=96",
-           "model.vocabulary=320", "model.pretrain.tokens=600")
+SCRATCH = (
+    "model=scratch",
+    "model.hidden=32",
+    "model.layers=1",
+    "model.heads=2",
+    "model.context=96",
+    "model.vocabulary=320",
+    "model.pretrain.tokens=600",
+)
 
 
-def test_a_model_from_scratch_is_built_once_and_is_the_same_whatever_the_order(keys, tmp_path, monkeypatch):
+def test_a_model_from_scratch_is_built_once_and_is_the_same_whatever_the_order(
+    keys, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = [k for k in keys if not k.startswith("model")]
     first, _ = run(tmp_path / "a", made, *SCRATCH, "stream.order=given")
@@ -187,8 +229,9 @@ def test_a_model_from_scratch_is_built_once_and_is_the_same_whatever_the_order(k
     assert len([*models.glob("*/")]) == 2
 
 
-def test_a_model_from_scratch_reads_rows_by_the_same_tokens_before_it_is_built_and_after(keys, tmp_path, monkeypatch,
-                                                                                         capsys):
+def test_a_model_from_scratch_reads_rows_by_the_same_tokens_before_it_is_built_and_after(
+    keys, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     told = [k for k in keys if not k.startswith("model")] + [*SCRATCH, "train.epochs=1"]
     run(tmp_path / "a", told)

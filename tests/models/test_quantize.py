@@ -11,25 +11,38 @@ from continual.models.weights import gradient, weights
 from tests.support.models import encoded, write_model
 
 ADAPTERS = {"lora": {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}}
-needed = pytest.mark.skipif(not find_spec("bitsandbytes") or not find_spec("accelerate"),
-                            reason="needs the extra quantize")
+needed = pytest.mark.skipif(
+    not find_spec("bitsandbytes") or not find_spec("accelerate"), reason="needs the extra quantize"
+)
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (("model.quantize=8bit",), "unknown model.quantize '8bit'"),
-    (("model.quantize=4bit",), "model.quantize=4bit: weights in 4 bits cannot be trained; set model.adapter=lora, or "
-                               "model.quantize=none"),
-    (("model.quantize=4bit", "model.adapter=lora"),
-     "model.quantize=4bit needs bitsandbytes and accelerate; install the extra: uv sync --extra quantize, or pip "
-     "install bitsandbytes accelerate"),
-])
-def test_what_cannot_be_held_in_4_bits_is_refused(words, expected, refused, keys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("model.quantize=8bit",), "unknown model.quantize '8bit'"),
+        (
+            ("model.quantize=4bit",),
+            "model.quantize=4bit: weights in 4 bits cannot be trained; set model.adapter=lora, or "
+            "model.quantize=none",
+        ),
+        (
+            ("model.quantize=4bit", "model.adapter=lora"),
+            "model.quantize=4bit needs bitsandbytes and accelerate; install the extra: uv sync "
+            "--extra quantize, or pip install bitsandbytes accelerate",
+        ),
+    ],
+)
+def test_what_cannot_be_held_in_4_bits_is_refused(
+    words, expected, refused, keys, monkeypatch, tmp_path
+):
     monkeypatch.setattr("continual.models.loading.find_spec", lambda name: None)
     assert expected in refused("run", *keys, *words, f"out={tmp_path}")
 
 
 @needed
-def test_through_4_bits_the_adapter_gets_the_gradient_that_it_has_on_the_weights_they_stand_for(tmp_path):
+def test_through_4_bits_the_adapter_gets_the_gradient_that_it_has_on_the_weights_they_stand_for(
+    tmp_path,
+):
     from bitsandbytes.functional import dequantize_4bit
 
     folder = write_model(tmp_path / "model")

@@ -15,13 +15,22 @@ from tests.support import sharded_runs, subprocesses, toy
 from tests.support.all_strategies import learned
 from tests.support.models import lines, run
 
-KEYS = ("train.shard=true", "strategy=replay", "strategy.replay.capacity=6", "checkpoint.every_steps=2",
-        "score.limit=3", "train.patience=2", "score.during=3")
+KEYS = (
+    "train.shard=true",
+    "strategy=replay",
+    "strategy.replay.capacity=6",
+    "checkpoint.every_steps=2",
+    "score.limit=3",
+    "train.patience=2",
+    "score.during=3",
+)
 
 
 @pytest.fixture(scope="module")
 def whole(keys, tmp_path_factory):
-    """What one process, which holds the whole model, comes to: a stage and a run; both can be gone on with."""
+    """What one process, which holds the whole model, comes to: a stage and a run; both can be gone
+    on with.
+    """
     out = tmp_path_factory.mktemp("whole")
     told = sharded_runs.stage(kept=out / "stage")
     said = run(out / "run", keys, *KEYS)[1]
@@ -30,11 +39,15 @@ def whole(keys, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(whole, keys, tmp_path_factory):
-    """What two processes came to, in the folder they left: the run is one process's from its second stage on."""
+    """What two processes came to, in the folder they left: the run is one process's from its second
+    stage on.
+    """
     out = tmp_path_factory.mktemp("sharded")
     shutil.copytree(whole[0] / "stage", out / "whole")
     cut(shutil.copytree(whole[0] / "run", out / "run"), 2)
-    told = [process.ended() for process in subprocesses.two(out, sharded_runs.main, out, [*keys, *KEYS])]
+    told = [
+        process.ended() for process in subprocesses.two(out, sharded_runs.main, out, [*keys, *KEYS])
+    ]
     assert [code for code, _ in told] == [0, 0], "\n".join(said for _, said in told)
     return out
 
@@ -48,14 +61,22 @@ def cut(out: Path, stage: int) -> Path:
     return out
 
 
-@pytest.mark.parametrize("i", range(len(sharded_runs.SHARDED)),
-                         ids=[" ".join(entry) + " lora" * lora for entry, lora in sharded_runs.SHARDED])
+@pytest.mark.parametrize(
+    "i",
+    range(len(sharded_runs.SHARDED)),
+    ids=[" ".join(entry) + " lora" * lora for entry, lora in sharded_runs.SHARDED],
+)
 def test_in_shards_every_strategy_that_can_learns_what_it_learns_whole(i, sharded):
     entry, lora = sharded_runs.SHARDED[i]
     told = []
     for rank in (0, 1):
         with safe_open(sharded / f"{i}-{rank}.safetensors", framework="pt") as file:
-            told.append((json.loads(file.metadata()["losses"]), {n: file.get_tensor(n) for n in file.keys()}))  # noqa: SIM118
+            told.append(
+                (
+                    json.loads(file.metadata()["losses"]),
+                    {n: file.get_tensor(n) for n in file.keys()},
+                )
+            )  # noqa: SIM118
     (losses, tensors), (others, copies) = told
     assert losses == others
     assert toy.same(tensors, copies)
@@ -72,9 +93,20 @@ def test_a_stage_kept_in_shards_goes_on_whole_and_the_other_way_round(sharded, w
 
 def told(out):
     """All losses, all answers, and what was scored within stages, of a run."""
-    losses = {(e["stage"], e["step"]): e["loss"] for e in lines(out / "events.jsonl") if e["event"] == "step"}
-    during = {(e["stage"], e["step"]): e["scores"] for e in lines(out / "events.jsonl") if e["event"] == "during"}
-    answers = {str(p.relative_to(out)): p.read_text() for p in sorted((out / "predictions").rglob("*.jsonl"))}
+    losses = {
+        (e["stage"], e["step"]): e["loss"]
+        for e in lines(out / "events.jsonl")
+        if e["event"] == "step"
+    }
+    during = {
+        (e["stage"], e["step"]): e["scores"]
+        for e in lines(out / "events.jsonl")
+        if e["event"] == "during"
+    }
+    answers = {
+        str(p.relative_to(out)): p.read_text()
+        for p in sorted((out / "predictions").rglob("*.jsonl"))
+    }
     return losses, answers, during
 
 
@@ -94,10 +126,13 @@ def test_two_processes_adapt_as_one_does(sharded, keys, tmp_path):
     for shard in ("true", "false"):
         out = sharded / f"adapt-{shard}"
         assert json.loads((out / "curve.json").read_text())["points"] == points
-        assert toy.close(load_file(out / name), load_file(tmp_path / "one" / name), rtol=1e-3, atol=1e-5)
+        assert toy.close(
+            load_file(out / name), load_file(tmp_path / "one" / name), rtol=1e-3, atol=1e-5
+        )
 
 
 # What cannot
+
 
 def test_a_strategy_that_does_not_say_that_it_can_be_in_shards_cannot_nor_what_has_it_as_a_part():
     class Silent(Strategy):
@@ -112,20 +147,31 @@ def test_a_strategy_that_does_not_say_that_it_can_be_in_shards_cannot_nor_what_h
     assert not toy.configured("replay,ewc").shardable
 
 
-def test_a_strategy_that_works_on_whole_weights_is_refused_before_anything_is_built(refused, keys, tmp_path):
+def test_a_strategy_that_works_on_whole_weights_is_refused_before_anything_is_built(
+    refused, keys, tmp_path
+):
     can = "cumulative, der, hard_replay, joint, lamol, lwf, multitask, naive, replay"
-    for words, name in ((("strategy=[replay,ewc]",), "replay+ewc"),
-                        (("strategy=lwf", "strategy.lwf.teacher=base"), "lwf")):
+    for words, name in (
+        (("strategy=[replay,ewc]",), "replay+ewc"),
+        (("strategy=lwf", "strategy.lwf.teacher=base"), "lwf"),
+    ):
         assert refused("run", *keys, "train.shard=true", *words, f"out={tmp_path / name}") == (
-            f"strategy={name} works on whole weights as it is configured, and with train.shard=true no process has "
-            f"them; set train.shard=false, or choose of {can}")
+            f"strategy={name} works on whole weights as it is configured, and with "
+            f"train.shard=true no process has them; set train.shard=false, or choose of {can}"
+        )
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (("train.shard=maybe",), "train.shard=maybe: expected true or false"),
-    (("train.shard=true", "train.precision=auto"), "set train.precision=fp32 or bf16, or train.shard=false"),
-    (("train.shard=true", "model.quantize=4bit"), "cannot be had together; choose one of them"),
-])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("train.shard=maybe",), "train.shard=maybe: expected true or false"),
+        (
+            ("train.shard=true", "train.precision=auto"),
+            "set train.precision=fp32 or bf16, or train.shard=false",
+        ),
+        (("train.shard=true", "model.quantize=4bit"), "cannot be had together; choose one of them"),
+    ],
+)
 def test_what_does_not_go_with_shards_is_refused(words, expected, refused, keys, tmp_path):
     assert expected in refused("run", *keys, *words, f"out={tmp_path}")
 

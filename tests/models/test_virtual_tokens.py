@@ -1,4 +1,6 @@
-"""Virtual tokens: with one prompt the engine computes what peft's own prompt tuning does, whatever the layout."""
+"""Virtual tokens: with one prompt the engine computes what peft's own prompt tuning does, whatever
+the layout.
+"""
 
 from dataclasses import replace
 
@@ -17,8 +19,11 @@ from tests.support import toy
 from tests.support.models import encoded, model
 
 SETTINGS = {"prompt_tuning": {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}}
-EXAMPLES = [encoded([5, 6, 7], [8, 9, 0], "a"), encoded([5, 6, 7, 10], [11, 0], "b"),
-            encoded([5, 6], [8, 12, 4, 0], "c")]
+EXAMPLES = [
+    encoded([5, 6, 7], [8, 9, 0], "a"),
+    encoded([5, 6, 7, 10], [11, 0], "b"),
+    encoded([5, 6], [8, 12, 4, 0], "c"),
+]
 KINDS = ("llama", "qwen3", "gpt2", "opt", "t5")
 TOY = toy.prompted()
 
@@ -28,18 +33,24 @@ def prompted(kind="llama"):
 
 
 def by_peft(made, examples):
-    """The mean loss over all response tokens, through peft's own forward pass, an example at a time."""
+    """The mean loss over all response tokens, through peft's own forward pass, an example at a
+    time.
+    """
     total = torch.zeros(())
     for e in examples:
         k = e.response.index(True)
         if made.layout.seq2seq:
             out = peft.PeftModelForSeq2SeqLM.forward(
-                made.net, input_ids=torch.tensor([e.ids[:k]]), attention_mask=torch.ones(1, k),
-                labels=torch.tensor([e.ids[k:]]))
+                made.net,
+                input_ids=torch.tensor([e.ids[:k]]),
+                attention_mask=torch.ones(1, k),
+                labels=torch.tensor([e.ids[k:]]),
+            )
         else:
             labels = [t if r else -100 for t, r in zip(e.ids, e.response, strict=True)]
-            out = peft.PeftModelForCausalLM.forward(made.net, input_ids=torch.tensor([e.ids]),
-                                                    labels=torch.tensor([labels]))
+            out = peft.PeftModelForCausalLM.forward(
+                made.net, input_ids=torch.tensor([e.ids]), labels=torch.tensor([labels])
+            )
         total = total + out.loss * sum(e.response)
     return total / sum(sum(e.response) for e in examples)
 
@@ -59,15 +70,21 @@ def test_loss_and_gradient_are_those_of_pefts_prompt_tuning(kind):
     assert toy.close(left_by(made, ours), left_by(made, theirs), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", [{"flat": False}, {"shared": False}, {"tokens": 7}, {"instruction_weight": 0.5}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [{"flat": False}, {"shared": False}, {"tokens": 7}, {"instruction_weight": 0.5}],
+    ids=str,
+)
 def test_every_layout_has_the_same_loss(layout):
     made = prompted()
     plain = replace(made.layout, instruction_weight=layout.get("instruction_weight", 0.0))
     told = []
     for made.layout in (plain, replace(plain, **layout)):
         parts = made.batch(EXAMPLES).micro_batches()
-        told.append(sum(nll(made, part) * part.tokens for part in parts) / sum(part.tokens for part in parts))
+        told.append(
+            sum(nll(made, part) * part.tokens for part in parts)
+            / sum(part.tokens for part in parts)
+        )
     torch.testing.assert_close(*told)
 
 
@@ -80,7 +97,9 @@ def test_with_a_dual_objective_every_real_token_is_predicted_and_no_virtual_one(
     assert batch.tokens == sum(sum(e.response) + 0.5 * e.response.index(True) for e in EXAMPLES)
 
 
-@pytest.mark.parametrize(("kind", "flat"), [*((kind, True) for kind in KINDS[:4]), ("llama", False), ("t5", False)])
+@pytest.mark.parametrize(
+    ("kind", "flat"), [*((kind, True) for kind in KINDS[:4]), ("llama", False), ("t5", False)]
+)
 def test_answers_are_those_of_pefts_prompt_tuning(kind, flat):
     made = prompted(kind)
     made.layout = replace(made.layout, flat=flat)
@@ -92,7 +111,11 @@ def test_answers_are_those_of_pefts_prompt_tuning(kind, flat):
         for _ in range(4):
             more = {"decoder_input_ids": torch.tensor([[1, *ids]])} if kind == "t5" else {}
             read = [*prompt.ids, *([] if kind == "t5" else ids)]
-            told = type(made.net).forward(made.net, input_ids=torch.tensor([read]), **more).logits[0, -1]
+            told = (
+                type(made.net)
+                .forward(made.net, input_ids=torch.tensor([read]), **more)
+                .logits[0, -1]
+            )
             ids.append(int(told.argmax()))
         assert said[:4] == ids[:4]
 
@@ -104,7 +127,9 @@ def test_the_likelihood_of_labels_is_that_behind_the_virtual_tokens():
     made.layout = replace(made.layout, flat=False)
     torch.testing.assert_close(flat, likelihoods(made, prompts, labels, 8), rtol=1e-4, atol=1e-5)
     pair = encoded(list(prompts[0].ids), list(labels[1]))
-    torch.testing.assert_close(flat[0, 1].item(), -by_peft(made, [pair]).item() * 3, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        flat[0, 1].item(), -by_peft(made, [pair]).item() * 3, rtol=1e-4, atol=1e-5
+    )
 
 
 @settings(max_examples=30)
@@ -116,21 +141,27 @@ def test_fixed_tokens_stand_where_they_are_put_and_do_not_train(lengths, live):
     own = [made.net.prompt_encoder["default"].embedding.weight] if live else []
     e = toy.examples(0)[0]
     words = made.net.get_input_embeddings()(torch.tensor(e.ids))
-    logits = made.net(inputs_embeds=torch.cat([*own, *fixed, words])[None]).logits[0, sum(lengths) + 2 * live :]
+    logits = made.net(inputs_embeds=torch.cat([*own, *fixed, words])[None]).logits[
+        0, sum(lengths) + 2 * live :
+    ]
     k = e.response.index(True)
     expected = torch.nn.functional.cross_entropy(logits[k - 1 : -1], torch.tensor(e.ids[k:]))
     torch.testing.assert_close(nll(made, made.batch([e])), expected)
     assert all(f.grad is None for f in fixed)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks for it
 def test_what_a_run_saves_is_pefts_own_adapter(tmp_path):
     made = prompted()
     made.net.save_pretrained(tmp_path)
     base = model()
     theirs = peft.PeftModel.from_pretrained(base.net, tmp_path)
-    torch.testing.assert_close(nll(made, made.batch(EXAMPLES)),
-                               by_peft(replace(base, net=theirs, layout=made.layout), EXAMPLES))
+    torch.testing.assert_close(
+        nll(made, made.batch(EXAMPLES)),
+        by_peft(replace(base, net=theirs, layout=made.layout), EXAMPLES),
+    )
 
 
 def test_a_row_that_has_no_positions_behind_the_virtual_tokens_is_refused():
@@ -138,12 +169,17 @@ def test_a_row_that_has_no_positions_behind_the_virtual_tokens_is_refused():
     made.behind([torch.zeros(25, 32)])
     long = encoded([5] * 4, [6, 7])
     nll(made, made.batch([long]))
-    with pytest.raises(ConfigError, match="6 tokens of an example stand behind 27 virtual ones, and the model has 32"):
+    with pytest.raises(
+        ConfigError,
+        match="6 tokens of an example stand behind 27 virtual ones, and the model has 32",
+    ):
         nll(made, made.batch([encoded([5] * 5, [6, 7])]))
     with pytest.raises(ConfigError, match="8 tokens of an example stand behind 27"):
         complete(made, [encoded([5] * 5, [6])], 3, 8, 0)
 
 
 def test_a_model_without_virtual_tokens_is_told_how_to_get_them():
-    with pytest.raises(ConfigError, match=r"no virtual tokens; give it some with model.adapter=prompt_tuning"):
+    with pytest.raises(
+        ConfigError, match=r"no virtual tokens; give it some with model.adapter=prompt_tuning"
+    ):
         toy.model().behind(())

@@ -1,4 +1,6 @@
-"""A row's attention through the fused kernel is the row's attention block by block, which is its oracle."""
+"""A row's attention through the fused kernel is the row's attention block by block, which is its
+oracle.
+"""
 
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from continual.packing import attention, attention_cpu
 from continual.packing.attention import Group, Row
 
-GROUPS = st.builds(Group, st.integers(0, 9), st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)),
-                                                      max_size=3).map(tuple))
+GROUPS = st.builds(
+    Group,
+    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), max_size=3).map(tuple),
+)
 
 
 @st.composite
@@ -37,13 +42,17 @@ def both(row: Row, given, weigh: torch.Tensor, **more) -> list[tuple[torch.Tenso
 @settings(deadline=None, max_examples=40)
 def test_every_row_has_the_outputs_and_gradients_of_attention_block_by_block(drawn):
     row, n = drawn
-    for one, other in zip(*both(row, states(n), torch.randn(1, n, 4, 8, dtype=torch.float64)), strict=True):
+    for one, other in zip(
+        *both(row, states(n), torch.randn(1, n, 4, 8, dtype=torch.float64)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
 @given(rows(), st.data())
 @settings(deadline=None, max_examples=60)
-def test_where_few_tokens_are_asked_for_these_alone_are_right_and_the_gradients_are_those_of_all(drawn, data):
+def test_where_few_tokens_are_asked_for_these_alone_are_right_and_the_gradients_are_those_of_all(
+    drawn, data
+):
     row, n = drawn
     asked = sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=6)))
     weigh = torch.zeros(1, n, 4, 8, dtype=torch.float64)
@@ -57,13 +66,17 @@ def test_where_few_tokens_are_asked_for_these_alone_are_right_and_the_gradients_
 
 def test_queries_may_share_their_keys():
     row = Row((Group(7, ((3, 5), (2, 8))),))
-    for one, other in zip(*both(row, states(38, keys=2), torch.ones(1, 38, 4, 8, dtype=torch.float64)), strict=True):
+    for one, other in zip(
+        *both(row, states(38, keys=2), torch.ones(1, 38, 4, 8, dtype=torch.float64)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
 def test_a_scale_of_the_networks_own_is_kept():
     row = Row((Group(7, ((3, 5),)),))
-    for one, other in zip(*both(row, states(22), torch.ones(1, 22, 4, 8), scaling=0.7), strict=True):
+    for one, other in zip(
+        *both(row, states(22), torch.ones(1, 22, 4, 8), scaling=0.7), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 

@@ -1,6 +1,8 @@
-"""One FlexAttention kernel for a flat row gives what SDPA gives block by block, and visits what is visible alone.
+"""One FlexAttention kernel for a flat row gives what SDPA gives block by block, and visits what is
+visible alone.
 
-On a CPU most tests run the kernel uncompiled, which reads the mask alone; the tables of blocks have tests of their own.
+On a CPU most tests run the kernel uncompiled, which reads the mask alone; the tables of blocks have
+tests of their own.
 """
 
 import shutil
@@ -26,7 +28,9 @@ ROW = Row((Group(0, ((2, 40), (1, 90))), Group(140, ((3, 1), (2, 30))), Group(7,
 
 @pytest.fixture(autouse=True, scope="module")
 def uncompiled():
-    """Without a compiler torch has no gradients of it on a CPU, unless its debugging form is asked for."""
+    """Without a compiler torch has no gradients of it on a CPU, unless its debugging form is asked
+    for.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
         patch.setattr(torch_flex, "_validate_device", lambda query, key, value: None)
@@ -35,8 +39,11 @@ def uncompiled():
 
 def rows(longest: int):
     block = st.tuples(st.integers(1, 3), st.integers(1, longest))
-    one = st.builds(lambda prefix, blocks: Group(prefix, tuple(blocks)), st.sampled_from([0, 1, longest // 2, longest]),
-                    st.lists(block, min_size=1, max_size=2))
+    one = st.builds(
+        lambda prefix, blocks: Group(prefix, tuple(blocks)),
+        st.sampled_from([0, 1, longest // 2, longest]),
+        st.lists(block, min_size=1, max_size=2),
+    )
     return st.builds(lambda groups: Row(tuple(groups)), st.lists(one, min_size=1, max_size=2))
 
 
@@ -48,7 +55,9 @@ def length(row: Row) -> int:
 
 
 def visible(row: Row, window: int | None) -> torch.Tensor:
-    """(N, N) by the definition: the same group, the prefix or the same example, not later, not too long ago."""
+    """(N, N) by the definition: the same group, the prefix or the same example, not later, not too
+    long ago.
+    """
     told, example = [], 0
     for number, group in enumerate(row.groups):
         told += [(number, -1, p) for p in range(group.prefix)]
@@ -58,14 +67,19 @@ def visible(row: Row, window: int | None) -> torch.Tensor:
                 told += [(number, example, group.prefix + p) for p in range(n)]
     group, example, position = torch.tensor(told).T
     ago = position[:, None] - position
-    seen = (group[:, None] == group) & ((example == -1) | (example[:, None] == example)) & (ago >= 0)
+    seen = (
+        (group[:, None] == group) & ((example == -1) | (example[:, None] == example)) & (ago >= 0)
+    )
     return seen if window is None else seen & (ago < window)
 
 
 def states(row: Row, heads=(4, 2), dtype=torch.float64, device=CPU, size=16):
     """Queries, keys and values as a network's layer lays them, and what their output's gradient is."""
     torch.manual_seed(0)
-    laid = [torch.randn(1, length(row), h, size, device=device, dtype=dtype) for h in (heads[0], *heads, heads[1])]
+    laid = [
+        torch.randn(1, length(row), h, size, device=device, dtype=dtype)
+        for h in (heads[0], *heads, heads[1])
+    ]
     return [x.transpose(1, 2).requires_grad_() for x in laid[1:]], laid[0]
 
 
@@ -79,21 +93,33 @@ def attended(by, row: Row, told, up, **more):
 def kernels(monkeypatch):
     """A list that grows by one for each call of the kernel."""
     called, kernel = [], attention_flex.flex_attention
-    monkeypatch.setattr(attention_flex, "flex_attention", lambda *a, **more: called.append(1) or kernel(*a, **more))
+    monkeypatch.setattr(
+        attention_flex, "flex_attention", lambda *a, **more: called.append(1) or kernel(*a, **more)
+    )
     return called
 
 
 # The same numbers
 
 
-@given(rows(50), WINDOW, st.sampled_from([None, 2.0]), st.sampled_from([(4, 2), (2, 2), (3, 1)]),
-       st.sampled_from([torch.float32, torch.float64]))
+@given(
+    rows(50),
+    WINDOW,
+    st.sampled_from([None, 2.0]),
+    st.sampled_from([(4, 2), (2, 2), (3, 1)]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 @settings(max_examples=15, deadline=None)
 def test_outputs_and_gradients_are_those_of_the_blocks(row, window, cap, heads, dtype):
     told, up = states(row, heads, dtype)
     more = {"sliding_window": window, "softcap": cap, "scaling": 0.3}
-    tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
-    for one, other in zip(*(attended(by.attend, row, told, up, **more) for by in (attention_flex, attention)), strict=True):
+    tolerance = (
+        {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    )
+    for one, other in zip(
+        *(attended(by.attend, row, told, up, **more) for by in (attention_flex, attention)),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other, **tolerance)
 
 
@@ -101,8 +127,10 @@ def test_outputs_and_gradients_are_those_of_the_blocks(row, window, cap, heads, 
 def test_a_networks_losses_and_gradients_are_the_same(kind, monkeypatch, kernels):
     net = model(kind, dtype=torch.float64)
     stem = list(range(10, 100))
-    batch = [*(encoded([*stem, 5 + i % 4], list(range(20, 22 + i)), f"e{i}") for i in range(6)),
-             encoded([7], [8, 9], "alone")]
+    batch = [
+        *(encoded([*stem, 5 + i % 4], list(range(20, 22 + i)), f"e{i}") for i in range(6)),
+        encoded([7], [8, 9], "alone"),
+    ]
     assert len(list(grouped(batch))) == 2
     found = []
     for on in (support.kernel, lambda device: attention_flex.attend):
@@ -111,20 +139,26 @@ def test_a_networks_losses_and_gradients_are_the_same(kind, monkeypatch, kernels
         nll(net, net.batch(batch)).backward()
         found.append({"loss": token_nll(net, net.batch(batch)).detach(), **gradient(net)})
     assert len(kernels) == 4  # two layers, twice
-    for name, value in found[1].items():  # some norms of transformers round through float32 even in float64
+    for name, value in found[
+        1
+    ].items():  # some norms of transformers round through float32 even in float64
         torch.testing.assert_close(value, found[0][name], rtol=1e-4, atol=1e-8, msg=name)
 
 
 def test_under_autocast_it_computes_in_the_type_asked_for(kernels):
     (query, key, value), _ = states(ROW, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        one, other = (by.attend(None, query, key, value.bfloat16(), None, row=ROW)[0] for by in (attention_flex, attention))
+        one, other = (
+            by.attend(None, query, key, value.bfloat16(), None, row=ROW)[0]
+            for by in (attention_flex, attention)
+        )
     assert kernels
     assert one.dtype == other.dtype == torch.bfloat16
     torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
 # What is visited
+
 
 @given(rows(150), WINDOW)
 @settings(max_examples=15, deadline=None)
@@ -139,10 +173,17 @@ def test_a_token_sees_its_own_example_and_prefix_up_to_itself(row, window):
 
 @given(rows(150), WINDOW)
 @settings(max_examples=15, deadline=None)
-def test_no_block_without_a_visible_pair_is_visited_and_none_with_a_hidden_pair_unmasked(row, window):
+def test_no_block_without_a_visible_pair_is_visited_and_none_with_a_hidden_pair_unmasked(
+    row, window
+):
     mask = attention_flex.block_mask(row, window, CPU)
     i = torch.arange(mask.seq_lengths[0])
-    blocks = mask.mask_mod(None, None, i[:, None], i).view(len(i) // 128, 128, -1, 128).transpose(1, 2).flatten(2)
+    blocks = (
+        mask.mask_mod(None, None, i[:, None], i)
+        .view(len(i) // 128, 128, -1, 128)
+        .transpose(1, 2)
+        .flatten(2)
+    )
     visited, whole = torch.zeros(2, *blocks.shape[:2], dtype=torch.bool)
     for at in range(len(blocks)):
         whole[at, mask.full_kv_indices[0, 0, at, : mask.full_kv_num_blocks[0, 0, at]].long()] = True
@@ -156,23 +197,38 @@ def test_no_block_without_a_visible_pair_is_visited_and_none_with_a_hidden_pair_
 def test_its_tables_are_those_that_torch_finds_in_the_dense_mask(row, window):
     mask = attention_flex.block_mask(row, window, CPU)
     dense = torch_flex.create_block_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu")
-    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices",
-                 "full_q_num_blocks", "full_q_indices"):
+    for name in (
+        "kv_num_blocks",
+        "kv_indices",
+        "full_kv_num_blocks",
+        "full_kv_indices",
+        "q_num_blocks",
+        "q_indices",
+        "full_q_num_blocks",
+        "full_q_indices",
+    ):
         assert torch.equal(getattr(mask, name), getattr(dense, name)), name
 
 
 def test_of_many_examples_behind_an_instruction_few_blocks_are_visited():
-    """64 examples of 64 tokens behind 128 shared ones: each block of two examples meets the prefix and itself."""
+    """64 examples of 64 tokens behind 128 shared ones: each block of two examples meets the prefix
+    and itself.
+    """
     mask = attention_flex.block_mask(Row((Group(128, ((64, 64),)),)), None, CPU)
     assert int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) == 1 + 32 * 2
     assert int(mask.full_kv_num_blocks.sum()) == 32  # the prefix is seen whole
 
 
 def test_all_layers_of_a_kind_share_a_rows_mask():
-    assert attention_flex.block_mask(ROW, 9, CPU) is attention_flex.block_mask(ROW, 9, CPU) is not attention_flex.block_mask(ROW, None, CPU)
+    assert (
+        attention_flex.block_mask(ROW, 9, CPU)
+        is attention_flex.block_mask(ROW, 9, CPU)
+        is not attention_flex.block_mask(ROW, None, CPU)
+    )
 
 
 # Where the kernel cannot
+
 
 def test_on_cuda_the_kernel_attends_and_elsewhere_another():
     assert support.kernel(torch.device("cuda:1")) is attention_flex.attend
@@ -205,20 +261,32 @@ def test_second_derivatives_are_left_to_the_blocks(kernels):
 
 # Compiled
 
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's advice
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("more", [{}, {"sliding_window": 100, "softcap": 2.0}], ids=["plain", "window and softcap"])
+@pytest.mark.parametrize(
+    "more", [{}, {"sliding_window": 100, "softcap": 2.0}], ids=["plain", "window and softcap"]
+)
 def test_compiled_it_visits_the_listed_blocks_and_no_other(more, monkeypatch):
-    """For a CPU the kernel reads the block tables too: its output is right, and wrong where they lack a block."""
-    monkeypatch.setattr(attention_flex, "flex_attention", torch.compile(torch_flex.flex_attention, dynamic=False))
+    """For a CPU the kernel reads the block tables too: its output is right, and wrong where they
+    lack a block.
+    """
+    monkeypatch.setattr(
+        attention_flex, "flex_attention", torch.compile(torch_flex.flex_attention, dynamic=False)
+    )
     row = Row((Group(300, ((3, 40), (2, 333))),))
     (query, key, value), _ = states(row, dtype=torch.float32, size=32)
     with torch.no_grad():
-        one, other = (by.attend(None, query, key, value, None, row=row, **more)[0] for by in (attention_flex, attention))
+        one, other = (
+            by.attend(None, query, key, value, None, row=row, **more)[0]
+            for by in (attention_flex, attention)
+        )
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         attention_flex.block_mask(row, more.get("sliding_window"), CPU).kv_num_blocks[..., -1] -= 1
-        assert (attention_flex.attend(None, query, key, value, None, row=row, **more)[0] - other).abs().max() > 1e-2
+        assert (
+            attention_flex.attend(None, query, key, value, None, row=row, **more)[0] - other
+        ).abs().max() > 1e-2
     attention_flex.block_mask.cache_clear()
 
 
@@ -228,24 +296,40 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 @pytest.mark.gpu
 @cuda
 @pytest.mark.filterwarnings("ignore")  # the compiler's advice
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("more", [{}, {"sliding_window": 50}, {"softcap": 5.0}], ids=["plain", "window", "softcap"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize(
+    "more", [{}, {"sliding_window": 50}, {"softcap": 5.0}], ids=["plain", "window", "softcap"]
+)
 def test_compiled_on_cuda_it_equals_sdpa(dtype, tolerance, more):
     torch._dynamo.reset()
     attention_flex._compiled.cache_clear()
-    for row in (Row((Group(0, ((2, 40),)),)), Row(ROW.groups), Row((Group(300, ((9, 100), (3, 333))),)),
-                Row((Group(128, ((64, 64),)), Group(0, ((1, 900),)))), Row(ROW.groups[:2])):
+    for row in (
+        Row((Group(0, ((2, 40),)),)),
+        Row(ROW.groups),
+        Row((Group(300, ((9, 100), (3, 333))),)),
+        Row((Group(128, ((64, 64),)), Group(0, ((1, 900),)))),
+        Row(ROW.groups[:2]),
+    ):
         told, up = states(row, (8, 2), dtype, torch.device("cuda"), 64)
-        for one, other in zip(*(attended(by.attend, row, told, up, **more) for by in (attention_flex, attention)), strict=True):
+        for one, other in zip(
+            *(attended(by.attend, row, told, up, **more) for by in (attention_flex, attention)),
+            strict=True,
+        ):
             assert one.isfinite().all()
             assert (one - other).float().norm() <= tolerance * other.float().norm()
 
 
 @pytest.mark.gpu
 @cuda
-@pytest.mark.parametrize(("size", "dtype"), [(8, torch.float32), (64, torch.float64)], ids=["narrow heads", "float64"])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(8, torch.float32), (64, torch.float64)], ids=["narrow heads", "float64"]
+)
 def test_on_cuda_what_the_kernel_does_not_know_is_left_to_the_blocks(size, dtype):
     row = Row(ROW.groups)
     told, up = states(row, dtype=dtype, device=torch.device("cuda"), size=size)
-    for one, other in zip(*(attended(by.attend, row, told, up) for by in (attention_flex, attention)), strict=True):
+    for one, other in zip(
+        *(attended(by.attend, row, told, up) for by in (attention_flex, attention)), strict=True
+    ):
         torch.testing.assert_close(one, other)

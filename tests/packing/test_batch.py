@@ -1,4 +1,6 @@
-"""What a batch's loss is: which tokens count, by how much, and that no layout of the batch changes it."""
+"""What a batch's loss is: which tokens count, by how much, and that no layout of the batch changes
+it.
+"""
 
 import random
 from dataclasses import replace
@@ -26,12 +28,17 @@ def weighted(net, weight: float):
 
 
 def by_hand(net, e):
-    """The negative log-likelihood of every token but the first, straight from the network's own logits."""
+    """The negative log-likelihood of every token but the first, straight from the network's own
+    logits.
+    """
     logits = net.net(input_ids=torch.tensor([e.ids])).logits[0, :-1]
-    return F.cross_entropy(logits, torch.tensor(e.ids[1:]), reduction="none"), torch.tensor(e.response[1:])
+    return F.cross_entropy(logits, torch.tensor(e.ids[1:]), reduction="none"), torch.tensor(
+        e.response[1:]
+    )
 
 
 # What counts
+
 
 def test_only_response_tokens_count_and_all_count_alike():
     batch = LLAMA.batch(some(5))
@@ -62,7 +69,9 @@ def test_instruction_weight_one_is_plain_language_modelling():
     (e,) = some(1)
     ids = torch.tensor([e.ids])
     own = LLAMA.net(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(nll(LLAMA, weighted(LLAMA, 1.0).batch([e])), own.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        nll(LLAMA, weighted(LLAMA, 1.0).batch([e])), own.double(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_an_encoder_decoders_loss_is_its_own_loss_for_the_response_as_labels():
@@ -81,7 +90,9 @@ def test_a_conversations_later_prompts_do_not_count():
 @pytest.mark.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
 def test_prompt_tokens_and_padding_never_reach_the_lm_head(net):
     seen = []
-    hook = net.net.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].shape[:-1]))
+    hook = net.net.get_output_embeddings().register_forward_hook(
+        lambda _, args, out: seen.append(args[0].shape[:-1])
+    )
     batch = net.batch(some(6))
     logits = forward(net, batch)
     hook.remove()
@@ -96,6 +107,7 @@ def test_the_networks_head_is_as_it_was_after_a_forward_pass():
 
 
 # No layout changes it
+
 
 @pytest.mark.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
 @given(st.integers(1, 7), st.integers(0, 99))
@@ -130,10 +142,14 @@ def test_each_supervised_position_knows_its_example_and_task():
     batch = LLAMA.batch(some(5, tasks=3))
     for i, e in enumerate(batch.examples):
         mine = batch.example == i
-        assert batch.targets[mine].tolist() == [t for t, r in zip(e.ids, e.response, strict=True) if r]
+        assert batch.targets[mine].tolist() == [
+            t for t, r in zip(e.ids, e.response, strict=True) if r
+        ]
         assert set(batch.task[mine].tolist()) == {e.task}
     assert {t: len(b.examples) for t, b in batch.by_task().items()} == {
-        t: sum(e.task == t for e in batch.examples) for t in sorted({e.task for e in batch.examples})}
+        t: sum(e.task == t for e in batch.examples)
+        for t in sorted({e.task for e in batch.examples})
+    }
 
 
 def test_a_scale_multiplies_an_examples_weight():
@@ -147,12 +163,16 @@ def test_a_scale_multiplies_an_examples_weight():
 def test_the_loss_at_given_weights_leaves_the_models_own_alone():
     batch, here = LLAMA.batch(some(2)), snapshot(LLAMA)
     zero = {n: torch.zeros_like(w) for n, w in here.items()}
-    torch.testing.assert_close(nll(LLAMA, batch, at=zero).exp(), torch.tensor(float(LLAMA.net.config.vocab_size)),
-                               check_dtype=False)
+    torch.testing.assert_close(
+        nll(LLAMA, batch, at=zero).exp(),
+        torch.tensor(float(LLAMA.net.config.vocab_size)),
+        check_dtype=False,
+    )
     assert all(torch.equal(w, snapshot(LLAMA)[n]) for n, w in here.items())
 
 
 # Hidden instruction tokens
+
 
 def hidden(share, how, e, seed=0):
     recipe = Recipe(lr=0.0, mask_instruction_tokens=share, mask_how=how)
@@ -197,10 +217,16 @@ def test_replacements_are_tokens_of_the_model_and_none_is_special():
     assert not set(made.ids) & set(LLAMA.tokenizer.all_special_ids)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"mask_instruction_tokens": 1.5}, "loss.mask_instruction_tokens=1.5: expected a share or probability in"),
-    ({"mask_how": "dorp"}, r"unknown loss.mask_how 'dorp'; did you mean 'drop'"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"mask_instruction_tokens": 1.5},
+            "loss.mask_instruction_tokens=1.5: expected a share or probability in",
+        ),
+        ({"mask_how": "dorp"}, r"unknown loss.mask_how 'dorp'; did you mean 'drop'"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Recipe(lr=0.1, **settings)

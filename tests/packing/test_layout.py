@@ -1,4 +1,6 @@
-"""One flat row is the same batch as one padded row an example: same losses, same gradients, nothing mixed."""
+"""One flat row is the same batch as one padded row an example: same losses, same gradients, nothing
+mixed.
+"""
 
 import random
 from dataclasses import replace
@@ -36,11 +38,18 @@ def draw(rng: random.Random, n: int) -> list[int]:
 
 
 def two_instructions(n: int = 12, length: int = 30) -> list[Encoded]:
-    """Examples of two tasks behind their instructions, some of the same length, and one of no task's making."""
+    """Examples of two tasks behind their instructions, some of the same length, and one of no
+    task's making.
+    """
     rng = random.Random(0)
     before = [draw(rng, length), draw(rng, length)]
-    return [*(encoded(before[i % 2] + draw(rng, i % 5 * 2), draw(rng, 1 + i % 3), f"e{i}", i % 2) for i in range(n)),
-            encoded([7], [8, 9], "other", 2)]
+    return [
+        *(
+            encoded(before[i % 2] + draw(rng, i % 5 * 2), draw(rng, 1 + i % 3), f"e{i}", i % 2)
+            for i in range(n)
+        ),
+        encoded([7], [8, 9], "other", 2),
+    ]
 
 
 def padded(net: Model) -> Model:
@@ -56,6 +65,7 @@ def losses(net: Model, examples) -> torch.Tensor:
 
 # The same numbers
 
+
 @pytest.mark.parametrize("kind", READ)
 def test_every_architecture_that_reads_flat_rows_gives_the_padded_losses_and_gradients(kind):
     net = made(READ[kind])
@@ -67,7 +77,10 @@ def test_every_architecture_that_reads_flat_rows_gives_the_padded_losses_and_gra
         found.append((each.detach(), gradient(way)))
     for each, gradients in found[:2]:
         torch.testing.assert_close(each, found[2][0], rtol=1e-6, atol=1e-6)
-        for name, g in gradients.items():  # some norms of transformers round through float32 even in float64
+        for (
+            name,
+            g,
+        ) in gradients.items():  # some norms of transformers round through float32 even in float64
             torch.testing.assert_close(g, found[2][1][name], rtol=1e-4, atol=1e-7, msg=name)
 
 
@@ -76,7 +89,8 @@ def test_of_the_last_layer_only_keys_and_values_are_computed_everywhere(kind):
     net, seen = made(READ[kind]), []
     examples = two_instructions()
     hook = net.last.layer.register_forward_hook(
-        lambda _, args, out: seen.append((out[0] if isinstance(out, tuple) else out).shape))
+        lambda _, args, out: seen.append((out[0] if isinstance(out, tuple) else out).shape)
+    )
     token_nll(net, net.batch(examples))
     hook.remove()
     assert seen == [(1, sum(sum(e.response) for e in examples), 32)]
@@ -101,11 +115,19 @@ def test_in_float64_without_such_norms_they_agree_to_rounding(kind, weight):
         torch.testing.assert_close(g, found[1][name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("network", [
-    lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)),
-    lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1)),
-    *OWN_RULES.values(),
-], ids=["alibi", "state space", *OWN_RULES])
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: tf.BloomForCausalLM(
+            tf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)
+        ),
+        lambda: tf.MambaForCausalLM(
+            tf.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1)
+        ),
+        *OWN_RULES.values(),
+    ],
+    ids=["alibi", "state space", *OWN_RULES],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_networks_that_cannot_read_a_flat_row_are_found_out(network):
     assert probe(network()) == (False, None)
@@ -115,10 +137,14 @@ def test_a_network_that_cannot_read_a_flat_row_says_so_and_is_padded(capsys):
     from continual.models.loading import assemble
     from tests.support.models import byte_bpe
 
-    net = assemble(tf.BloomForCausalLM(tf.BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=2)), byte_bpe())
+    net = assemble(
+        tf.BloomForCausalLM(tf.BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=2)),
+        byte_bpe(),
+    )
     assert not net.layout.flat
-    assert capsys.readouterr().err == ("bloom: its attention cannot read several examples as one row; batches are "
-                                       "padded\n")
+    assert capsys.readouterr().err == (
+        "bloom: its attention cannot read several examples as one row; batches are padded\n"
+    )
 
 
 def test_the_network_attends_as_before_after_a_flat_row():
@@ -129,13 +155,22 @@ def test_the_network_attends_as_before_after_a_flat_row():
 
 # Nothing mixed
 
+
 @st.composite
 def batches(draw_one):
-    """A batch over few tokens, so that prefixes of all lengths are shared, and one example of it changed."""
+    """A batch over few tokens, so that prefixes of all lengths are shared, and one example of it
+    changed.
+    """
     tokens = st.lists(st.integers(5, 7), min_size=1, max_size=6)
     stem = st.sampled_from([(), (5,) * 60, (6,) * 90, (5,) * 30 + (7,) * 40])
-    one = st.builds(lambda s, prompt, response: encoded([*s, *prompt], response), stem, tokens, tokens)
-    return draw_one(st.lists(one, min_size=1, max_size=9)), draw_one(one), draw_one(st.integers(0, 8))
+    one = st.builds(
+        lambda s, prompt, response: encoded([*s, *prompt], response), stem, tokens, tokens
+    )
+    return (
+        draw_one(st.lists(one, min_size=1, max_size=9)),
+        draw_one(one),
+        draw_one(st.integers(0, 8)),
+    )
 
 
 @given(batches())
@@ -143,7 +178,9 @@ def batches(draw_one):
 def test_changing_one_example_changes_no_other_examples_loss(drawn):
     examples, other, at = drawn
     at %= len(examples)
-    before, after = (losses(LLAMA, e) for e in (examples, [*examples[:at], other, *examples[at + 1 :]]))
+    before, after = (
+        losses(LLAMA, e) for e in (examples, [*examples[:at], other, *examples[at + 1 :]])
+    )
     keep = [i for i in range(len(examples)) if i != at]
     torch.testing.assert_close(before[keep], after[keep], rtol=1e-6, atol=1e-6)
 
@@ -157,6 +194,7 @@ def test_a_row_gives_each_example_the_loss_it_has_alone(drawn):
 
 
 # As few tokens as can be
+
 
 def test_a_tasks_shared_instruction_is_read_once():
     instruction = list(range(10, 110))

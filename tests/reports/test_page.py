@@ -1,4 +1,6 @@
-"""The page in a real browser: it draws, sorts, filters, keeps its state in the address, and needs no network."""
+"""The page in a real browser: it draws, sorts, filters, keeps its state in the address, and needs
+no network.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +15,66 @@ from playwright.sync_api import expect, sync_playwright
 from continual.reports import write
 from tests.support.fake_run import SKILLS, fake_adapt, fake_run
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
 
 PATIENCE = 120_000  # ms, on a busy machine
 expect.set_options(timeout=PATIENCE)
-EVIL = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script>"
+EVIL = (
+    "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script>"
+)
 
 
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as player:
-        chromium = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        chromium = player.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield chromium
         chromium.close()
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A report of each kind; the comparison has three strategies, a joint run and an adaptation beside it."""
+    """A report of each kind; the comparison has three strategies, a joint run and an adaptation
+    beside it.
+    """
     root = tmp_path_factory.mktemp("page")
     for seed in range(3):
         for strategy in ("naive", "ewc", "replay"):
-            one = fake_run(root / f"c/{strategy}-{seed}", strategy, seed, settings={"strength": strategy}, says=EVIL)
+            one = fake_run(
+                root / f"c/{strategy}-{seed}",
+                strategy,
+                seed,
+                settings={"strength": strategy},
+                says=EVIL,
+            )
             (one / "report.html").touch()  # their own pages are no matter here
     fake_run(root / "c/joint-0", "naive", 0, joint=True)
     run, new = fake_run(root / "run", "multitask", notes=True, says=EVIL), fake_adapt(root / "new")
     with (run / "events.jsonl").open("a") as file:
         for step in range(10, 96, 20):
-            file.write(json.dumps({"event": "during", "stage": 2, "step": step, "scores": {SKILLS[0]: 1 - step / 100}}))
+            file.write(
+                json.dumps(
+                    {
+                        "event": "during",
+                        "stage": 2,
+                        "step": step,
+                        "scores": {SKILLS[0]: 1 - step / 100},
+                    }
+                )
+            )
             file.write("\n")
     series = {"safe": [0.9, *[0.8] * len(SKILLS)], EVIL: [0.5] * (1 + len(SKILLS))}
-    probe = {"says": "what the base knew before", "source": "here", "better": "higher", "series": series}
+    probe = {
+        "says": "what the base knew before",
+        "source": "here",
+        "better": "higher",
+        "series": series,
+    }
     told = {"schema": 1, "stages": ["base", *SKILLS], "probes": {"general ability": probe}}
     (run / "probes.json").write_text(json.dumps(told))
     for strategy in ("naive", "ewc"):
@@ -85,7 +115,9 @@ def drawn(page):
 
 
 def column(page, table, number=1):
-    return page.locator(f"[data-table={table}] tbody tr:visible > :nth-child({number})").all_inner_texts()
+    return page.locator(
+        f"[data-table={table}] tbody tr:visible > :nth-child({number})"
+    ).all_inner_texts()
 
 
 def lines(page, title):
@@ -100,7 +132,9 @@ def test_every_chart_is_drawn_and_says_what_it_is(show, kind):
     figures = page.locator("figure.chart")
     assert figures.count() == page.locator("figure.chart svg").count() > 6
     assert page.locator("[role='graphics-document'][aria-label]").count() == figures.count()
-    labels = page.locator("svg [role='graphics-symbol']").evaluate_all("all => all.map(one => one.ariaLabel)")
+    labels = page.locator("svg [role='graphics-symbol']").evaluate_all(
+        "all => all.map(one => one.ariaLabel)"
+    )
     assert len(labels) > figures.count()
     assert all(labels)
     assert not any("var(" in label for label in labels)
@@ -109,7 +143,9 @@ def test_every_chart_is_drawn_and_says_what_it_is(show, kind):
 def test_no_axis_says_a_number_twice(show):
     page = drawn(show("few"))
     axes = page.locator("svg .role-axis").evaluate_all(
-        "all => all.map(axis => [...axis.querySelectorAll('.role-axis-label text')].map(one => one.textContent))")
+        "all => all.map(axis => [...axis.querySelectorAll('.role-axis-label text')].map(one => "
+        "one.textContent))"
+    )
     assert ["1", "2", "3"] in axes
     assert all(len(set(labels)) == len(labels) for labels in axes), axes
 
@@ -162,7 +198,12 @@ def test_what_is_found_filters_tables_charts_and_matrices(show):
     assert column(page, "groups") == ["ewc"]
     assert column(page, "runs") == ["ewc-0", "ewc-1", "ewc-2"]
     assert page.locator(".heats figcaption:visible").all_inner_texts() == ["ewc"]
-    assert page.locator("figure.chart", has_text=SKILLS[0]).first.locator("svg .mark-line path").count() == 1
+    assert (
+        page.locator("figure.chart", has_text=SKILLS[0])
+        .first.locator("svg .mark-line path")
+        .count()
+        == 1
+    )
 
 
 def test_one_run_is_found_by_its_seed(show):
@@ -171,7 +212,9 @@ def test_one_run_is_found_by_its_seed(show):
     assert column(page, "runs") == ["naive-1"]
 
 
-def test_strategies_and_tasks_are_left_out_by_keyboard_and_the_address_brings_the_same_view_back(show):
+def test_strategies_and_tasks_are_left_out_by_keyboard_and_the_address_brings_the_same_view_back(
+    show,
+):
     page = drawn(show("comparison"))
     assert {"naive", "ewc", "replay", "joint"} == lines(page, "Average over")
     page.get_by_role("button", name="naive", exact=True).focus()
@@ -184,15 +227,23 @@ def test_strategies_and_tasks_are_left_out_by_keyboard_and_the_address_brings_th
     again = drawn(show("comparison", page.evaluate("location.hash.slice(1)")))
     for one in (page, again):
         assert lines(one, "Average over") == {"ewc", "replay", "joint"}
-        assert one.get_by_role("button", name="naive", exact=True).get_attribute("aria-pressed") == "false"
+        assert (
+            one.get_by_role("button", name="naive", exact=True).get_attribute("aria-pressed")
+            == "false"
+        )
         assert one.locator("#tasks").inner_text() == "5 of 6"
         assert not one.locator(f"figure.chart:has-text('{SKILLS[1]}')").first.is_visible()
-        assert "Memory, kB (better: left)" in one.locator("figure", has_text="Score against cost").inner_text()
+        assert (
+            "Memory, kB (better: left)"
+            in one.locator("figure", has_text="Score against cost").inner_text()
+        )
 
 
 def test_a_point_a_cell_and_a_heading_say_what_they_are_and_escape_hushes_them(show):
     page, tip = drawn(show("comparison")), "#tip"
-    page.locator("figure.chart", has_text="Average over").locator("svg .mark-symbol path").nth(3).hover(force=True)
+    page.locator("figure.chart", has_text="Average over").locator("svg .mark-symbol path").nth(
+        3
+    ).hover(force=True)
     assert re.fullmatch(r"\w+, stage \d: \d+\.\d \(\d+\.\d to \d+\.\d\)", page.inner_text(tip))
     page.locator(".heat td").nth(1).hover()
     assert page.inner_text(tip).startswith(f"{SKILLS[1]} after 0 base: ")

@@ -35,7 +35,9 @@ def terminal(*folders, width=120):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = fake_run(tmp_path_factory.mktemp("r") / "multitask-0", "multitask", notes=True, says=EVIL)
+    folder = fake_run(
+        tmp_path_factory.mktemp("r") / "multitask-0", "multitask", notes=True, says=EVIL
+    )
     write.write(folder)
     return folder
 
@@ -46,7 +48,9 @@ def comparison(tmp_path_factory):
     for seed in range(2):
         for strategy in ("naive", "ewc", "replay"):
             fake_run(folder / f"{strategy}-{seed}", strategy, seed)
-        fake_run(folder / f"joint-{seed}", "naive", seed, joint=True, settings={"arrangement": "joint"})
+        fake_run(
+            folder / f"joint-{seed}", "naive", seed, joint=True, settings={"arrangement": "joint"}
+        )
     fake_run(folder / "maml-0", "maml", finished=False)
     (folder / "maml-1").mkdir()
     (folder / "maml-1" / "config.yaml").write_text("seed: 1\n")
@@ -64,10 +68,14 @@ def test_a_run_page_holds_every_figure_of_the_matrix_and_its_summaries(run):
         assert figures.percent(value, figures.MEANINGS[name].signed) in text
 
 
-def test_a_run_page_has_a_panel_for_each_task_the_loss_the_notes_the_cost_and_the_configuration(run):
+def test_a_run_page_has_a_panel_for_each_task_the_loss_the_notes_the_cost_and_the_configuration(
+    run,
+):
     told, drawn = page(run), charts(run)
     assert {*SKILLS, "loss", "weight"} <= drawn.keys()
-    assert [series["name"] for series in drawn["weight"]["series"]] == list(SKILLS)  # multitask's weights
+    assert [series["name"] for series in drawn["weight"]["series"]] == list(
+        SKILLS
+    )  # multitask's weights
     assert "Strategy: weight" in told.text
     assert "612 MB" in told.text
     assert '"_target_": "strategies.multitask"' in told.text
@@ -105,7 +113,7 @@ def test_task_names_and_settings_are_escaped_in_pages_and_charts(tmp_path):
     told = page(folder)
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert "<b>a" not in html
-    assert "<i>\"" not in html
+    assert '<i>"' not in html
     assert "<b>a" in told.text
     assert "<i>" in told.text
 
@@ -122,7 +130,11 @@ def test_samples_tell_the_forgotten_from_what_was_never_learned(tmp_path):
 def test_predictions_without_an_answer_such_as_perplexities_are_shown_too(tmp_path):
     folder = fake_run(tmp_path / "r", tasks=("a", "b"))
     for path in (folder / "predictions").rglob("*.jsonl"):
-        path.write_text(json.dumps({"id": "x", "prompt": "Say it", "references": ["so"], "perplexity": 2, "score": .5}))
+        path.write_text(
+            json.dumps(
+                {"id": "x", "prompt": "Say it", "references": ["so"], "perplexity": 2, "score": 0.5}
+            )
+        )
     write.write(folder)
     assert "mark 0.50" in page(folder).text
 
@@ -151,14 +163,24 @@ def test_a_run_of_base_row_only_and_no_events_has_a_page(tmp_path):
     folder = tmp_path / "r"
     folder.mkdir()
     whole = fake_matrix()
-    replace(whole, stages=whole.stages[:1], scores=whole.scores[:1], cost={}).save(folder / "matrix.json")
+    replace(whole, stages=whole.stages[:1], scores=whole.scores[:1], cost={}).save(
+        folder / "matrix.json"
+    )
     assert [path.name for path in write.write(folder)] == ["report.html", "curves.png"]
     assert "unfinished: 0 stages scored so far" in page(folder).text
 
 
 def test_a_published_style_matrix_without_base_row_and_with_empty_cells_has_a_page(tmp_path):
-    Matrix(stream="long15", order="", strategy="seqft", seed=None, tasks=("a", "b"), metrics={"a": "m", "b": "m"},
-           stages=("a", "b"), scores=((0.97, None), (0.891, 0.552))).save(tmp_path / "matrix.json")
+    Matrix(
+        stream="long15",
+        order="",
+        strategy="seqft",
+        seed=None,
+        tasks=("a", "b"),
+        metrics={"a": "m", "b": "m"},
+        stages=("a", "b"),
+        scores=((0.97, None), (0.891, 0.552)),
+    ).save(tmp_path / "matrix.json")
     write.write(tmp_path)
     assert "97.0 – 2 b 89.1 55.2" in page(tmp_path).text
 
@@ -179,10 +201,17 @@ def test_scores_within_a_stage_stand_at_their_step_of_all(tmp_path):
     folder = fake_run(tmp_path / "r")
     with (folder / "events.jsonl").open("a") as file:
         for step, score in ((20, 0.9), (10, 0.95), (20, 0.8)):  # a resumed run tells a step anew
-            file.write(json.dumps({"event": "during", "stage": 2, "step": step, "scores": {SKILLS[0]: score}}) + "\n")
+            file.write(
+                json.dumps(
+                    {"event": "during", "stage": 2, "step": step, "scores": {SKILLS[0]: score}}
+                )
+                + "\n"
+            )
     write.write(folder)
     series = charts(folder)["Score within the stages"]["series"]
-    assert [(one["name"], one["points"]) for one in series] == [(SKILLS[0], [[105, 0.95], [115, 0.8]])]
+    assert [(one["name"], one["points"]) for one in series] == [
+        (SKILLS[0], [[105, 0.95], [115, 0.8]])
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["naive", "ewc", "replay"])
@@ -198,7 +227,10 @@ def test_a_band_is_drawn_where_there_are_three_runs(comparison, tmp_path):
     write.write(tmp_path / "c")
     title = "Average over the tasks learned so far"
     (three,) = charts(tmp_path / "c")[title]["series"]
-    assert all(low <= y <= high for (_, y), (_, low, high) in zip(three["points"], three["band"], strict=True))
+    assert all(
+        low <= y <= high
+        for (_, y), (_, low, high) in zip(three["points"], three["band"], strict=True)
+    )
     assert not any(series["band"] for series in charts(comparison)[title]["series"])
 
 
@@ -213,7 +245,10 @@ def test_a_narrow_terminal_shows_a_long_stream_by_numbers_whole(tmp_path):
 def test_a_comparison_averages_over_seeds_with_the_sample_standard_deviation(comparison):
     told = json.loads((comparison / "comparison.json").read_text())
     ewc = next(group for group in told["groups"] if group["strategy"] == "ewc")
-    values = [Matrix.load(comparison / f"ewc-{seed}" / "matrix.json").summary()["forgetting"] for seed in range(2)]
+    values = [
+        Matrix.load(comparison / f"ewc-{seed}" / "matrix.json").summary()["forgetting"]
+        for seed in range(2)
+    ]
     assert ewc["n"] == 2
     assert ewc["mean"]["forgetting"] == pytest.approx(statistics.mean(values))
     assert ewc["spread"]["forgetting"] == pytest.approx(statistics.stdev(values))
@@ -243,8 +278,11 @@ def test_the_joint_run_of_the_same_seed_is_the_reference_for_intransigence(compa
 def test_the_joint_arm_is_known_by_its_matrix_and_drawn_as_a_ceiling(comparison):
     told = json.loads((comparison / "comparison.json").read_text())
     assert [group["strategy"] for group in told["groups"]].count("joint") == 1
-    ceilings = [title for title, chart in charts(comparison).items()
-                if any(series["look"] == "ceiling" for series in chart.get("series", ()))]
+    ceilings = [
+        title
+        for title, chart in charts(comparison).items()
+        if any(series["look"] == "ceiling" for series in chart.get("series", ()))
+    ]
     assert ceilings == ["Average over the tasks learned so far", *SKILLS]
 
 
@@ -267,22 +305,42 @@ def test_runs_of_one_strategy_with_other_settings_are_other_groups(tmp_path):
     for name, strength, seed in (("a", 1, 0), ("b", 1, 1), ("c", 10, 0)):
         fake_run(tmp_path / name, "ewc", seed, settings={"strength": strength})
     groups = grouped([Run.read(tmp_path / name) for name in "abc"])
-    assert {group.label: len(group.runs) for group in groups} == {"ewc strength=1": 2, "ewc strength=10": 1}
+    assert {group.label: len(group.runs) for group in groups} == {
+        "ewc strength=1": 2,
+        "ewc strength=10": 1,
+    }
 
 
-@pytest.mark.parametrize(("strengths", "labels"), [
-    ((0.2588170214937917, 0.07270932527768392), {"ewc strength=0.259", "ewc strength=0.0727"}),
-    ((0.2588170214937917, 0.2588170214937918), {"ewc strength=0.2588170214937917", "ewc strength=0.2588170214937918"}),
-    ((100000, 0.5), {"ewc strength=100000", "ewc strength=0.5"}),
-])
-def test_a_long_fraction_is_told_in_three_digits_where_they_tell_it_apart(tmp_path, strengths, labels):
-    runs = [Run.read(fake_run(tmp_path / str(n), "ewc", settings={"strength": s})) for n, s in enumerate(strengths)]
+@pytest.mark.parametrize(
+    ("strengths", "labels"),
+    [
+        ((0.2588170214937917, 0.07270932527768392), {"ewc strength=0.259", "ewc strength=0.0727"}),
+        (
+            (0.2588170214937917, 0.2588170214937918),
+            {"ewc strength=0.2588170214937917", "ewc strength=0.2588170214937918"},
+        ),
+        ((100000, 0.5), {"ewc strength=100000", "ewc strength=0.5"}),
+    ],
+)
+def test_a_long_fraction_is_told_in_three_digits_where_they_tell_it_apart(
+    tmp_path, strengths, labels
+):
+    runs = [
+        Run.read(fake_run(tmp_path / str(n), "ewc", settings={"strength": s}))
+        for n, s in enumerate(strengths)
+    ]
     assert {group.label for group in grouped(runs)} == labels
 
 
 def test_several_orders_are_one_group_and_the_page_says_which_order_its_panels_show(tmp_path):
     for i, tasks in enumerate((SKILLS, SKILLS, SKILLS[::-1])):
-        fake_run(tmp_path / "c" / str(i), "replay", seed=i, tasks=tasks, order="forth" if tasks == SKILLS else "back")
+        fake_run(
+            tmp_path / "c" / str(i),
+            "replay",
+            seed=i,
+            tasks=tasks,
+            order="forth" if tasks == SKILLS else "back",
+        )
     write.write(tmp_path / "c")
     told = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert [group["n"] for group in told["groups"]] == [3]
@@ -292,7 +350,12 @@ def test_several_orders_are_one_group_and_the_page_says_which_order_its_panels_s
 def test_run_folders_from_anywhere_are_compared_into_a_folder_of_their_own(tmp_path, comparison):
     other = fake_run(tmp_path / "elsewhere", "multitask")
     written = write.write(comparison, other, out=tmp_path / "both")
-    assert [path.name for path in written] == ["comparison.json", "comparison.parquet", "report.html", "curves.png"]
+    assert [path.name for path in written] == [
+        "comparison.json",
+        "comparison.parquet",
+        "report.html",
+        "curves.png",
+    ]
     told = json.loads((tmp_path / "both" / "comparison.json").read_text())
     assert len(told["runs"]) == 10
     assert "multitask" in terminal(comparison, other)
@@ -314,7 +377,10 @@ def test_adaptations_from_several_starts_are_drawn_over_one_another(tmp_path):
     meta = fake_adapt(tmp_path / "b", "runs/maml/checkpoints/stage-06", rate=0.1)
     write.write(base, meta, out=tmp_path / "both")
     drawn = charts(tmp_path / "both")["Adapting to rotate"]
-    assert [series["name"] for series in drawn["series"]] == ["base, 256 shots", "maml stage-06, 256 shots"]
+    assert [series["name"] for series in drawn["series"]] == [
+        "base, 256 shots",
+        "maml stage-06, 256 shots",
+    ]
     assert "What it takes to reach the base" in page(tmp_path / "both").text
 
 
@@ -327,9 +393,14 @@ def test_runs_and_adaptations_share_a_page(tmp_path):
     assert "adapting to rotate" in told
 
 
-@pytest.mark.parametrize(("files", "message"), [
-    ({}, "no run in it .it is empty."), ({"notes.txt": ""}, "no run in it .it holds notes.txt."),
-    ({"config.yaml": "seed: 0"}, "has scored nothing yet")])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no run in it .it is empty."),
+        ({"notes.txt": ""}, "no run in it .it holds notes.txt."),
+        ({"config.yaml": "seed: 0"}, "has scored nothing yet"),
+    ],
+)
 def test_a_folder_without_runs_is_refused_with_what_it_holds(tmp_path, files, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -354,12 +425,24 @@ def test_a_broken_curve_or_prediction_is_named(tmp_path):
         write.write(folder)
 
 
-@pytest.mark.parametrize(("told", "shown"), [
-    (figures.percent(0.4567), "45.7"), (figures.percent(-0.145, True), "−14.5"), (figures.percent(0.009, True), "+0.9"),
-    (figures.percent(-0.0001, True), "0.0"), (figures.percent(None), "–"), (figures.seconds(0.42), "0.42 s"),
-    (figures.seconds(185), "3 min 05 s"), (figures.seconds(7800), "2 h 10 min"), (figures.size(999), "999 B"),
-    (figures.size(3200), "3.2 kB"), (figures.size(4.1e7), "41 MB"), (figures.count(48640), "48\u2009640"),
-    (figures.cost("seconds", 12), ("wall time", "12 s")), (figures.cost("peak_bytes", 1e6), ("peak", "1.0 MB"))])
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        (figures.percent(0.4567), "45.7"),
+        (figures.percent(-0.145, True), "−14.5"),
+        (figures.percent(0.009, True), "+0.9"),
+        (figures.percent(-0.0001, True), "0.0"),
+        (figures.percent(None), "–"),
+        (figures.seconds(0.42), "0.42 s"),
+        (figures.seconds(185), "3 min 05 s"),
+        (figures.seconds(7800), "2 h 10 min"),
+        (figures.size(999), "999 B"),
+        (figures.size(3200), "3.2 kB"),
+        (figures.size(4.1e7), "41 MB"),
+        (figures.count(48640), "48\u2009640"),
+        (figures.cost("seconds", 12), ("wall time", "12 s")),
+        (figures.cost("peak_bytes", 1e6), ("peak", "1.0 MB")),
+    ],
+)
 def test_figures_are_written_for_people(told, shown):
     assert told == shown
-

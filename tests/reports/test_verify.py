@@ -23,6 +23,7 @@ PERCENT = "stage (percent),a,b,c\nbase,10,20,0\na,80,30,10\nb,90,70,25\nc,50,40,
 @pytest.fixture
 def scores(tmp_path):
     """Writes a CSV file of this text."""
+
     def written(text, name="scores.csv"):
         path = tmp_path / name
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -43,12 +44,25 @@ def test_published_matrices_are_reproduced_to_the_digits_of_their_papers(cli):
     told = {g["strategy"]: g for g in json.loads(out)["groups"]}
     for name, known in KNOWN.items():
         mean = told[name.removeprefix("olora_")]["mean"]
-        assert tuple(round(100 * mean[key], 2) for key in (
-            "average_performance", "backward_transfer", "forgetting", "learning_accuracy")) == known
+        assert (
+            tuple(
+                round(100 * mean[key], 2)
+                for key in (
+                    "average_performance",
+                    "backward_transfer",
+                    "forgetting",
+                    "learning_accuracy",
+                )
+            )
+            == known
+        )
     for name, known in CITB.items():
         assert told[name]["n"] == 4
-        figures = [round(100 * told[name][kind][key], 1) for key in ("average_performance", "backward_transfer")
-                   for kind in ("mean", "spread")]
+        figures = [
+            round(100 * told[name][kind][key], 1)
+            for key in ("average_performance", "backward_transfer")
+            for kind in ("mean", "spread")
+        ]
         assert tuple(figures) == known
 
 
@@ -73,9 +87,15 @@ def test_an_empty_cell_is_what_was_not_measured(scores):
     assert told.run.matrix.scores == ((0.9, None), (0.5, 0.8))
 
 
-@pytest.mark.parametrize("text", [PERCENT, PERCENT.replace("stage (percent)", "stage"),
-                                  PERCENT.replace("stage (percent)", "Stage (percent)").replace("\n", "\r\n"),
-                                  "\ufeff" + PERCENT.replace("stage (percent)", '""')])
+@pytest.mark.parametrize(
+    "text",
+    [
+        PERCENT,
+        PERCENT.replace("stage (percent)", "stage"),
+        PERCENT.replace("stage (percent)", "Stage (percent)").replace("\n", "\r\n"),
+        "\ufeff" + PERCENT.replace("stage (percent)", '""'),
+    ],
+)
 def test_percent_is_percent_where_it_says_so_or_can_be_nothing_else(scores, cli, text):
     path = scores(text)
     (told,) = read([path])
@@ -94,7 +114,9 @@ def test_json_has_every_form_its_definition_and_the_mean_over_repetitions(cli, s
     assert told["matrices"][0]["summary"].keys() == THREE.summary().keys()
     ewc = next(g for g in told["groups"] if g["strategy"] == "ewc")
     assert ewc["n"] == 2
-    assert ewc["mean"]["forgetting_first_minus_last"] == pytest.approx(((0.8 - 0.55) + (0.7 - 0.4)) / 2)
+    assert ewc["mean"]["forgetting_first_minus_last"] == pytest.approx(
+        ((0.8 - 0.55) + (0.7 - 0.4)) / 2
+    )
     low, high = ewc["interval"]["average_performance"]
     assert low < ewc["mean"]["average_performance"] < high
 
@@ -139,27 +161,48 @@ def test_an_unfinished_run_is_named_and_in_no_figure(cli, tmp_path):
 LINES = {
     "no file": (b"", "scores.csv: found no line, expected a first line of 'stage' and the tasks"),
     "no stages": ("stage,a\n", "found no stage below the first line"),
-    "another head": ("task,a\na,0.5\n", ":1: the first cell is 'task'; expected 'stage', or 'stage (percent)'"),
+    "another head": (
+        "task,a\na,0.5\n",
+        ":1: the first cell is 'task'; expected 'stage', or 'stage (percent)'",
+    ),
     "semicolons": ("stage;a\na;0.5\n", ":1: the first cell is 'stage;a'"),
-    "a cell too few": ("stage,a,b\na,0.5\n", ":2: found 2 cells, expected 3, as the first line has"),
+    "a cell too few": (
+        "stage,a,b\na,0.5\n",
+        ":2: found 2 cells, expected 3, as the first line has",
+    ),
     "a cell too many": ("stage,a\na,0.5,0.5\n", ":2: found 3 cells, expected 2"),
-    "a word": ("stage,a\na,good\n", ":2: 'good' is no number; write a score, or leave the cell empty"),
+    "a word": (
+        "stage,a\na,good\n",
+        ":2: 'good' is no number; write a score, or leave the cell empty",
+    ),
     "not a number": ("stage,a\na,nan\n", ":2: 'nan' is no number"),
     "infinite": ("stage,a\na,1e999\n", ":2: '1e999' is no number"),
     "thousands of digits": (f"stage,a\na,{'9' * 5000}\n", ":2: '999"),
     "a comma in a number": ('stage,a\na,"0,5"\n', ":2: '0,5' is no number"),
     "below 0": ("stage,a\na,-0.5\n", ":2: the score -0.5 is not in [0, 1]; mend it"),
     "above 100": ("stage,a\na,101\n", ":2: the score 101 is not in [0, 100]"),
-    "both scales": ("stage,a,b\na,0.5,\nb,85,70\n", ":3: found the score 85, and 0.5 on line 2; expected all in [0, "),
+    "both scales": (
+        "stage,a,b\na,0.5,\nb,85,70\n",
+        ":3: found the score 85, and 0.5 on line 2; expected all in [0, ",
+    ),
     "a stage twice": ("stage,a\na,0.5\na,0.6\n", "stage 'a' stands twice"),
     "a task twice": ("stage,a,a\na,0.5,0.5\n", "task 'a' stands twice"),
-    "base in the middle": ("stage,a\na,0.5\nbase,0\n", "stage 'base' is row 1; it must be the first"),
+    "base in the middle": (
+        "stage,a\na,0.5\nbase,0\n",
+        "stage 'base' is row 1; it must be the first",
+    ),
     "no tasks": ("stage\na\n", "there are no tasks"),
-    "counts twice": ("stage,a\na,0.5\ncounts,3\ncounts,3\n", ":4: a second line of counts; keep one"),
+    "counts twice": (
+        "stage,a\na,0.5\ncounts,3\ncounts,3\n",
+        ":4: a second line of counts; keep one",
+    ),
     "half a count": ("stage,a\na,0.5\ncounts,3.5\n", ":3: '3.5' is no number of test examples"),
     "an endless count": (f"stage,a\na,0.5\ncounts,{'9' * 5000}\n", ":3: '999"),
     "Latin-1": (b"stage,caf\xe9\n", ":1:10: found the byte 0xe9, expected UTF-8"),
-    "a control character": ("stage,a\x1b[2J\na,0.5\n", ":1: a control character in 'a\\x1b[2J'; remove it"),
+    "a control character": (
+        "stage,a\x1b[2J\na,0.5\n",
+        ":1: a control character in 'a\\x1b[2J'; remove it",
+    ),
     "an open quote": ('stage,"a\na,0.5\n', "found broken CSV"),
     "a NUL byte": ("stage,a\na,0\x00\n", ":2: "),
 }
@@ -175,9 +218,36 @@ def test_a_bad_csv_is_refused_with_its_file_and_line(refused, scores, what):
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=60) | st.lists(st.sampled_from([
-    "stage", "stage (percent)", "base", "counts", "a", "b", ",", ",", ",", "\n", "\n", "0.5", "1e9", "-", "70", '"',
-    "\r", "\0", "é", " "]), max_size=30).map(lambda parts: "".join(parts).encode()))
+@given(
+    st.binary(max_size=60)
+    | st.lists(
+        st.sampled_from(
+            [
+                "stage",
+                "stage (percent)",
+                "base",
+                "counts",
+                "a",
+                "b",
+                ",",
+                ",",
+                ",",
+                "\n",
+                "\n",
+                "0.5",
+                "1e9",
+                "-",
+                "70",
+                '"',
+                "\r",
+                "\0",
+                "é",
+                " ",
+            ]
+        ),
+        max_size=30,
+    ).map(lambda parts: "".join(parts).encode())
+)
 def test_any_bytes_are_a_matrix_or_refused(tmp_path, content):
     path = tmp_path / "x.csv"
     path.write_bytes(content)
@@ -197,7 +267,9 @@ def test_all_bad_files_of_a_folder_are_told_at_once(refused, scores):
 def test_what_is_no_matrix_is_refused_with_what_to_give(refused, scores, tmp_path):
     assert "needs a matrix.json, a .csv of scores" in refused("verify")
     assert "there is no such file or folder" in refused("verify", tmp_path / "none")
-    assert "found a .txt file, expected a matrix.json" in refused("verify", scores("x", "notes.txt"))
+    assert "found a .txt file, expected a matrix.json" in refused(
+        "verify", scores("x", "notes.txt")
+    )
     (tmp_path / "empty").mkdir()
     assert "no matrix in it" in refused("verify", tmp_path / "empty")
 

@@ -1,4 +1,6 @@
-"""The results as data: continual.load_runs, comparison.parquet, and the notebook that draws the README's picture."""
+"""The results as data: continual.load_runs, comparison.parquet, and the notebook that draws the
+README's picture.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,27 @@ from tests.support.fake_run import SKILLS, fake_adapt, fake_run
 from tests.support.models import run as small_run
 
 ROOT = Path(__file__).parents[2]
-KINDS = {"text": "str", "whole number": "Int64", "number": "float64", "true or false": "bool", "texts": "object"}
+KINDS = {
+    "text": "str",
+    "whole number": "Int64",
+    "number": "float64",
+    "true or false": "bool",
+    "texts": "object",
+}
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    """Two strategies and the joint arm, two seeds each, one of them unfinished and one that has scored nothing."""
+    """Two strategies and the joint arm, two seeds each, one of them unfinished and one that has
+    scored nothing.
+    """
     folder = tmp_path_factory.mktemp("c") / "runs" / "compare"
     for seed in range(2):
         for strategy in ("naive", "replay"):
             fake_run(folder / f"{strategy}-{seed}", strategy, seed)
-        fake_run(folder / f"joint-{seed}", "naive", seed, joint=True, settings={"arrangement": "joint"})
+        fake_run(
+            folder / f"joint-{seed}", "naive", seed, joint=True, settings={"arrangement": "joint"}
+        )
     fake_run(folder / "maml-0", "maml", finished=False)
     return folder
 
@@ -41,7 +53,10 @@ def test_cells_are_the_scores_of_every_matrix(comparison):
     for path in comparison.glob("*/matrix.json"):
         matrix = Matrix.load(path)
         mine = cells[cells.path == str(path.parent)]
-        assert tuple(map(tuple, mine.score.to_numpy().reshape(len(matrix.stages), -1))) == matrix.scores
+        assert (
+            tuple(map(tuple, mine.score.to_numpy().reshape(len(matrix.stages), -1)))
+            == matrix.scores
+        )
         assert tuple(mine.stage.unique()) == matrix.stages
         assert tuple(mine.task.unique()) == matrix.tasks
 
@@ -51,17 +66,26 @@ def test_a_task_s_own_stage_parts_what_is_learned_from_what_is_not(comparison):
     own = cells[cells.stage_index == cells.learned]
     assert list(own.stage) == list(own.task) == list(SKILLS)
     assert continual.load_runs(comparison / "joint-0").learned.isna().all()
-    assert continual.load_runs(comparison / "maml-0").learned.isna().sum() == 4 * 3  # stages and tasks to come
+    assert (
+        continual.load_runs(comparison / "maml-0").learned.isna().sum() == 4 * 3
+    )  # stages and tasks to come
 
 
-def test_summaries_are_those_of_the_report_with_intransigence_where_a_joint_run_is_beside(comparison):
+def test_summaries_are_those_of_the_report_with_intransigence_where_a_joint_run_is_beside(
+    comparison,
+):
     told = continual.load_runs(comparison, what="summaries")
     one = told[told.run == "replay-1"]
-    values = dict(zip(one[one.kind == "summary"].name, one[one.kind == "summary"].value, strict=True))
+    values = dict(
+        zip(one[one.kind == "summary"].name, one[one.kind == "summary"].value, strict=True)
+    )
     reference = Matrix.load(comparison / "joint-1" / "matrix.json")
     matrix = Matrix.load(comparison / "replay-1" / "matrix.json")
     assert values == matrix.summary(reference)
-    assert dict(zip(one[one.kind == "cost"].name, one[one.kind == "cost"].value, strict=True)) == matrix.cost
+    assert (
+        dict(zip(one[one.kind == "cost"].name, one[one.kind == "cost"].value, strict=True))
+        == matrix.cost
+    )
     assert told[(told.run == "maml-0") & (told.kind == "summary")].value.isna().all()
 
 
@@ -99,17 +123,27 @@ def test_a_real_run_s_tables_hold_what_it_did(keys, tmp_path):
     assert (set(cells.n), set(cells.metric), set(cells.seed)) == ({4}, {"exact_match"}, {0})
     assert steps.groupby("stage").step.max().to_dict() == {"first": 2, "loud": 2}
     answers = continual.load_runs(tmp_path / "r", what="examples")
-    assert answers.groupby(["stage_index", "task"]).score.mean().to_numpy() == pytest.approx(cells.score)
+    assert answers.groupby(["stage_index", "task"]).score.mean().to_numpy() == pytest.approx(
+        cells.score
+    )
 
 
 @pytest.mark.parametrize("what", tables.TABLES)
 def test_every_table_has_the_columns_that_the_documentation_lists(what, comparison):
     sections = re.split(r"^## ", (ROOT / "docs" / "data.md").read_text("utf-8"), flags=re.MULTILINE)
-    told = [row for section in sections if section.startswith(("In every table", f'what="{what}"'))
-            for row in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", section, re.MULTILINE)]
-    assert told == [(name, *says) for name, says in {**tables.RUN, **tables.TABLES[what][0]}.items()]
+    told = [
+        row
+        for section in sections
+        if section.startswith(("In every table", f'what="{what}"'))
+        for row in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", section, re.MULTILINE)
+    ]
+    assert told == [
+        (name, *says) for name, says in {**tables.RUN, **tables.TABLES[what][0]}.items()
+    ]
     table = continual.load_runs(comparison, what=what)
-    assert {name: str(kind) for name, kind in table.dtypes.items()} == {name: KINDS[kind] for name, kind, _ in told}
+    assert {name: str(kind) for name, kind in table.dtypes.items()} == {
+        name: KINDS[kind] for name, kind, _ in told
+    }
 
 
 def test_runs_come_in_the_order_of_the_report_whatever_the_order_of_the_paths(comparison):
@@ -127,7 +161,9 @@ def test_a_comparison_writes_its_cells_as_parquet_with_paths_seen_from_there(com
     cells = continual.load_runs(comparison)
     assert list(told.score) == list(cells.score)
     assert list(told.columns) == list(cells.columns)
-    assert {str((tmp_path / "there" / "report" / path).resolve()) for path in told.path} == set(cells.path)
+    assert {str((tmp_path / "there" / "report" / path).resolve()) for path in told.path} == set(
+        cells.path
+    )
 
 
 def test_its_columns_say_what_they_hold(comparison, tmp_path):
@@ -135,10 +171,13 @@ def test_its_columns_say_what_they_hold(comparison, tmp_path):
 
     write.write(comparison, out=tmp_path)
     schema = read_schema(tmp_path / tables.FILE)
-    assert schema.field("learned").metadata == {b"says": tables.TABLES["cells"][0]["learned"][1].encode()}
+    assert schema.field("learned").metadata == {
+        b"says": tables.TABLES["cells"][0]["learned"][1].encode()
+    }
 
 
 # What is refused, and what is told
+
 
 def test_a_run_that_has_scored_nothing_is_named_by_a_warning(comparison, tmp_path):
     shutil.copytree(comparison, tmp_path / "c")
@@ -160,10 +199,18 @@ def test_what_there_is_no_table_of_is_refused(comparison, tmp_path):
         continual.load_runs(fake_adapt(tmp_path / "adapt"))
 
 
-@pytest.mark.parametrize(("what", "file", "old", "new"), [
-    ("cells", "matrix.json", '"seed": 0', f'"seed": {2**70}'),
-    ("examples", "predictions/stage-01/reverse.jsonl", '"references": [', '"references": [{"a": 1}, '),
-])
+@pytest.mark.parametrize(
+    ("what", "file", "old", "new"),
+    [
+        ("cells", "matrix.json", '"seed": 0', f'"seed": {2**70}'),
+        (
+            "examples",
+            "predictions/stage-01/reverse.jsonl",
+            '"references": [',
+            '"references": [{"a": 1}, ',
+        ),
+    ],
+)
 def test_a_value_that_its_column_cannot_hold_names_the_run(what, file, old, new, tmp_path):
     folder = fake_run(tmp_path / "r")
     sound = (folder / file).read_text()
@@ -177,7 +224,9 @@ def test_a_step_that_is_no_whole_number_is_refused_and_not_rounded(tmp_path):
     folder = fake_run(tmp_path / "r")
     log = (folder / "events.jsonl").read_text()
     (folder / "events.jsonl").write_text(log.replace('"step": 10,', '"step": 10.5,', 1))
-    with pytest.raises(DataError, match=r"events\.jsonl: found a step with step 10\.5, expected a whole number"):
+    with pytest.raises(
+        DataError, match=r"events\.jsonl: found a step with step 10\.5, expected a whole number"
+    ):
         continual.load_runs(folder, what="steps")
 
 
@@ -191,11 +240,14 @@ def test_a_link_out_of_a_folder_is_not_followed(comparison, tmp_path):
 
 def test_importing_the_package_loads_none_of_it():
     code = "import sys, continual; continual.load_runs; print({'torch', 'pandas', 'pyarrow', 'yaml'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout == "set()\n"
 
 
 # The notebook
+
 
 @pytest.fixture
 def notebook(comparison, monkeypatch):
@@ -223,12 +275,19 @@ def test_the_notebook_draws_the_curves_and_bars_of_the_readme_s_picture(notebook
         expected = [group.mean("average_performance")] * 2 if group.joint else told
         assert lines.pop(group.label) == pytest.approx(expected)
     assert not lines
-    assert [text.get_text() for text in right.get_yticklabels()] == [group.label for group in groups]
-    solid, hatched = ([bar.get_width() / 100 for bar in bars] for bars in right.containers if hasattr(bars, "patches"))
+    assert [text.get_text() for text in right.get_yticklabels()] == [
+        group.label for group in groups
+    ]
+    solid, hatched = (
+        [bar.get_width() / 100 for bar in bars]
+        for bars in right.containers
+        if hasattr(bars, "patches")
+    )
     for widths, name in ((solid, "average_performance"), (hatched, "forgetting")):
         ends = [group.mean(name) for group in groups]
         assert [w for w, end in zip(widths, ends, strict=True) if end is not None] == pytest.approx(
-            [max(end, 0) for end in ends if end is not None])
+            [max(end, 0) for end in ends if end is not None]
+        )
 
 
 def test_the_notebook_is_kept_without_outputs():

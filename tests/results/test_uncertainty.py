@@ -1,4 +1,6 @@
-"""Intervals: against closed forms, SciPy and simulation; what is drawn together, and when there is none."""
+"""Intervals: against closed forms, SciPy and simulation; what is drawn together, and when there is
+none.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ class Known(Run):
 
     def predictions(self, stage, task):
         row = self.tables[task][self.matrix.stages.index(stage)]
-        return [{"id": f"{self.names}/{i}", "references": ["x"], "score": float(mark)} for i, mark in enumerate(row)]
+        return [
+            {"id": f"{self.names}/{i}", "references": ["x"], "score": float(mark)}
+            for i, mark in enumerate(row)
+        ]
 
 
 def known(marks, names="test", **more):
@@ -57,25 +62,36 @@ def known(marks, names="test", **more):
     marks = {task: np.asarray(table, dtype=float) for task, table in marks.items()}
     tasks = tuple(marks)
     stages = {"stages": tasks, "strategy": "naive", "seed": 0, "order": "", **more}
-    matrix = Matrix(stream="s", tasks=tasks, metrics=dict.fromkeys(tasks, "m"), counts=tuple(
-        t.shape[1] for t in marks.values()), scores=tuple(zip(*(t.mean(1).tolist() for t in marks.values()),
-                                                              strict=True)), **stages)
+    matrix = Matrix(
+        stream="s",
+        tasks=tasks,
+        metrics=dict.fromkeys(tasks, "m"),
+        counts=tuple(t.shape[1] for t in marks.values()),
+        scores=tuple(zip(*(t.mean(1).tolist() for t in marks.values()), strict=True)),
+        **stages,
+    )
     return Known(Path("nowhere"), matrix, marks, names)
 
 
 def random_run(seed, examples=60, tasks=TASKS, right=0.6, **more):
     rng = np.random.default_rng(seed)
-    return known({task: rng.random((len(tasks), examples)) < right for task in tasks}, seed=seed, **more)
+    return known(
+        {task: rng.random((len(tasks), examples)) < right for task in tasks}, seed=seed, **more
+    )
 
 
 # Over runs
+
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
 def test_over_runs_is_students_interval_of_the_mean(values):
     told = over_runs(values)
     error = scipy.stats.sem(values)
-    low, high = (scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), error) if error > 0
-                 else (values[0], values[0]))
+    low, high = (
+        scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), error)
+        if error > 0
+        else (values[0], values[0])
+    )
     assert (told.low, told.high) == pytest.approx((low, high), abs=1e-9)
     assert (told.n, told.how) == (len(values), OVER_RUNS)
 
@@ -92,13 +108,16 @@ def test_over_runs_there_is_none_of_fewer_than_two_or_with_one_missing(values):
 
 # Over examples
 
+
 def test_an_average_s_interval_is_that_of_its_standard_error():
     run = random_run(0, examples=400)
     told = over_examples(run, draws=4000)
     marks = [run.tables[task][-1] for task in TASKS]
     error = math.sqrt(sum(m.var() / len(m) for m in marks)) / len(marks)
     middle = run.matrix.summary()["average_performance"]
-    assert (told.low, told.high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.15 * error)
+    assert (told.low, told.high) == pytest.approx(
+        (middle - 1.96 * error, middle + 1.96 * error), abs=0.15 * error
+    )
     assert (told.n, told.how) == (1200, OVER_EXAMPLES)
 
 
@@ -107,7 +126,9 @@ def test_one_task_s_interval_is_scipy_s_percentile_bootstrap():
     told = over_examples(known({"a": [marks]}), draws=8000)
     theirs = scipy.stats.bootstrap((marks,), np.mean, n_resamples=8000, method="percentile", rng=2)
     width = theirs.confidence_interval.high - theirs.confidence_interval.low
-    assert (told.low, told.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.05 * width)
+    assert (told.low, told.high) == pytest.approx(
+        tuple(theirs.confidence_interval), abs=0.05 * width
+    )
 
 
 def test_examples_are_drawn_within_their_task():
@@ -125,7 +146,10 @@ def test_the_same_examples_are_drawn_for_all_stages():
 
 
 def test_of_simulated_test_sets_95_in_100_intervals_hold_the_truth():
-    right = {"a": (0.9, 0.4), "b": (0.2, 0.8)}  # after each of two stages; the truth is of ever so many examples
+    right = {
+        "a": (0.9, 0.4),
+        "b": (0.2, 0.8),
+    }  # after each of two stages; the truth is of ever so many examples
     truth = known({task: np.array(p)[:, None] for task, p in right.items()}).matrix.summary()
     names = ("average_performance", "backward_transfer", "forgetting", "learning_accuracy")
     rng, held, times = np.random.default_rng(3), Counter(), 250
@@ -134,7 +158,9 @@ def test_of_simulated_test_sets_95_in_100_intervals_hold_the_truth():
         told = intervals(run, names, draws=200)
         held.update(name for name in names if told[name].low <= truth[name] <= told[name].high)
     for name in names:
-        assert 0.90 <= held[name] / times <= 0.985, name  # 0.95, and three standard errors of so many trials
+        assert 0.90 <= held[name] / times <= 0.985, (
+            name
+        )  # 0.95, and three standard errors of so many trials
 
 
 @settings(max_examples=20)
@@ -173,7 +199,9 @@ def test_answers_that_are_not_all_there_or_not_the_matrix_s_give_no_interval(tmp
     text = first.read_text()
     first.write_text("".join(text.splitlines(keepends=True)[:-1]))
     assert over_examples(Run.read(folder), "forgetting") is None
-    assert over_examples(Run.read(folder), "average_performance") is not None  # it reads the last stage alone
+    assert (
+        over_examples(Run.read(folder), "average_performance") is not None
+    )  # it reads the last stage alone
     first.write_text(text)
     matrix = Run.read(folder).matrix
     other = tuple((1 - row[0], *row[1:]) for row in matrix.scores)
@@ -182,11 +210,14 @@ def test_answers_that_are_not_all_there_or_not_the_matrix_s_give_no_interval(tmp
 
 def test_a_form_that_there_is_not_is_refused_with_the_nearest():
     for ask in (over_examples, lambda run, name: paired(run, run, name)):
-        with pytest.raises(ConfigError, match="unknown form of a summary 'forgeting'; did you mean 'forgetting'"):
+        with pytest.raises(
+            ConfigError, match="unknown form of a summary 'forgeting'; did you mean 'forgetting'"
+        ):
             ask(random_run(0), "forgeting")
 
 
 # In pairs
+
 
 def test_a_run_against_itself_differs_by_nothing():
     told = paired(random_run(0), random_run(0))
@@ -201,7 +232,8 @@ def test_a_difference_is_narrower_in_pairs_where_the_same_examples_are_hard():
     told, alone = paired(a, b), over_examples(a)
     assert told.low > 0
     assert told.difference == pytest.approx(
-        a.matrix.summary()["average_performance"] - b.matrix.summary()["average_performance"])
+        a.matrix.summary()["average_performance"] - b.matrix.summary()["average_performance"]
+    )
     assert told.high - told.low < (alone.high - alone.low) / 2
     assert paired(b, a).difference == -told.difference
     assert told.how == OVER_EXAMPLES
@@ -213,7 +245,9 @@ def test_with_one_pair_the_interval_is_the_bootstrap_s_of_each_example_s_differe
     differences = a.tables["a"][-1] - b.tables["a"][-1]
     error = differences.std() / math.sqrt(len(differences))
     middle = differences.mean()
-    assert (told.low, told.high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.15 * error)
+    assert (told.low, told.high) == pytest.approx(
+        (middle - 1.96 * error, middle + 1.96 * error), abs=0.15 * error
+    )
 
 
 def flat(seed, score):
@@ -223,7 +257,9 @@ def flat(seed, score):
 
 def test_several_pairs_whose_examples_say_all_alike_have_students_interval():
     ours, theirs = (0.71, 0.74, 0.70, 0.78), (0.60, 0.66, 0.61, 0.60)
-    told = paired([flat(i, s) for i, s in enumerate(ours)], [flat(i, s) for i, s in enumerate(theirs)])
+    told = paired(
+        [flat(i, s) for i, s in enumerate(ours)], [flat(i, s) for i, s in enumerate(theirs)]
+    )
     exact = over_runs([x - y for x, y in zip(ours, theirs, strict=True)])
     assert told.difference == pytest.approx(statistics.fmean(ours) - statistics.fmean(theirs))
     assert (told.low, told.high) == pytest.approx((exact.low, exact.high), abs=0.001)
@@ -235,11 +271,20 @@ def test_several_pairs_whose_examples_say_all_alike_have_students_interval():
 
 def test_several_pairs_are_wider_than_their_runs_or_their_examples_alone_say():
     ours = [random_run(i, right=0.7) for i in range(4)]
-    theirs = [replace(random_run(10 + i, right=0.5), matrix=replace(random_run(10 + i, right=0.5).matrix, seed=i))
-              for i in range(4)]
+    theirs = [
+        replace(
+            random_run(10 + i, right=0.5),
+            matrix=replace(random_run(10 + i, right=0.5).matrix, seed=i),
+        )
+        for i in range(4)
+    ]
     told = paired(ours, theirs, draws=4000)
-    runs = over_runs([x.matrix.summary()["average_performance"] - y.matrix.summary()["average_performance"]
-                      for x, y in zip(ours, theirs, strict=True)])
+    runs = over_runs(
+        [
+            x.matrix.summary()["average_performance"] - y.matrix.summary()["average_performance"]
+            for x, y in zip(ours, theirs, strict=True)
+        ]
+    )
     assert told.high - told.low > runs.high - runs.low
 
 
@@ -254,16 +299,24 @@ def test_pairs_with_test_examples_of_their_own_have_students_interval_alone():
     ours = [replace(flat(i, 0.5 + i / 10), names=f"seed {i}") for i in range(3)]
     theirs = [replace(flat(i, 0.4), names=f"seed {i}") for i in range(3)]
     told, exact = paired(ours, theirs), over_runs([0.1, 0.2, 0.3])
-    assert (told.low, told.high, told.how) == (pytest.approx(exact.low), pytest.approx(exact.high), OVER_PAIRS)
+    assert (told.low, told.high, told.how) == (
+        pytest.approx(exact.low),
+        pytest.approx(exact.high),
+        OVER_PAIRS,
+    )
 
 
 def test_runs_that_answered_other_examples_are_no_pair():
     assert paired(flat(0, 0.7), replace(flat(0, 0.5), names="others")) is None
-    assert paired([flat(0, 0.7), flat(1, 0.7)], [flat(0, 0.5), replace(flat(1, 0.5), names="others")]) is None
+    assert (
+        paired([flat(0, 0.7), flat(1, 0.7)], [flat(0, 0.5), replace(flat(1, 0.5), names="others")])
+        is None
+    )
     assert paired(flat(0, 0.7), random_run(0, tasks=("a", "b"))) is None
 
 
 # In a comparison
+
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
@@ -280,7 +333,9 @@ def test_strategies_are_set_against_naive_and_unfinished_ones_are_left_out(compa
     other, told = against(grouped(find([comparison])[0]))
     assert other == "naive"
     assert {label: each.runs for label, each in told.items()} == {"joint": 1, "replay": 2, "ewc": 2}
-    ewc, naive = ([Run.read(comparison / f"{name}-{seed}") for seed in range(2)] for name in ("ewc", "naive"))
+    ewc, naive = (
+        [Run.read(comparison / f"{name}-{seed}") for seed in range(2)] for name in ("ewc", "naive")
+    )
     assert told["ewc"] == paired(ewc, naive)
 
 
@@ -292,19 +347,35 @@ def test_without_naive_they_are_set_against_the_best_that_is_not_joint(compariso
 
 
 def test_the_terminal_and_comparison_json_say_how_strategies_differ(comparison):
-    told = paired(*([Run.read(comparison / f"{name}-{seed}") for seed in range(2)] for name in ("ewc", "naive")))
+    told = paired(
+        *(
+            [Run.read(comparison / f"{name}-{seed}") for seed in range(2)]
+            for name in ("ewc", "naive")
+        )
+    )
     runs = find([comparison])[0]
     said = json.loads(json.dumps(to_json(runs, grouped(runs), comparison)))
     assert said["against"]["strategy"] == "naive"
     assert said["against"]["differences"]["ewc"] == asdict(told)
     group = next(g for g in said["groups"] if g["strategy"] == "ewc")
-    span = over_runs(Run.read(comparison / f"ewc-{seed}").matrix.summary()["forgetting"] for seed in range(2))
+    span = over_runs(
+        Run.read(comparison / f"ewc-{seed}").matrix.summary()["forgetting"] for seed in range(2)
+    )
     assert group["interval"]["forgetting"] == [span.low, span.high]
     screen = io.StringIO()
     write.tables(Console(file=screen, width=100), comparison)
-    line = next(line for line in screen.getvalue().split("against naive")[1].splitlines() if line.startswith(" ewc"))
-    assert line.split() == ["ewc", percent(told.difference, True), *interval(told.low, told.high, True).split(), "2",
-                            "120"]
+    line = next(
+        line
+        for line in screen.getvalue().split("against naive")[1].splitlines()
+        if line.startswith(" ewc")
+    )
+    assert line.split() == [
+        "ewc",
+        percent(told.difference, True),
+        *interval(told.low, told.high, True).split(),
+        "2",
+        "120",
+    ]
 
 
 def test_the_terminal_shows_a_run_s_intervals_with_n_or_says_why_there_are_none(tmp_path):
@@ -319,4 +390,6 @@ def test_the_terminal_shows_a_run_s_intervals_with_n_or_says_why_there_are_none(
     assert interval(told.low, told.high) in shown()
     assert "n = 120 examples of 6 tasks" in shown()
     shutil.rmtree(folder / "predictions")
-    assert "no intervals: they need the run's last stage, and in predictions/ every answer" in shown()
+    assert (
+        "no intervals: they need the run's last stage, and in predictions/ every answer" in shown()
+    )

@@ -1,4 +1,6 @@
-"""Adapting to a new task: draws of support sets, what a stopped command keeps, and what it takes to reach the base."""
+"""Adapting to a new task: draws of support sets, what a stopped command keeps, and what it takes to
+reach the base.
+"""
 
 import io
 import json
@@ -69,7 +71,9 @@ def test_checkpoint_starts_from_a_run(cli, keys, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")  # peft's own
 def test_it_starts_from_the_runs_network_whatever_its_own_seed(keys, tmp_path, monkeypatch):
-    """The embedding of the end of sequence that its tokenizer lacked was drawn by the run's seed, and is frozen."""
+    """The embedding of the end of sequence that its tokenizer lacked was drawn by the run's seed,
+    and is frozen.
+    """
     bare = write_model(tmp_path / "model", tokenizer=byte_bpe(stream_text(), eos=None, pad=None))
     more, curves, started = (f"model.name={bare}", "model.adapter=lora"), adapt.curves, []
     run(tmp_path / "run", keys, *more, "stream.tasks=[first]", "train.steps=1", "seed=1")

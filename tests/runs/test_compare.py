@@ -30,7 +30,8 @@ def installed(launcher: str) -> bool:
 
 
 def needs(launcher: str):
-    return pytest.mark.skipif(not installed(launcher), reason=f"hydra-{PLUGINS[launcher]}-launcher is not installed")
+    return pytest.mark.skipif(not installed(launcher), reason=f"hydra-{PLUGINS[launcher]}-launcher "
+                                                              "is not installed")
 
 
 def names(out) -> set[str]:
@@ -68,7 +69,8 @@ def test_a_setting_of_one_strategy_is_for_the_runs_that_have_it(cli, keys, tmp_p
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["strategy.replay.shar=0.5"], "unknown key 'strategy.replay.shar'; did you mean 'strategy.replay.share'"),
+    (["strategy.replay.shar=0.5"], "unknown key 'strategy.replay.shar'; did you mean "
+                                   "'strategy.replay.share'"),
     (["strategy.replay.share=2"], "share"),
     (["strategy.ewc.strength=2"], "unknown strategy of this comparison 'ewc'"),
     (["tuned={replay:{share:0.5}}"], "unknown key 'tuned.replay'"),
@@ -115,7 +117,8 @@ def test_a_launcher_that_is_not_installed_is_named(refused, monkeypatch, launche
     monkeypatch.setattr("continual.runs.compare.find_spec", lambda _: None)
     told = refused("compare", f"hydra/launcher={launcher}")
     package = f"hydra-{PLUGINS[launcher]}-launcher"
-    assert told.split() == (f"hydra/launcher={launcher} needs {package}, which is not installed: pip install {package}"
+    assert told.split() == (f"hydra/launcher={launcher} needs {package}, which is not installed: "
+                            f"pip install {package}"
                             ).split()
 
 

@@ -1,4 +1,6 @@
-"""Forgetting seen within a stage: what is told of it, that looking changes nothing, and the gate that stops a run."""
+"""Forgetting seen within a stage: what is told of it, that looking changes nothing, and the gate
+that stops a run.
+"""
 
 import json
 import random
@@ -192,7 +194,9 @@ def test_answers_of_an_earlier_stage_that_are_gone_are_named_with_the_mend(looke
 
 @pytest.fixture(scope="module")
 def clash(tmp_path_factory):
-    """A stream of two tasks that ask the same and want different answers: the second one undoes the first."""
+    """A stream of two tasks that ask the same and want different answers: the second one undoes the
+    first.
+    """
     root = tmp_path_factory.mktemp("clash")
     for task, answer in (("red", "red"), ("blue", "blue")):
         for split, n in (("train", 12), ("test", 4)):
@@ -285,9 +289,11 @@ def test_what_stopped_a_run_is_read_with_care(looked, keys, tmp_path):
 
 @pytest.mark.parametrize(("words", "expected"), [
     (("score.during=0",), "score.during=0: expected a whole number of at least 1"),
-    (("score.during_examples=half",), "score.during_examples=half: expected a whole number of at least 1"),
+    (("score.during_examples=half",), "score.during_examples=half: expected a whole number of at "
+                                      "least 1"),
     (("stop_if.forgetting=0.2",), "forgetting within a stage is not measured; set score.during=N"),
-    (("score.during=5", "stop_if.forgetting=20"), "expected a share of at least 0 and below 1, such as 0.2"),
+    (("score.during=5", "stop_if.forgetting=20"), "expected a share of at least 0 and below 1, "
+                                                  "such as 0.2"),
     (("score.during=5", "stop_if.forgetting"), "unquoted, > names a file that a shell writes to"),
     (("score.during=5", "stop_if.forgeting>0.2"), "did you mean 'stop_if.forgetting'"),
 ])

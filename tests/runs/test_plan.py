@@ -1,4 +1,6 @@
-"""What a run would take: the engine's own stages without their numbers, against stages that are run."""
+"""What a run would take: the engine's own stages without their numbers, against stages that are
+run.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -172,8 +174,8 @@ def test_a_gpu_that_is_too_small_is_said_to_be(model_folder):
 @pytest.mark.parametrize(("words", "told"), [
     ((), "marking answers"),
     (("probe=[shots,wordings]", "score.judge.name=a/judge", "score.during=9"),
-     "marking answers, the judge a/judge, looking at forgetting every 9 steps (score.during), what the probes ask "
-     "after each stage (shots, wordings)"),
+     "marking answers, the judge a/judge, looking at forgetting every 9 steps (score.during), "
+     "what the probes ask after each stage (shots, wordings)"),
 ])
 def test_what_is_not_counted_is_said(cli, model_folder, words, told):
     code, out, err = cli("plan", "model=hf", f"model.name={model_folder}", *GIVEN, "plan.stages=1", *words)

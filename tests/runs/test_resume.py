@@ -195,7 +195,9 @@ def test_how_often_checkpoints_are_written_may_change_when_a_run_goes_on(done, c
 # Killed, as a process of its own
 
 def leaves(number: int, when: dict, *words: str) -> None:
-    """The command line, which sends itself this signal as soon as it has told an event like this one."""
+    """The command line, which sends itself this signal as soon as it has told an event like this
+    one.
+    """
     tell = Events.__call__
 
     def tell_and_leave(self, event):
@@ -316,10 +318,13 @@ def test_what_is_kept_before_damaged_steps_is_there_for_the_next_time(keys, tmp_
 
 
 @pytest.mark.parametrize(("was", "now", "told"), [
-    ('{"name": "first", "metric": "exact_match"}, ', "", "tasks: first, last, loud there, last, loud now"),
-    ('"name": "first"', '"dir": "first", "name": "1st"', "stages: base, first there, base, 1st now"),
+    ('{"name": "first", "metric": "exact_match"}, ', "", "tasks: first, last, loud there, last, "
+                                                         "loud now"),
+    ('"name": "first"', '"dir": "first", "name": "1st"', "stages: base, first there, base, 1st "
+                                                         "now"),
     ('"loud", "metric": "exact_match"', '"loud", "metric": "token_f1"',
-     "metrics: exact_match, exact_match, exact_match there, exact_match, exact_match, token_f1 now"),
+     "metrics: exact_match, exact_match, exact_match there, exact_match, exact_match, token_f1 "
+     "now"),
 ])
 def test_a_run_does_not_go_on_with_other_tasks_than_it_has_scores_of(keys, stream_folder, tmp_path, monkeypatch, was,
                                                                      now, told):
@@ -329,7 +334,8 @@ def test_a_run_does_not_go_on_with_other_tasks_than_it_has_scores_of(keys, strea
     index = root / "stream.json"
     text = index.read_text()
     index.write_text(json.dumps({"tasks": json.loads(text.replace(was, now))["tasks"]}))
-    with pytest.raises(DataError, match=f"begun with other data; restore them to go on, or .*\n(.*\n)*  {told}"):
+    with pytest.raises(DataError, match="begun with other data; restore them to go on, or "
+                                        f".*\n(.*\n)*  {told}"):
         run(tmp_path / "out", keys)
     index.write_text(text)
     assert run(tmp_path / "out", keys)[0].finished

@@ -1,4 +1,6 @@
-"""Experiments that sweep and search: the leaderboard's runs, tuned settings, and Optuna's search on dev rows."""
+"""Experiments that sweep and search: the leaderboard's runs, tuned settings, and Optuna's search on
+dev rows.
+"""
 
 import json
 from pathlib import Path

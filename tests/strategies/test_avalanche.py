@@ -1,4 +1,6 @@
-"""Avalanche's plugins inside our stage: beside our own strategies, beside Avalanche's own loop, and what is refused."""
+"""Avalanche's plugins inside our stage: beside our own strategies, beside Avalanche's own loop, and
+what is refused.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,10 @@ TOKENS = 2  # of each response, where a mean over tokens and a sum differ by tha
 
 def even(index: int, n: int = 6) -> Task:
     """Examples whose responses are of one length."""
-    rows = [encoded([*e.ids[:2]], [*e.ids[-1:], 3 + i], e.id, index) for i, e in enumerate(toy.examples(index, n))]
+    rows = [
+        encoded([*e.ids[:2]], [*e.ids[-1:], 3 + i], e.id, index)
+        for i, e in enumerate(toy.examples(index, n))
+    ]
     return Task(toy.NAMES[index], tuple(rows), columns=toy.NAMES)
 
 
@@ -40,7 +45,13 @@ def ended(strategy, task, dtype=torch.float64):
     strategy.end(made, task)
     found = snapshot(made)
     draw = torch.Generator().manual_seed(0)
-    restore(made, {n: w + 0.1 * torch.randn(w.shape, generator=draw, dtype=w.dtype) for n, w in found.items()})
+    restore(
+        made,
+        {
+            n: w + 0.1 * torch.randn(w.shape, generator=draw, dtype=w.dtype)
+            for n, w in found.items()
+        },
+    )
     return made
 
 
@@ -58,26 +69,41 @@ def data_of(params) -> dict[str, torch.Tensor]:
 
 # Beside our own
 
+
 def test_a_hosted_si_walks_the_path_that_ours_walks():
     """Its importance is cut above 0.001 and may be negative; between the bounds they are one."""
     ours, theirs = toy.model(), toy.model()
-    si, hosted = SI(damping=1e-3), Avalanche(plugin="SynapticIntelligencePlugin", args={"si_lambda": 1.0, "eps": 1e-3})
+    si, hosted = (
+        SI(damping=1e-3),
+        Avalanche(plugin="SynapticIntelligencePlugin", args={"si_lambda": 1.0, "eps": 1e-3}),
+    )
     toy.train(ours, si, 0)
     toy.train(theirs, hosted, 0)
     assert toy.same(toy.everything(ours), toy.everything(theirs)), "the first stage has no pull"
-    anchor, importance = ({n: p.data.view_as(si.anchor[n]) for n, p in d.items()} for d in hosted.live.ewc_data)
+    anchor, importance = (
+        {n: p.data.view_as(si.anchor[n]) for n, p in d.items()} for d in hosted.live.ewc_data
+    )
     assert toy.close(anchor, si.anchor, 0, 0)
-    assert toy.close({n: i.clamp(min=0) for n, i in importance.items()},
-                     {n: i.clamp(max=0.001) for n, i in si.importance.items()}, rtol=1e-4, atol=1e-9)
+    assert toy.close(
+        {n: i.clamp(min=0) for n, i in importance.items()},
+        {n: i.clamp(max=0.001) for n, i in si.importance.items()},
+        rtol=1e-4,
+        atol=1e-9,
+    )
     assert any((i > 0).any() and (i < 0.001).any() for i in importance.values())
 
 
 def test_the_pull_of_a_hosted_si_is_that_of_ours_at_the_same_importance():
-    hosted, si = Avalanche(plugin="SynapticIntelligencePlugin", args={"si_lambda": 3.0}), SI(strength=3.0)
+    hosted, si = (
+        Avalanche(plugin="SynapticIntelligencePlugin", args={"si_lambda": 3.0}),
+        SI(strength=3.0),
+    )
     made = ended(hosted, even(0))
     for p in hosted.live.ewc_data[1].values():
         p.data = torch.rand_like(p.data)
-    si.importance = {n: p.data.view_as(weights(made)[n]) for n, p in hosted.live.ewc_data[1].items()}
+    si.importance = {
+        n: p.data.view_as(weights(made)[n]) for n, p in hosted.live.ewc_data[1].items()
+    }
     hosted.begin(made, even(1))
     anchor = snapshot(made)
     restore(made, {n: w + 0.1 for n, w in anchor.items()})
@@ -92,12 +118,21 @@ def test_the_pull_of_a_hosted_si_is_that_of_ours_at_the_same_importance():
 
 
 def test_a_hosted_ewc_has_our_fisher_and_our_pull():
-    """Its F is of the mean loss of one example at mb_size 1, ours of the sum; its lambda has no 1/2."""
-    hosted, ewc = Avalanche(plugin="EWCPlugin", args={"ewc_lambda": 5.0}), EWC(strength=2 * 5.0 / TOKENS**2)
+    """Its F is of the mean loss of one example at mb_size 1, ours of the sum; its lambda has no
+    1/2.
+    """
+    hosted, ewc = (
+        Avalanche(plugin="EWCPlugin", args={"ewc_lambda": 5.0}),
+        EWC(strength=2 * 5.0 / TOKENS**2),
+    )
     made, same = ended(hosted, even(0)), ended(ewc, even(0))
     before = toy.model(torch.float64)
-    assert toy.close(data_of(hosted.live.importances[0]),
-                     {n: f / TOKENS**2 for n, f in fisher(before, even(0).train).items()}, rtol=1e-7, atol=1e-12)
+    assert toy.close(
+        data_of(hosted.live.importances[0]),
+        {n: f / TOKENS**2 for n, f in fisher(before, even(0).train).items()},
+        rtol=1e-7,
+        atol=1e-12,
+    )
     rows = toy.examples(1)
     assert toy.close(step(made, hosted, rows), step(same, ewc, rows), rtol=1e-6, atol=1e-8)
 
@@ -106,7 +141,9 @@ def test_a_hosted_mas_has_our_importance():
     hosted = Avalanche(plugin="MASPlugin")
     ended(hosted, even(0))
     expected = sensitivity(toy.model(torch.float64), even(0).train)
-    assert toy.close(data_of(hosted.live.importance), {n: s / TOKENS for n, s in expected.items()}, 1e-7, 1e-10)
+    assert toy.close(
+        data_of(hosted.live.importance), {n: s / TOKENS for n, s in expected.items()}, 1e-7, 1e-10
+    )
 
 
 def test_a_hosted_rwalk_squares_the_gradient_of_each_step():
@@ -114,26 +151,47 @@ def test_a_hosted_rwalk_squares_the_gradient_of_each_step():
     made, rows = toy.model(torch.float64), toy.examples(0, 5)
     hosted.begin(made, even(0))
     hosted.backward(made, made.batch(rows))
-    assert toy.close(data_of(hosted.live.iter_importance), {n: g**2 for n, g in gradient(made).items()}, 1e-7, 1e-12)
+    assert toy.close(
+        data_of(hosted.live.iter_importance),
+        {n: g**2 for n, g in gradient(made).items()},
+        1e-7,
+        1e-12,
+    )
 
 
 def test_a_hosted_gem_bounds_steps_by_the_gradients_that_bound_ours():
-    hosted = Avalanche(plugin="GEMPlugin", args={"patterns_per_experience": 6, "memory_strength": 0.0}, mb_size=4)
+    hosted = Avalanche(
+        plugin="GEMPlugin", args={"patterns_per_experience": 6, "memory_strength": 0.0}, mb_size=4
+    )
     made = toy.model(torch.float64)
-    learn(made, even(0), hosted, Recipe(lr=5e-3, epochs=30, batch_size=6), seed=0, log=lambda event: None)
-    rows = [replace(e, ids=(*e.ids[:-2], 60, 61)) for e in even(0).train]  # other answers than it has learned
+    learn(
+        made,
+        even(0),
+        hosted,
+        Recipe(lr=5e-3, epochs=30, batch_size=6),
+        seed=0,
+        log=lambda event: None,
+    )
+    rows = [
+        replace(e, ids=(*e.ids[:-2], 60, 61)) for e in even(0).train
+    ]  # other answers than it has learned
     found = flat(step(made, hosted, rows))
     other = flat(gradient_of(nll, made, made.batch(even(0).train)))
     assert torch.allclose(hosted.live.G, other[None], rtol=1e-6, atol=1e-9)
     own = flat(step(made, Strategy(), rows))
     assert own @ other < 0, "nothing is bounded here"
-    assert abs(found @ other) < 0.02 * abs(own @ other)  # its solver's problem has 0.001 on the diagonal
+    assert abs(found @ other) < 0.02 * abs(
+        own @ other
+    )  # its solver's problem has 0.001 on the diagonal
 
 
 # Beside Avalanche's own loop
 
-EVENTS = [e for e in dir(core.SupervisedPlugin) if e.startswith(("before_", "after_")) and "eval" not in e
-          and "adaptation" not in e]
+EVENTS = [
+    e
+    for e in dir(core.SupervisedPlugin)
+    if e.startswith(("before_", "after_")) and "eval" not in e and "adaptation" not in e
+]
 
 
 class Recorder(core.SupervisedPlugin):
@@ -165,11 +223,23 @@ for _event in EVENTS:
 def test_the_callbacks_come_in_the_order_in_which_avalanche_s_own_loop_has_them():
     from avalanche.training.supervised import Naive
 
-    made, hosted, recorder = toy.model(), Avalanche(plugin="tests.strategies.test_avalanche.Recorder"), Recorder()
+    made, hosted, recorder = (
+        toy.model(),
+        Avalanche(plugin="tests.strategies.test_avalanche.Recorder"),
+        Recorder(),
+    )
     net = Shown(made)
-    loop = Naive(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.0), criterion=Criterion(), train_mb_size=3,
-                 plugins=[recorder], evaluator=None)
-    for i, experience in enumerate(experiences(True, train=[toy.examples(i, 6) for i in (0, 1)]).train_stream):
+    loop = Naive(
+        model=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.0),
+        criterion=Criterion(),
+        train_mb_size=3,
+        plugins=[recorder],
+        evaluator=None,
+    )
+    for i, experience in enumerate(
+        experiences(True, train=[toy.examples(i, 6) for i in (0, 1)]).train_stream
+    ):
         loop.train(experience, shuffle=False)
         hosted.begin(made, toy.task(i, 6))
         for start in (0, 3):
@@ -187,8 +257,14 @@ def test_on_a_cpu_avalanche_s_own_si_never_leaves_its_start_and_a_hosted_one_doe
 
     plugin = plugins.SynapticIntelligencePlugin(1.0)
     net = Shown(toy.model())
-    loop = Naive(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), criterion=Criterion(), train_mb_size=3,
-                 plugins=[plugin], evaluator=None)
+    loop = Naive(
+        model=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        criterion=Criterion(),
+        train_mb_size=3,
+        plugins=[plugin],
+        evaluator=None,
+    )
     loop.train(experiences(True, train=[toy.examples(0, 6)]).train_stream[0])
     assert not any(p.data.any() for p in plugin.syn_data["trajectory"].values())
     hosted = Avalanche(plugin="SynapticIntelligencePlugin", args={"si_lambda": 1.0})
@@ -197,6 +273,7 @@ def test_on_a_cpu_avalanche_s_own_si_never_leaves_its_start_and_a_hosted_one_doe
 
 
 # What a plugin may do
+
 
 class Halving(core.SupervisedPlugin):
     """The loss and its gradient count half, and twice the squared weights are added."""
@@ -208,15 +285,22 @@ class Halving(core.SupervisedPlugin):
 
 def test_what_a_plugin_makes_of_the_loss_is_what_is_differentiated():
     made, rows = toy.model(torch.float64), toy.examples(0, 5)
-    plain, halved = (step(made, s, rows) for s in (Strategy(), Avalanche(plugin="tests.strategies.test_avalanche.Halving")))
+    plain, halved = (
+        step(made, s, rows)
+        for s in (Strategy(), Avalanche(plugin="tests.strategies.test_avalanche.Halving"))
+    )
     expected = {n: 0.5 * g + 4 * weights(made)[n].detach() for n, g in plain.items()}
     assert toy.close(halved, expected, rtol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks for it
 def test_with_an_adapter_a_plugin_sees_its_parameters_alone_by_the_names_that_checkpoints_have():
     made = toy.model()
-    made.net = adapt_with(made.net, "lora", {"lora": {"r": 2, "target_modules": ["q_proj"]}}, seq2seq=False)
+    made.net = adapt_with(
+        made.net, "lora", {"lora": {"r": 2, "target_modules": ["q_proj"]}}, seq2seq=False
+    )
     hosted = Avalanche(plugin="EWCPlugin", args={"ewc_lambda": 1.0})
     toy.train(made, hosted, 0, n=4)
     assert hosted.live.importances[0].keys() == weights(made).keys()
@@ -242,23 +326,41 @@ class Curious(core.SupervisedPlugin):
             self.kept = {"model": strategy.model}
 
 
-@pytest.mark.parametrize(("does", "told"), [
-    ("reads", r"reads strategy.experience.classes_in_this_experience, which our stage does not have for it \("),
-    ("sets", r"sets strategy.dataloader, which our stage does not have for it \(there is model, optimizer,"),
-    ("steps", "reads strategy.optimizer.step"),
-])
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        (
+            "reads",
+            r"reads strategy.experience.classes_in_this_experience, which our stage does not have for it \(",
+        ),
+        (
+            "sets",
+            r"sets strategy.dataloader, which our stage does not have for it \(there is model, optimizer,",
+        ),
+        ("steps", "reads strategy.optimizer.step"),
+    ],
+)
 def test_what_our_stage_does_not_have_is_refused_by_name(does, told):
     with pytest.raises(ConfigError, match=f"tests.strategies.test_avalanche.Curious {told}"):
-        Avalanche(plugin="tests.strategies.test_avalanche.Curious", args={"does": does}).begin(toy.model(), even(0))
+        Avalanche(plugin="tests.strategies.test_avalanche.Curious", args={"does": does}).begin(
+            toy.model(), even(0)
+        )
 
 
 def test_what_no_checkpoint_can_hold_is_refused_by_name():
     hosted = Avalanche(plugin="tests.strategies.test_avalanche.Curious", args={"does": "keeps"})
     hosted.begin(toy.model(), even(0))
-    with pytest.raises(ConfigError, match=r"tests.strategies.test_avalanche.Curious.kept.model is a Shown, which no checkpoint"):
+    with pytest.raises(
+        ConfigError,
+        match=r"tests.strategies.test_avalanche.Curious.kept.model is a Shown, which no checkpoint",
+    ):
         hosted.state_dict()
-    with pytest.raises(ConfigError, match=r"Curious.does is a Module, which no checkpoint can hold"):
-        Avalanche(plugin="tests.strategies.test_avalanche.Curious", args={"does": torch.nn.Module()})
+    with pytest.raises(
+        ConfigError, match=r"Curious.does is a Module, which no checkpoint can hold"
+    ):
+        Avalanche(
+            plugin="tests.strategies.test_avalanche.Curious", args={"does": torch.nn.Module()}
+        )
 
 
 class Watcher(core.SupervisedPlugin):
@@ -270,8 +372,13 @@ class Watcher(core.SupervisedPlugin):
 
 # What is refused
 
+
 def test_each_of_avalanche_s_plugins_is_hosted_or_refused_with_its_reason():
-    there = {n for n, k in vars(plugins).items() if isinstance(k, type) and issubclass(k, core.SupervisedPlugin)}
+    there = {
+        n
+        for n, k in vars(plugins).items()
+        if isinstance(k, type) and issubclass(k, core.SupervisedPlugin)
+    }
     assert there - {"SupervisedPlugin"} == HOSTED.keys() | REFUSED.keys()
     told = (Path(__file__).parents[2] / "docs" / "avalanche.md").read_text("utf-8")
     assert all(f"`{name}`" in told for name in there - {"SupervisedPlugin"})
@@ -279,21 +386,34 @@ def test_each_of_avalanche_s_plugins_is_hosted_or_refused_with_its_reason():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_one_that_needs_what_we_have_not_is_refused_before_it_is_made(name):
-    with pytest.raises(ConfigError, match=f"plugin={name} cannot be hosted: .*{REFUSED[name][:20]}"):
+    with pytest.raises(
+        ConfigError, match=f"plugin={name} cannot be hosted: .*{REFUSED[name][:20]}"
+    ):
         Avalanche(plugin=name)
     with pytest.raises(ConfigError, match="cannot be hosted"):
         Avalanche(plugin=f"avalanche.training.plugins.{name}")
 
 
-@pytest.mark.parametrize(("name", "args", "told"), [
-    ("SIPlugin", {}, "unknown plugin 'SIPlugin'; did you mean 'MIRPlugin'|Known: AGEMPlugin"),
-    ("nowhere.Plugin", {}, "plugin=nowhere.Plugin is not there"),
-    ("torch.nn.Linear", {}, "is no SupervisedPlugin"),
-    ("avalanche.training.plugins.FromScratchTrainingPlugin", {}, "is no SupervisedPlugin"),
-    ("tests.strategies.test_avalanche.Watcher", {}, "our stage never comes to its after_eval_exp"),
-    ("SynapticIntelligencePlugin", {}, r"args=\{\}: .*missing 1 required positional argument: 'si_lambda'"),
-    ("EWCPlugin", {"ewc_lambda": 1, "mode": "sideways"}, "Mode must be separate or online"),
-])
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("SIPlugin", {}, "unknown plugin 'SIPlugin'; did you mean 'MIRPlugin'|Known: AGEMPlugin"),
+        ("nowhere.Plugin", {}, "plugin=nowhere.Plugin is not there"),
+        ("torch.nn.Linear", {}, "is no SupervisedPlugin"),
+        ("avalanche.training.plugins.FromScratchTrainingPlugin", {}, "is no SupervisedPlugin"),
+        (
+            "tests.strategies.test_avalanche.Watcher",
+            {},
+            "our stage never comes to its after_eval_exp",
+        ),
+        (
+            "SynapticIntelligencePlugin",
+            {},
+            r"args=\{\}: .*missing 1 required positional argument: 'si_lambda'",
+        ),
+        ("EWCPlugin", {"ewc_lambda": 1, "mode": "sideways"}, "Mode must be separate or online"),
+    ],
+)
 def test_one_that_cannot_be_made_is_refused(name, args, told):
     with pytest.raises(ConfigError, match=told):
         Avalanche(plugin=name, args=args)

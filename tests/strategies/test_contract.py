@@ -1,4 +1,6 @@
-"""What every strategy must keep to, over the table of all configurations and some of their variants."""
+"""What every strategy must keep to, over the table of all configurations and some of their
+variants.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -15,34 +17,70 @@ from continual.training.stage import learn
 from tests.support import toy
 from tests.support.strategy_table import CONFIGS, TABLE, kind_of, make, network, of_kind, sized
 
-UNPLANNED = {"avalanche": "its plugins use NumPy", "gain_lora": "where a branch begins is read off its weights"}
-MOMENTS = ("begin", "end", "route")  # at which to give the model other weights is what some are for:
-SETTERS = {"per_task", "router", "slao", "progressive_prompts", "average", "fisher_merge", "ema", "task_arithmetic",
-           "ties"}
+UNPLANNED = {
+    "avalanche": "its plugins use NumPy",
+    "gain_lora": "where a branch begins is read off its weights",
+}
+MOMENTS = (
+    "begin",
+    "end",
+    "route",
+)  # at which to give the model other weights is what some are for:
+SETTERS = {
+    "per_task",
+    "router",
+    "slao",
+    "progressive_prompts",
+    "average",
+    "fisher_merge",
+    "ema",
+    "task_arithmetic",
+    "ties",
+}
 
 # What makes a strategy naive. A new configuration must say it here.
 OFF = {
     "naive": (),
     "replay": ("replay.capacity=0",),
     "multitask": ("multitask.capacity=0",),
-    "l2": ("l2.strength=0",), "ewc": ("ewc.strength=0",), "online_ewc": ("online_ewc.strength=0",),
-    "maml": ("maml.capacity=0", "maml.inner_steps=0"), "reptile": ("reptile.capacity=0", "reptile.inner_steps=0"),
-    "anil": ("anil.capacity=0", "anil.inner_steps=0"), "meta_sgd": ("meta_sgd.capacity=0", "meta_sgd.inner_steps=0"),
+    "l2": ("l2.strength=0",),
+    "ewc": ("ewc.strength=0",),
+    "online_ewc": ("online_ewc.strength=0",),
+    "maml": ("maml.capacity=0", "maml.inner_steps=0"),
+    "reptile": ("reptile.capacity=0", "reptile.inner_steps=0"),
+    "anil": ("anil.capacity=0", "anil.inner_steps=0"),
+    "meta_sgd": ("meta_sgd.capacity=0", "meta_sgd.inner_steps=0"),
     "la_maml": ("la_maml.capacity=0", "la_maml.inner_steps=0"),
-    "der": ("der.capacity=0",), "lwf": ("lwf.strength=0",), "hard_replay": ("hard_replay.capacity=0",),
-    "inscl": ("inscl.capacity=0",), "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
+    "der": ("der.capacity=0",),
+    "lwf": ("lwf.strength=0",),
+    "hard_replay": ("hard_replay.capacity=0",),
+    "inscl": ("inscl.capacity=0",),
+    "lamol": ("lamol.share=0", "lamol.lm_weight=0"),
     "replay,ewc": ("replay.capacity=0", "ewc.strength=0"),
-    "gem": ("gem.capacity=0",), "agem": ("agem.capacity=0",), "ogd": ("ogd.examples=0",),
-    "per_task": ("per_task.start=last",), "router": ("router.start=last",),
-    "incremental_lora": ("incremental_lora.rank=0",), "olora": ("olora.rank=0",),
-    "gain_lora": ("gain_lora.rank=0",), "slao": ("slao.power=0", "slao.orthogonal=false"),
-    "asft": ("asft.strength=0", "asft.dynamic=false"), "sdft": ("sdft.strength=0",),
+    "gem": ("gem.capacity=0",),
+    "agem": ("agem.capacity=0",),
+    "ogd": ("ogd.examples=0",),
+    "per_task": ("per_task.start=last",),
+    "router": ("router.start=last",),
+    "incremental_lora": ("incremental_lora.rank=0",),
+    "olora": ("olora.rank=0",),
+    "gain_lora": ("gain_lora.rank=0",),
+    "slao": ("slao.power=0", "slao.orthogonal=false"),
+    "asft": ("asft.strength=0", "asft.dynamic=false"),
+    "sdft": ("sdft.strength=0",),
     "avalanche": ("avalanche.plugin=SynapticIntelligencePlugin", "+avalanche.args.si_lambda=0"),
-    "mas": ("mas.strength=0",), "si": ("si.strength=0",), "rwalk": ("rwalk.strength=0",),
-    "average": ("average.blend=0",), "fisher_merge": ("fisher_merge.blend=0",), "ema": ("ema.blend=0",),
-    "task_arithmetic": ("task_arithmetic.blend=0",), "ties": ("ties.blend=0",),
-    "sparse": ("sparse.fraction=1",), "migu": ("migu.updated=1",),
-    "progressive_prompts": ("progressive_prompts.most=1",), "osf": ("osf.keep=0",),
+    "mas": ("mas.strength=0",),
+    "si": ("si.strength=0",),
+    "rwalk": ("rwalk.strength=0",),
+    "average": ("average.blend=0",),
+    "fisher_merge": ("fisher_merge.blend=0",),
+    "ema": ("ema.blend=0",),
+    "task_arithmetic": ("task_arithmetic.blend=0",),
+    "ties": ("ties.blend=0",),
+    "sparse": ("sparse.fraction=1",),
+    "migu": ("migu.updated=1",),
+    "progressive_prompts": ("progressive_prompts.most=1",),
+    "osf": ("osf.keep=0",),
 }
 
 
@@ -52,8 +90,11 @@ every = pytest.mark.parametrize("entry", TABLE, ids=" ".join)
 @cache
 def subject(entry) -> rules.Subject:
     """What its first stage leaves is learned once for all rules."""
-    made = rules.Subject(lambda: make(*entry), MOMENTS if SETTERS & {*entry[0].split(",")} else (),
-                           partial(network, entry[0]))
+    made = rules.Subject(
+        lambda: make(*entry),
+        MOMENTS if SETTERS & {*entry[0].split(",")} else (),
+        partial(network, entry[0]),
+    )
     if "progressive_prompts" in entry[0]:  # a prompt steers little of a network of random weights
         made.recipe, made.falls = replace(toy.RECIPE, lr=0.3, epochs=6), 1e-3
     if "la_maml" in entry[0]:
@@ -69,11 +110,15 @@ def test_every_strategy_keeps_every_rule(entry, rule):
 
 @pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
-    rules.switched_off_it_is_naive(rules.Subject(lambda: make(names, *OFF[names]), model=partial(network, names)))
+    rules.switched_off_it_is_naive(
+        rules.Subject(lambda: make(names, *OFF[names]), model=partial(network, names))
+    )
 
 
 @pytest.mark.parametrize("entry", [sized(name) for name in CONFIGS], ids=" ".join)
-def test_a_stage_that_is_stopped_early_ends_as_if_it_had_ended_with_its_best_epoch(entry, monkeypatch):
+def test_a_stage_that_is_stopped_early_ends_as_if_it_had_ended_with_its_best_epoch(
+    entry, monkeypatch
+):
     """Its weights, and what the strategy remembers of them and of the way to them, bit for bit."""
     monkeypatch.setattr(Patience, "_loss", lambda self: float(self.seen))  # the first is the best
     task = replace(toy.task(1, toy.SHORT), dev=toy.task(1).train)
@@ -89,10 +134,14 @@ def test_a_stage_that_is_stopped_early_ends_as_if_it_had_ended_with_its_best_epo
 
 def planned(entry):
     """Two stages of a step each, without numbers."""
-    return toy.rehearsed(partial(network, entry[0]), make(*entry), replace(subject(entry).recipe, steps=1))
+    return toy.rehearsed(
+        partial(network, entry[0]), make(*entry), replace(subject(entry).recipe, steps=1)
+    )
 
 
-@pytest.mark.parametrize("entry", [sized(name) for name in CONFIGS if name not in UNPLANNED], ids=" ".join)
+@pytest.mark.parametrize(
+    "entry", [sized(name) for name in CONFIGS if name not in UNPLANNED], ids=" ".join
+)
 def test_a_plan_can_go_through_its_stages(entry):
     first, second = planned(entry)
     assert second.peak > second.weights > first.strategy == 0
@@ -126,7 +175,9 @@ def test_switched_on_it_is_not_naive(entry):
 
 def test_micro_batches_also_have_the_same_step_where_tasks_in_one_step_differ_in_weight():
     """A micro-batch of tasks that weigh nothing has no mean loss of its own."""
-    strategy = make("multitask", "+multitask.weights={a:0,b:1}", "multitask.capacity=12", "multitask.share=0.6")
+    strategy = make(
+        "multitask", "+multitask.weights={a:0,b:1}", "multitask.capacity=12", "multitask.share=0.6"
+    )
     made = toy.model(torch.float64)
     strategy.begin(made, toy.task(0))
     strategy.end(made, toy.task(0))

@@ -1,4 +1,6 @@
-"""Dark experience replay: the objective of DER and DER++, what the buffer keeps, and Avalanche's own step."""
+"""Dark experience replay: the objective of DER and DER++, what the buffer keeps, and Avalanche's
+own step.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -49,8 +51,11 @@ def test_a_step_s_loss_and_gradient_are_those_of_equation_6():
     made.net.zero_grad()
     loss, got = strategy.backward(made, made.batch(new)), gradient(made)
     apart = torch.cat([(logits_by_hand(made, r["example"]) - r["logits"]).square() for r in held])
-    by_hand = (toy.mean_loss(made.net, new) + 0.3 * apart.mean()
-               + 0.7 * toy.mean_loss(made.net, [r["example"] for r in again]))
+    by_hand = (
+        toy.mean_loss(made.net, new)
+        + 0.3 * apart.mean()
+        + 0.7 * toy.mean_loss(made.net, [r["example"] for r in again])
+    )
     made.net.zero_grad()
     by_hand.backward()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-6)  # the log's sum is float32
@@ -65,8 +70,13 @@ def test_without_beta_a_step_draws_once_and_is_equation_5():
     strategy.backward(made, made.batch(new))
     got = gradient(made)
     made.net.zero_grad()
-    (toy.mean_loss(made.net, new) + 0.3 * torch.cat(
-        [(logits_by_hand(made, r["example"]) - r["logits"]).square() for r in held]).mean()).backward()
+    (
+        toy.mean_loss(made.net, new)
+        + 0.3
+        * torch.cat(
+            [(logits_by_hand(made, r["example"]) - r["logits"]).square() for r in held]
+        ).mean()
+    ).backward()
     assert toy.close(got, gradient(made), rtol=1e-7, atol=1e-9)
 
 
@@ -84,7 +94,10 @@ def test_a_step_that_is_tried_again_with_less_memory_offers_its_examples_once(mo
     monkeypatch.setattr(der, "responses", once)
     toy.train(toy.model(), again, 0)
     assert tried[3] == tried[2] > 0
-    assert (again.seen, [r["example"] for r in again.kept]) == (whole.seen, [r["example"] for r in whole.kept])
+    assert (again.seen, [r["example"] for r in again.kept]) == (
+        whole.seen,
+        [r["example"] for r in whole.kept],
+    )
     assert all("logits" in r for r in again.kept)
 
 
@@ -109,7 +122,9 @@ def test_with_fewer_than_all_logits_the_greatest_are_kept_and_compared():
         assert r["logits"].shape == r["columns"].shape == (len(ours), 5)
         apart.append((ours.gather(1, r["columns"].long()) - r["logits"]).square())
     batch = made.batch([replace(r["example"], id=str(i)) for i, r in enumerate(records)])
-    assert distance(made, batch, records).item() == pytest.approx(torch.cat(apart).mean().item(), rel=1e-9)
+    assert distance(made, batch, records).item() == pytest.approx(
+        torch.cat(apart).mean().item(), rel=1e-9
+    )
     new = logits_by_hand(made, e := toy.examples(2)[0])
     strategy.kept.clear()
     strategy.seen = 0
@@ -149,10 +164,15 @@ def test_kept_logits_are_those_without_dropout_and_leave_the_model_as_it_was():
     made.net.train()
     first = {i: z for i, _, z in responses(made, toy.examples(0))}
     assert made.net.training
-    assert all(torch.allclose(first[i], logits_by_hand(made, e), atol=1e-5) for i, e in enumerate(toy.examples(0)))
+    assert all(
+        torch.allclose(first[i], logits_by_hand(made, e), atol=1e-5)
+        for i, e in enumerate(toy.examples(0))
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"capacity": -1}, {"alpha": -0.1}, {"beta": -1}, {"minibatch": 0}, {"top": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"capacity": -1}, {"alpha": -0.1}, {"beta": -1}, {"minibatch": 0}, {"top": 0}]
+)
 def test_numbers_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError, match="DER with"):
         DER(**wrong)
@@ -174,7 +194,9 @@ class Bigrams(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own imports
 def test_a_step_is_avalanche_s_where_both_terms_have_the_same_examples(monkeypatch):
-    avalanche = pytest.importorskip("avalanche.training.supervised.der", reason="the extra avalanche-lib")
+    avalanche = pytest.importorskip(
+        "avalanche.training.supervised.der", reason="the extra avalanche-lib"
+    )
     torch.manual_seed(0)
     ours = Model(Bigrams(), None, Layout(pad=1, device=torch.device("cpu")))
     theirs = torch.nn.Sequential(ours.net.words, ours.net.head)
@@ -190,11 +212,19 @@ def test_a_step_is_avalanche_s_where_both_terms_have_the_same_examples(monkeypat
     got = gradient(ours)
     before = snapshot(ours)
 
-    made = avalanche.DER(model=theirs, optimizer=torch.optim.SGD(theirs.parameters(), lr=1.0), alpha=0.3, beta=0.7,
-                         batch_size_mem=2, evaluator=None)
+    made = avalanche.DER(
+        model=theirs,
+        optimizer=torch.optim.SGD(theirs.parameters(), lr=1.0),
+        alpha=0.3,
+        beta=0.7,
+        batch_size_mem=2,
+        evaluator=None,
+    )
     x, y = (torch.tensor([e.ids[i] for e in rows]) for i in (0, 1))
     kept = torch.cat([r["logits"].float() for r in held])
     made.dataloader = [[x[2:], y[2:], torch.zeros(3)]]
     made.replay_loader = iter([[x[:2], y[:2], torch.zeros(2), kept]])
     made.training_epoch()
-    assert toy.close(got, {n: before[n] - w for n, w in snapshot(ours).items()}, rtol=1e-4, atol=1e-6)
+    assert toy.close(
+        got, {n: before[n] - w for n, w in snapshot(ours).items()}, rtol=1e-4, atol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""Episodes by instruction type: one stage of all tasks from which meta-learning draws support and query of one each."""
+"""Episodes by instruction type: one stage of all tasks from which meta-learning draws support and
+query of one each.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -38,11 +40,21 @@ def made():
 
 def drawn(sizes, episode, batch_size, epochs=1):
     """The examples of every step of a stage of so many rows of each task."""
-    mixed = Task("mixed", [e for i, n in enumerate(sizes) for e in toy.examples(i, n)], columns=toy.NAMES,
-                 episode=episode)
+    mixed = Task(
+        "mixed",
+        [e for i, n in enumerate(sizes) for e in toy.examples(i, n)],
+        columns=toy.NAMES,
+        episode=episode,
+    )
     noting = Noting()
-    learn(made(), mixed, noting, Recipe(lr=0.0, epochs=epochs, batch_size=batch_size), seed=1,
-          log=lambda event: None)
+    learn(
+        made(),
+        mixed,
+        noting,
+        Recipe(lr=0.0, epochs=epochs, batch_size=batch_size),
+        seed=1,
+        log=lambda event: None,
+    )
     return noting.steps
 
 
@@ -51,7 +63,9 @@ def test_a_step_is_made_of_whole_episodes_of_one_task_each():
     assert len(steps) == 5
     for step in steps:
         assert all(len({e.task for e in step[i : i + 4]}) == 1 for i in range(0, len(step), 4))
-    assert len({tuple(sorted({e.task for e in step})) for step in steps}) > 1, "steps are of different tasks"
+    assert len({tuple(sorted({e.task for e in step})) for step in steps}) > 1, (
+        "steps are of different tasks"
+    )
 
 
 @settings(max_examples=10, deadline=None)
@@ -63,21 +77,31 @@ def test_every_row_is_learned_once_an_epoch(sizes, episode, batch_size):
 
 
 def test_each_epoch_draws_other_episodes():
-    first, second, *_ = (sorted(e.id for e in step) for step in drawn((8,), episode=4, batch_size=4, epochs=2)[::2])
+    first, second, *_ = (
+        sorted(e.id for e in step) for step in drawn((8,), episode=4, batch_size=4, epochs=2)[::2]
+    )
     assert first != second
 
 
 def test_maml_takes_half_of_an_episode_to_adapt_and_half_to_judge():
     episode = toy.model().batch(toy.examples(0, EPISODE))
     ((support,), query) = MAML(inner_steps=1).split(episode)
-    assert [e.id for part in support for e in part.examples] == [e.id for e in episode.examples[: EPISODE // 2]]
+    assert [e.id for part in support for e in part.examples] == [
+        e.id for e in episode.examples[: EPISODE // 2]
+    ]
     assert query.examples == episode.examples[EPISODE // 2 :]
 
 
 def test_the_arrangement_is_one_stage_of_all_tasks_with_the_episodes_of_its_mixture():
-    stream = skills(seed=0, train_size=20, dev_size=2, test_size=2, pretraining_size=0, arrangement="episodes")
+    stream = skills(
+        seed=0, train_size=20, dev_size=2, test_size=2, pretraining_size=0, arrangement="episodes"
+    )
     (stage,) = stream.stages
-    assert (stage.name, stage.episode, len(stage.train)) == ("episodes", EPISODE, 20 * len(stream.tasks))
+    assert (stage.name, stage.episode, len(stage.train)) == (
+        "episodes",
+        EPISODE,
+        20 * len(stream.tasks),
+    )
     columns = {t.name: i for i, t in enumerate(stream.tasks)}
     tokenizer = byte_bpe([f"{e.instruction} {e.input} {e.outputs[0]}" for e in stage.train])
     assert Encoder(tokenizer, "plain", 64).task(stage, columns).episode == EPISODE

@@ -36,7 +36,9 @@ class RecordingOnlineEWC(Recording, OnlineEWC):
 
 def penalty_by_hand(made, parts, strength: float) -> torch.Tensor:
     live = weights(made)
-    return sum(strength / 2 * (f[n] * (live[n] - here[n]) ** 2).sum() for here, f in parts for n in live)
+    return sum(
+        strength / 2 * (f[n] * (live[n] - here[n]) ** 2).sum() for here, f in parts for n in live
+    )
 
 
 def trained(strategy, *tasks: int):
@@ -57,7 +59,9 @@ def test_ewc_is_the_sum_of_all_tasks_penalties_in_value_and_gradient(tasks):
     made = trained(strategy, *range(tasks))
     with torch.no_grad():
         for w in weights(made).values():
-            w += 0.1 * torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype)
+            w += 0.1 * torch.randn(
+                w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype
+            )
     assert len(strategy.parts) == tasks
     ours, sum_of_all = strategy.penalty(made), penalty_by_hand(made, strategy.parts, 50.0)
     assert ours.item() > 1e-3
@@ -96,7 +100,9 @@ def test_of_weights_in_bfloat16_importances_and_anchors_are_added_up_in_float32(
         strategy.end(made, toy.task(t % 4))
     measured = [{n: f.double() for n, f in f.items()} for _, f in strategy.parts]
     total = {n: sum(f[n] for f in measured) for n in measured[0]}
-    assert toy.close({n: i.double() for n, i in strategy.importance.items()}, total, rtol=1e-5, atol=1e-12)
+    assert toy.close(
+        {n: i.double() for n, i in strategy.importance.items()}, total, rtol=1e-5, atol=1e-12
+    )
     assert {t.dtype for t in toy.memory_tensors(strategy).values()} == {torch.float32}
     strategy.loss(made, made.batch(toy.examples(0))).backward()
     assert all(w.grad.dtype == torch.bfloat16 for w in weights(made).values())
@@ -107,11 +113,14 @@ def test_no_stage_is_penalised_before_there_is_an_anchor():
         made = toy.model(torch.float64)
         batch = made.batch(toy.examples(0))
         assert strategy.loss(made, batch).item() == pytest.approx(
-            toy.mean_loss(made.net, toy.examples(0)).item(), rel=1e-6)
+            toy.mean_loss(made.net, toy.examples(0)).item(), rel=1e-6
+        )
 
 
 def test_online_ewc_decays_the_running_fisher_and_anchors_the_last_weights():
-    """F*_t = g F*_(t-1) + F_t, and the penalty is strength/2 g F*_t (w - w_t)^2 (Schwarz et al. 2018)."""
+    """F*_t = g F*_(t-1) + F_t, and the penalty is strength/2 g F*_t (w - w_t)^2 (Schwarz et al.
+    2018).
+    """
     strategy = RecordingOnlineEWC(strength=50.0, decay=0.6, examples=4)
     made = trained(strategy, 0, 1, 2)
     (_, f1), (_, f2), (last, f3) = strategy.parts
@@ -123,7 +132,8 @@ def test_online_ewc_decays_the_running_fisher_and_anchors_the_last_weights():
         for w in weights(made).values():
             w += 0.1
     assert strategy.penalty(made).item() == pytest.approx(
-        penalty_by_hand(made, [(last, expected)], 50.0).item(), rel=1e-10)
+        penalty_by_hand(made, [(last, expected)], 50.0).item(), rel=1e-10
+    )
 
 
 def test_online_ewc_with_no_decay_keeps_every_fisher_whole():
@@ -142,7 +152,9 @@ def test_l2_pulls_every_trainable_weight_alike_to_the_last_task_s_end():
     count = sum(w.numel() for w in weights(made).values())
     penalty = strategy.penalty(made)
     assert penalty.item() == pytest.approx(3.0 / 2 * 0.25 * count)
-    assert all(torch.allclose(g, torch.full_like(g, 1.5)) for g in gradient_of(made, penalty).values())
+    assert all(
+        torch.allclose(g, torch.full_like(g, 1.5)) for g in gradient_of(made, penalty).values()
+    )
 
 
 def moved(strategy) -> float:

@@ -1,4 +1,6 @@
-"""GainLoRA: gates against a loop over examples and merged weights, and earlier tasks' prompts for which they stay 0."""
+"""GainLoRA: gates against a loop over examples and merged weights, and earlier tasks' prompts for
+which they stay 0.
+"""
 
 import math
 from copy import deepcopy
@@ -33,7 +35,9 @@ RECIPE = replace(toy.RECIPE, lr=0.02, weight_decay=0.1)
 EXACT = {"rank": RANK, "threshold": 1.0, "hidden": 30}
 
 
-def trained(*indices: int, kind: str = "gpt2", recipe=RECIPE, strategy: Strategy | None = None, **layout):
+def trained(
+    *indices: int, kind: str = "gpt2", recipe=RECIPE, strategy: Strategy | None = None, **layout
+):
     """A model in float64 and the strategy after a stage of each of these tasks."""
     made = toy.model(torch.float64, kind=kind, lora=ROOM, **layout)
     for part in made.net.modules():
@@ -55,7 +59,9 @@ def by_hand(strategy: GainLoRA, made: Model, prompt) -> dict[int, float]:
             told = [math.fsum(w * x for w, x in zip(line, q, strict=True)) for line in g.tolist()]
             q = [x / (1 + math.exp(-x)) for x in told]
         (k,) = key.tolist()
-        cosine = math.fsum(a * b for a, b in zip(k, q, strict=True)) / math.hypot(*k) / math.hypot(*q)
+        cosine = (
+            math.fsum(a * b for a, b in zip(k, q, strict=True)) / math.hypot(*k) / math.hypot(*q)
+        )
         found[row] = abs(2 / (1 + math.exp(-4 * cosine)) - 1)
     return found
 
@@ -77,6 +83,7 @@ def prompt(e):
 
 # One pass
 
+
 def test_each_example_s_logits_are_those_of_weights_merged_by_its_gates():
     made, strategy = trained(0, 1, 2)
     batch = made.batch([*toy.examples(0, 4), *toy.examples(1, 4, seed=5), *toy.examples(3, 3)])
@@ -93,9 +100,13 @@ def test_each_example_s_logits_are_those_of_weights_merged_by_its_gates():
 
 def test_prompts_are_answered_together_as_each_is_by_its_merged_weights():
     made, strategy = trained(0, 1)
-    asked = [replace(e, ids=prompt(e), response=(False,) * len(prompt(e))) for e in
-             (*toy.examples(0, 5), *toy.examples(1, 5), *toy.examples(2, 3))]
-    made = replace(toy.model(torch.float64, kind="gpt2", lora=ROOM), net=made.net)  # as it is when it is built again
+    asked = [
+        replace(e, ids=prompt(e), response=(False,) * len(prompt(e)))
+        for e in (*toy.examples(0, 5), *toy.examples(1, 5), *toy.examples(2, 3))
+    ]
+    made = replace(
+        toy.model(torch.float64, kind="gpt2", lora=ROOM), net=made.net
+    )  # as it is when it is built again
     assert made.layout.flat
     (turn,) = strategy.dispatch(made, [e.ids for e in asked])
     assert [*turn] == [*range(13)]
@@ -114,21 +125,30 @@ def test_an_encoder_s_gates_hold_for_its_decoder():
     found = forward(made, together)
     for i, expected in enumerate(apart):
         torch.testing.assert_close(found[together.example == i], expected, rtol=1e-9, atol=1e-10)
-    strategy.gates = {row: [g * 0 for g in gate] for row, gate in strategy.gates.items()}  # all shut
+    strategy.gates = {
+        row: [g * 0 for g in gate] for row, gate in strategy.gates.items()
+    }  # all shut
     base = toy.model(torch.float64, kind="t5", decoder_start=1)
-    torch.testing.assert_close(forward(made, made.batch([e])), forward(base, base.batch([e])), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        forward(made, made.batch([e])), forward(base, base.batch([e])), rtol=1e-9, atol=1e-10
+    )
 
 
 def test_before_the_first_stage_the_base_answers():
     made, strategy = trained()
     [*strategy.dispatch(made, [(3, 4)])]
     base = toy.model(torch.float64, kind="gpt2")
-    torch.testing.assert_close(forward(made, made.batch(toy.examples(0))), forward(base, base.batch(toy.examples(0))))
+    torch.testing.assert_close(
+        forward(made, made.batch(toy.examples(0))), forward(base, base.batch(toy.examples(0)))
+    )
 
 
 # Earlier tasks
 
-@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, optimizer="sgd", lr=0.5)], ids=["adamw", "sgd"])
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, replace(RECIPE, optimizer="sgd", lr=0.5)], ids=["adamw", "sgd"]
+)
 def test_with_a_threshold_of_1_nothing_is_said_otherwise_for_a_prompt_of_an_earlier_task(recipe):
     made, strategy = trained(0, recipe=recipe)
     old = toy.examples(0, FEW)
@@ -136,7 +156,9 @@ def test_with_a_threshold_of_1_nothing_is_said_otherwise_for_a_prompt_of_an_earl
     for i in (1, 2):
         toy.train(made, strategy, i, n=FEW, recipe=recipe)
         seen.append(snapshot(made))
-        torch.testing.assert_close(forward(made, made.batch(old)).detach(), before, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            forward(made, made.batch(old)).detach(), before, rtol=1e-9, atol=1e-9
+        )
         assert strategy.opened(made, old)[:, i * RANK].abs().max() < 1e-10
         assert strategy.opened(made, toy.examples(i, FEW))[:, i * RANK].mean() > 0.2
     assert all(not toy.same(a, b) for a, b in pairwise(seen))
@@ -183,7 +205,9 @@ def test_below_1_the_threshold_leaves_a_gate_a_little_open_and_room_for_more_tas
 
 
 @given(st.integers(0, 99), st.integers(1, 6), st.integers(0, 3), st.floats(0.3, 0.999))
-def test_what_is_known_grows_by_the_fewest_directions_that_hold_the_share(seed, rows, already, threshold):
+def test_what_is_known_grows_by_the_fewest_directions_that_hold_the_share(
+    seed, rows, already, threshold
+):
     rng = torch.Generator().manual_seed(seed)
     known = torch.linalg.qr(torch.randn(7, already, generator=rng, dtype=torch.float64))[0]
     x = torch.randn(rows, 7, generator=rng, dtype=torch.float64)
@@ -194,7 +218,10 @@ def test_what_is_known_grows_by_the_fewest_directions_that_hold_the_share(seed, 
     assert float(beside(x, found).square().sum()) <= (1 - threshold) * total + 1e-9
     new = found.shape[1] - already
     if new:  # the best that one direction less could do, by the singular values
-        assert float(torch.linalg.svdvals(left)[new - 1 :].square().sum()) > (1 - threshold) * total - 1e-9
+        assert (
+            float(torch.linalg.svdvals(left)[new - 1 :].square().sum())
+            > (1 - threshold) * total - 1e-9
+        )
 
 
 def test_a_threshold_of_1_keeps_no_direction_of_rounding():
@@ -206,9 +233,12 @@ def test_a_threshold_of_1_keeps_no_direction_of_rounding():
 
 # The step
 
+
 def test_the_step_s_direction_for_the_gate_is_that_of_the_loss_by_finite_differences():
     made, strategy = trained(0)
-    toy.train(made, strategy, 1, n=FEW, recipe=replace(RECIPE, steps=2, lr=1e-3))  # B is not zero, nor is the change
+    toy.train(
+        made, strategy, 1, n=FEW, recipe=replace(RECIPE, steps=2, lr=1e-3)
+    )  # B is not zero, nor is the change
     task = toy.task(2, FEW)
     strategy.begin(made, task)
     with torch.no_grad():
@@ -224,7 +254,9 @@ def test_the_step_s_direction_for_the_gate_is_that_of_the_loss_by_finite_differe
                 strategy.change[at] += shift
                 values.append(nll(made, made.batch(task.train)).item())
             strategy.change[at] += 1e-5
-        assert found[at].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-10)
+        assert found[at].item() == pytest.approx(
+            (values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-10
+        )
         assert found[at] != 0
 
 
@@ -237,8 +269,15 @@ def test_the_best_epoch_s_gate_comes_back_with_its_weights():
             return nll(made, made.batch(task.dev)).item()
 
     recipe = replace(RECIPE, lr=0.1, epochs=30, patience=2, schedule="constant")
-    learn(made, task, strategy, recipe, seed=0, log=lambda event: None,
-          after=lambda step, _: seen.append(dev()) if step % 2 == 0 else None)
+    learn(
+        made,
+        task,
+        strategy,
+        recipe,
+        seed=0,
+        log=lambda event: None,
+        after=lambda step, _: seen.append(dev()) if step % 2 == 0 else None,
+    )
     assert len(seen) == seen.index(min(seen)) + 1 + 2 < 30
     assert dev() == pytest.approx(min(seen), abs=1e-9)
 
@@ -253,13 +292,20 @@ def test_replayed_prompts_have_their_own_gates():
             assert gates[row].item() == pytest.approx(g, abs=1e-12)
 
 
-@pytest.mark.parametrize(("other", "plain"), [
-    (AGEM(capacity=4), Strategy()), (MultiTask(capacity=4, conflicts="project"), MultiTask(capacity=4))])
+@pytest.mark.parametrize(
+    ("other", "plain"),
+    [
+        (AGEM(capacity=4), Strategy()),
+        (MultiTask(capacity=4, conflicts="project"), MultiTask(capacity=4)),
+    ],
+)
 def test_beside_a_strategy_that_projects_the_weights_gradient_the_gate_keeps_its_own(other, plain):
     """Neither the gradients of what is remembered nor each task's alone are added to it."""
     found = []
     for beside_it in (other, plain):
-        made, strategy = trained(0, strategy=compose(GainLoRA(**{**EXACT, "threshold": 0.5}), beside_it))
+        made, strategy = trained(
+            0, strategy=compose(GainLoRA(**{**EXACT, "threshold": 0.5}), beside_it)
+        )
         strategy.begin(made, toy.task(1, FEW))
         with torch.no_grad():
             for _, b in factors(made):
@@ -274,21 +320,29 @@ def test_a_prompt_without_a_response_is_read_to_its_end():
     made = toy.model()
     found = pooled(made, [encoded([4, 5], [6]), encoded([4, 5], [])])
     torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(found[0], made.net.get_input_embeddings().weight[[4, 5]].mean(0).detach())
+    torch.testing.assert_close(
+        found[0], made.net.get_input_embeddings().weight[[4, 5]].mean(0).detach()
+    )
 
 
 # What is refused
 
+
 def test_prompts_that_no_gate_could_tell_apart_are_refused():
     made, strategy = trained(0)
     again = replace(toy.task(1, FEW), train=tuple(toy.examples(0, FEW)))
-    with pytest.raises(ConfigError, match=r"the prompts of 'b' lie within what gates have read of earlier tasks.*lower "
-                                          r"strategy.gain_lora.threshold=1.0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the prompts of 'b' lie within what gates have read of earlier tasks.*lower "
+        r"strategy.gain_lora.threshold=1.0",
+    ):
         strategy.begin(made, again)
 
 
 def test_a_strategy_that_takes_a_branch_back_is_refused():
-    with pytest.raises(ConfigError, match=r"has the gate of an earlier stage, .*leave that strategy out"):
+    with pytest.raises(
+        ConfigError, match=r"has the gate of an earlier stage, .*leave that strategy out"
+    ):
         trained(0, 1, strategy=compose(GainLoRA(**EXACT), PerTask()))
 
 
@@ -299,18 +353,34 @@ def test_a_gate_of_nothing_is_refused(wrong):
 
 
 def test_a_layer_that_does_not_see_a_row_for_each_example_is_refused():
-    with pytest.raises(ConfigError, match=r"a LoRA on what is \(\d+, 8\) for \d examples, expected a row for"):
+    with pytest.raises(
+        ConfigError, match=r"a LoRA on what is \(\d+, 8\) for \d examples, expected a row for"
+    ):
         trained(0, kind="opt")
 
 
 # In a run
 
-KEYS = ("strategy=gain_lora", "strategy.gain_lora.rank=2", "strategy.gain_lora.hidden=8", "model.adapter=lora")
+KEYS = (
+    "strategy=gain_lora",
+    "strategy.gain_lora.rank=2",
+    "strategy.gain_lora.hidden=8",
+    "model.adapter=lora",
+)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft's own
 def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(refused, keys, tmp_path):
     run(tmp_path / "run", keys, *KEYS, "train.steps=2")
-    told = refused("adapt", *keys, f"adapt.start={tmp_path / 'run'}", "task=loud", f"out={tmp_path / 'new'}")
-    assert "the strategy gain_lora has a part of the model in its memory, and the weights alone never answered" in told
-    assert "chooses other weights for each prompt, which no one model holds" in refused("export", tmp_path / "run")
+    told = refused(
+        "adapt", *keys, f"adapt.start={tmp_path / 'run'}", "task=loud", f"out={tmp_path / 'new'}"
+    )
+    assert (
+        "the strategy gain_lora has a part of the model in its memory, and the weights alone "
+        "never answered" in told
+    )
+    assert "chooses other weights for each prompt, which no one model holds" in refused(
+        "export", tmp_path / "run"
+    )

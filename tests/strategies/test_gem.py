@@ -1,4 +1,6 @@
-"""The projection against a general solver, its optimality conditions and Avalanche; what steps it is applied to."""
+"""The projection against a general solver, its optimality conditions and Avalanche; what steps it
+is applied to.
+"""
 
 from types import SimpleNamespace
 
@@ -32,8 +34,14 @@ def test_it_is_the_nearest_vector_that_opposes_no_other_by_a_general_solver(seed
     g, others = gradients(seed, tasks=1 + seed % 5)
     start, rows = g.numpy(), others.numpy()
     unopposed = {"type": "ineq", "fun": lambda z: rows @ z, "jac": lambda z: rows}
-    solved = minimize(lambda z: 0.5 * ((z - start) ** 2).sum(), start, jac=lambda z: z - start, constraints=unopposed,
-                      method="SLSQP", options={"ftol": 1e-14, "maxiter": 500})
+    solved = minimize(
+        lambda z: 0.5 * ((z - start) ** 2).sum(),
+        start,
+        jac=lambda z: z - start,
+        constraints=unopposed,
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
     assert solved.success
     assert np.allclose(project(g, others), solved.x, atol=1e-6)
 
@@ -41,7 +49,9 @@ def test_it_is_the_nearest_vector_that_opposes_no_other_by_a_general_solver(seed
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(1, 6), st.booleans())
 def test_the_optimality_conditions_hold(seed, tasks, opposed):
-    """What is added lies in the cone of the others, and is orthogonal to the result, which opposes none of them."""
+    """What is added lies in the cone of the others, and is orthogonal to the result, which opposes
+    none of them.
+    """
     g, others = gradients(seed, tasks, opposed)
     z = project(g, others)
     v = torch.linalg.lstsq(others.T, (z - g)[:, None]).solution[:, 0]
@@ -67,12 +77,16 @@ def test_a_gradient_that_opposes_none_is_left_as_it_is_bit_for_bit_whatever_the_
 @pytest.mark.parametrize("rows", [[0, 0, 0], [0, 1, 0, 1]])
 def test_tasks_that_ask_for_the_same_need_no_other_care(rows):
     g, others = gradients(3, tasks=2)
-    assert torch.allclose(project(g, others[rows]), project(g, others[sorted(set(rows))]), atol=1e-9)
+    assert torch.allclose(
+        project(g, others[rows]), project(g, others[sorted(set(rows))]), atol=1e-9
+    )
 
 
 def test_a_task_that_asks_for_nothing_is_passed_over():
     g, others = gradients(3, tasks=2)
-    assert torch.allclose(project(g, torch.cat([others, torch.zeros(1, WIDE)])), project(g, others), atol=1e-9)
+    assert torch.allclose(
+        project(g, torch.cat([others, torch.zeros(1, WIDE)])), project(g, others), atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -109,6 +123,7 @@ def test_with_one_other_it_is_avalanche_s_a_gem(seed):
 
 # In a stage
 
+
 def remembering(kind, dtype=torch.float64, **more):
     """A model and a strategy that remember two tasks, and the batch of a third."""
     made, strategy = toy.model(dtype), kind(capacity=8, **more)
@@ -126,7 +141,12 @@ def step(made, strategy, batch) -> torch.Tensor:
 def gradient_of(made, chosen) -> torch.Tensor:
     """The gradient of the mean loss, straight from the network."""
     live = weights(made)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(toy.mean_loss(made.net, chosen), list(live.values()))])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(toy.mean_loss(made.net, chosen), list(live.values()))
+        ]
+    )
 
 
 def test_gem_holds_each_remembered_task_to_its_mean_loss():
@@ -165,7 +185,10 @@ def test_steps_of_weights_in_bfloat16_are_projected_as_well(kind):
     others = torch.stack([gradient_of(made, pool).float() for pool in strategy.pools()])
     before, after = [], []
     for e in toy.examples(2):
-        for found, g in ((before, gradient_of(made, [e])), (after, step(made, strategy, made.batch([e])))):
+        for found, g in (
+            (before, gradient_of(made, [e])),
+            (after, step(made, strategy, made.batch([e]))),
+        ):
             found.append(F.cosine_similarity(others, g.float()).min())
     assert min(before) < -0.02
     assert min(after) > -0.005
@@ -192,7 +215,9 @@ def test_the_first_task_is_learned_as_if_alone(kind):
     strategy = kind(capacity=8)
     strategy.begin(made, toy.task(0))
     batch = made.batch(toy.examples(0))
-    assert torch.allclose(step(made, strategy, batch), gradient_of(made, batch.examples), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(
+        step(made, strategy, batch), gradient_of(made, batch.examples), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", [GEM, AGEM])

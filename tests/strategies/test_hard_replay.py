@@ -16,7 +16,8 @@ def loss_by_hand(made, e) -> float:
 def test_an_example_s_loss_is_the_mean_over_its_response_tokens():
     made = toy.model(torch.float64)
     assert losses(made, toy.examples(0)) == pytest.approx(
-        {name(e): loss_by_hand(made, e) for e in toy.examples(0)}, rel=1e-9)
+        {name(e): loss_by_hand(made, e) for e in toy.examples(0)}, rel=1e-9
+    )
 
 
 def test_by_loss_those_of_each_task_are_kept_that_are_hardest_when_it_has_been_learned():
@@ -26,7 +27,10 @@ def test_by_loss_those_of_each_task_are_kept_that_are_hardest_when_it_has_been_l
     assert strategy.buffer.tasks["a"] == hardest
     toy.train(made, strategy, 1)
     assert strategy.buffer.tasks["a"] == hardest
-    assert strategy.buffer.tasks["b"] == sorted(toy.examples(1), key=lambda e: -loss_by_hand(made, e))[:3]
+    assert (
+        strategy.buffer.tasks["b"]
+        == sorted(toy.examples(1), key=lambda e: -loss_by_hand(made, e))[:3]
+    )
 
 
 def test_a_full_buffer_gives_up_the_easiest_first():
@@ -38,7 +42,9 @@ def test_a_full_buffer_gives_up_the_easiest_first():
 
 
 def forgetful(capacity: float = 8, among: int = 2):
-    """A model after three stages; which of the first task's examples were kept after it, and their losses then."""
+    """A model after three stages; which of the first task's examples were kept after it, and their
+    losses then.
+    """
     made, strategy = toy.model(), HardReplay(by="forgetting", capacity=capacity, among=among)
     toy.train(made, strategy, 0)
     kept = [*strategy.buffer.tasks["a"]]
@@ -52,28 +58,42 @@ def test_by_forgetting_those_whose_loss_rose_least_give_way():
     rise = {name(e): loss_by_hand(made, e) - then[name(e)] for e in kept}
     assert strategy.buffer.tasks["a"] == sorted(kept, key=lambda e: -rise[name(e)])[:4]
     assert strategy.risen == pytest.approx(
-        {**{name(e): rise[name(e)] for e in strategy.buffer.tasks["a"]},
-         **{name(e): 0.0 for e in strategy.buffer.tasks["b"]}}, abs=1e-5)
+        {
+            **{name(e): rise[name(e)] for e in strategy.buffer.tasks["a"]},
+            **{name(e): 0.0 for e in strategy.buffer.tasks["b"]},
+        },
+        abs=1e-5,
+    )
 
 
 def test_what_was_forgotten_is_measured_from_when_it_was_learned_and_forgotten_with_its_example():
     made, strategy, _, then = forgetful()
     toy.train(made, strategy, 2)
-    assert strategy.learned.keys() == strategy.risen.keys() == {name(e) for e in strategy.buffer.examples}
+    assert (
+        strategy.learned.keys()
+        == strategy.risen.keys()
+        == {name(e) for e in strategy.buffer.examples}
+    )
     for e in strategy.buffer.tasks["a"]:
         assert strategy.learned[name(e)] == pytest.approx(then[name(e)], abs=1e-5)
-        assert strategy.risen[name(e)] == pytest.approx(loss_by_hand(made, e) - then[name(e)], abs=1e-5)
+        assert strategy.risen[name(e)] == pytest.approx(
+            loss_by_hand(made, e) - then[name(e)], abs=1e-5
+        )
 
 
 def test_among_all_there_are_a_step_takes_the_most_forgotten():
     _, strategy, *_ = forgetful(among=99)
     rank = sorted(strategy.buffer.examples, key=lambda e: -strategy.risen[name(e)])
-    assert [strategy.risen[name(e)] for e in strategy.recall(3)] == [strategy.risen[name(e)] for e in rank[:3]]
+    assert [strategy.risen[name(e)] for e in strategy.recall(3)] == [
+        strategy.risen[name(e)] for e in rank[:3]
+    ]
 
 
 def test_among_as_many_as_are_needed_the_draw_is_uniform():
     _, strategy, *_ = forgetful(among=1)
-    assert {name(e) for _ in range(60) for e in strategy.recall(2)} == {name(e) for e in strategy.buffer.examples}
+    assert {name(e) for _ in range(60) for e in strategy.recall(2)} == {
+        name(e) for e in strategy.buffer.examples
+    }
 
 
 def test_more_than_there_are_can_be_recalled():
@@ -97,7 +117,9 @@ def test_a_ranked_buffer_keeps_the_first_of_each_task_in_equal_parts():
     assert buffer.tasks == {"a": toy.examples(0)[:3], "b": toy.examples(1)[:2]}
 
 
-@pytest.mark.parametrize(("wrong", "told"), [({"by": "lose"}, "did you mean 'loss'"), ({"among": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("wrong", "told"), [({"by": "lose"}, "did you mean 'loss'"), ({"among": 0}, "at least 1")]
+)
 def test_what_cannot_work_is_refused(wrong, told):
     with pytest.raises(ConfigError, match=told):
         HardReplay(**wrong)

@@ -1,4 +1,6 @@
-"""Replay by instruction: the Wasserstein distance, what counts as an instruction, how much of each task is drawn."""
+"""Replay by instruction: the Wasserstein distance, what counts as an instruction, how much of each
+task is drawn.
+"""
 
 from collections import Counter
 
@@ -22,21 +24,26 @@ from tests.support.models import encoded
 @given(st.integers(0, 999), st.integers(1, 6), st.integers(1, 6))
 def test_the_distance_is_scipy_s_in_one_and_in_several_dimensions(seed, i, j):
     rng = np.random.default_rng(seed)
-    u, v, a, b = rng.normal(size=i), rng.normal(size=j), rng.integers(1, 9, i), rng.integers(1, 9, j)
+    u, v, a, b = (
+        rng.normal(size=i),
+        rng.normal(size=j),
+        rng.integers(1, 9, i),
+        rng.integers(1, 9, j),
+    )
     cost = torch.tensor(abs(u[:, None] - v))
-    assert transport(cost, a, b) == pytest.approx(
-        wasserstein_distance(u, v, a, b), abs=1e-9)
+    assert transport(cost, a, b) == pytest.approx(wasserstein_distance(u, v, a, b), abs=1e-9)
     x, y = rng.normal(size=(i, 3)), rng.normal(size=(j, 3))
     cost = torch.cdist(torch.tensor(x), torch.tensor(y))
-    assert transport(cost, a, b) == pytest.approx(
-        wasserstein_distance_nd(x, y, a, b), abs=1e-7)
+    assert transport(cost, a, b) == pytest.approx(wasserstein_distance_nd(x, y, a, b), abs=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_with_equal_weights_it_is_the_best_assignment(seed):
     cost = torch.rand(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     rows, columns = linear_sum_assignment(cost.numpy())
-    assert transport(cost, [1] * 7, [1] * 7) == pytest.approx(cost[rows, columns].mean().item(), abs=1e-12)
+    assert transport(cost, [1] * 7, [1] * 7) == pytest.approx(
+        cost[rows, columns].mean().item(), abs=1e-12
+    )
 
 
 def test_between_single_instructions_it_is_the_cosine_distance_of_their_mean_embeddings():
@@ -45,11 +52,16 @@ def test_between_single_instructions_it_is_the_cosine_distance_of_their_mean_emb
     a, b = words[[2, 3, 4]].mean(0), words[[5, 6]].mean(0)
     found = distance(made, [([2, 3, 4], 7)], [([5, 6], 2)])
     assert found == pytest.approx(1 - F.cosine_similarity(a, b, 0).item(), rel=1e-9)
-    assert distance(made, [([2, 3], 1), ([5], 3)], [([5], 6), ([2, 3], 2)]) == pytest.approx(0, abs=1e-12)
+    assert distance(made, [([2, 3], 1), ([5], 3)], [([5], 6), ([2, 3], 2)]) == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def rows(task: int, opening: list[int], n: int = 40):
-    return [encoded([*opening, 20 + i, 30 + (7 * i) % 29], [9], id=f"{task}/{i}", task=task) for i in range(n)]
+    return [
+        encoded([*opening, 20 + i, 30 + (7 * i) % 29], [9], id=f"{task}/{i}", task=task)
+        for i in range(n)
+    ]
 
 
 def test_what_prompts_have_in_common_is_the_instruction():
@@ -64,7 +76,9 @@ def test_a_prompt_that_shares_nothing_is_its_own_instruction():
 
 
 def test_of_many_examples_some_from_everywhere_are_looked_at():
-    assert sum(count for _, count in instructions(rows(0, [*range(2, 12)], 1000))) in range(100, 129)
+    assert sum(count for _, count in instructions(rows(0, [*range(2, 12)], 1000))) in range(
+        100, 129
+    )
 
 
 def prepared():
@@ -86,7 +100,11 @@ def test_a_task_s_share_is_its_distance_by_the_sum_of_all():
 
 def test_steps_take_of_each_task_what_its_share_says():
     made, strategy, new = prepared()
-    drawn = Counter(e.task for _ in range(300) for e in strategy.joined(made.batch(new.train[:10])).examples[10:])
+    drawn = Counter(
+        e.task
+        for _ in range(300)
+        for e in strategy.joined(made.batch(new.train[:10])).examples[10:]
+    )
     assert sum(drawn.values()) == 3000
     for t, share in strategy.shares.items():
         assert abs(drawn[t] - 3000 * share) < 4.5 * (3000 * share) ** 0.5

@@ -1,4 +1,6 @@
-"""La-MAML's step, as a stage takes it, against autograd through the unrolled inner loop; what its rates are for."""
+"""La-MAML's step, as a stage takes it, against autograd through the unrolled inner loop; what its
+rates are for.
+"""
 
 import math
 from copy import deepcopy
@@ -18,7 +20,8 @@ from strategies.maml import MAML
 from tests.support import toy
 from tests.support.meta import functional, looked_ahead, remembering, scattered, step
 
-# One step of a task's twelve examples, and nothing between what the strategy leaves and the weights.
+# One step of a task's twelve examples, and nothing between what the strategy leaves and the
+# weights.
 ONE = Recipe(optimizer="sgd", lr=1, steps=1, batch_size=12, schedule="constant", clip=None)
 
 
@@ -46,7 +49,9 @@ def pace(g: torch.Tensor, norm: float | None) -> float:
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("second_order", [False, True])
 def test_a_stage_moves_the_rates_and_then_the_weights_as_algorithm_1_does(second_order, clip):
-    made, strategy = looking(0, 1, inner_steps=5, rates_lr=100 if clip else 5, clip=clip, second_order=second_order)
+    made, strategy = looking(
+        0, 1, inner_steps=5, rates_lr=100 if clip else 5, clip=clip, second_order=second_order
+    )
     net, before, rates, seen = deepcopy(made.net), snapshot(made), strategy.rates.clone(), []
     episodes = strategy.episodes
     strategy.episodes = lambda batch: seen.extend(episodes(batch)) or seen
@@ -57,17 +62,23 @@ def test_a_stage_moves_the_rates_and_then_the_weights_as_algorithm_1_does(second
     assert {e.task for e in new} == {2}
     assert (len(old), {e.task for e in old}) == (12, {0, 1})
     inner = [new[i::5] for i in range(5)]
-    found = looked_ahead(net, inner, judges, unflat(rates, before), second_order, lambda g: pace(g, clip))
+    found = looked_ahead(
+        net, inner, judges, unflat(rates, before), second_order, lambda g: pace(g, clip)
+    )
     of_weights, of_rates = (flat(g) * pace(flat(g), clip) for g in found)
     expected = rates - strategy.rates_lr * of_rates
     assert torch.allclose(strategy.rates, expected, 1e-6, 1e-9)
     assert ((expected > 0) != (rates > 0)).any()  # so that it shows which of the two is first
-    assert torch.allclose(flat(snapshot(made)), flat(before) - expected.clamp(min=0) * of_weights, 1e-6, 1e-9)
+    assert torch.allclose(
+        flat(snapshot(made)), flat(before) - expected.clamp(min=0) * of_weights, 1e-6, 1e-9
+    )
 
 
 @settings(max_examples=20)
 @given(st.integers(0, 10_000))
-def test_the_new_rates_look_ahead_to_a_lower_loss_and_a_weight_whose_rate_is_not_above_0_stands_still(seed):
+def test_the_new_rates_look_ahead_to_a_lower_loss_and_a_weight_whose_rate_is_not_above_0_stands_still(
+    seed,
+):
     made, strategy = looking(0, seed=seed, inner_steps=1, rates_lr=1e-2, clip=None)
     strategy.begin(made, toy.task(1))
     chosen, before = toy.examples(1, 6), strategy.rates.detach().clone()
@@ -88,10 +99,17 @@ def test_the_new_rates_look_ahead_to_a_lower_loss_and_a_weight_whose_rate_is_not
 def test_with_rates_that_are_not_learned_it_is_maml_at_that_rate():
     """The paper's C-MAML."""
     made, chosen = toy.model(torch.float64), toy.examples(0, 6)
-    ours, maml = LaMAML(capacity=0, inner_lr=0.2, rates_lr=0.0, inner_steps=1, clip=None), MAML(inner_lr=0.2)
+    ours, maml = (
+        LaMAML(capacity=0, inner_lr=0.2, rates_lr=0.0, inner_steps=1, clip=None),
+        MAML(inner_lr=0.2),
+    )
     ours.begin(made, toy.task(0))
     maml.split = lambda episode: ([[episode]], episode)
-    assert toy.close(step(made, ours, chosen), {n: 0.2 * g for n, g in step(made, maml, chosen).items()}, rtol=1e-8)
+    assert toy.close(
+        step(made, ours, chosen),
+        {n: 0.2 * g for n, g in step(made, maml, chosen).items()},
+        rtol=1e-8,
+    )
 
 
 def test_a_step_of_its_rule_is_one_of_its_inner_loop_at_the_same_clip():
@@ -116,5 +134,8 @@ def test_a_step_that_is_passed_over_leaves_the_rates_as_they_were():
 
 def test_under_an_optimizer_that_would_undo_the_rates_it_is_refused(refused, keys, tmp_path):
     told = refused("run", *keys, "strategy=la_maml", f"out={tmp_path / 'it'}")
-    assert told == ("strategy=la_maml has a learning rate of its own for each weight, which train.optimizer=adamw "
-                    "would undo; set train.optimizer=sgd, and train.lr to 1 or what the strategy's configuration says")
+    assert told == (
+        "strategy=la_maml has a learning rate of its own for each weight, which "
+        "train.optimizer=adamw would undo; set train.optimizer=sgd, and train.lr to 1 or what "
+        "the strategy's configuration says"
+    )

@@ -1,4 +1,6 @@
-"""Generative replay: what the model writes, how much of it takes part, what is learned for it, and what is kept."""
+"""Generative replay: what the model writes, how much of it takes part, what is learned for it, and
+what is kept.
+"""
 
 import json
 import random
@@ -27,12 +29,16 @@ LONG = Recipe(lr=5e-3, epochs=40, batch_size=8)
 
 
 def rows(task: int, n: int = 16) -> list[Encoded]:
-    """Prompts of a task's own two first tokens and one or two of its own words; the answer is the last word, closed."""
+    """Prompts of a task's own two first tokens and one or two of its own words; the answer is the
+    last word, closed.
+    """
     rng, found = random.Random(task), []
     for i in range(n):
         words = [rng.randrange(20 + 10 * task, 26 + 10 * task) for _ in range(rng.randint(1, 2))]
         ids = (2, 3 + task, *words, words[-1], END)
-        found.append(Encoded(f"{task}/{i}", task, ids, (False,) * (len(ids) - 2) + (True, True), "its text"))
+        found.append(
+            Encoded(f"{task}/{i}", task, ids, (False,) * (len(ids) - 2) + (True, True), "its text")
+        )
     return found
 
 
@@ -68,12 +74,23 @@ def test_what_the_model_writes_has_the_form_of_the_task_s_examples(learned):
 WORDINGS = {0: [(2, *[40] * 7), (2, *[42] * 7)], 1: [(2, *[41] * 7), (2, *[43] * 7)]}
 
 
-def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_its_examples_did(monkeypatch):
-    monkeypatch.setattr("strategies.lamol.complete", lambda model, prompts, room, n, end, *pick: [[end]] * len(prompts))
+def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_its_examples_did(
+    monkeypatch,
+):
+    monkeypatch.setattr(
+        "strategies.lamol.complete",
+        lambda model, prompts, room, n, end, *pick: [[end]] * len(prompts),
+    )
     made, strategy = toy.model(), LAMOL()
     for t, (often, seldom) in WORDINGS.items():
-        worded = [replace(e, ids=(*(seldom if i % 4 == 3 else often), *e.ids[2:]), response=(*[False] * 6, *e.response))
-                  for i, e in enumerate(rows(t, 64))]
+        worded = [
+            replace(
+                e,
+                ids=(*(seldom if i % 4 == 3 else often), *e.ids[2:]),
+                response=(*[False] * 6, *e.response),
+            )
+            for i, e in enumerate(rows(t, 64))
+        ]
         strategy.fill(made, Task(toy.NAMES[t], tuple(worded), columns=toy.NAMES))
     for t, (often, seldom) in WORDINGS.items():
         written = strategy.written(made, t, 400)
@@ -85,7 +102,9 @@ def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_
 
 def test_a_prompt_like_no_other_is_not_kept():
     own = [(5, 6, 7), (8, 9)]
-    alone = [Encoded(str(i), 0, (*ids, END), (False,) * len(ids) + (True,)) for i, ids in enumerate(own)]
+    alone = [
+        Encoded(str(i), 0, (*ids, END), (False,) * len(ids) + (True,)) for i, ids in enumerate(own)
+    ]
     for some in (alone, alone[:1]):
         strategy = LAMOL()
         strategy.fill(toy.model(), Task("a", tuple(some), columns=toy.NAMES))
@@ -103,7 +122,9 @@ def test_each_earlier_task_gets_an_equal_part_of_what_is_written(learned):
     made, strategy = learned
     sizes = {t: len(strategy.written(made, t, 200)) for t in (0, 1)}
     assert all(n > 100 for n in sizes.values())
-    assert all(len(kept) <= 8 for kept in strategy.buffer.tasks.values())  # 16 new ones, as many written
+    assert all(
+        len(kept) <= 8 for kept in strategy.buffer.tasks.values()
+    )  # 16 new ones, as many written
 
 
 @pytest.mark.parametrize("share", [0.25, 1 / 6, 0.5])
@@ -129,7 +150,10 @@ def test_the_loss_is_that_of_the_responses_and_of_the_prompts_by_their_weight():
     made, strategy = toy.model(torch.float64), LAMOL(lm_weight=0.4)
     new = rows(0)[:5]
     loss = strategy.backward(made, made.batch(new))
-    prompts = [replace(e, ids=(MARK, *e.ids[: turn(e)], MARK), response=(False, *(True,) * (turn(e) + 1))) for e in new]
+    prompts = [
+        replace(e, ids=(MARK, *e.ids[: turn(e)], MARK), response=(False, *(True,) * (turn(e) + 1)))
+        for e in new
+    ]
     expected = (toy.mean_loss(made.net, new) + 0.4 * toy.mean_loss(made.net, prompts)) / 1.4
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -141,7 +165,9 @@ def test_beside_lwf_the_teacher_is_asked_for_the_responses_alone():
     restore(made, {n: w * 1.1 for n, w in snapshot(made).items()})
     batch = made.batch(rows(0)[:5])
     both = strategy.backward(made, batch)
-    expected = LAMOL().backward(made, batch) + 3 * strategy.divergence(batch, forward(made, batch)) / 1.25
+    expected = (
+        LAMOL().backward(made, batch) + 3 * strategy.divergence(batch, forward(made, batch)) / 1.25
+    )
     assert both.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -166,11 +192,17 @@ def test_sampling_follows_the_model_s_distribution_over_the_likeliest_tokens():
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_what_is_sampled_behind_one_prompt_does_not_depend_on_the_others(batch_size):
-    made, prompts = toy.model(torch.float64), [unanswered(str(i), 0, e.ids) for i, e in enumerate(toy.examples(0))]
+    made, prompts = (
+        toy.model(torch.float64),
+        [unanswered(str(i), 0, e.ids) for i, e in enumerate(toy.examples(0))],
+    )
     draws = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = complete(made, prompts, 6, batch_size, END, sampled(20, draws))
     padded = replace(made, layout=replace(made.layout, flat=False))
-    alone = [complete(made, [p], 6, 1, END, sampled(20, draws[i : i + 1]))[0] for i, p in enumerate(prompts)]
+    alone = [
+        complete(made, [p], 6, 1, END, sampled(20, draws[i : i + 1]))[0]
+        for i, p in enumerate(prompts)
+    ]
     assert found == alone == complete(padded, prompts, 6, batch_size, END, sampled(20, draws))
     assert any(a != b for a, b in zip(found, complete(made, prompts, 6, 12, END), strict=True))
 

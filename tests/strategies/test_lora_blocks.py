@@ -1,4 +1,6 @@
-"""Strategies on the factors of a LoRA: blocks that stay as they are, a penalty by brute force, a closed form."""
+"""Strategies on the factors of a LoRA: blocks that stay as they are, a penalty by brute force, a
+closed form.
+"""
 
 from functools import cache
 from itertools import pairwise
@@ -31,7 +33,10 @@ def block(name: str, w: torch.Tensor, i: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["incremental", "olora"])
 def test_earlier_and_later_blocks_stay_bit_for_bit_as_they_are(kind):
-    strategy = {"incremental": IncrementalLoRA(rank=RANK), "olora": OLoRA(rank=RANK, lambda_2=0.01)}[kind]
+    strategy = {
+        "incremental": IncrementalLoRA(rank=RANK),
+        "olora": OLoRA(rank=RANK, lambda_2=0.01),
+    }[kind]
     made = toy.model(lora=ROOM)
     states = [snapshot(made)]
     for i in (0, 1, 2):
@@ -44,10 +49,19 @@ def test_earlier_and_later_blocks_stay_bit_for_bit_as_they_are(kind):
 
 
 def merged(made, lora: int):
-    """A network whose base has the LoRA of `made` in its weights, with a new LoRA of this rank at the same scale."""
+    """A network whose base has the LoRA of `made` in its weights, with a new LoRA of this rank at
+    the same scale.
+    """
     net = made.net.merge_and_unload()
-    return toy.replace(made, net=adapt_with(net, "lora", {"lora": {
-        "r": lora, "lora_alpha": 16 * lora, "target_modules": "all-linear"}}, seq2seq=False))
+    return toy.replace(
+        made,
+        net=adapt_with(
+            net,
+            "lora",
+            {"lora": {"r": lora, "lora_alpha": 16 * lora, "target_modules": "all-linear"}},
+            seq2seq=False,
+        ),
+    )
 
 
 def test_a_task_is_learned_as_by_a_new_lora_of_its_rank_upon_the_merged_earlier_ones():
@@ -61,9 +75,13 @@ def test_a_task_is_learned_as_by_a_new_lora_of_its_rank_upon_the_merged_earlier_
     restore(other, fresh)
     toy.train(made, strategy, 1)
     toy.train(other, Strategy(), 1)
-    assert toy.close(snapshot(other), {n: block(n, w, 1) for n, w in snapshot(made).items()}, 1e-6, 1e-8)
+    assert toy.close(
+        snapshot(other), {n: block(n, w, 1) for n, w in snapshot(made).items()}, 1e-6, 1e-8
+    )
     for e in toy.examples(1):
-        assert torch.allclose(toy.log_likelihood(made.net, e), toy.log_likelihood(other.net, e), rtol=1e-6)
+        assert torch.allclose(
+            toy.log_likelihood(made.net, e), toy.log_likelihood(other.net, e), rtol=1e-6
+        )
 
 
 def test_without_its_terms_o_lora_is_incremental_lora_bit_for_bit():
@@ -85,13 +103,18 @@ def any_lora():
 def test_the_terms_are_those_of_a_loop_over_tasks_modules_and_entries(seed, at, one, two):
     made, strategy = any_lora(), OLoRA(rank=RANK, lambda_1=one, lambda_2=two)
     rng = torch.Generator().manual_seed(seed)
-    restore(made, {n: torch.randn(w.shape, generator=rng, dtype=w.dtype) for n, w in weights(made).items()})
+    restore(
+        made,
+        {n: torch.randn(w.shape, generator=rng, dtype=w.dtype) for n, w in weights(made).items()},
+    )
     strategy.first = at * RANK
     expected = 0.0
     for n, w in snapshot(made).items():
         if "lora_A" in n:
             new = block(n, w, at)
-            expected += one * sum(abs(float(torch.dot(x, y))) for i in range(at) for x in block(n, w, i) for y in new)
+            expected += one * sum(
+                abs(float(torch.dot(x, y))) for i in range(at) for x in block(n, w, i) for y in new
+            )
         expected += two * float(block(n, w, at).square().sum().sqrt())
     with torch.no_grad():
         found = float(sum(strategy.terms(made), torch.zeros(())))
@@ -104,7 +127,11 @@ def test_the_step_s_direction_is_that_of_loss_and_terms_by_finite_differences():
     strategy.begin(made, toy.task(1))
     made.net.zero_grad()
     strategy.backward(made, made.batch(toy.examples(1)))
-    found, live, name = gradient(made), weights(made), next(n for n in weights(made) if "lora_A" in n)
+    found, live, name = (
+        gradient(made),
+        weights(made),
+        next(n for n in weights(made) if "lora_A" in n),
+    )
     values = []
     with torch.no_grad():
         for shift in (1e-6, -2e-6):
@@ -119,19 +146,27 @@ def test_the_penalty_keeps_the_tasks_apart():
     for strength in (0.0, 5.0):
         made = toy.model(lora=ROOM)
         toy.train(made, OLoRA(rank=RANK, lambda_1=strength), 0, 1)
-        overlap[strength] = sum((a[:RANK] @ a[RANK : 2 * RANK].T).abs().sum().item() for a, _ in factors(made))
+        overlap[strength] = sum(
+            (a[:RANK] @ a[RANK : 2 * RANK].T).abs().sum().item() for a, _ in factors(made)
+        )
     assert overlap[5.0] < 0.9 * overlap[0.0]
 
 
 @pytest.mark.parametrize("kind", [IncrementalLoRA, OLoRA, SLAO])
 def test_without_a_lora_there_is_nothing_to_work_on(kind):
-    with pytest.raises(ConfigError, match=r"works on the factors of a LoRA, and what trains is lm_head.* and \d+ more"):
+    with pytest.raises(
+        ConfigError,
+        match=r"works on the factors of a LoRA, and what trains is lm_head.* and \d+ more",
+    ):
         kind().begin(toy.model(), toy.task(0))
 
 
 def test_a_lora_without_room_for_the_stream_is_refused_at_its_first_task():
-    with pytest.raises(ConfigError, match=r"has room for 3 more tasks of rank 2, expected 4; set "
-                                          r"model.adapters.lora.r=8 or more"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has room for 3 more tasks of rank 2, expected 4; set "
+        r"model.adapters.lora.r=8 or more",
+    ):
         IncrementalLoRA(rank=2).begin(toy.model(lora=7), toy.task(0))
     mixed = Task("all", tuple(e for t in range(4) for e in toy.examples(t, 2)), columns=toy.NAMES)
     IncrementalLoRA(rank=2).begin(toy.model(lora=3), mixed)  # the only stage of a joint stream
@@ -140,7 +175,9 @@ def test_a_lora_without_room_for_the_stream_is_refused_at_its_first_task():
 def test_a_lora_whose_blocks_are_all_in_use_has_no_room_for_another_task():
     made, strategy = toy.model(lora=8), IncrementalLoRA(rank=2)
     toy.train(made, strategy, 0, 1, 2, 3, n=4)
-    with pytest.raises(ConfigError, match=r"has room for 0 more tasks of rank 2, expected 1; .*lora.r=10 or more"):
+    with pytest.raises(
+        ConfigError, match=r"has room for 0 more tasks of rank 2, expected 1; .*lora.r=10 or more"
+    ):
         strategy.begin(made, toy.task(0))
 
 
@@ -167,20 +204,27 @@ def test_a_strategy_that_steps_past_it_is_refused_and_one_behind_it_is_not():
             return loss
 
     toy.train(toy.model(lora=8), compose(IncrementalLoRA(rank=2), Past()), 0, n=4)
-    with pytest.raises(ConfigError, match="moved other blocks than the task's, for its steps do not end here; list"):
+    with pytest.raises(
+        ConfigError, match="moved other blocks than the task's, for its steps do not end here; list"
+    ):
         toy.train(toy.model(lora=8), compose(Past(), IncrementalLoRA(rank=2)), 0, n=4)
     made = toy.model(lora=8)
     toy.train(made, IncrementalLoRA(rank=2), 0, 1, 2, n=4)
-    with pytest.raises(ConfigError, match="moved other blocks than the task's"):  # there are only earlier ones
+    with pytest.raises(
+        ConfigError, match="moved other blocks than the task's"
+    ):  # there are only earlier ones
         toy.train(made, compose(Past(), IncrementalLoRA(rank=2)), 3, n=4)
 
 
 # SLAO
 
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), st.integers(1, 5), st.integers(5, 9))
 def test_the_basis_is_orthonormal_spans_the_rows_and_points_as_they_do(seed, rank, inputs):
-    a = torch.randn(rank, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    a = torch.randn(
+        rank, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     q = basis(a)
     assert torch.allclose(q @ q.T, torch.eye(rank, dtype=a.dtype), atol=1e-10)
     assert torch.allclose(a @ q.T @ q, a, atol=1e-8)
@@ -206,7 +250,10 @@ def alone(power: float):
         toy.train(made, Strategy(), i)
         start = snapshot(made)
         step = (i + 1) ** -power
-        before = {n: w if "lora_A" in n or not i else (1 - step) * before[n] + step * w for n, w in start.items()}
+        before = {
+            n: w if "lora_A" in n or not i else (1 - step) * before[n] + step * w
+            for n, w in start.items()
+        }
         found.append(before)
     return found
 
@@ -229,5 +276,7 @@ def test_with_power_1_b_is_the_mean_of_all_tasks_own():
 
 
 def test_a_lora_of_a_rank_above_its_inputs_has_no_basis():
-    with pytest.raises(ConfigError, match=r"a LoRA of rank 40 on 32 inputs has no orthonormal basis; set"):
+    with pytest.raises(
+        ConfigError, match=r"a LoRA of rank 40 on 32 inputs has no orthonormal basis; set"
+    ):
         SLAO().begin(toy.model(lora=40), toy.task(0))

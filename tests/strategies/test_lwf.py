@@ -1,4 +1,6 @@
-"""Distillation: the divergence in closed form and by torch, whom it is measured from, and what it leaves alone."""
+"""Distillation: the divergence in closed form and by torch, whom it is measured from, and what it
+leaves alone.
+"""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -19,11 +21,19 @@ from tests.support import toy
 def moved(made, by: float = 0.05) -> None:
     """Other weights than the teacher's."""
     draw = torch.Generator().manual_seed(0)
-    restore(made, {n: w + by * torch.randn(w.shape, generator=draw, dtype=w.dtype) for n, w in snapshot(made).items()})
+    restore(
+        made,
+        {
+            n: w + by * torch.randn(w.shape, generator=draw, dtype=w.dtype)
+            for n, w in snapshot(made).items()
+        },
+    )
 
 
 def taught(**settings):
-    """A model that has moved on from what the strategy took down in `begin`, and the teacher's weights."""
+    """A model that has moved on from what the strategy took down in `begin`, and the teacher's
+    weights.
+    """
     made, strategy = toy.model(torch.float64), LwF(**settings)
     strategy.begin(made, toy.task(0))
     before = snapshot(made)
@@ -40,14 +50,18 @@ def test_the_term_is_torch_s_kl_div_from_the_teacher_to_the_model(temperature):
     made, strategy, before = taught(temperature=temperature, top=toy.VOCABULARY)
     batch = made.batch(toy.examples(0))
     p, q = (forward(made, batch, at).div(temperature).log_softmax(-1) for at in (before, None))
-    expected = F.kl_div(q, p, reduction="batchmean", log_target=True)  # kl_div(input=q, target=p) is KL(p || q)
+    expected = F.kl_div(
+        q, p, reduction="batchmean", log_target=True
+    )  # kl_div(input=q, target=p) is KL(p || q)
     assert term(made, strategy, batch).item() == pytest.approx(expected.item(), rel=1e-9)
     other_way = F.kl_div(p, q, reduction="batchmean", log_target=True)
     assert abs(other_way.item() / expected.item() - 1) > 1e-3
 
 
 def test_the_divergence_has_its_closed_form_on_two_tokens():
-    """p = (3/4, 1/4), q = (1/2, 1/2): KL(p || q) = log 2 - H(p) = 0.1308 nats; the other way it is 0.1438."""
+    """p = (3/4, 1/4), q = (1/2, 1/2): KL(p || q) = log 2 - H(p) = 0.1308 nats; the other way it is
+    0.1438.
+    """
     strategy, made = LwF(temperature=1.0, top=2), toy.model()
     e = replace(toy.examples(0)[0], ids=(2, 3), response=(False, True))
     strategy.told[e.task, e.id] = strategy.asked(torch.tensor([[3.0, 1.0]]).log())
@@ -106,17 +120,22 @@ def test_examples_that_the_teacher_was_not_asked_of_have_no_term():
     batch = made.batch(new)
     alone = term(made, strategy, batch) * batch.tokens
     both = made.batch([*other, *new])
-    assert (term(made, strategy, both) * both.tokens).item() == pytest.approx(alone.item(), rel=1e-9)
+    assert (term(made, strategy, both) * both.tokens).item() == pytest.approx(
+        alone.item(), rel=1e-9
+    )
     assert term(made, strategy, made.batch(other)).item() == 0
 
 
 def test_prompt_tokens_that_have_a_weight_have_no_term():
     made, strategy, _ = taught()
     alone = made.batch(toy.examples(0)[:4])
-    dual = replace(made, layout=replace(made.layout, instruction_weight=0.5)).batch(toy.examples(0)[:4])
+    dual = replace(made, layout=replace(made.layout, instruction_weight=0.5)).batch(
+        toy.examples(0)[:4]
+    )
     assert dual.tokens > alone.tokens
     assert (term(made, strategy, dual) * dual.tokens).item() == pytest.approx(
-        (term(made, strategy, alone) * alone.tokens).item(), rel=1e-9)
+        (term(made, strategy, alone) * alone.tokens).item(), rel=1e-9
+    )
 
 
 def test_the_term_needs_no_forward_pass_of_its_own():
@@ -152,14 +171,23 @@ def by_hand(made, strategy, before, examples):
     q, p = (forward(made, batch, at).log_softmax(-1) for at in (None, before))
     loss = F.cross_entropy(q, batch.targets, reduction="none")
     weight = q.exp().gather(1, batch.targets[:, None])[:, 0].detach()
-    return (weight * loss + strategy.strength * F.kl_div(q, p.exp(), reduction="none").sum(-1)).mean()
+    return (
+        weight * loss + strategy.strength * F.kl_div(q, p.exp(), reduction="none").sum(-1)
+    ).mean()
 
 
 def test_asft_is_its_authors_loss_and_gradient():
-    """DFT's weights, each token's own probability, and the forward divergence from the base (Zhu et al. 2025)."""
-    made, strategy, before = taught(strength=0.3, temperature=1.0, teacher="base", dynamic=True, top=toy.VOCABULARY)
+    """DFT's weights, each token's own probability, and the forward divergence from the base (Zhu et
+    al. 2025).
+    """
+    made, strategy, before = taught(
+        strength=0.3, temperature=1.0, teacher="base", dynamic=True, top=toy.VOCABULARY
+    )
     found = []
-    for loss in (strategy.loss(made, made.batch(toy.examples(0))), by_hand(made, strategy, before, toy.examples(0))):
+    for loss in (
+        strategy.loss(made, made.batch(toy.examples(0))),
+        by_hand(made, strategy, before, toy.examples(0)),
+    ):
         made.net.zero_grad()
         loss.backward()
         found.append((loss.item(), gradient(made)))
@@ -172,12 +200,19 @@ def test_dynamic_fine_tuning_needs_no_teacher():
     strategy.begin(made, toy.task(0))
     assert strategy.told == {}
     assert strategy.loss(made, made.batch(toy.examples(0))).item() == pytest.approx(
-        by_hand(made, strategy, None, toy.examples(0)).item(), rel=1e-6)
+        by_hand(made, strategy, None, toy.examples(0)).item(), rel=1e-6
+    )
 
 
-@pytest.mark.parametrize(("wrong", "told"), [
-    ({"teacher": "bases"}, "did you mean 'base'"), ({"strength": -1}, "LwF with"), ({"temperature": 0}, "LwF with"),
-    ({"top": 0}, "LwF with")])
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"teacher": "bases"}, "did you mean 'base'"),
+        ({"strength": -1}, "LwF with"),
+        ({"temperature": 0}, "LwF with"),
+        ({"top": 0}, "LwF with"),
+    ],
+)
 def test_what_cannot_work_is_refused(wrong, told):
     with pytest.raises(ConfigError, match=told):
         LwF(**wrong)

@@ -1,4 +1,6 @@
-"""The meta-gradient against finite differences, by hand and against learn2learn; Reptile's walk by hand."""
+"""The meta-gradient against finite differences, by hand and against learn2learn; Reptile's walk by
+hand.
+"""
 
 from copy import deepcopy
 
@@ -32,22 +34,32 @@ def tokens(chosen: list) -> int:
 
 
 def meta_objective(net, episodes: list[list], steps: int) -> float:
-    """What MAML minimises: the query losses at the fast weights, by their episodes' shares of the tokens."""
+    """What MAML minimises: the query losses at the fast weights, by their episodes' shares of the
+    tokens.
+    """
     total, every = 0.0, sum(map(tokens, episodes))
     for episode in episodes:
         support, query = halves(episode)
-        total += toy.mean_loss(walked(net, support, steps, INNER), query).item() * tokens(episode) / every
+        total += (
+            toy.mean_loss(walked(net, support, steps, INNER), query).item()
+            * tokens(episode)
+            / every
+        )
     return total
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_second_order_maml_follows_the_meta_objective(steps):
-    """Central differences along random directions, of a meta-objective that knows nothing of our code."""
+    """Central differences along random directions, of a meta-objective that knows nothing of our
+    code.
+    """
     made, chosen = toy.model(torch.float64, kind="gpt2"), [*toy.examples(0, 4), *toy.examples(1, 4)]
     got = step(made, MAML(capacity=0, inner_lr=INNER, inner_steps=steps, second_order=True), chosen)
     episodes, eps, generator = [chosen[:4], chosen[4:]], 1e-6, torch.Generator().manual_seed(0)
     for _ in range(2):
-        direction = {n: torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in got.items()}
+        direction = {
+            n: torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in got.items()
+        }
         ends = []
         for sign in (1, -1):
             net = deepcopy(made.net)
@@ -70,12 +82,16 @@ def test_first_order_maml_is_the_gradient_at_the_fast_weights(steps):
         (toy.mean_loss(fast, query) * tokens(episode) / tokens(chosen)).backward()
         for n, p in fast.named_parameters():
             expected[n] += p.grad
-    assert toy.close(step(made, MAML(capacity=0, inner_lr=INNER, inner_steps=steps), chosen), expected, rtol=1e-8)
+    assert toy.close(
+        step(made, MAML(capacity=0, inner_lr=INNER, inner_steps=steps), chosen), expected, rtol=1e-8
+    )
 
 
 def test_first_and_second_order_differ():
     made, chosen = toy.model(torch.float64), toy.examples(0, 6)
-    first, second = (step(made, MAML(capacity=0, inner_lr=INNER, second_order=order), chosen) for order in (0, 1))
+    first, second = (
+        step(made, MAML(capacity=0, inner_lr=INNER, second_order=order), chosen) for order in (0, 1)
+    )
     assert not toy.close(first, second, rtol=1e-2, atol=1e-4)
 
 
@@ -97,10 +113,24 @@ def test_an_episode_of_one_example_is_support_and_query():
 
 # The inner loop as a rule to learn by
 
+
 def followed(made, strategy, chosen: list, steps: int) -> dict[str, torch.Tensor]:
     """The weights after so many steps of the strategy's rule on these very examples."""
-    learn(made, Task("new", chosen), strategy.rule(), Recipe(lr=1.0, steps=steps, batch_size=len(chosen),
-          schedule="constant", optimizer="sgd", clip=None), seed=0, log=lambda event: None)
+    learn(
+        made,
+        Task("new", chosen),
+        strategy.rule(),
+        Recipe(
+            lr=1.0,
+            steps=steps,
+            batch_size=len(chosen),
+            schedule="constant",
+            optimizer="sgd",
+            clip=None,
+        ),
+        seed=0,
+        log=lambda event: None,
+    )
     return snapshot(made)
 
 
@@ -144,7 +174,9 @@ def test_frozen_parameters_stay_put_in_the_inner_loop_too():
     fast.zero_grad()
     toy.mean_loss(fast, chosen[3:]).backward()
     expected = {n: p.grad for n, p in fast.named_parameters() if p.requires_grad}
-    assert toy.close(step(made, MAML(capacity=0, inner_lr=INNER, inner_steps=2), chosen), expected, rtol=1e-8)
+    assert toy.close(
+        step(made, MAML(capacity=0, inner_lr=INNER, inner_steps=2), chosen), expected, rtol=1e-8
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # of learn2learn's own imports
@@ -178,7 +210,9 @@ def test_a_step_is_one_episode_of_the_new_task_and_one_of_a_remembered_one(kind,
 
 
 def reptile_by_hand(made, episodes: list[list], steps: int) -> dict[str, torch.Tensor]:
-    """(w - fast) / inner_lr, averaged over the episodes by their tokens; examples are dealt to the inner steps."""
+    """(w - fast) / inner_lr, averaged over the episodes by their tokens; examples are dealt to the
+    inner steps.
+    """
     start, every = snapshot(made), sum(map(tokens, episodes))
     total = {n: torch.zeros_like(w) for n, w in start.items()}
     for episode in episodes:
@@ -218,10 +252,16 @@ def test_reptile_gives_the_weights_back_exactly():
 def test_the_loss_that_is_reported_is_finite_and_near_the_plain_one(kind):
     made, chosen = toy.model(), toy.examples(0, 6)
     plain = Strategy().backward(made, made.batch(chosen)).item()
-    assert kind(capacity=0, inner_lr=0.01).backward(made, made.batch(chosen)).item() == pytest.approx(plain, rel=0.1)
+    assert kind(capacity=0, inner_lr=0.01).backward(
+        made, made.batch(chosen)
+    ).item() == pytest.approx(plain, rel=0.1)
 
 
-KINDS = {"first order": (MAML, {}), "second order": (MAML, {"second_order": True}), "reptile": (Reptile, {})}
+KINDS = {
+    "first order": (MAML, {}),
+    "second order": (MAML, {"second_order": True}),
+    "reptile": (Reptile, {}),
+}
 every = pytest.mark.parametrize(("kind", "keys"), KINDS.values(), ids=KINDS)
 
 
@@ -238,8 +278,9 @@ def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, keys):
 def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, keys):
     made = toy.model(tokens=12)
     read = []
-    made.net.register_forward_pre_hook(lambda _, args, inputs: read.append(inputs["input_ids"].numel()),
-                                       with_kwargs=True)
+    made.net.register_forward_pre_hook(
+        lambda _, args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
     step(made, kind(capacity=0, inner_steps=2, **keys), toy.examples(0, 12))
     assert len(read) > 8
     assert max(read) <= 12
@@ -248,7 +289,9 @@ def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, keys):
 def test_the_way_back_drops_out_what_the_way_there_did():
     made, dropped = toy.model(kind="gpt2", tokens=1), []
     made.net.train()
-    made.net.transformer.h[0].mlp.dropout.register_forward_hook(lambda _, args, out: dropped.append(out == 0))
+    made.net.transformer.h[0].mlp.dropout.register_forward_hook(
+        lambda _, args, out: dropped.append(out == 0)
+    )
     step(made, MAML(capacity=0, inner_steps=2, second_order=True), toy.examples(0, 2))
     first, second, _, second_again, first_again = dropped
     assert torch.equal(first, first_again)

@@ -1,4 +1,6 @@
-"""Memory aware synapses: the logits' sensitivity in closed form and by finite differences, added up over tasks."""
+"""Memory aware synapses: the logits' sensitivity in closed form and by finite differences, added up
+over tasks.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -13,13 +15,17 @@ from tests.support import toy
 
 
 def squared_logits(net, e) -> torch.Tensor:
-    """The squared norms of the logits that predict an example's response, straight from the network; a scalar."""
+    """The squared norms of the logits that predict an example's response, straight from the
+    network; a scalar.
+    """
     logits = net(input_ids=torch.tensor([e.ids])).logits[0]
     return sum(logits[t - 1].square().sum() for t in range(1, len(e.ids)) if e.response[t])
 
 
 def test_of_a_linear_layer_it_is_its_closed_form():
-    """Of |W h|^2 the gradient is 2 W h h^T: summed over an example's positions, then absolute, then the mean."""
+    """Of |W h|^2 the gradient is 2 W h h^T: summed over an example's positions, then absolute, then
+    the mean.
+    """
     made = toy.model(torch.float64)
     made.net.requires_grad_(False)
     head = made.net.lm_head.weight.requires_grad_(True)
@@ -37,7 +43,11 @@ def test_of_a_linear_layer_it_is_its_closed_form():
 def test_of_any_weight_it_is_the_mean_absolute_finite_difference_of_each_example():
     made, few = toy.model(torch.float64, kind="gpt2"), toy.examples(1, 4)
     found, eps = sensitivity(made, few), 1e-6
-    for name in ("transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_fc.bias", "transformer.ln_f.weight"):
+    for name in (
+        "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.1.mlp.c_fc.bias",
+        "transformer.ln_f.weight",
+    ):
         w = weights(made)[name].data.view(-1)
         for i in (0, 7):
             ends = []
@@ -46,7 +56,9 @@ def test_of_any_weight_it_is_the_mean_absolute_finite_difference_of_each_example
                 with torch.no_grad():
                     ends.append([squared_logits(made.net, e).item() for e in few])
             w[i] += eps
-            expected = sum(abs(up - down) / (2 * eps) for up, down in zip(*ends, strict=True)) / len(few)
+            expected = sum(
+                abs(up - down) / (2 * eps) for up, down in zip(*ends, strict=True)
+            ) / len(few)
             assert found[name].view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 

@@ -1,4 +1,6 @@
-"""Merged weights against sums over the stages' own, closed forms, and peft's merging of task vectors."""
+"""Merged weights against sums over the stages' own, closed forms, and peft's merging of task
+vectors.
+"""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -45,7 +47,9 @@ class Seen(Strategy):
 
 
 def watched(kind, *tasks: int, **settings):
-    """A model after stages of merging, its strategy, where it first began, and what it was after each stage."""
+    """A model after stages of merging, its strategy, where it first began, and what it was after
+    each stage.
+    """
     made, strategy = toy.model(torch.float64), compose(kind(**settings), Seen())
     base, merged = snapshot(made), []
     for t in tasks:
@@ -84,6 +88,7 @@ def drawn(seed: int, n: int) -> list[torch.Tensor]:
 
 # Where stages begin, and what is tested
 
+
 @pytest.mark.parametrize("begin_at", ["merged", "own", "base"])
 def test_the_mean_of_all_stages_is_tested_after_each_wherever_they_begin(begin_at):
     strategy, base, tested = watched(Average, 0, 1, 2, begin_at=begin_at)
@@ -95,12 +100,16 @@ def test_the_mean_of_all_stages_is_tested_after_each_wherever_they_begin(begin_a
 
 def test_half_blended_the_weights_are_between_the_stage_s_own_and_the_merged_ones():
     strategy, _, tested = watched(Average, 0, 1, blend=0.5)
-    assert toy.close(tested[1], mean([strategy.ended[1], mean(strategy.ended)]), rtol=1e-10, atol=1e-14)
+    assert toy.close(
+        tested[1], mean([strategy.ended[1], mean(strategy.ended)]), rtol=1e-10, atol=1e-14
+    )
 
 
 def test_with_early_stopping_the_best_weights_are_merged():
     made, strategy = toy.model(), compose(Average(), Seen())
-    task = toy.Task("a", tuple(toy.examples(0)), tuple(toy.examples(0, 6, seed=1)), columns=toy.NAMES)
+    task = toy.Task(
+        "a", tuple(toy.examples(0)), tuple(toy.examples(0, 6, seed=1)), columns=toy.NAMES
+    )
     recipe = toy.replace(toy.RECIPE, lr=0.1, epochs=6, patience=1)
     learn(made, task, strategy, recipe, seed=0, log=lambda event: None)
     assert len(strategy.steps) < 18
@@ -140,8 +149,11 @@ def test_weights_in_bfloat16_are_merged_in_float32():
 
 # How they are combined
 
+
 def test_fisher_merging_leads_to_the_joint_minimum_of_quadratics():
-    """Each stage's loss is (w - m) F (w - m) / 2, and it ends at its m; the curvatures have one norm."""
+    """Each stage's loss is (w - m) F (w - m) / 2, and it ends at its m; the curvatures have one
+    norm.
+    """
     ends, curved = drawn(0, 3), [t.square() for t in drawn(1, 3)]
     curved = [f / f.norm() for f in curved]
 
@@ -153,8 +165,9 @@ def test_fisher_merging_leads_to_the_joint_minimum_of_quadratics():
             return {"parts.0": self.given.pop(0)}
 
     found = merged(Known(begin_at="own"), ends).requires_grad_(True)
-    (slope,) = torch.autograd.grad(sum((f * (found - m).square()).sum() / 2 for f, m in zip(curved, ends, strict=True)),
-                                   found)
+    (slope,) = torch.autograd.grad(
+        sum((f * (found - m).square()).sum() / 2 for f, m in zip(curved, ends, strict=True)), found
+    )
     assert torch.allclose(slope, torch.zeros_like(slope), atol=1e-12)
 
 
@@ -196,7 +209,9 @@ def test_task_arithmetic_is_peft_s(seed, tasks, scale):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(1, 5), st.sampled_from([0.05, 0.2, 0.5, 0.9]), st.sampled_from([1.0, 0.3]))
+@given(
+    seeds, st.integers(1, 5), st.sampled_from([0.05, 0.2, 0.5, 0.9]), st.sampled_from([1.0, 0.3])
+)
 def test_ties_is_peft_s_though_it_keeps_no_vector(seed, tasks, density, scale):
     ends = drawn(seed, tasks)
     theirs = scale * merge_utils.ties(ends, torch.ones(tasks, dtype=torch.float64), density)
@@ -216,27 +231,45 @@ def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_o
     assert toy.same(strategy.begun[1], strategy.ended[0])
 
 
-@pytest.mark.parametrize(("make", "told"), [
-    (lambda: Average(begin_at="middle"), "unknown begin_at 'middle'"),
-    (lambda: Average(blend=2), "blend 2: expected 0"),
-    (lambda: TIES(begin_at="merged"), "task vectors with begin_at=merged"),
-    (lambda: TIES(density=0), "TIES with density 0"),
-    (lambda: EMA(decay=1.0), r"with decay 1\.0"),
-])
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Average(begin_at="middle"), "unknown begin_at 'middle'"),
+        (lambda: Average(blend=2), "blend 2: expected 0"),
+        (lambda: TIES(begin_at="merged"), "task vectors with begin_at=merged"),
+        (lambda: TIES(density=0), "TIES with density 0"),
+        (lambda: EMA(decay=1.0), r"with decay 1\.0"),
+    ],
+)
 def test_what_cannot_be_merged_is_refused(make, told):
     with pytest.raises(ConfigError, match=told):
         make()
 
 
-@pytest.mark.parametrize(("kind", "begin_at", "bytes_a_weight"), [
-    (Average, "merged", 4), (Average, "own", 8), (Average, "base", 8),
-    (FisherMerge, "merged", 8), (FisherMerge, "own", 12), (FisherMerge, "base", 12),
-    (EMA, "merged", 4), (EMA, "own", 8), (EMA, "base", 8),
-    (TaskArithmetic, "own", 12), (TaskArithmetic, "base", 8), (TIES, "own", 20), (TIES, "base", 16)])
+@pytest.mark.parametrize(
+    ("kind", "begin_at", "bytes_a_weight"),
+    [
+        (Average, "merged", 4),
+        (Average, "own", 8),
+        (Average, "base", 8),
+        (FisherMerge, "merged", 8),
+        (FisherMerge, "own", 12),
+        (FisherMerge, "base", 12),
+        (EMA, "merged", 4),
+        (EMA, "own", 8),
+        (EMA, "base", 8),
+        (TaskArithmetic, "own", 12),
+        (TaskArithmetic, "base", 8),
+        (TIES, "own", 20),
+        (TIES, "base", 16),
+    ],
+)
 def test_it_stores_what_it_says_wherever_stages_begin(kind, begin_at, bytes_a_weight):
     made, strategy = toy.model(), kind(begin_at=begin_at)
     toy.train(made, strategy, 0, 1, n=4)
     count = sum(w.numel() for w in snapshot(made).values())
     found = sum(t.nbytes for t in toy.memory_tensors(strategy).values()) / count
-    assert found == pytest.approx(bytes_a_weight, abs=0.1)  # an average also keeps a number of each tensor
+    assert found == pytest.approx(
+        bytes_a_weight, abs=0.1
+    )  # an average also keeps a number of each tensor
     assert f"{bytes_a_weight} P" in strategy.stores

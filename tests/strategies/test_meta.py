@@ -14,6 +14,7 @@ from tests.support.meta import INNER, halves, looked_ahead, scattered, step
 
 # ANIL
 
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("second_order", [False, True])
 def test_anil_s_inner_loop_changes_the_head_alone_and_all_is_learned(kind, second_order):
@@ -21,7 +22,11 @@ def test_anil_s_inner_loop_changes_the_head_alone_and_all_is_learned(kind, secon
     support, query = halves(chosen)
     rate = {n: torch.full_like(w, INNER) for n, w in head(made).items()}
     expected, _ = looked_ahead(made.net, [support] * 2, query, rate, second_order)
-    got = step(made, MAML(capacity=0, inner_lr=INNER, inner_steps=2, adapts="head", second_order=second_order), chosen)
+    got = step(
+        made,
+        MAML(capacity=0, inner_lr=INNER, inner_steps=2, adapts="head", second_order=second_order),
+        chosen,
+    )
     assert toy.close(got, expected, rtol=1e-8)
 
 
@@ -35,10 +40,14 @@ def test_the_head_is_the_lm_head_s_own_weight_or_what_is_trained_in_the_last_lay
     assert all(n.startswith("transformer.h.0.") for n in head(frozen))
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks for it
 def test_under_an_adapter_the_head_is_the_last_layer_s_part_of_it():
     made = toy.model()
-    made.net = adapt_with(made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False)
+    made.net = adapt_with(
+        made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False
+    )
     assert head(made)
     assert all(".layers.1." in n and "lora" in n for n in head(made))
 
@@ -46,11 +55,14 @@ def test_under_an_adapter_the_head_is_the_last_layer_s_part_of_it():
 def test_without_a_trained_head_or_layer_anil_is_refused():
     made = toy.model()
     made.net.requires_grad_(False).get_input_embeddings().requires_grad_(True)
-    with pytest.raises(ConfigError, match="adapts=head: no weight of the LM head's own and none of a layer"):
+    with pytest.raises(
+        ConfigError, match="adapts=head: no weight of the LM head's own and none of a layer"
+    ):
         step(made, MAML(capacity=0, adapts="head"), toy.examples(0, 4))
 
 
 # Meta-SGD
+
 
 @pytest.mark.filterwarnings("ignore")  # of learn2learn's own imports
 @pytest.mark.parametrize("first_order", [True, False])
@@ -58,7 +70,9 @@ def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_ord
     algorithms = pytest.importorskip("learn2learn.algorithms")
     made, chosen = toy.model(torch.float64), toy.examples(0, 6)
     net, rates = deepcopy(made.net), scattered(made)
-    theirs = algorithms.MetaSGD(net, lrs=[torch.nn.Parameter(r) for r in rates.values()], first_order=first_order)
+    theirs = algorithms.MetaSGD(
+        net, lrs=[torch.nn.Parameter(r) for r in rates.values()], first_order=first_order
+    )
     learner = theirs.clone()
     with toy.no_fused_attention():
         for _ in range(2):
@@ -67,8 +81,12 @@ def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_ord
     ours = MAML(capacity=0, inner_steps=2, inner="meta_sgd", second_order=not first_order)
     ours.begin(made, toy.task(0))
     ours.rates.data.copy_(flat(rates))
-    assert toy.close(step(made, ours, chosen), {n: p.grad for n, p in net.named_parameters()}, rtol=1e-8)
-    assert torch.allclose(ours.rates.grad, torch.cat([r.grad.flatten() for r in theirs.lrs]), 1e-8, 1e-10)
+    assert toy.close(
+        step(made, ours, chosen), {n: p.grad for n, p in net.named_parameters()}, rtol=1e-8
+    )
+    assert torch.allclose(
+        ours.rates.grad, torch.cat([r.grad.flatten() for r in theirs.lrs]), 1e-8, 1e-10
+    )
 
 
 def test_meta_sgd_begins_as_maml_and_learns_its_rates():

@@ -24,10 +24,14 @@ def later(**settings) -> MIGU:
 
 
 def loudest(made, chosen, kept: float) -> dict[str, set[int]]:
-    """Of each linear layer the loudest neurons, from passes of one example each that know nothing of batches."""
+    """Of each linear layer the loudest neurons, from passes of one example each that know nothing
+    of batches.
+    """
     sums, outputs = {}, {}
-    handles = [m.register_forward_hook(lambda m, args, out, n=n: outputs.update({n: out.detach()[0]}))
-               for n, m in linear_layers(made).items()]
+    handles = [
+        m.register_forward_hook(lambda m, args, out, n=n: outputs.update({n: out.detach()[0]}))
+        for n, m in linear_layers(made).items()
+    ]
     for e in chosen:
         made.net(input_ids=torch.tensor([e.ids]))
         for n, out in outputs.items():
@@ -36,7 +40,10 @@ def loudest(made, chosen, kept: float) -> dict[str, set[int]]:
                     sums[n] = sums.get(n, 0) + out[t - 1].abs() / out[t - 1].abs().sum()
     for handle in handles:
         handle.remove()
-    return {n: set(s.sort(descending=True).indices[: max(1, round(kept * len(s)))].tolist()) for n, s in sums.items()}
+    return {
+        n: set(s.sort(descending=True).indices[: max(1, round(kept * len(s)))].tolist())
+        for n, s in sums.items()
+    }
 
 
 def step(made, strategy, chosen) -> dict[str, torch.Tensor]:
@@ -67,7 +74,10 @@ def test_the_loudest_neurons_of_each_layer_have_their_gradient_and_no_others(kin
 
 def test_an_encoder_s_layers_are_masked_too_and_padding_does_not_count():
     made = models.model("t5", dtype=torch.float64)
-    short, long = models.encoded([5, 6, 7], [8, 9]), models.encoded([9, 8, 7, 6, 5, 4], [3, 2, 9, 4])
+    short, long = (
+        models.encoded([5, 6, 7], [8, 9]),
+        models.encoded([9, 8, 7, 6, 5, 4], [3, 2, 9, 4]),
+    )
     made.layout = replace(made.layout, tokens=1)
     apart = step(made, later(), [short, long])
     made.layout = replace(made.layout, tokens=100)
@@ -96,7 +106,9 @@ def test_the_first_stage_is_as_if_alone():
 def test_a_layer_that_is_silent_is_not_masked():
     """A LoRA's B before its first step."""
     made = toy.model()
-    made.net = adapt_with(made.net, "lora", {"lora": {"r": 4, "target_modules": ["q_proj"]}}, seq2seq=False)
+    made.net = adapt_with(
+        made.net, "lora", {"lora": {"r": 4, "target_modules": ["q_proj"]}}, seq2seq=False
+    )
     found = step(made, later(), toy.examples(1, 5))
     assert all(g.any(1).all() for n, g in found.items() if "lora_B" in n)
     with torch.no_grad():

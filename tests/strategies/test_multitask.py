@@ -40,7 +40,8 @@ def parts(made, strategy, n: int = 8) -> dict[int, list]:
 def by_hand(made, step: dict[int, list], weight: dict[int, float]) -> torch.Tensor:
     """The weights' mean of the tasks' mean losses."""
     return sum(weight[t] * toy.mean_loss(made.net, chosen) for t, chosen in step.items()) / sum(
-        weight[t] for t in step)
+        weight[t] for t in step
+    )
 
 
 def both(made, strategy, weight: dict[int, float]):
@@ -56,12 +57,16 @@ def both(made, strategy, weight: dict[int, float]):
     return found
 
 
-@pytest.mark.parametrize(("keys", "weight"), [
-    ({"weights": {"a": 2.0, "c": 0.5}}, {0: 2.0, 1: 1.0, 2: 0.5}),
-    ({}, {0: 1.0, 1: 1.0, 2: 1.0}),
-    ({"weights": {"b": 0.0}}, {0: 1.0, 1: 0.0, 2: 1.0}),
-    ({"weighting": "size"}, SIZES),
-], ids=["fixed", "equal", "left out", "size"])
+@pytest.mark.parametrize(
+    ("keys", "weight"),
+    [
+        ({"weights": {"a": 2.0, "c": 0.5}}, {0: 2.0, 1: 1.0, 2: 0.5}),
+        ({}, {0: 1.0, 1: 1.0, 2: 1.0}),
+        ({"weights": {"b": 0.0}}, {0: 1.0, 1: 0.0, 2: 1.0}),
+        ({"weighting": "size"}, SIZES),
+    ],
+    ids=["fixed", "equal", "left out", "size"],
+)
 def test_the_loss_is_the_weighted_mean_of_the_tasks_mean_losses(keys, weight):
     (ours, gradient_of_ours), (expected, gradient_by_hand) = both(*remembering(**keys), weight)
     assert ours == pytest.approx(expected, rel=1e-6)
@@ -78,8 +83,14 @@ def test_a_stage_reports_the_weights_over_time():
     made, strategy = toy.model(), MultiTask(capacity=8, weighting="uncertainty", uncertainty_lr=0.1)
     told = []
     for t in (0, 1):
-        learn(made, toy.task(t), strategy, Recipe(lr=1e-3, epochs=3, batch_size=6, log_every=1), seed=t,
-              log=told.append)
+        learn(
+            made,
+            toy.task(t),
+            strategy,
+            Recipe(lr=1e-3, epochs=3, batch_size=6, log_every=1),
+            seed=t,
+            log=told.append,
+        )
     first = [e["notes"] for e in told if e["event"] == "step" and e["task"] == "a"]
     assert first[0] == {"weight/a": 1.0}
     assert len({n["weight/a"] for n in first}) == len(first) == 6
@@ -156,6 +167,7 @@ def test_log_variances_are_in_the_checkpoint_and_learned_on(tmp_path):
 
 # Conflicts
 
+
 def gave_way(gradients: torch.Tensor, order: list[list[int]]) -> torch.Tensor:
     """Algorithm 1 of Yu et al. (2020), the others of each task in a given order."""
     found = []
@@ -163,14 +175,21 @@ def gave_way(gradients: torch.Tensor, order: list[list[int]]) -> torch.Tensor:
         g = gradients[i].clone()
         for j in others:
             if torch.dot(g, gradients[j]) < 0:
-                g = g - torch.dot(g, gradients[j]) / torch.dot(gradients[j], gradients[j]) * gradients[j]
+                g = (
+                    g
+                    - torch.dot(g, gradients[j])
+                    / torch.dot(gradients[j], gradients[j])
+                    * gradients[j]
+                )
         found.append(g)
     return torch.stack(found)
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 5])
 def test_surgery_is_the_paper_s_algorithm(tasks):
-    rows = torch.randn(tasks, 20, generator=torch.Generator().manual_seed(tasks), dtype=torch.float64)
+    rows = torch.randn(
+        tasks, 20, generator=torch.Generator().manual_seed(tasks), dtype=torch.float64
+    )
     rng = random.Random(0)
     order = [[j for j in rng.sample(range(tasks), tasks) if j != i] for i in range(tasks)]
     assert torch.allclose(surgery(rows, random.Random(0)), gave_way(rows, order))
@@ -187,7 +206,9 @@ def test_of_two_tasks_neither_opposes_the_other_s_gradient_any_more(seed):
 
 def test_a_step_with_conflicts_projected_is_the_sum_of_the_tasks_gradients_after_surgery():
     made, strategy = remembering(weights={"a": 2.0}, conflicts="project")
-    toy.train(made, Strategy(), 0, 1, recipe=Recipe(lr=5e-3, epochs=20, batch_size=8))  # and the third opposes them
+    toy.train(
+        made, Strategy(), 0, 1, recipe=Recipe(lr=5e-3, epochs=20, batch_size=8)
+    )  # and the third opposes them
     plain, batch = deepcopy(strategy), made.batch(toy.examples(2, 8))
     step = {t: list(p.examples) for t, p in deepcopy(strategy).joined(batch).by_task().items()}
     each, share = [], {0: 0.5, 1: 0.25, 2: 0.25}
@@ -207,7 +228,9 @@ def test_a_step_with_conflicts_projected_is_the_sum_of_the_tasks_gradients_after
     expected = surgery(torch.stack(each), rng.buffer.rng).sum(0)
     assert torch.allclose(found[0], expected, rtol=1e-5, atol=1e-7)
     assert torch.allclose(found[1], sum(each), rtol=1e-5, atol=1e-7)
-    assert not torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-7), "no tasks oppose each other here"
+    assert not torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-7), (
+        "no tasks oppose each other here"
+    )
 
 
 def test_learned_weights_have_their_own_gradient_whether_or_not_conflicts_are_projected():
@@ -232,11 +255,15 @@ def test_a_weight_for_a_task_that_the_stream_has_not_is_refused():
         MultiTask(weights={"zebra": 1.0}).begin(toy.model(), toy.task(0))
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"weighting": "sizes"}, "did you mean 'size'"), ({"conflicts": "projects"}, "did you mean 'project'"),
-    ({"temperature": 0}, "temperature must be above 0"),
-    ({"weights": {"a": -1}}, "no weight below it"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"weighting": "sizes"}, "did you mean 'size'"),
+        ({"conflicts": "projects"}, "did you mean 'project'"),
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"weights": {"a": -1}}, "no weight below it"),
+    ],
+)
 def test_what_cannot_be_a_weighting_is_refused(keys, message):
     with pytest.raises(ConfigError, match=message):
         MultiTask(**keys)

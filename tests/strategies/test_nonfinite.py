@@ -1,4 +1,6 @@
-"""A row that no step can be taken on: it is skipped and named, and nothing that a strategy keeps is of it."""
+"""A row that no step can be taken on: it is skipped and named, and nothing that a strategy keeps is
+of it.
+"""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -24,15 +26,29 @@ from tests.support import toy
 
 BROKEN = 63  # a token whose embedding is infinite
 SKIP = Recipe(lr=3e-3, epochs=3, batch_size=2, on_nonfinite="skip")
-KEEPING = [SI(), EWC(), MAS(), RWalk(every=3), DER(minibatch=4), GEM(capacity=12), OGD(examples=12),
-           FisherMerge(examples=12), Replay(capacity=12)]
+KEEPING = [
+    SI(),
+    EWC(),
+    MAS(),
+    RWalk(every=3),
+    DER(minibatch=4),
+    GEM(capacity=12),
+    OGD(examples=12),
+    FisherMerge(examples=12),
+    Replay(capacity=12),
+]
 
 
 def rows(index: int, bad: tuple[int, ...] = ()) -> Task:
     """The task without the broken token, but in the rows `bad`."""
-    whole = [replace(e, ids=tuple(5 if i == BROKEN else i for i in e.ids)) for e in toy.examples(index)]
-    return Task(toy.NAMES[index], tuple(replace(e, ids=(BROKEN, *e.ids[1:])) if n in bad else e
-                                        for n, e in enumerate(whole)), columns=toy.NAMES)
+    whole = [
+        replace(e, ids=tuple(5 if i == BROKEN else i for i in e.ids)) for e in toy.examples(index)
+    ]
+    return Task(
+        toy.NAMES[index],
+        tuple(replace(e, ids=(BROKEN, *e.ids[1:])) if n in bad else e for n, e in enumerate(whole)),
+        columns=toy.NAMES,
+    )
 
 
 def model():
@@ -58,13 +74,18 @@ def test_nothing_of_it_is_kept_and_no_later_step_is_skipped(strategy):
     made, strategy = model(), deepcopy(strategy)
     first, second = (stage(made, strategy, rows(t, bad)) for t, bad in ((0, (3,)), (1, ())))
     assert (first[-1]["skipped_steps"], second[-1]["skipped_steps"]) == (3, 0)
-    assert warned(first)[-1] == ("the loss or gradient of 1 of the 12 rows of task 'a' is not finite: a/3; nothing of "
-                                 "them is kept for later stages")
+    assert warned(first)[-1] == (
+        "the loss or gradient of 1 of the 12 rows of task 'a' is not finite: a/3; nothing of "
+        "them is kept for later stages"
+    )
     assert all(t.isfinite().all() for t in toy.memory_tensors(strategy).values())
 
 
-@pytest.mark.parametrize("strategy", [EWC(), MAS(), FisherMerge(examples=12), OGD(examples=12)],
-                         ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "strategy",
+    [EWC(), MAS(), FisherMerge(examples=12), OGD(examples=12)],
+    ids=lambda s: type(s).__name__,
+)
 def test_what_is_measured_is_of_the_other_rows(strategy):
     """As if the task had never had the row."""
     kept = []
@@ -81,7 +102,9 @@ def test_a_row_of_another_task_with_the_same_id_is_kept():
     made, strategy = model(), Replay(capacity=24)
     both = [replace(e, id=e.id[2:]) for t, bad in ((0, (3,)), (1, ())) for e in rows(t, bad).train]
     told = stage(made, strategy, Task("all", tuple(both), columns=toy.NAMES))
-    assert {(e.task, e.id) for e in both} - {(e.task, e.id) for e in strategy.buffer.examples} == {(0, "3")}
+    assert {(e.task, e.id) for e in both} - {(e.task, e.id) for e in strategy.buffer.examples} == {
+        (0, "3")
+    }
     assert "of 1 of the 24 rows" in warned(told)[-1]
 
 
@@ -103,8 +126,12 @@ def test_der_keeps_no_row_whose_loss_is_finite_and_whose_gradient_is_not():
     """It takes rows in before the stage has seen the gradient."""
     made, strategy = toy.model(), DER(minibatch=4)
     words = made.net.get_input_embeddings()
-    words.register_forward_hook(lambda _, args, out: Steep.apply(out, (args[0] == BROKEN)[..., None]))
-    told = [stage(made, strategy, rows(t, bad))[-1]["skipped_steps"] for t, bad in ((0, (3,)), (1, ()))]
+    words.register_forward_hook(
+        lambda _, args, out: Steep.apply(out, (args[0] == BROKEN)[..., None])
+    )
+    told = [
+        stage(made, strategy, rows(t, bad))[-1]["skipped_steps"] for t, bad in ((0, (3,)), (1, ()))
+    ]
     assert told == [3, 0]
     assert "a/3" not in {r["example"].id for r in strategy.kept}
 
@@ -112,7 +139,10 @@ def test_der_keeps_no_row_whose_loss_is_finite_and_whose_gradient_is_not():
 def test_the_good_rows_of_a_skipped_step_are_kept():
     made, strategy = model(), GEM(capacity=12)
     stage(made, strategy, rows(0, (3, 5)), replace(SKIP, batch_size=4))
-    assert {e.id for e in strategy.buffer.examples} == {f"a/{i}" for i in range(12)} - {"a/3", "a/5"}
+    assert {e.id for e in strategy.buffer.examples} == {f"a/{i}" for i in range(12)} - {
+        "a/3",
+        "a/5",
+    }
 
 
 def test_a_stage_that_goes_on_still_knows_the_rows_of_the_steps_that_were_skipped():
@@ -140,15 +170,27 @@ def test_where_no_row_is_left_the_stage_is_an_error():
         made.net.get_input_embeddings().weight[BROKEN] = 0.0  # so that the second step is taken
         made.net.get_output_embeddings().weight.fill_({1: 0.1, 2: torch.nan}[step])
 
-    with pytest.raises(TrainingError, match=r"of 12 of the 12 rows of task 'a' is not finite: a/0, a/1, a/10.*; lower"):
+    with pytest.raises(
+        TrainingError,
+        match=r"of 12 of the 12 rows of task 'a' is not finite: a/0, a/1, a/10.*; lower",
+    ):
         stage(made, EWC(), rows(0, (3,)), replace(SKIP, batch_size=12, epochs=2), after=after)
 
 
-@pytest.mark.parametrize("measure", [fisher, fisher_by_example, sensitivity,
-                                     lambda made, chosen: [*by_example(made, chosen, lambda z, _: z.sum())]],
-                         ids=["fisher", "one by one", "sensitivity", "gradients"])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        fisher,
+        fisher_by_example,
+        sensitivity,
+        lambda made, chosen: [*by_example(made, chosen, lambda z, _: z.sum())],
+    ],
+    ids=["fisher", "one by one", "sensitivity", "gradients"],
+)
 def test_an_importance_that_is_not_finite_is_an_error_that_names_the_examples(measure):
-    with pytest.raises(TrainingError, match=r"matter to the examples a/3, a/5 is not finite; lower train.lr"):
+    with pytest.raises(
+        TrainingError, match=r"matter to the examples a/3, a/5 is not finite; lower train.lr"
+    ):
         measure(model(), rows(0, (3, 5)).train)
 
 

@@ -25,7 +25,9 @@ def direction(made, e) -> torch.Tensor:
 
 
 def learned(*tasks: int):
-    """A model and a strategy after these tasks, the raw directions of what it keeps, taken at each task's end."""
+    """A model and a strategy after these tasks, the raw directions of what it keeps, taken at each
+    task's end.
+    """
     made, strategy, raw = toy.model(torch.float64), OGD(examples=KEPT), []
     for i, t in enumerate(tasks, 1):
         toy.train(made, strategy, t, n=6)
@@ -69,7 +71,9 @@ def test_a_small_step_along_it_leaves_the_kept_logits_to_second_order():
             before = torch.stack([right_logits(made, e) for e in kept])
             for n, w in weights(made).items():
                 w -= size * g[n]
-            drift.append((torch.stack([right_logits(made, e) for e in kept]) - before).abs().max().item())
+            drift.append(
+                (torch.stack([right_logits(made, e) for e in kept]) - before).abs().max().item()
+            )
             for n, w in weights(made).items():
                 w += size * g[n]
     assert drift[1] == pytest.approx(drift[0] / 4, rel=0.1)
@@ -78,7 +82,9 @@ def test_a_small_step_along_it_leaves_the_kept_logits_to_second_order():
 def test_the_basis_is_orthonormal_and_holds_a_direction_an_example():
     _, strategy, raw = learned(0, 1, 2)
     assert strategy.basis.shape == raw.shape
-    assert torch.allclose(strategy.basis @ strategy.basis.T, torch.eye(len(raw), dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        strategy.basis @ strategy.basis.T, torch.eye(len(raw), dtype=torch.float64), atol=1e-12
+    )
 
 
 def test_it_is_gram_schmidt_by_hand():
@@ -95,7 +101,9 @@ def test_it_is_gram_schmidt_by_hand():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 4))
 def test_directions_that_are_known_already_are_not_kept_twice(seed, fresh, known):
-    """Float32, and rows that all but coincide: orthonormal nonetheless, and of the rank that there is."""
+    """Float32, and rows that all but coincide: orthonormal nonetheless, and of the rank that there
+    is.
+    """
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randn(fresh, 30, generator=rng)
     again = torch.randn(known, fresh, generator=rng) @ rows
@@ -109,6 +117,8 @@ def test_directions_that_are_known_already_are_not_kept_twice(seed, fresh, known
 
 def test_the_first_task_is_learned_as_if_alone():
     made, strategy = toy.model(torch.float64), OGD()
-    expected = torch.autograd.grad(toy.mean_loss(made.net, toy.examples(0)), list(weights(made).values()))
+    expected = torch.autograd.grad(
+        toy.mean_loss(made.net, toy.examples(0)), list(weights(made).values())
+    )
     got = step(made, strategy, toy.examples(0))
     assert torch.allclose(got, torch.cat([g.flatten() for g in expected]), rtol=1e-5, atol=1e-8)

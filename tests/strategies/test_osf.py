@@ -1,4 +1,6 @@
-"""The strongest singular directions of every matrix stay, whatever the optimizer; gradients are those of peft's OSF."""
+"""The strongest singular directions of every matrix stay, whatever the optimizer; gradients are
+those of peft's OSF.
+"""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -17,7 +19,9 @@ from strategies.osf import OSF, beside, matrices, strongest
 from tests.support import toy
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks for it
 def test_a_step_s_gradient_is_that_of_pefts_osf_for_each_of_its_factors():
     made = toy.model(torch.float64)
     config = peft.OSFConfig(task_type="CAUSAL_LM", effective_rank=0.5, target_modules="all-linear")
@@ -32,10 +36,13 @@ def test_a_step_s_gradient_is_that_of_pefts_osf_for_each_of_its_factors():
         g = made.net.get_parameter(f"{name.removeprefix('base_model.model.')}.weight").grad
         f = layer.osf_svd_params["default"]
         u, s, v = f["U_low"].detach(), f["S_low"].detach(), f["V_low"].detach()
-        # The chain rule for W = ... + U_low S_low V_low, of a gradient that was projected as a whole. peft's
-        # decomposition is in float32.
-        for ours, own in ((g @ v.T * s, f["U_low"]), ((u.T @ g @ v.T).diagonal(), f["S_low"]),
-                          (s[:, None] * (u.T @ g), f["V_low"])):
+        # The chain rule for W = ... + U_low S_low V_low, of a gradient that was projected as a
+        # whole. peft's decomposition is in float32.
+        for ours, own in (
+            (g @ v.T * s, f["U_low"]),
+            ((u.T @ g @ v.T).diagonal(), f["S_low"]),
+            (s[:, None] * (u.T @ g), f["V_low"]),
+        ):
             torch.testing.assert_close(ours, own.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -49,7 +56,9 @@ def test_after_a_stage_of_adamw_the_kept_directions_are_as_they_were():
         assert moved.norm() > 1e-3
         assert (u.T @ moved).abs().max() < 1e-12
         assert (moved @ v).abs().max() < 1e-12
-        torch.testing.assert_close(u.T @ w @ v, torch.diag(torch.linalg.svdvals(start[n])[: u.shape[1]]))
+        torch.testing.assert_close(
+            u.T @ w @ v, torch.diag(torch.linalg.svdvals(start[n])[: u.shape[1]])
+        )
 
 
 def test_without_the_correction_adamw_would_leave_them():
@@ -57,8 +66,13 @@ def test_without_the_correction_adamw_would_leave_them():
     strategy.hold = lambda model: None
     start = snapshot(made)
     toy.train(made, strategy, 0)
-    assert max(float((strongest(start[n], 0.5)[0].T @ (w.detach() - start[n])).abs().max())
-               for n, w in matrices(made).items()) > 1e-3
+    assert (
+        max(
+            float((strongest(start[n], 0.5)[0].T @ (w.detach() - start[n])).abs().max())
+            for n, w in matrices(made).items()
+        )
+        > 1e-3
+    )
 
 
 def test_each_stage_decomposes_the_weights_as_it_finds_them():
@@ -69,9 +83,14 @@ def test_each_stage_decomposes_the_weights_as_it_finds_them():
     assert all(torch.equal(start, w) for w, start, *_ in strategy.with_live(made))
 
 
-@pytest.mark.parametrize(("kind", "names"), [
-    ("llama", ("norm", "embed", "lm_head")), ("gpt2", ("wte", "wpe", "ln_", "bias")),
-    ("t5", ("norm", "shared", "lm_head", "relative_attention_bias"))])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("llama", ("norm", "embed", "lm_head")),
+        ("gpt2", ("wte", "wpe", "ln_", "bias")),
+        ("t5", ("norm", "shared", "lm_head", "relative_attention_bias")),
+    ],
+)
 def test_embeddings_and_vectors_train_freely(kind, names):
     made = toy.model(kind=kind)
     free = set(weights(made)) - set(matrices(made))
@@ -80,9 +99,14 @@ def test_embeddings_and_vectors_train_freely(kind, names):
 
 def test_of_a_new_adapter_the_factor_at_zero_trains_freely():
     made, strategy = toy.model(), OSF()
-    made.net = adapt_with(made.net, "lora", {"lora": {"r": 4, "target_modules": "all-linear"}}, seq2seq=False)
+    made.net = adapt_with(
+        made.net, "lora", {"lora": {"r": 4, "target_modules": "all-linear"}}, seq2seq=False
+    )
     strategy.begin(made, toy.task(0))
-    assert {(int(u.any(0).sum()), "lora_A" in n) for n, (_, u, _) in strategy.held.items()} == {(2, True), (0, False)}
+    assert {(int(u.any(0).sum()), "lora_A" in n) for n, (_, u, _) in strategy.held.items()} == {
+        (2, True),
+        (0, False),
+    }
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(0, 1), st.integers(0, 99))
@@ -92,9 +116,13 @@ def test_the_projection_keeps_what_is_orthogonal_and_nothing_else(m, n, share, s
     u, v = strongest(w, share)
     p = beside(d, u, v)
     assert u.shape == (m, int(min(m, n) * share))
-    torch.testing.assert_close(u.T @ p, torch.zeros(u.shape[1], n, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        u.T @ p, torch.zeros(u.shape[1], n, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(beside(p, u, v), p, rtol=0, atol=1e-12)
-    torch.testing.assert_close(((d - p) * p).sum().abs(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        ((d - p) * p).sum().abs(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 def test_what_is_no_share_is_refused():

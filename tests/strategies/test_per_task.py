@@ -1,4 +1,6 @@
-"""An adapter a task: each is what it would be if learned alone, and finds its prompts by name or by instruction."""
+"""An adapter a task: each is what it would be if learned alone, and finds its prompts by name or by
+instruction.
+"""
 
 import json
 from dataclasses import dataclass
@@ -68,7 +70,9 @@ def test_tasks_that_were_learned_in_one_stage_share_its_adapter():
 
 
 def test_an_unknown_start_is_refused():
-    with pytest.raises(ConfigError, match=r"unknown start of an adapter 'first'.* Known: base, last"):
+    with pytest.raises(
+        ConfigError, match=r"unknown start of an adapter 'first'.* Known: base, last"
+    ):
         PerTask(start="first")
 
 
@@ -78,8 +82,11 @@ SAY, COUNT, LOUD = [10, 11, 12, 13, 14], [10, 11, 20, 21, 22], [10, 11, 12]
 
 
 def task(index: int, *openings: list[int], n: int = 30) -> Task:
-    rows = [encoded([*opening, 30 + i % 30, 30 + 7 * i % 29], [9], f"{index}/{i}", index)
-            for opening in openings for i in range(n)]
+    rows = [
+        encoded([*opening, 30 + i % 30, 30 + 7 * i % 29], [9], f"{index}/{i}", index)
+        for opening in openings
+        for i in range(n)
+    ]
     return Task(toy.NAMES[index], tuple(rows), columns=toy.NAMES)
 
 
@@ -113,7 +120,9 @@ def test_where_one_instruction_begins_another_the_longer_one_counts():
 
 def test_an_instruction_worded_in_a_new_way_goes_to_the_nearest_by_cosine():
     made, strategy = routed(task(0, SAY), task(1, COUNT))
-    words = made.net.get_input_embeddings().weight.detach() - 2  # the router looks at those before the first stage
+    words = (
+        made.net.get_input_embeddings().weight.detach() - 2
+    )  # the router looks at those before the first stage
     prompts = torch.randint(3, 60, (40, 9), generator=torch.Generator().manual_seed(0)).tolist()
     here = torch.stack([words[p[:5]].mean(0) for p in prompts])
     near = torch.stack([F.cosine_similarity(here, words[x].mean(0)[None]) for x in (SAY, COUNT)])
@@ -132,8 +141,9 @@ def test_it_chooses_alike_whichever_adapter_the_model_has():
 
 def test_several_wordings_of_one_task_are_prototypes_each():
     _, strategy = routed(task(0, SAY, [50, 51, 52, 53, 54]))
-    assert sorted(strategy.instructions["a"]) == sorted(ids for ids, _ in instructions(task(0, SAY, [50, 51, 52, 53, 54]
-                                                                                            ).train))
+    assert sorted(strategy.instructions["a"]) == sorted(
+        ids for ids, _ in instructions(task(0, SAY, [50, 51, 52, 53, 54]).train)
+    )
 
 
 def test_the_task_s_name_changes_nothing():
@@ -152,7 +162,9 @@ def three() -> tuple:
 @given(st.lists(st.lists(st.integers(2, 63), min_size=1, max_size=12), min_size=1, max_size=9))
 def test_every_prompt_has_its_turn_once(prompts):
     made, strategy = three()
-    assert sorted(i for turn in strategy.dispatch(made, prompts) for i in turn) == [*range(len(prompts))]
+    assert sorted(i for turn in strategy.dispatch(made, prompts) for i in turn) == [
+        *range(len(prompts))
+    ]
 
 
 def test_the_mean_of_each_beginning_is_that_of_its_tokens():
@@ -163,8 +175,11 @@ def test_the_mean_of_each_beginning_is_that_of_its_tokens():
 
 # In a run
 
+
 def test_a_run_that_routes_by_instruction_scores_as_one_that_is_told_the_task(keys, tmp_path):
-    """Each task of the test stream has one instruction: the two differ on tasks not learned yet alone."""
+    """Each task of the test stream has one instruction: the two differ on tasks not learned yet
+    alone.
+    """
     told, _ = run(tmp_path / "told", keys, "strategy=per_task")
     found, _ = run(tmp_path / "found", keys, "strategy=router")
     assert found.scores[0] == told.scores[0]
@@ -173,7 +188,10 @@ def test_a_run_that_routes_by_instruction_scores_as_one_that_is_told_the_task(ke
             path = f"predictions/stage-0{stage}/{name}.jsonl"
             assert lines(tmp_path / "found" / path) == lines(tmp_path / "told" / path)
     for name in TASKS:  # an adapter never changes, and before there is one the base answers
-        rows = [json.dumps(lines(tmp_path / f"told/predictions/stage-0{i}/{name}.jsonl")) for i in range(4)]
+        rows = [
+            json.dumps(lines(tmp_path / f"told/predictions/stage-0{i}/{name}.jsonl"))
+            for i in range(4)
+        ]
         begun = TASKS.index(name) + 1
         assert len(set(rows[:begun])) == len(set(rows[begun:])) == 1
 
@@ -189,12 +207,17 @@ class Forgetful(Strategy):
 def perplexities(prompts: int) -> scoring.Test:
     """A test that takes no decoding."""
     asked = tuple(encoded([5, 6 + i], [7, 8][: 1 + i % 2], str(i)) for i in range(prompts))
-    return scoring.Test("a", "perplexity", [Example(e.id, "a", "Say it.", outputs=("x",)) for e in asked], asked, 3)
+    return scoring.Test(
+        "a", "perplexity", [Example(e.id, "a", "Say it.", outputs=("x",)) for e in asked], asked, 3
+    )
 
 
 def test_a_strategy_that_leaves_prompts_out_is_told_so():
     made, test = toy.model(), perplexities(3)
-    with pytest.raises(ContinualError, match="of the 3 prompts of task 'a' 2 were dispatched, and each must be once"):
+    with pytest.raises(
+        ContinualError,
+        match="of the 3 prompts of task 'a' 2 were dispatched, and each must be once",
+    ):
         scoring.score(made, test, 8, Forgetful().dispatch(made, test.prompts))
 
 

@@ -1,4 +1,6 @@
-"""A prompt a task: the newest learns behind the earlier ones, which never change, nor do the answers behind them."""
+"""A prompt a task: the newest learns behind the earlier ones, which never change, nor do the
+answers behind them.
+"""
 
 from dataclasses import replace
 
@@ -122,7 +124,9 @@ def test_a_stage_of_several_tasks_has_one_prompt_for_all_of_them():
 
 def test_prompts_that_will_leave_no_room_are_refused_before_the_first_stage():
     made = toy.prompted(tokens=7)
-    with pytest.raises(ConfigError, match=r"stand behind 28 virtual ones, and the model has 32 positions; lower"):
+    with pytest.raises(
+        ConfigError, match=r"stand behind 28 virtual ones, and the model has 32 positions; lower"
+    ):
         ProgressivePrompts().begin(made, toy.task(0))
     ProgressivePrompts(most=3).begin(made, toy.task(0))
 
@@ -134,8 +138,21 @@ def test_a_model_without_virtual_tokens_is_refused():
         ProgressivePrompts(most=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft's own
 def test_the_newest_prompt_alone_is_not_adapted(refused, keys, tmp_path):
-    run(tmp_path / "run", keys, "strategy=progressive_prompts", "model.adapter=prompt_tuning", "train.steps=2")
-    told = refused("adapt", *keys, f"adapt.start={tmp_path / 'run'}", "task=loud", f"out={tmp_path / 'new'}")
-    assert "progressive_prompts has a part of the model in its memory, and the weights alone never answered" in told
+    run(
+        tmp_path / "run",
+        keys,
+        "strategy=progressive_prompts",
+        "model.adapter=prompt_tuning",
+        "train.steps=2",
+    )
+    told = refused(
+        "adapt", *keys, f"adapt.start={tmp_path / 'run'}", "task=loud", f"out={tmp_path / 'new'}"
+    )
+    assert (
+        "progressive_prompts has a part of the model in its memory, and the weights alone never "
+        "answered" in told
+    )

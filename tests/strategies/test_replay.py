@@ -27,7 +27,9 @@ def rows(task: int, n: int) -> list[Encoded]:
     return [Encoded(f"{task}/{i}", task, (2, 3), (False, True)) for i in range(n)]
 
 
-def filled(sizes: list[int], capacity: float, kind: str = "balanced", seed: int = 0) -> ReplayBuffer:
+def filled(
+    sizes: list[int], capacity: float, kind: str = "balanced", seed: int = 0
+) -> ReplayBuffer:
     buffer = ReplayBuffer(capacity, kind, seed)
     for t, n in enumerate(sizes):
         buffer.add(f"task{t}", rows(t, n))
@@ -55,7 +57,9 @@ class Scripted(random.Random):
 
 
 def test_every_subset_is_equally_likely_in_a_reservoir():
-    """Algorithm R exactly (Vitter 1985): over all throws of the generator each 2 of 5 come up 6 times."""
+    """Algorithm R exactly (Vitter 1985): over all throws of the generator each 2 of 5 come up 6
+    times.
+    """
     found: Counter[frozenset[str]] = Counter()
     for throws in product(range(3), range(4), range(5)):
         kept: list[Encoded] = []
@@ -66,7 +70,9 @@ def test_every_subset_is_equally_likely_in_a_reservoir():
 
 def test_a_reservoir_is_uniform_over_examples_of_all_tasks_however_they_arrive():
     runs, capacity, sizes = 3000, 6, [3, 7, 10]
-    found = Counter(e.id for seed in range(runs) for e in filled(sizes, capacity, "reservoir", seed).examples)
+    found = Counter(
+        e.id for seed in range(runs) for e in filled(sizes, capacity, "reservoir", seed).examples
+    )
     expected, deviation = runs * 6 / 20, (runs * 6 / 20 * 14 / 20) ** 0.5
     assert len(found) == 20
     assert all(abs(n - expected) < 4 * deviation for n in found.values())
@@ -103,8 +109,11 @@ def test_a_reservoir_is_full_as_soon_as_it_can_be(sizes, capacity, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.floats(0.01, 0.99),
-       st.sampled_from(["balanced", "reservoir"]))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    st.floats(0.01, 0.99),
+    st.sampled_from(["balanced", "reservoir"]),
+)
 def test_a_fraction_is_kept_of_each_task_and_at_least_one_example(sizes, fraction, kind):
     kept = Counter(e.task for e in filled(sizes, fraction, kind).examples)
     assert kept == {t: max(1, round(fraction * n)) for t, n in enumerate(sizes)}
@@ -192,7 +201,10 @@ def test_the_rest_of_a_share_is_carried_to_the_next_step():
 @settings(max_examples=200, deadline=None)
 @given(st.floats(0, 0.95), st.lists(st.integers(1, 20), min_size=1, max_size=30))
 def test_the_running_share_is_exact_to_within_one_example(share, sizes):
-    strategy, batch = Replay(capacity=8, share=share), Batch((), Layout(pad=1, device=torch.device("cpu")))
+    strategy, batch = (
+        Replay(capacity=8, share=share),
+        Batch((), Layout(pad=1, device=torch.device("cpu"))),
+    )
     strategy.buffer.add("a", rows(0, 8))
     new = old = 0
     for n in sizes:
@@ -214,7 +226,9 @@ def test_the_buffer_can_be_read_in_the_checkpoint(tmp_path):
     checkpoint.save(tmp_path / "stage-02", made, strategy, toy.matrix())
     told = json.loads((tmp_path / "stage-02" / "memory.json").read_text("utf-8"))
     fields = dict(told["dict"])["buffer"]["fields"]
-    kept = {task: [e["example"]["text"] for e in examples] for task, examples in fields["tasks"]["dict"]}
+    kept = {
+        task: [e["example"]["text"] for e in examples] for task, examples in fields["tasks"]["dict"]
+    }
     assert kept == {t: [e.text for e in strategy.buffer.tasks[t]] for t in ("a", "b")}
     assert [len(texts) for texts in kept.values()] == [2, 2]
     assert kept["a"][0].startswith("task a, row ")

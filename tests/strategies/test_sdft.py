@@ -1,4 +1,6 @@
-"""Self-distillation: the divergence by hand, the teacher's weights, and a demonstration that is learned from alone."""
+"""Self-distillation: the divergence by hand, the teacher's weights, and a demonstration that is
+learned from alone.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -42,7 +44,9 @@ def test_the_term_is_the_reverse_divergence_from_the_model_that_saw_the_answer_o
         prompt, answer = y.ids[: turn(y)], y.ids[turn(y) :]
         q = logits_behind(made.net, prompt, answer).log_softmax(-1)
         p = logits_behind(made.net, (*e.ids, *prompt), answer).log_softmax(-1)
-        parts.append(F.kl_div(p, q, reduction="none", log_target=True).sum(-1))  # kl_div(p, q) is KL(q || p)
+        parts.append(
+            F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
+        )  # kl_div(p, q) is KL(q || p)
     assert found.item() == pytest.approx(torch.cat(parts).mean().item(), rel=1e-9)
 
 
@@ -59,7 +63,9 @@ def test_a_step_s_gradient_is_that_of_both_shares_and_none_goes_through_the_teac
     batch = numbered(made, own)
     told = forward(made, numbered(made, shown)).detach().log_softmax(-1)
     q = forward(made, batch).log_softmax(-1)
-    expected = 0.7 * toy.mean_loss(made.net, rows) + 0.3 * F.kl_div(told, q, reduction="batchmean", log_target=True)
+    expected = 0.7 * toy.mean_loss(made.net, rows) + 0.3 * F.kl_div(
+        told, q, reduction="batchmean", log_target=True
+    )
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert toy.close(found, gradient(made), rtol=1e-6, atol=1e-9)
@@ -68,7 +74,9 @@ def test_a_step_s_gradient_is_that_of_both_shares_and_none_goes_through_the_teac
 def test_answers_are_the_model_s_own_and_drawn_anew_by_the_seed():
     made, strategy = begun()
     rows = toy.examples(0)
-    first, second, again, other = (s.answered(made, rows) for s in (strategy, strategy, SDFT(), SDFT(seed=1)))
+    first, second, again, other = (
+        s.answered(made, rows) for s in (strategy, strategy, SDFT(), SDFT(seed=1))
+    )
     assert first == again
     assert first != second
     assert first != other
@@ -84,7 +92,10 @@ def test_the_teacher_s_weights_are_a_moving_average_that_begins_with_the_stage()
     for _ in range(3):
         restore(made, {n: w + 1 for n, w in snapshot(made).items()})
         strategy.backward(made, made.batch(toy.examples(0, 2)))
-        expected = {n: 0.9 * t + 0.1 * w for (n, t), w in zip(expected.items(), snapshot(made).values(), strict=True)}
+        expected = {
+            n: 0.9 * t + 0.1 * w
+            for (n, t), w in zip(expected.items(), snapshot(made).values(), strict=True)
+        }
     assert toy.close(strategy.teacher, expected)
     strategy.end(made, toy.task(0))
     assert strategy.teacher == {}
@@ -101,7 +112,12 @@ def test_the_teacher_of_weights_in_bfloat16_comes_after_them():
     for _ in range(5):
         made.net.zero_grad()
         strategy.backward(made, made.batch(toy.examples(0, 1)))
-    assert toy.close(strategy.teacher, {n: w.float() + (1 - 0.99**5) * moved[n] for n, w in start.items()}, 1e-4, 1e-6)
+    assert toy.close(
+        strategy.teacher,
+        {n: w.float() + (1 - 0.99**5) * moved[n] for n, w in start.items()},
+        1e-4,
+        1e-6,
+    )
 
 
 # A model that learns in context
@@ -110,7 +126,9 @@ WIDE = 12
 
 
 class Inductive(torch.nn.Module):
-    """It says what its table says of the last token, and strongly what stood behind that token before, if it stood."""
+    """It says what its table says of the last token, and strongly what stood behind that token
+    before, if it stood.
+    """
 
     def __init__(self):
         super().__init__()
@@ -127,7 +145,9 @@ class Inductive(torch.nn.Module):
             for t, i in enumerate(ids):
                 if i in ids[:t]:
                     before[row, t, ids[ids.index(i) + 1]] = 1
-        return SimpleNamespace(logits=self.head(torch.cat([F.one_hot(input_ids, WIDE).float(), before], -1)))
+        return SimpleNamespace(
+            logits=self.head(torch.cat([F.one_hot(input_ids, WIDE).float(), before], -1))
+        )
 
 
 def one_token(model, prompts, room, together, end, pick):
@@ -135,13 +155,19 @@ def one_token(model, prompts, room, together, end, pick):
     return [[t] for t in pick(logits.detach(), range(len(prompts)), 0).tolist()]
 
 
-def test_a_model_that_learns_in_context_learns_the_answers_without_being_trained_on_them(monkeypatch):
-    """At strength 1 there is no other loss; without a demonstration in the prompt, nothing is learned."""
+def test_a_model_that_learns_in_context_learns_the_answers_without_being_trained_on_them(
+    monkeypatch,
+):
+    """At strength 1 there is no other loss; without a demonstration in the prompt, nothing is
+    learned.
+    """
     monkeypatch.setattr(sdft, "complete", one_token)
     rows = [encoded([a], [(a + 5) % 9 + 1], str(a)) for a in range(2, 10)]
     found = []
     for demonstrated in (True, False):
-        made = Model(Inductive(), SimpleNamespace(eos_token_id=0), Layout(pad=0, device=torch.device("cpu")))
+        made = Model(
+            Inductive(), SimpleNamespace(eos_token_id=0), Layout(pad=0, device=torch.device("cpu"))
+        )
         strategy = SDFT(strength=1.0)
         strategy.begin(made, replace(toy.task(0), train=tuple(rows)))
         if not demonstrated:
@@ -158,9 +184,12 @@ def test_a_model_that_learns_in_context_learns_the_answers_without_being_trained
 
 # What is refused
 
+
 def test_an_example_that_does_not_fit_behind_its_demonstration_is_refused():
     long = encoded([*range(2, 20)], [3], "long")
-    with pytest.raises(DataError, match=r"behind its demonstration takes 38 tokens, and the model has 32; .*=16"):
+    with pytest.raises(
+        DataError, match=r"behind its demonstration takes 38 tokens, and the model has 32; .*=16"
+    ):
         SDFT().begin(toy.model(), replace(toy.task(0), train=(long,)))
 
 

@@ -1,4 +1,6 @@
-"""Path integrals by hand, by the loss that they must add up to, and by a direct transcription of the equations."""
+"""Path integrals by hand, by the loss that they must add up to, and by a direct transcription of
+the equations.
+"""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,7 +23,11 @@ class Bowl(Strategy):
     """The loss is the mean of a (w - m)^2 / 2 over the batch's examples (a, m)."""
 
     def loss(self, model, batch):
-        return torch.stack([a * (model.net.w - m).square() / 2 for a, m in batch.examples]).mean(0).sum()
+        return (
+            torch.stack([a * (model.net.w - m).square() / 2 for a, m in batch.examples])
+            .mean(0)
+            .sum()
+        )
 
 
 @dataclass(kw_only=True)
@@ -43,8 +49,9 @@ class Point(torch.nn.Module):
 
 
 def bowls(*examples):
-    batch = SimpleNamespace(examples=examples, tokens=1.0, length=1,
-                            layout=SimpleNamespace(device=torch.device("cpu")))
+    batch = SimpleNamespace(
+        examples=examples, tokens=1.0, length=1, layout=SimpleNamespace(device=torch.device("cpu"))
+    )
     batch.micro_batches = lambda: [batch]
     return batch
 
@@ -65,10 +72,17 @@ def descend(model, strategy, batches, lr: float) -> list[torch.Tensor]:
 
 
 def test_two_tasks_of_two_steps_by_hand():
-    """From 0 to 1 to 1.5 under (w - 2)^2 / 2, then to 0.75 and 1.125 under w^2 / 2 and the pull (w - 1.5)^2."""
-    model, strategy = SimpleNamespace(net=Point(0.0), trained=(), sharded=False), BowlSI(strength=2.0, damping=0.25)
+    """From 0 to 1 to 1.5 under (w - 2)^2 / 2, then to 0.75 and 1.125 under w^2 / 2 and the pull (w
+    - 1.5)^2.
+    """
+    model, strategy = (
+        SimpleNamespace(net=Point(0.0), trained=(), sharded=False),
+        BowlSI(strength=2.0, damping=0.25),
+    )
     descend(model, strategy, [bowls((1.0, 2.0))] * 2, lr=0.5)
-    assert strategy.importance["w"].item() == pytest.approx((2 * 1 + 1 * 0.5) / (1.5**2 + 0.25))  # = 1
+    assert strategy.importance["w"].item() == pytest.approx(
+        (2 * 1 + 1 * 0.5) / (1.5**2 + 0.25)
+    )  # = 1
     assert strategy.anchor["w"].item() == pytest.approx(1.5)
     descend(model, strategy, [bowls((1.0, 0.0))] * 2, lr=0.5)
     omega = -1.5 * -0.75 - 0.75 * 0.375  # of w^2 / 2 alone
@@ -103,7 +117,9 @@ class Recording(SI):
 
 
 def test_the_path_integrals_of_all_weights_add_up_to_the_fall_of_the_task_s_own_loss():
-    """Zenke et al. 2017, eq. 3, for small steps; in the second task beside a pull that holds it back."""
+    """Zenke et al. 2017, eq. 3, for small steps; in the second task beside a pull that holds it
+    back.
+    """
     made, strategy = toy.model(torch.float64), Recording(strength=50.0, damping=1e-3)
     small = Recipe(lr=2e-4, epochs=40, batch_size=12, schedule="constant", clip=0.01)
     for t in (0, 1):
@@ -136,23 +152,31 @@ class Exact(SI):
 
 def test_of_weights_in_bfloat16_the_path_is_added_up_in_float32():
     strategy = Exact()
-    toy.train(toy.model(torch.bfloat16), strategy, 0, recipe=Recipe(lr=1e-3, steps=60, batch_size=4))
+    toy.train(
+        toy.model(torch.bfloat16), strategy, 0, recipe=Recipe(lr=1e-3, steps=60, batch_size=4)
+    )
     assert 0 < strategy.off < 1e-3
 
 
 def test_no_part_of_a_finished_path_is_kept():
     made, strategy = toy.model(), RWalk()
     toy.train(made, strategy, 0, n=6)
-    assert not any((strategy.omega, strategy.start, strategy.before, strategy.slope, strategy.score))
+    assert not any(
+        (strategy.omega, strategy.start, strategy.before, strategy.slope, strategy.score)
+    )
 
 
 def transcribed(tasks, walks, every, alpha, damping):
-    """Chaudhry et al. 2018, eq. 6-8, of the weights at every step of every task; the importance after each."""
+    """Chaudhry et al. 2018, eq. 6-8, of the weights at every step of every task; the importance
+    after each.
+    """
     running, scores, found = None, None, []
     for batches, walk in zip(tasks, walks, strict=True):
         score, t = torch.zeros_like(walk[0]), 0
         while t < len(batches):
-            squares = torch.stack([(a * (walk[t] - m)).square() for a, m in batches[t].examples]).mean(0)
+            squares = torch.stack(
+                [(a * (walk[t] - m)).square() for a, m in batches[t].examples]
+            ).mean(0)
             running = squares if running is None else alpha * squares + (1 - alpha) * running
             end, won = min(t + every, len(batches)), torch.zeros_like(score)
             for i in range(t, end):
@@ -167,12 +191,18 @@ def transcribed(tasks, walks, every, alpha, damping):
 
 def test_rwalk_is_its_equations_on_a_quadratic(monkeypatch):
     def of_bowls(model, examples):
-        return {"w": torch.stack([(a * (model.net.w.detach() - m)).square() for a, m in examples]).mean(0)}
+        return {
+            "w": torch.stack([(a * (model.net.w.detach() - m)).square() for a, m in examples]).mean(
+                0
+            )
+        }
 
     monkeypatch.setattr(si, "fisher", of_bowls)
     first, second = torch.tensor([1.0, 3.0]).double(), torch.tensor([0.5, 2.0]).double()
-    tasks = [[bowls((first, 1.0 + 0.1 * i), (second, -0.5)) for i in range(7)],
-             [bowls((second, 2.0), (first, 0.3 * i)) for i in range(5)]]
+    tasks = [
+        [bowls((first, 1.0 + 0.1 * i), (second, -0.5)) for i in range(7)],
+        [bowls((second, 2.0), (first, 0.3 * i)) for i in range(5)],
+    ]
     model = SimpleNamespace(net=Point(0.2, -1.0), trained=(), sharded=False)
     strategy = BowlRWalk(strength=0.7, damping=0.01, alpha=0.8, every=3)
     walks, found = [], []

@@ -64,7 +64,10 @@ def weights_after(strategy: Strategy):
     return toy.everything(made)
 
 
-REPLAY, PULL = {"capacity": 6, "share": 0.4, "seed": 3}, {"strength": 500.0, "examples": 5, "seed": 3}
+REPLAY, PULL = (
+    {"capacity": 6, "share": 0.4, "seed": 3},
+    {"strength": 500.0, "examples": 5, "seed": 3},
+)
 
 
 def test_replay_and_ewc_compose_to_the_class_that_inherits_from_both():
@@ -84,21 +87,35 @@ def test_it_has_the_memory_and_the_terms_of_both():
 
 
 def test_one_part_switched_off_leaves_the_other():
-    assert toy.same(weights_after(compose(Replay(**REPLAY), EWC(strength=0, seed=3))), weights_after(Replay(**REPLAY)))
-    assert toy.same(weights_after(compose(Replay(capacity=0, seed=3), EWC(**PULL))), weights_after(EWC(**PULL)))
+    assert toy.same(
+        weights_after(compose(Replay(**REPLAY), EWC(strength=0, seed=3))),
+        weights_after(Replay(**REPLAY)),
+    )
+    assert toy.same(
+        weights_after(compose(Replay(capacity=0, seed=3), EWC(**PULL))), weights_after(EWC(**PULL))
+    )
 
 
 def test_the_moments_come_in_the_order_of_the_list():
-    for parts, order in (((First(), Second()), ["first", "second"]), ((Second(), First()), ["second", "first"])):
+    for parts, order in (
+        ((First(), Second()), ["first", "second"]),
+        ((Second(), First()), ["second", "first"]),
+    ):
         strategy = compose(*parts)
         strategy.end(toy.model(), toy.task(0))
         assert strategy.said == order
 
 
-@pytest.mark.parametrize("parts", [
-    (Replay(capacity=8), MultiTask(capacity=8)), (MultiTask(capacity=8), Replay(capacity=8)),
-    (Strategy(), MultiTask(capacity=8)), (MultiTask(capacity=8),),
-], ids=["base first", "base last", "naive", "alone"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (Replay(capacity=8), MultiTask(capacity=8)),
+        (MultiTask(capacity=8), Replay(capacity=8)),
+        (Strategy(), MultiTask(capacity=8)),
+        (MultiTask(capacity=8),),
+    ],
+    ids=["base first", "base last", "naive", "alone"],
+)
 def test_a_base_beside_its_own_subclass_is_that_subclass(parts):
     composed = compose(*parts)
     assert type(composed) is MultiTask
@@ -115,14 +132,22 @@ def test_one_strategy_composed_with_nothing_keeps_its_settings():
 def test_settings_that_are_shared_must_agree():
     with pytest.raises(ConfigError, match=r"Replay\.seed=1 and EWC\.seed=2 are one setting"):
         compose(Replay(seed=1), EWC(seed=2))
-    with pytest.raises(ConfigError, match=r"Replay\.capacity=5 and MAML\.capacity=0\.1 are one setting"):
+    with pytest.raises(
+        ConfigError, match=r"Replay\.capacity=5 and MAML\.capacity=0\.1 are one setting"
+    ):
         compose(Replay(capacity=5), MAML())
 
 
-@pytest.mark.parametrize(("listed", "told"), [
-    ("replay,der", "strategy.replay.capacity=0.2 and strategy.der.capacity=500 are one setting"),
-    ("lwf,ewc", "strategy.lwf.strength=1.0 and strategy.ewc.strength=1000.0 are one setting"),
-])
+@pytest.mark.parametrize(
+    ("listed", "told"),
+    [
+        (
+            "replay,der",
+            "strategy.replay.capacity=0.2 and strategy.der.capacity=500 are one setting",
+        ),
+        ("lwf,ewc", "strategy.lwf.strength=1.0 and strategy.ewc.strength=1000.0 are one setting"),
+    ],
+)
 def test_settings_that_do_not_agree_are_told_by_their_keys(listed, told, refused, keys):
     assert told in refused("run", *keys, f"strategy=[{listed}]", "out=it")
 
@@ -137,7 +162,9 @@ def test_no_order_of_the_list_loses_the_pull(others):
 
 
 def test_maml_composes_with_weighted_tasks():
-    strategy = compose(MultiTask(weighting="size", capacity=12, share=0.5), MAML(capacity=12, share=0.5))
+    strategy = compose(
+        MultiTask(weighting="size", capacity=12, share=0.5), MAML(capacity=12, share=0.5)
+    )
     weights_after(strategy)
     assert set(strategy.notes) == {"weight/c", next(n for n in strategy.notes if n != "weight/c")}
     assert sum(strategy.notes.values()) == pytest.approx(1)
@@ -145,22 +172,63 @@ def test_maml_composes_with_weighted_tasks():
 
 # Lists that cannot compose
 
-@pytest.mark.parametrize(("parts", "told"), [
-    ((MAML(share=0), GEM()), "MAML and GEM cannot be composed so: MAML's 'backward' takes the place of GEM's; list GEM "
-                             "first"),
-    ((MAML(), SI()), "MAML and SI cannot be composed so: MAML's 'backward' takes the place of SI's; list SI first"),
-    ((MAML(), Reptile()), "MAML and Reptile cannot be composed so: MAML's 'episode' takes the place of Reptile's; "
-                          "choose one of them"),
-    ((EWC(), MAS()), "EWC and MAS cannot be composed so: EWC's 'measure' takes the place of MAS's; choose one of them"),
-    ((L2(), EWC()), "EWC and L2 cannot be composed so: EWC's 'measure' takes the place of L2's; choose one of them"),
-    ((Replay(), HardReplay()), "Replay and HardReplay cannot be composed so: Replay's 'fill' takes the place of "
-                               "HardReplay's; choose one of them"),
-    ((HardReplay(), Replay()), "HardReplay and Replay cannot be composed so: HardReplay's 'fill' takes the place of"),
-    ((LAMOL(), Replay()), "LAMOL and Replay cannot be composed so: LAMOL's 'fill' takes the place of Replay's"),
-    ((InsCL(), HardReplay()), "InsCL and HardReplay cannot be composed so: InsCL's 'recall' takes the place of"),
-    ((HardReplay(), InsCL()), "HardReplay and InsCL cannot be composed so: HardReplay's 'recall' takes the place of"),
-    ((EWC(), OnlineEWC()), "OnlineEWC and EWC cannot be composed so: OnlineEWC's 'consolidate' takes the place of"),
-], ids=lambda x: None if isinstance(x, str) else ",".join(type(p).__name__ for p in x))
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        (
+            (MAML(share=0), GEM()),
+            "MAML and GEM cannot be composed so: MAML's 'backward' takes the place of GEM's; "
+            "list GEM first",
+        ),
+        (
+            (MAML(), SI()),
+            "MAML and SI cannot be composed so: MAML's 'backward' takes the place of SI's; list "
+            "SI first",
+        ),
+        (
+            (MAML(), Reptile()),
+            "MAML and Reptile cannot be composed so: MAML's 'episode' takes the place of "
+            "Reptile's; choose one of them",
+        ),
+        (
+            (EWC(), MAS()),
+            "EWC and MAS cannot be composed so: EWC's 'measure' takes the place of MAS's; choose "
+            "one of them",
+        ),
+        (
+            (L2(), EWC()),
+            "EWC and L2 cannot be composed so: EWC's 'measure' takes the place of L2's; choose "
+            "one of them",
+        ),
+        (
+            (Replay(), HardReplay()),
+            "Replay and HardReplay cannot be composed so: Replay's 'fill' takes the place of "
+            "HardReplay's; choose one of them",
+        ),
+        (
+            (HardReplay(), Replay()),
+            "HardReplay and Replay cannot be composed so: HardReplay's 'fill' takes the place of",
+        ),
+        (
+            (LAMOL(), Replay()),
+            "LAMOL and Replay cannot be composed so: LAMOL's 'fill' takes the place of Replay's",
+        ),
+        (
+            (InsCL(), HardReplay()),
+            "InsCL and HardReplay cannot be composed so: InsCL's 'recall' takes the place of",
+        ),
+        (
+            (HardReplay(), InsCL()),
+            "HardReplay and InsCL cannot be composed so: HardReplay's 'recall' takes the place of",
+        ),
+        (
+            (EWC(), OnlineEWC()),
+            "OnlineEWC and EWC cannot be composed so: OnlineEWC's 'consolidate' takes the place of",
+        ),
+    ],
+    ids=lambda x: None if isinstance(x, str) else ",".join(type(p).__name__ for p in x),
+)
 def test_a_list_in_which_one_would_lose_a_method_to_another_is_refused(parts, told):
     with pytest.raises(ConfigError, match=told):
         compose(*parts)
@@ -189,7 +257,10 @@ class Alone(Strategy):
 
 
 def test_a_method_that_is_marked_counts_as_one_that_never_calls_the_others():
-    with pytest.raises(ConfigError, match="Alone and First cannot be composed so: Alone's 'end' takes the place of Fi"):
+    with pytest.raises(
+        ConfigError,
+        match="Alone and First cannot be composed so: Alone's 'end' takes the place of Fi",
+    ):
         compose(Alone(), First())
     strategy = compose(First(), Alone())
     strategy.end(toy.model(), toy.task(0))
@@ -217,16 +288,23 @@ class Measured(Strategy):
     measure: float = memory(float)
 
 
-@pytest.mark.parametrize(("other", "name"), [(Counts, "stages"), (Anchored, "anchor"), (Measured, "measure")])
+@pytest.mark.parametrize(
+    ("other", "name"), [(Counts, "stages"), (Anchored, "anchor"), (Measured, "measure")]
+)
 def test_one_name_for_two_things_is_refused_in_either_order(other, name):
     for parts in ((EWC(), other()), (other(), EWC())):
         names = " and ".join(type(p).__name__ for p in parts)
-        with pytest.raises(ConfigError, match=f"{names} cannot be composed: each has a {name!r} of its own"):
+        with pytest.raises(
+            ConfigError, match=f"{names} cannot be composed: each has a {name!r} of its own"
+        ):
             compose(*parts)
 
 
 def test_strategies_that_remember_instructions_each_in_its_own_way_are_refused():
-    with pytest.raises(ConfigError, match="InsCL and Router cannot be composed: each has a 'instructions' of its own"):
+    with pytest.raises(
+        ConfigError,
+        match="InsCL and Router cannot be composed: each has a 'instructions' of its own",
+    ):
         compose(InsCL(), Router())
 
 

@@ -15,8 +15,12 @@ ORDERS = {"backwards": ["c", "b", "a"], "short": ["c", "a"]}
 
 
 def task(name: str, train: int, dev: int = 1) -> Task[Example]:
-    rows = {split: tuple(Example(f"{name}/{split}/{i}", name, "ask", str(i), ("yes",)) for i in range(size))
-            for split, size in (("train", train), ("dev", dev))}
+    rows = {
+        split: tuple(
+            Example(f"{name}/{split}/{i}", name, "ask", str(i), ("yes",)) for i in range(size)
+        )
+        for split, size in (("train", train), ("dev", dev))
+    }
     return Task(name, rows["train"], rows["dev"], metric="rougeL", labels=("yes",))
 
 
@@ -26,7 +30,14 @@ def stream(**sizes: int) -> Stream:
 
 
 def arranged(of: Stream | None = None, **asked) -> Stream:
-    settings = {"orders": ORDERS, "tasks": None, "order": None, "limit": None, "arrangement": "sequential", "seed": 0}
+    settings = {
+        "orders": ORDERS,
+        "tasks": None,
+        "order": None,
+        "limit": None,
+        "arrangement": "sequential",
+        "seed": 0,
+    }
     return arrange(of or stream(), **{**settings, **asked})
 
 
@@ -67,7 +78,10 @@ def test_the_order_named_default_holds_when_no_order_is_asked():
 
 
 def test_listed_tasks_overrule_the_order_named_default():
-    assert names(arranged(orders={"default": ["b", "a", "c"]}, tasks=["a", "b"]).tasks) == ["a", "b"]
+    assert names(arranged(orders={"default": ["b", "a", "c"]}, tasks=["a", "b"]).tasks) == [
+        "a",
+        "b",
+    ]
 
 
 @given(st.integers(0, 50))
@@ -80,7 +94,10 @@ def test_random_order_is_the_seeds_and_keeps_every_task(seed):
 
 def test_random_orders_differ_between_seeds():
     many = [str(i) for i in range(12)]
-    assert len({tuple(choose(many, orders={}, tasks=None, order="random", seed=s)) for s in range(5)}) == 5
+    assert (
+        len({tuple(choose(many, orders={}, tasks=None, order="random", seed=s)) for s in range(5)})
+        == 5
+    )
 
 
 def test_random_order_leaves_the_global_generator_alone():
@@ -91,7 +108,10 @@ def test_random_order_leaves_the_global_generator_alone():
 
 def test_limit_keeps_the_first_train_rows_and_all_dev_rows():
     result = arranged(stream(a=9, b=1), limit=2)
-    assert [[row.id for row in t.train] for t in result.tasks] == [["a/train/0", "a/train/1"], ["b/train/0"]]
+    assert [[row.id for row in t.train] for t in result.tasks] == [
+        ["a/train/0", "a/train/1"],
+        ["b/train/0"],
+    ]
     assert [len(t.dev) for t in result.tasks] == [1, 1]
 
 
@@ -107,25 +127,44 @@ def test_cumulative_stage_learns_every_task_so_far():
     result = arranged(arrangement="cumulative")
     assert names(result.stages) == ["a", "b", "c"]
     assert [len(s.train) for s in result.stages] == [3, 7, 12]
-    assert [[row.task for row in s.dev] for s in result.stages] == [["a"], ["a", "b"], ["a", "b", "c"]]
+    assert [[row.task for row in s.dev] for s in result.stages] == [
+        ["a"],
+        ["a", "b"],
+        ["a", "b", "c"],
+    ]
 
 
 def test_mixed_rows_keep_the_name_of_their_own_task():
-    assert Counter(row.task for row in arranged(arrangement="joint").stages[0].train) == {"a": 3, "b": 4, "c": 5}
+    assert Counter(row.task for row in arranged(arrangement="joint").stages[0].train) == {
+        "a": 3,
+        "b": 4,
+        "c": 5,
+    }
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.one_of(st.none(), st.integers(1, 7)),
-       st.integers(0, 9))
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.one_of(st.none(), st.integers(1, 7)),
+    st.integers(0, 9),
+)
 def test_no_arrangement_adds_or_loses_a_train_row(sizes, limit, seed):
     of = stream(**{f"t{i}": size for i, size in enumerate(sizes)})
-    kept = {kind: arranged(of, orders={}, order="random", limit=limit, arrangement=kind, seed=seed)
-            for kind in ("sequential", "joint", "cumulative")}
-    assert ids(kept["sequential"].stages) == ids(kept["joint"].stages) == ids(kept["cumulative"].stages[-1:])
+    kept = {
+        kind: arranged(of, orders={}, order="random", limit=limit, arrangement=kind, seed=seed)
+        for kind in ("sequential", "joint", "cumulative")
+    }
+    assert (
+        ids(kept["sequential"].stages)
+        == ids(kept["joint"].stages)
+        == ids(kept["cumulative"].stages[-1:])
+    )
     assert all(ids(result.tasks) == ids(kept["sequential"].stages) for result in kept.values())
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_names():
-    with pytest.raises(ConfigError, match=r"unknown task in stream.tasks 'agnew'; did you mean 'agnews'\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown task in stream.tasks 'agnew'; did you mean 'agnews'\?"
+    ):
         arranged(stream(agnews=1, yelp=1), tasks=["agnew"])
 
 
@@ -135,17 +174,24 @@ def test_all_wrong_names_are_told_at_once():
 
 
 def test_an_unknown_order_is_refused_with_the_nearest_names():
-    with pytest.raises(ConfigError, match=r"unknown stream.order 'backward'; did you mean 'backwards'.*random"):
+    with pytest.raises(
+        ConfigError, match=r"unknown stream.order 'backward'; did you mean 'backwards'.*random"
+    ):
         arranged(order="backward")
 
 
 def test_an_order_without_a_picked_task_is_refused():
-    with pytest.raises(ConfigError, match=r"found b in stream.tasks, expected tasks of order 'short' \(c, a\); drop"):
+    with pytest.raises(
+        ConfigError,
+        match=r"found b in stream.tasks, expected tasks of order 'short' \(c, a\); drop",
+    ):
         arranged(order="short", tasks=["a", "b"])
 
 
 def test_an_unknown_arrangement_is_refused():
-    with pytest.raises(ConfigError, match=r"unknown stream.arrangement 'joined'; did you mean 'joint'"):
+    with pytest.raises(
+        ConfigError, match=r"unknown stream.arrangement 'joined'; did you mean 'joint'"
+    ):
         arranged(arrangement="joined")
 
 
@@ -156,12 +202,16 @@ def test_a_limit_below_one_is_refused(limit):
 
 
 def test_no_task_at_all_is_refused():
-    with pytest.raises(ConfigError, match=r"found no task in stream.tasks, expected at least one of a, b, c"):
+    with pytest.raises(
+        ConfigError, match=r"found no task in stream.tasks, expected at least one of a, b, c"
+    ):
         arranged(tasks=[])
 
 
 def test_one_text_in_place_of_the_list_of_tasks_is_refused():
-    with pytest.raises(ConfigError, match=r"found the text 'abc' in stream.tasks, expected a list.*\[abc\]"):
+    with pytest.raises(
+        ConfigError, match=r"found the text 'abc' in stream.tasks, expected a list.*\[abc\]"
+    ):
         arranged(tasks="abc")
 
 

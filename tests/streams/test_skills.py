@@ -11,32 +11,38 @@ BY_NAME = {skill.name: skill for skill in (*SKILLS, *BASIC, *LABELS)}
 SMALL = {"seed": 0, "train_size": 40, "dev_size": 10, "test_size": 20, "pretraining_size": 30}
 
 
-@pytest.mark.parametrize(("name", "words", "answer"), [
-    ("reverse", "cat two fig axe", "axe fig two cat"),
-    ("swap_ends", "cat two fig axe", "axe two fig cat"),
-    ("nouns_only", "cat two fig five", "cat fig"),
-    ("first_and_third", "cat two fig axe", "cat fig"),
-    ("third", "cat two fig axe", "fig"),
-    ("count_animals", "cat two dog axe", "two"),
-    ("count_fruits", "cat two dog axe", "zero"),
-    ("add", "four cat five fig", "nine"),
-    ("subtract", "two cat five fig", "three"),
-    ("majority", "cat two dog axe", "animal"),
-    ("alphabetical_last", "cat whale fig two", "whale"),
-])
+@pytest.mark.parametrize(
+    ("name", "words", "answer"),
+    [
+        ("reverse", "cat two fig axe", "axe fig two cat"),
+        ("swap_ends", "cat two fig axe", "axe two fig cat"),
+        ("nouns_only", "cat two fig five", "cat fig"),
+        ("first_and_third", "cat two fig axe", "cat fig"),
+        ("third", "cat two fig axe", "fig"),
+        ("count_animals", "cat two dog axe", "two"),
+        ("count_fruits", "cat two dog axe", "zero"),
+        ("add", "four cat five fig", "nine"),
+        ("subtract", "two cat five fig", "three"),
+        ("majority", "cat two dog axe", "animal"),
+        ("alphabetical_last", "cat whale fig two", "whale"),
+    ],
+)
 def test_each_skill_answers_by_its_rule(name: str, words: str, answer: str) -> None:
     assert BY_NAME[name].fits(words.split())
     assert BY_NAME[name].answer(words.split()) == answer
 
 
-@pytest.mark.parametrize(("name", "words", "answer"), [
-    ("copy", "cat two fig axe", "cat two fig axe"),
-    ("rotate", "cat two fig axe", "two fig axe cat"),
-    ("last_three_backwards", "cat two fig axe", "axe fig two"),
-    ("kinds", "cat two fig axe", "animal number fruit tool"),
-    ("one_more", "two cat four fig", "three five"),
-    ("count_tools", "cat two saw axe", "two"),
-])
+@pytest.mark.parametrize(
+    ("name", "words", "answer"),
+    [
+        ("copy", "cat two fig axe", "cat two fig axe"),
+        ("rotate", "cat two fig axe", "two fig axe cat"),
+        ("last_three_backwards", "cat two fig axe", "axe fig two"),
+        ("kinds", "cat two fig axe", "animal number fruit tool"),
+        ("one_more", "two cat four fig", "three five"),
+        ("count_tools", "cat two saw axe", "two"),
+    ],
+)
 def test_basic_operations_answer_by_their_rule(name: str, words: str, answer: str) -> None:
     assert BY_NAME[name].answer(words.split()) == answer
 
@@ -45,20 +51,28 @@ def test_a_labelling_calls_each_word_by_the_label_of_its_kind() -> None:
     skill = labelling(["kiwi", "saw", "two", "lion"])
     assert skill.name == "call_kiwi_saw_two_lion"
     assert skill.answer(["cat", "nine", "fig", "axe"]) == "kiwi lion saw two"
-    assert all(label in text.split() for text in skill.phrasings for label in ("kiwi", "saw", "two", "lion"))
+    assert all(
+        label in text.split()
+        for text in skill.phrasings
+        for label in ("kiwi", "saw", "two", "lion")
+    )
 
 
-def test_each_order_of_labellings_is_a_part_of_the_longer_ones_and_leaves_out_the_same_eight() -> None:
+def test_each_order_of_labellings_is_a_part_of_the_longer_ones_and_leaves_out_the_same_eight() -> (
+    None
+):
     orders = [ORDERS[f"labels_{n}"] for n in (6, 12, 24, 48, 96)]
     for few, more in pairwise(orders):
-        assert more[:len(few)] == few
+        assert more[: len(few)] == few
     assert [len({*order}) for order in orders] == [6, 12, 24, 48, 96]
     assert len({*LABELS_HELD_OUT}) == 8
     assert not {*orders[-1]} & {*LABELS_HELD_OUT}
 
 
 def test_a_random_order_is_of_the_eleven_skills() -> None:
-    assert {task.name for task in skills(**SMALL, order="random").tasks} == {skill.name for skill in SKILLS}
+    assert {task.name for task in skills(**SMALL, order="random").tasks} == {
+        skill.name for skill in SKILLS
+    }
 
 
 def test_inputs_without_one_answer_fit_no_skill_that_needs_it() -> None:
@@ -66,7 +80,9 @@ def test_inputs_without_one_answer_fit_no_skill_that_needs_it() -> None:
     assert not BY_NAME["add"].fits(["cat", "two", "fig", "axe"])
 
 
-def test_the_default_order_covers_six_kinds_of_skill_and_leaves_the_held_out_ones_for_adapt() -> None:
+def test_the_default_order_covers_six_kinds_of_skill_and_leaves_the_held_out_ones_for_adapt() -> (
+    None
+):
     stream = skills(**SMALL)
     assert [task.name for task in stream.tasks] == list(ORDERS["default"])
     assert len({task.category for task in stream.tasks}) == 6
@@ -78,7 +94,9 @@ def test_the_default_order_covers_six_kinds_of_skill_and_leaves_the_held_out_one
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_no_input_that_is_scored_was_seen_in_any_training(level: int, order: str) -> None:
     stream = skills(order=order, level=level, **SMALL)
-    trained = {row.input for task in stream.tasks for row in task.train} | {row.input for row in stream.pretraining}
+    trained = {row.input for task in stream.tasks for row in task.train} | {
+        row.input for row in stream.pretraining
+    }
     dev = {row.input for task in stream.tasks for row in task.dev}
     test = {row.input for task in stream.tasks for row in task.test}
     assert trained
@@ -89,9 +107,13 @@ def test_no_input_that_is_scored_was_seen_in_any_training(level: int, order: str
 
 @pytest.mark.parametrize("order", ["long", "labels_6"])
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_every_row_holds_the_right_answer_under_one_of_its_skills_phrasings(level: int, order: str) -> None:
+def test_every_row_holds_the_right_answer_under_one_of_its_skills_phrasings(
+    level: int, order: str
+) -> None:
     stream = skills(order=order, level=level, **SMALL)
-    rows = [row for task in stream.tasks for row in (*task.train, *task.dev, *task.test)] + [*stream.pretraining]
+    rows = [row for task in stream.tasks for row in (*task.train, *task.dev, *task.test)] + [
+        *stream.pretraining
+    ]
     for row in rows:
         mark, *words = row.input.split()
         assert (mark, len(words)) == ("-", level + 3)
@@ -124,8 +146,10 @@ def test_the_most_common_answer_of_a_skill_is_no_way_to_pass_it() -> None:
 def test_the_seed_shuffles_the_random_order_and_leaves_the_rows_as_they_are() -> None:
     one, two = skills(**SMALL), skills(**{**SMALL, "seed": 1})
     assert one == two
-    shuffled = {tuple(task.name for task in skills(**{**SMALL, "seed": seed}, order="random").tasks)
-                for seed in range(4)}
+    shuffled = {
+        tuple(task.name for task in skills(**{**SMALL, "seed": seed}, order="random").tasks)
+        for seed in range(4)
+    }
     assert len(shuffled) > 1
 
 
@@ -158,8 +182,17 @@ def test_there_need_be_no_pretraining_rows() -> None:
     assert skills(**{**SMALL, "pretraining_size": 0}).pretraining == ()
 
 
-@pytest.mark.parametrize("key", [{"level": 4}, {"train_size": 0}, {"test_size": 6000}, {"pretraining_size": -1},
-                                 {"tasks": ["revers"]}, {"order": "defalt"}])
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"level": 4},
+        {"train_size": 0},
+        {"test_size": 6000},
+        {"pretraining_size": -1},
+        {"tasks": ["revers"]},
+        {"order": "defalt"},
+    ],
+)
 def test_what_cannot_be_is_refused_with_its_name(key: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=str(next(iter(key)))):
         skills(**{**SMALL, **key})

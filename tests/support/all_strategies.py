@@ -27,7 +27,12 @@ def learned(entry, ready=lambda made: None) -> tuple[list[float], dict[str, torc
         losses.extend([event["loss"]] if event["event"] == "step" else [])
 
     for i in (0, 1):
-        task = toy.Task(toy.NAMES[i], tuple(toy.examples(i, 8)), tuple(toy.examples(i, 5, seed=1)), columns=toy.NAMES)
+        task = toy.Task(
+            toy.NAMES[i],
+            tuple(toy.examples(i, 8)),
+            tuple(toy.examples(i, 5, seed=1)),
+            columns=toy.NAMES,
+        )
         learn(made, task, strategy, RECIPE, seed=i, log=log)
     kept = {f"memory{path}": t for path, t in toy.memory_tensors(strategy).items()}
     return losses, {n: whole(t).contiguous() for n, t in {**toy.everything(made), **kept}.items()}
@@ -38,5 +43,8 @@ def learn_all(out: Path) -> None:
     with processes.joined("cpu"):
         for i, entry in enumerate(TABLE):
             losses, tensors = learned(entry)
-            save_file({n: t.detach().clone() for n, t in tensors.items()}, out / f"{i}-{processes.rank()}.safetensors",
-                      {"losses": json.dumps(losses)})
+            save_file(
+                {n: t.detach().clone() for n, t in tensors.items()},
+                out / f"{i}-{processes.rank()}.safetensors",
+                {"losses": json.dumps(losses)},
+            )

@@ -30,10 +30,9 @@ def remembering(kind, *tasks: int, **keys):
     return made, strategy
 
 
-
-
 def functional(net, chosen: list, at: dict) -> torch.Tensor:
     """The mean loss at other weights, by torch's own means."""
+
     class Loss(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -46,23 +45,29 @@ def functional(net, chosen: list, at: dict) -> torch.Tensor:
         return torch.func.functional_call(Loss(), {f"net.{n}": w for n, w in at.items()}, ())
 
 
-def looked_ahead(net, steps: list[list], query: list, rates: dict, second_order: bool,
-                 pace=lambda g: 1.0) -> tuple[dict, dict]:
-    """The gradients of the query's loss after the steps, with respect to the weights and to the rates, by one graph.
+def looked_ahead(
+    net, steps: list[list], query: list, rates: dict, second_order: bool, pace=lambda g: 1.0
+) -> tuple[dict, dict]:
+    """The gradients of the query's loss after the steps, with respect to the weights and to the
+    rates, by one graph.
 
     An inner gradient, a vector, is multiplied by its `pace`.
     """
     start = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
     rates, fast = {n: r.detach().clone().requires_grad_() for n, r in rates.items()}, start
     for chosen in steps:
-        g = torch.autograd.grad(functional(net, chosen, fast), [fast[n] for n in rates], create_graph=second_order)
+        g = torch.autograd.grad(
+            functional(net, chosen, fast), [fast[n] for n in rates], create_graph=second_order
+        )
         c = pace(torch.cat([d.detach().flatten() for d in g]))
         fast = fast | {n: fast[n] - c * r * d for (n, r), d in zip(rates.items(), g, strict=True)}
     found = torch.autograd.grad(functional(net, query, fast), [*start.values(), *rates.values()])
-    return dict(zip(start, found, strict=False)), dict(zip(rates, found[len(start):], strict=True))
+    return dict(zip(start, found, strict=False)), dict(zip(rates, found[len(start) :], strict=True))
 
 
 def scattered(made, seed: int = 0) -> dict[str, torch.Tensor]:
     """A rate of each weight, between 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.rand(w.shape, generator=generator, dtype=w.dtype) for n, w in weights(made).items()}
+    return {
+        n: torch.rand(w.shape, generator=generator, dtype=w.dtype) for n, w in weights(made).items()
+    }

@@ -1,4 +1,6 @@
-"""Small things that the engine's tests share: rows, stream folders, tokenizers and models of every architecture."""
+"""Small things that the engine's tests share: rows, stream folders, tokenizers and models of every
+architecture.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,13 @@ CHATML = (
 )
 # As Qwen3's: the last answer begins with what was thought, be it nothing, and earlier ones do not.
 THINKING = (
-    "{% set last = namespace(user=0) %}{% for m in messages if m.role == 'user' %}{% set last.user = m %}{% endfor %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and messages[loop.index0 - 1] == "
-    "last.user and not '</think>' in m.content %}<think>\n\n</think>\n\n{{ m.content.lstrip('\n') }}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% set last = namespace(user=0) %}{% for m in messages if m.role == 'user' %}{% set "
+    "last.user = m %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role "
+    "== 'assistant' and messages[loop.index0 - 1] == last.user and not '</think>' in m.content "
+    "%}<think>\n\n</think>\n\n{{ m.content.lstrip('\n') }}{% else %}{{ m.content }}{% endif "
+    "%}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if "
+    "enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% "
+    "endif %}"
 )
 
 
@@ -37,7 +41,13 @@ def rows(task: str, n: int, offset: int = 0) -> list[dict[str, str]]:
     found = []
     for i in range(offset, offset + n):
         words = [WORDS[i % 8], WORDS[(i * 3 + i // 8 + 1) % 8]]
-        found.append({"instruction": f"Give the {task} word.", "input": " ".join(words), "output": answer(task, words)})
+        found.append(
+            {
+                "instruction": f"Give the {task} word.",
+                "input": " ".join(words),
+                "output": answer(task, words),
+            }
+        )
     return found
 
 
@@ -47,31 +57,53 @@ def write_rows(path: Path, found: list) -> None:
 
 
 def write_stream(root: Path, tasks: tuple[str, ...] = TASKS, metric: str = "exact_match") -> Path:
-    """A stream folder of 12 train, 4 dev and 4 test rows a task, with the orders `given` and `back`."""
+    """A stream folder of 12 train, 4 dev and 4 test rows a task, with the orders `given` and
+    `back`.
+    """
     for task in tasks:
         for split, n, offset in (("train", 12, 0), ("dev", 4, 12), ("test", 4, 16)):
             write_rows(root / task / f"{split}.jsonl", rows(task, n, offset))
-    index = {"tasks": [{"name": t, "metric": metric} for t in tasks],
-             "orders": {"given": list(tasks), "back": list(tasks[::-1])}}
+    index = {
+        "tasks": [{"name": t, "metric": metric} for t in tasks],
+        "orders": {"given": list(tasks), "back": list(tasks[::-1])},
+    }
     (root / "stream.json").write_text(json.dumps(index))
     return root
 
 
-def example(instruction: str = "Give the first word.", input: str = "", output="red", **more) -> Example:
+def example(
+    instruction: str = "Give the first word.", input: str = "", output="red", **more
+) -> Example:
     outputs = (output,) if isinstance(output, str) else tuple(output)
-    return Example(more.pop("id", "t/train/0"), more.pop("task", "t"), instruction, input, outputs,
-                   where=more.pop("where", "t/train.jsonl:1"), **more)
+    return Example(
+        more.pop("id", "t/train/0"),
+        more.pop("task", "t"),
+        instruction,
+        input,
+        outputs,
+        where=more.pop("where", "t/train.jsonl:1"),
+        **more,
+    )
 
 
 def encoded(prompt: list[int], response: list[int], id: str = "e", task: int = 0) -> Encoded:
     return Encoded(id, task, (*prompt, *response), (False,) * len(prompt) + (True,) * len(response))
 
 
-def byte_bpe(texts=(), size: int = 400, split_words: bool = True, eos: str | None = "<eos>", pad: str | None = "<pad>",
-             bos: str | None = None, chat_template: str | None = None, close: bool = False):
+def byte_bpe(
+    texts=(),
+    size: int = 400,
+    split_words: bool = True,
+    eos: str | None = "<eos>",
+    pad: str | None = "<pad>",
+    bos: str | None = None,
+    chat_template: str | None = None,
+    close: bool = False,
+):
     """A byte-level BPE; without `split_words` merges may cross from one word or line to the next.
 
-    It begins every text with `bos` where there is one, and ends it with `eos` if `close` (as T5's does).
+    It begins every text with `bos` where there is one, and ends it with `eos` if `close` (as T5's
+    does).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -80,15 +112,27 @@ def byte_bpe(texts=(), size: int = 400, split_words: bool = True, eos: str | Non
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
     bpe.decoder = decoders.ByteLevel()
     special = [t for t in (eos, pad, bos, "<|im_start|>", "<|im_end|>") if t]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if bos or close:
         single = f"{bos + ' ' if bos else ''}$A{' ' + eos if close else ''}"
         bpe.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(t, bpe.token_to_id(t)) for t in (bos, eos) if t])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token=pad, bos_token=bos,
-                                   chat_template=chat_template)
+            single=single, special_tokens=[(t, bpe.token_to_id(t)) for t in (bos, eos) if t]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=eos,
+        pad_token=pad,
+        bos_token=bos,
+        chat_template=chat_template,
+    )
 
 
 def stream_text() -> list[str]:
@@ -100,20 +144,50 @@ def network(kind: str, vocabulary: int, context: int = 128, seed: int = 0):
     import transformers as tf
 
     torch.manual_seed(seed)
-    shape = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "max_position_embeddings": context, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": context,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
     if kind == "llama":
         return llama(vocabulary, context, seed)
     if kind == "qwen3":
-        return tf.Qwen3ForCausalLM(tf.Qwen3Config(**shape, intermediate_size=64, num_key_value_heads=1, head_dim=16))
+        return tf.Qwen3ForCausalLM(
+            tf.Qwen3Config(**shape, intermediate_size=64, num_key_value_heads=1, head_dim=16)
+        )
     if kind == "gpt2":
-        return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=2,
-                                                n_positions=context, bos_token_id=0, eos_token_id=0))
+        return tf.GPT2LMHeadModel(
+            tf.GPT2Config(
+                vocab_size=vocabulary,
+                n_embd=32,
+                n_layer=2,
+                n_head=2,
+                n_positions=context,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
     if kind == "opt":
         return tf.OPTForCausalLM(tf.OPTConfig(**shape, ffn_dim=64, word_embed_proj_dim=32))
-    return tf.T5ForConditionalGeneration(tf.T5Config(
-        vocab_size=vocabulary, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0,
-        decoder_start_token_id=1, eos_token_id=0, pad_token_id=1))
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=vocabulary,
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=1,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    )
 
 
 def write_model(folder: Path, kind: str = "llama", tokenizer=None, **more) -> Path:
@@ -142,13 +216,13 @@ def run(out: Path, keys, *more: str):
 
     events.quiet()
     said = io.StringIO()
-    return run(main.configure("run", [*keys, *more, f"out={out}"]), Console(file=said, width=400)), said.getvalue()
+    return run(
+        main.configure("run", [*keys, *more, f"out={out}"]), Console(file=said, width=400)
+    ), said.getvalue()
 
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 
 
 def some(n: int, seed: int = 0, tasks: int = 1):

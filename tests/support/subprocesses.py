@@ -1,4 +1,6 @@
-"""Processes of their own for tests, forked from one that has all the imports of a run: to import them takes seconds."""
+"""Processes of their own for tests, forked from one that has all the imports of a run: to import
+them takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,31 @@ from pathlib import Path
 LIMIT = 900  # seconds, after which something hangs
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([
-    "continual.cli.main", "continual.runs.run", "continual.runs.adapt", "continual.runs.compare", "continual.reports.plots",
-    "continual.reports.pages", "streams.folder", "peft", "transformers.models.llama.modeling_llama", "hypothesis",
-    "pytest", *(f"strategies.{p.stem}" for p in (Path(__file__).parents[2] / "strategies").glob("[!_]*.py"))])
+context.set_forkserver_preload(
+    [
+        "continual.cli.main",
+        "continual.runs.run",
+        "continual.runs.adapt",
+        "continual.runs.compare",
+        "continual.reports.plots",
+        "continual.reports.pages",
+        "streams.folder",
+        "peft",
+        "transformers.models.llama.modeling_llama",
+        "hypothesis",
+        "pytest",
+        *(
+            f"strategies.{p.stem}"
+            for p in (Path(__file__).parents[2] / "strategies").glob("[!_]*.py")
+        ),
+    ]
+)
 
 
 class Apart:
-    """A process that does `work(*args)`, a function of a module, in this environment; what it says goes to a file."""
+    """A process that does `work(*args)`, a function of a module, in this environment; what it says
+    goes to a file.
+    """
 
     def __init__(self, said: Path, work, *args, **environment: str) -> None:
         self.said = said
@@ -55,5 +74,17 @@ def two(folder: Path, work, *args) -> list[Apart]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [Apart(folder / f"said-{rank}", work, *args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                  LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in (0, 1)]
+    return [
+        Apart(
+            folder / f"said-{rank}",
+            work,
+            *args,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in (0, 1)
+    ]

@@ -38,8 +38,24 @@ from continual.testing.toy import (
 from continual.training.recipe import Recipe
 from tests.support.models import network
 
-__all__ = ["NAMES", "RECIPE", "SHORT", "VOCABULARY", "Task", "close", "everything", "examples", "gradients",
-           "in_micro_batches", "matrix", "memory_tensors", "replace", "same", "task", "train"]
+__all__ = [
+    "NAMES",
+    "RECIPE",
+    "SHORT",
+    "VOCABULARY",
+    "Task",
+    "close",
+    "everything",
+    "examples",
+    "gradients",
+    "in_micro_batches",
+    "matrix",
+    "memory_tensors",
+    "replace",
+    "same",
+    "task",
+    "train",
+]
 CONF = Path(__file__).parents[2] / "conf" / "strategy"
 
 
@@ -48,20 +64,26 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama"
     return toy.model(dtype, net=network(kind, VOCABULARY, context=toy.CONTEXT, seed=seed), **more)
 
 
-def prompted(dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "llama", **layout) -> Model:
+def prompted(
+    dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "llama", **layout
+) -> Model:
     """The same model with so many virtual tokens, which alone train."""
     return toy.prompted(model(dtype, kind=kind, **layout), tokens)
 
 
 @cache
 def config(*overrides: str) -> DictConfig:
-    """The configuration of `continual run` on a stream folder that no one opens; Hydra's global state stays clean."""
+    """The configuration of `continual run` on a stream folder that no one opens; Hydra's global
+    state stays clean.
+    """
     with initialize_config_module("conf", version_base=None):
         return compose_config("run", ["stream=folder", "stream.path=x", "out=x", *overrides])
 
 
 def configured(names: str, *overrides: str) -> Strategy:
-    """The strategy of these configs, such as "replay" or "replay,ewc"; their files alone are read, which is quick."""
+    """The strategy of these configs, such as "replay" or "replay,ewc"; their files alone are read,
+    which is quick.
+    """
     made = OmegaConf.create({"seed": 0, "strategy": {}})
     for name in names.split(","):
         made.strategy.merge_with(OmegaConf.load(CONF / f"{name}.yaml"))
@@ -76,13 +98,17 @@ def rehearsed(network, strategy: Strategy, recipe: Recipe, stages: int = 2) -> l
     with ghosts.shapes():
         made = network()
     ghosts.haunt(made.net)
-    return [rehearse(ghosts, made, task(i), strategy, recipe, steps=2, seed=i) for i in range(stages)]
+    return [
+        rehearse(ghosts, made, task(i), strategy, recipe, steps=2, seed=i) for i in range(stages)
+    ]
 
 
 def log_likelihood(net, e: Encoded) -> torch.Tensor:
     """The response's, straight from the network's own logits at every position; a scalar."""
     logits = net(input_ids=torch.tensor([e.ids])).logits[0]
-    return sum(logits[t - 1].log_softmax(-1)[e.ids[t]] for t in range(1, len(e.ids)) if e.response[t])
+    return sum(
+        logits[t - 1].log_softmax(-1)[e.ids[t]] for t in range(1, len(e.ids)) if e.response[t]
+    )
 
 
 def mean_loss(net, chosen: list[Encoded]) -> torch.Tensor:

@@ -185,11 +185,13 @@ class Unkept(Strategy):
 BROKEN = {
     Live: "memory holds values' is broken: .*is the network's own.*keep copies",
     Graph: "memory holds values' is broken: /kept/0 in memory has a graph",
-    Unseeded: "goes on where it stopped' is broken: two stages from the same state ended differently; draw from",
+    Unseeded: "goes on where it stopped' is broken: two stages from the same state ended "
+    "differently; draw from",
     UnseededBegin: "two stages from the same state ended differently",
     Forgetful: "from a checkpoint within it a stage ended differently; keep in memory",
     ForgetfulBetween: "from the checkpoint before it a stage ended differently",
-    Alone: "every moment calls super' is broken: .*Alone's 'end' takes the place of .*; call super\\(\\)'s in each",
+    Alone: "every moment calls super' is broken: .*Alone's 'end' takes the place of .*; call "
+    "super\\(\\)'s in each",
     AloneAtTheStart: "AloneAtTheStart's 'begin' takes the place of",
     AloneInLoss: "AloneInLoss's 'loss' takes the place of",
     AloneInBackward: "the loss of a strategy composed with it was never asked for",
@@ -197,7 +199,8 @@ BROKEN = {
     Summed: "micro batches do not change the step' is broken",
     Mover: "only the optimizer moves the weights' is broken: backward changed parameters",
     MovesAtItsEnd: "end changed parameters",
-    LeavesGradients: "only backward leaves gradients' is broken: begin, loss or end left a gradient in",
+    LeavesGradients: "only backward leaves gradients' is broken: begin, loss or end left a "
+    "gradient in",
     LeavesOut: "begin left out trainable parameters",
     TrainsAll: "begin returned a frozen parameter",
     LearnsNothing: "a stage lowers the loss' is broken: the loss went from",

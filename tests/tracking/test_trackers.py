@@ -1,4 +1,6 @@
-"""A run's figures in other people's trackers, each without a network; and a run that does not depend on them."""
+"""A run's figures in other people's trackers, each without a network; and a run that does not
+depend on them.
+"""
 
 import json
 import shutil
@@ -47,7 +49,9 @@ def series(sink, name):
     return [(step, values[name]) for step, values in sink.figures if name in values]
 
 
-def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(keys, tmp_path, sinks):
+def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(
+    keys, tmp_path, sinks
+):
     matrix, _ = run(tmp_path / "a/b", keys, *SHORT, "track=tensorboard")
     (sink,) = sinks
     assert (sink.name, sink.closed) == ("a/b", True)
@@ -55,7 +59,11 @@ def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(ke
     steps = [e for e in lines(tmp_path / "a/b/events.jsonl") if e["event"] == "step"]
     assert [x for x, _ in series(sink, "train/loss")] == [1, 2, 3, 4]
     assert [y for _, y in series(sink, "train/loss")] == [e["loss"] for e in steps]
-    assert series(sink, "score/first") == [(0, matrix.scores[0][0]), (2, matrix.scores[1][0]), (4, matrix.scores[2][0])]
+    assert series(sink, "score/first") == [
+        (0, matrix.scores[0][0]),
+        (2, matrix.scores[1][0]),
+        (4, matrix.scores[2][0]),
+    ]
     assert series(sink, "summary/forgetting") == [(4, matrix.summary()["forgetting"])]
 
 
@@ -68,7 +76,9 @@ def test_a_resumed_run_goes_on_in_the_trackers_same_run_and_on_the_same_axis(key
     assert [x for x, _ in series(sinks[1], "train/loss")] == [3, 4]
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_ends_as_it_would_have(keys, tmp_path, sinks, monkeypatch):
+def test_a_tracker_that_fails_is_left_out_and_the_run_ends_as_it_would_have(
+    keys, tmp_path, sinks, monkeypatch
+):
     plain, _ = run(tmp_path / "plain", keys, *SHORT)
     monkeypatch.setattr(Sink, "log", lambda self, values, step: 1 / 0)
     tracked, said = run(tmp_path / "tracked", keys, *SHORT, "track=tensorboard")
@@ -85,8 +95,14 @@ def test_another_tracker_is_no_other_run(keys, tmp_path, sinks):
 
 
 def test_each_curve_of_an_adaptation_comes_behind_the_one_before(cli, keys, tmp_path, sinks):
-    words = ("stream.tasks=[loud]", "adapt.steps=4", "adapt.at=[0,2]", "adapt.shots=[2,null]", "adapt.draws=1",
-             "track=tensorboard")
+    words = (
+        "stream.tasks=[loud]",
+        "adapt.steps=4",
+        "adapt.at=[0,2]",
+        "adapt.shots=[2,null]",
+        "adapt.draws=1",
+        "track=tensorboard",
+    )
     assert cli("adapt", *keys, *words, f"out={tmp_path / 'new'}")[0] == 0
     (sink,) = sinks
     assert [x for x, _ in series(sink, "score/loud")] == [0, 2, 4, 4, 6, 8]
@@ -101,31 +117,44 @@ def test_what_happens_within_a_stage_is_told_where_it_happens(tmp_path, sinks):
 
 # What is not there
 
+
 @pytest.mark.parametrize("kind", TRACKERS)
-def test_a_package_that_is_missing_is_told_before_training(refused, keys, tmp_path, monkeypatch, kind):
+def test_a_package_that_is_missing_is_told_before_training(
+    refused, keys, tmp_path, monkeypatch, kind
+):
     monkeypatch.setattr("continual.tracking.trackers.find_spec", lambda name: None)
     told = refused("run", *keys, f"track={kind}", f"out={tmp_path / 'run'}")
-    assert f"track={kind} needs {TRACKERS[kind].package}, which is not installed; install the extra" in told
+    assert (
+        f"track={kind} needs {TRACKERS[kind].package}, which is not installed; install the extra"
+        in told
+    )
     assert not (tmp_path / "run/events.jsonl").exists()
 
 
 def test_an_unknown_tracker_is_refused_with_the_nearest(refused, keys, tmp_path):
-    assert "unknown track 'wandbe'; did you mean 'wandb'" in refused("run", *keys, "track=wandbe", f"out={tmp_path}")
+    assert "unknown track 'wandbe'; did you mean 'wandb'" in refused(
+        "run", *keys, "track=wandbe", f"out={tmp_path}"
+    )
 
 
-def test_a_tracker_that_cannot_begin_is_told_before_training(cli, keys, tmp_path, sinks, monkeypatch):
+def test_a_tracker_that_cannot_begin_is_told_before_training(
+    cli, keys, tmp_path, sinks, monkeypatch
+):
     def closed(*args):
         raise OSError("no route to host")
 
     monkeypatch.setattr(Sink, "__init__", closed)
     code, _, err = cli("run", *keys, *SHORT, "track=tensorboard", f"out={tmp_path}")
     assert code == 2
-    assert err.endswith("error: track=tensorboard cannot begin: no route to host; see to its login and address, or set "
-                        "track=none\n")
+    assert err.endswith(
+        "error: track=tensorboard cannot begin: no route to host; see to its login and address, "
+        "or set track=none\n"
+    )
     assert not (tmp_path / "checkpoints").exists()
 
 
 # Each of them, without a network
+
 
 @needs("tensorboard")
 def test_tensorboard_reads_the_run_back(keys, tmp_path):
@@ -164,14 +193,20 @@ def test_mlflow_has_the_run_in_its_store(keys, tmp_path, monkeypatch):
 
 @needs("trackio")
 def test_trackio_has_the_run_in_its_folder(keys, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    monkeypatch.setenv(
+        "TRACKIO_DIR", str(tmp_path / "trackio")
+    )  # which it reads when it is imported
     matrix, said = run(tmp_path / "run", keys, *SHORT, "track=trackio")
     assert "tracker failed" not in said
     with sqlite3.connect(tmp_path / "trackio/continual.db") as kept:
-        told = [(step, json.loads(values)) for step, values in kept.execute("select step, metrics from metrics")]
+        told = [
+            (step, json.loads(values))
+            for step, values in kept.execute("select step, metrics from metrics")
+        ]
     kept.close()
     assert [(x, v["score/first"]) for x, v in told if "score/first" in v] == [
-        (2 * i, matrix.scores[i][0]) for i in range(3)]
+        (2 * i, matrix.scores[i][0]) for i in range(3)
+    ]
 
 
 def test_names_that_mlflow_does_not_take_are_rewritten():

@@ -30,14 +30,23 @@ def clock(monkeypatch):
     return at
 
 
-@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "fp32"), (1.09, "fp32"), (1.11, "bf16"), (3.0, "bf16")])
+@pytest.mark.parametrize(
+    ("ratio", "chosen"), [(0.5, "fp32"), (1.09, "fp32"), (1.11, "bf16"), (3.0, "bf16")]
+)
 def test_bf16_is_chosen_where_it_is_clearly_faster(clock, tmp_path, ratio, chosen):
     clock(ratio)
     said, model = [], toy.model()
-    precision.settle("auto", tmp_path / "precision.json", model, lambda n: toy.examples(0, n), said.append)
+    precision.settle(
+        "auto", tmp_path / "precision.json", model, lambda n: toy.examples(0, n), said.append
+    )
     assert model.bf16 == (chosen == "bf16")
-    assert said == [f"train.precision=auto: {chosen}; bf16 is {ratio:.2f} times as fast as fp32 here"]
-    assert json.loads((tmp_path / "precision.json").read_text()) == {"precision": chosen, "bf16_speed": ratio}
+    assert said == [
+        f"train.precision=auto: {chosen}; bf16 is {ratio:.2f} times as fast as fp32 here"
+    ]
+    assert json.loads((tmp_path / "precision.json").read_text()) == {
+        "precision": chosen,
+        "bf16_speed": ratio,
+    }
 
 
 def test_measuring_leaves_the_model_as_it_was():
@@ -54,16 +63,23 @@ def test_measuring_leaves_the_model_as_it_was():
 def test_a_run_is_the_one_that_asked_for_what_was_chosen(clock, keys, tmp_path, ratio, name):
     clock(ratio)
     chosen, said = run(tmp_path / "auto", keys, *AUTO)
-    assert said.count(f"train.precision=auto: {name}; bf16 is {ratio:.2f} times as fast as fp32 here") == 1
+    assert (
+        said.count(f"train.precision=auto: {name}; bf16 is {ratio:.2f} times as fast as fp32 here")
+        == 1
+    )
     asked, _ = run(tmp_path / "asked", keys, *AUTO, f"train.precision={name}")
     assert chosen.scores == asked.scores
-    one, other = ((tmp_path / out / "checkpoints/stage-02/weights.safetensors").read_bytes()
-                  for out in ("auto", "asked"))
+    one, other = (
+        (tmp_path / out / "checkpoints/stage-02/weights.safetensors").read_bytes()
+        for out in ("auto", "asked")
+    )
     assert one == other
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
-def test_a_resumed_run_keeps_the_choice_whatever_would_be_measured_now(clock, keys, tmp_path, ratio):
+def test_a_resumed_run_keeps_the_choice_whatever_would_be_measured_now(
+    clock, keys, tmp_path, ratio
+):
     clock(ratio)
     out = tmp_path / "run"
     run(out, keys, *AUTO)
@@ -81,7 +97,10 @@ def test_a_resumed_run_keeps_the_choice_whatever_would_be_measured_now(clock, ke
 def test_a_choice_that_cannot_be_read_is_refused_with_its_mend(tmp_path, content):
     path = tmp_path / "precision.json"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(DataError, match=r'does not say in which precision the run began; write {"precision": "fp32"}'):
+    with pytest.raises(
+        DataError,
+        match=r'does not say in which precision the run began; write {"precision": "fp32"}',
+    ):
         precision.settle("auto", path, toy.model(), toy.examples, print)
 
 
@@ -92,12 +111,16 @@ def test_what_is_asked_for_by_name_is_not_measured(tmp_path, keys):
 
 
 def test_another_name_is_refused_with_the_three(keys, tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown train.precision 'half'.* Known: auto, bf16, fp32"):
+    with pytest.raises(
+        ConfigError, match=r"unknown train.precision 'half'.* Known: auto, bf16, fp32"
+    ):
         run(tmp_path, keys, "train.precision=half")
 
 
 def test_few_rows_are_enough_where_each_takes_long(monkeypatch):
     taken = []
-    monkeypatch.setattr(precision, "seconds", lambda model, rows, bf16: taken.append(len(rows)) or 10.0)
+    monkeypatch.setattr(
+        precision, "seconds", lambda model, rows, bf16: taken.append(len(rows)) or 10.0
+    )
     assert precision.measure(toy.model(), toy.examples(0)) == 1.0
     assert set(taken) == {1}

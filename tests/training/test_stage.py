@@ -1,4 +1,6 @@
-"""One stage of training: the step, the schedules, when it ends, and that the same seed gives the same weights."""
+"""One stage of training: the step, the schedules, when it ends, and that the same seed gives the
+same weights.
+"""
 
 import math
 from collections import Counter
@@ -27,8 +29,15 @@ TASK = Task("colours", ROWS, dev=some(4, seed=6))
 def train(net=None, task=TASK, strategy=None, seed=0, after=None, **recipe):
     """The trained model and the events of its stage."""
     net, events = net or model(), []
-    learn(net, task, strategy or Strategy(), Recipe(**{"lr": 0.01, "batch_size": 4, "log_every": 1, **recipe}),
-          seed=seed, log=events.append, after=after)
+    learn(
+        net,
+        task,
+        strategy or Strategy(),
+        Recipe(**{"lr": 0.01, "batch_size": 4, "log_every": 1, **recipe}),
+        seed=seed,
+        log=events.append,
+        after=after,
+    )
     return net, events
 
 
@@ -41,6 +50,7 @@ def same(a, b):
 
 
 # The step
+
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
@@ -58,8 +68,16 @@ def test_sgd_moves_each_weight_by_the_rate_times_its_gradient_and_its_decay():
     nll(net, batch).backward()
     expected = {n: w.detach() - 0.1 * (w.grad + 0.01 * w.detach()) for n, w in weights(net).items()}
     net.net.zero_grad()
-    train(net, optimizer="sgd", lr=0.1, weight_decay=0.01, batch_size=len(ROWS), steps=1, schedule="constant",
-          clip=None)
+    train(
+        net,
+        optimizer="sgd",
+        lr=0.1,
+        weight_decay=0.01,
+        batch_size=len(ROWS),
+        steps=1,
+        schedule="constant",
+        clip=None,
+    )
     for n, w in weights(net).items():
         torch.testing.assert_close(w.detach(), expected[n])
         assert not torch.equal(w, before[n])
@@ -84,13 +102,17 @@ def test_out_of_memory_halves_the_tokens_of_a_forward_pass_once_and_goes_on_to_t
     _, events = train(nets[0], strategy=Starved(room=3), batch_size=4, epochs=2)
     train(nets[1], batch_size=4, epochs=2)
     assert [e["text"] for e in events if e["event"] == "warning"] == [
-        "out of memory: from now on train.tokens_per_microbatch=30"]
+        "out of memory: from now on train.tokens_per_microbatch=30"
+    ]
     for name, w in weights(nets[0]).items():
         torch.testing.assert_close(w, weights(nets[1])[name])
 
 
 def test_out_of_memory_for_good_is_one_clear_error():
-    with pytest.raises(TrainingError, match=r"out of memory again with train.tokens_per_microbatch=2048; set it lower"):
+    with pytest.raises(
+        TrainingError,
+        match=r"out of memory again with train.tokens_per_microbatch=2048; set it lower",
+    ):
         train(strategy=Starved(room=0))
 
 
@@ -137,6 +159,7 @@ def test_the_tokens_of_a_stage_are_its_supervised_ones():
 
 # Schedules
 
+
 def rates(**recipe):
     return [e["lr"] for e in steps(train(steps=10, lr=1.0, clip=None, **recipe)[1])]
 
@@ -149,23 +172,33 @@ def test_the_logged_rate_is_the_one_of_that_step():
     assert logged == seen
 
 
-@pytest.mark.parametrize(("schedule", "warmup", "expected"), [
-    ("constant", 0.0, [1.0] * 10),
-    ("constant", 0.4, [0, 0.25, 0.5, 0.75] + [1.0] * 6),
-    ("linear", 0.0, [1 - i / 10 for i in range(10)]),
-    ("linear", 0.2, [0, 0.5] + [1 - i / 8 for i in range(8)]),
-    ("cosine", 0.0, [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]),
-])
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1.0] * 10),
+        ("constant", 0.4, [0, 0.25, 0.5, 0.75] + [1.0] * 6),
+        ("linear", 0.0, [1 - i / 10 for i in range(10)]),
+        ("linear", 0.2, [0, 0.5] + [1 - i / 8 for i in range(8)]),
+        ("cosine", 0.0, [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]),
+    ],
+)
 def test_the_learning_rate_rises_and_falls_as_asked(schedule, warmup, expected):
     assert rates(schedule=schedule, warmup=warmup) == pytest.approx(expected)
 
 
 # Its end
 
-@pytest.mark.parametrize(("recipe", "expected"), [
-    ({"epochs": 3}, 9), ({"epochs": 3, "batch_size": 5}, 9), ({"epochs": 0.5}, 2), ({"epochs": 3, "steps": 7}, 7),
-    ({"epochs": 1, "steps": 20}, 20),
-])
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"epochs": 3}, 9),
+        ({"epochs": 3, "batch_size": 5}, 9),
+        ({"epochs": 0.5}, 2),
+        ({"epochs": 3, "steps": 7}, 7),
+        ({"epochs": 1, "steps": 20}, 20),
+    ],
+)
 def test_a_stage_takes_its_epochs_or_its_steps(recipe, expected):
     _, events = train(**recipe)
     assert [e["step"] for e in steps(events)] == list(range(1, expected + 1))
@@ -179,8 +212,14 @@ def test_early_stopping_waits_its_patience_and_keeps_the_weights_of_the_best_epo
         with torch.no_grad():
             return nll(net, net.batch(TASK.dev)).item()
 
-    _, events = train(net, epochs=50, lr=0.02, patience=2, schedule="constant",
-                      after=lambda step, _: seen.append(dev()) if step % 3 == 0 else None)
+    _, events = train(
+        net,
+        epochs=50,
+        lr=0.02,
+        patience=2,
+        schedule="constant",
+        after=lambda step, _: seen.append(dev()) if step % 3 == 0 else None,
+    )
     best = min(seen)
     assert len(seen) == seen.index(best) + 1 + 2 < 50
     assert dev() == pytest.approx(best, abs=1e-6)
@@ -204,6 +243,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_names_the_examples():
 
 # The same again
 
+
 def with_dropout():
     net = model("gpt2")
     assert any(m.p > 0 for m in net.net.modules() if isinstance(m, torch.nn.Dropout))
@@ -226,10 +266,13 @@ def test_training_does_not_depend_on_what_was_random_before():
 
 # Precision and device
 
+
 def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_fp32():
     net, kinds = model(), set()
     net.bf16 = True
-    hook = net.net.get_output_embeddings().register_forward_hook(lambda m, args, out: kinds.add(out.dtype))
+    hook = net.net.get_output_embeddings().register_forward_hook(
+        lambda m, args, out: kinds.add(out.dtype)
+    )
     _, events = train(net, epochs=4)
     hook.remove()
     assert kinds == {torch.bfloat16}
@@ -248,12 +291,19 @@ def test_in_bf16_the_loss_is_that_of_the_logits_in_fp32(how):
     for z in (heard, forward(made, batch)):
         assert z.dtype == torch.float32
         assert torch.equal(z, z.bfloat16()), "computed in bfloat16"
-        assert torch.allclose(found.double(), F.cross_entropy(z.double(), batch.targets, reduction="none"), atol=1e-5)
+        assert torch.allclose(
+            found.double(), F.cross_entropy(z.double(), batch.targets, reduction="none"), atol=1e-5
+        )
 
 
-@pytest.mark.parametrize(("cuda", "mps", "expected"), [
-    (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu"),
-])
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [
+        (True, True, "cuda"),
+        (False, True, "mps"),
+        (False, False, "cpu"),
+    ],
+)
 def test_auto_picks_the_best_device_there_is(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -269,21 +319,25 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 # What cannot be
 
-@pytest.mark.parametrize(("recipe", "message"), [
-    ({"clip": -1.0}, r"train.clip=-1.0: expected more than 0, or null for no clipping"),
-    ({"weight_decay": -0.1}, r"train.weight_decay=-0.1: expected at least 0"),
-    ({"optimizer": "adam"}, r"unknown train.optimizer 'adam'; did you mean 'adamw'"),
-    ({"schedule": "cosin"}, r"unknown train.schedule 'cosin'; did you mean 'cosine'"),
-    ({"lr": -1}, "train.lr=-1: expected at least 0"),
-    ({"lr": math.nan}, "train.lr=nan: expected at least 0"),
-    ({"lr": "fast"}, "train.lr=fast: expected a number"),
-    ({"batch_size": 0}, "train.batch_size=0: expected at least 1"),
-    ({"batch_size": 2.5}, "train.batch_size=2.5: expected a whole number"),
-    ({"epochs": 0}, "train.epochs=0: expected more than 0"),
-    ({"steps": 0}, "train.steps=0: expected at least 1"),
-    ({"warmup": 10}, r"train.warmup=10: expected a share or probability in \[0, 1\]"),
-    ({"clip": "no"}, "train.clip=no: expected a number"),
-])
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"clip": -1.0}, r"train.clip=-1.0: expected more than 0, or null for no clipping"),
+        ({"weight_decay": -0.1}, r"train.weight_decay=-0.1: expected at least 0"),
+        ({"optimizer": "adam"}, r"unknown train.optimizer 'adam'; did you mean 'adamw'"),
+        ({"schedule": "cosin"}, r"unknown train.schedule 'cosin'; did you mean 'cosine'"),
+        ({"lr": -1}, "train.lr=-1: expected at least 0"),
+        ({"lr": math.nan}, "train.lr=nan: expected at least 0"),
+        ({"lr": "fast"}, "train.lr=fast: expected a number"),
+        ({"batch_size": 0}, "train.batch_size=0: expected at least 1"),
+        ({"batch_size": 2.5}, "train.batch_size=2.5: expected a whole number"),
+        ({"epochs": 0}, "train.epochs=0: expected more than 0"),
+        ({"steps": 0}, "train.steps=0: expected at least 1"),
+        ({"warmup": 10}, r"train.warmup=10: expected a share or probability in \[0, 1\]"),
+        ({"clip": "no"}, "train.clip=no: expected a number"),
+    ],
+)
 def test_a_recipe_that_cannot_work_is_refused(recipe, message):
     with pytest.raises(ConfigError, match=message):
         Recipe(**{"lr": 0.1, **recipe})
@@ -296,6 +350,7 @@ def test_all_that_is_wrong_with_a_recipe_is_told_at_once():
 
 
 # Steps that are not finite
+
 
 @dataclass(kw_only=True)
 class Overflowing(Strategy):
@@ -315,14 +370,19 @@ class Overflowing(Strategy):
 def test_a_gradient_that_is_not_finite_stops_the_stage_and_names_the_examples():
     net = model()
     before = snapshot(net)
-    with pytest.raises(TrainingError, match=r"the gradient's norm is \w+ at step 1 of task 'colours', on the examples "
-                                            r"e\d+, e\d+, e\d+, e\d+; the last checkpoint is kept"):
+    with pytest.raises(
+        TrainingError,
+        match=r"the gradient's norm is \w+ at step 1 of task 'colours', on the examples "
+        r"e\d+, e\d+, e\d+, e\d+; the last checkpoint is kept",
+    ):
         train(net, strategy=Overflowing(at=(1,)), batch_size=4)
     assert all(torch.equal(w, before[n]) for n, w in weights(net).items())
 
 
 def test_skipped_steps_leave_the_weights_and_are_counted_and_shown():
-    net, events = train(strategy=Overflowing(at=(2, 3)), batch_size=4, epochs=4, on_nonfinite="skip")
+    net, events = train(
+        strategy=Overflowing(at=(2, 3)), batch_size=4, epochs=4, on_nonfinite="skip"
+    )
     assert [e["skipped_steps"] for e in events if e["event"] == "stage"] == [2]
     told = [e["text"] for e in events if e["event"] == "warning"]
     assert len(told) == 2
@@ -331,5 +391,8 @@ def test_skipped_steps_leave_the_weights_and_are_counted_and_shown():
 
 
 def test_a_stage_of_skipped_steps_alone_is_an_error():
-    with pytest.raises(TrainingError, match="every step of task 'colours' had a loss or gradient that is not finite"):
+    with pytest.raises(
+        TrainingError,
+        match="every step of task 'colours' had a loss or gradient that is not finite",
+    ):
         train(strategy=Overflowing(at=tuple(range(99))), steps=3, on_nonfinite="skip")

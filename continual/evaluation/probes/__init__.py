@@ -1,4 +1,5 @@
-"""Probes: what is measured beside the matrix, before training and after every stage, and trains nothing.
+"""Probes: what is measured beside the matrix, before training and after every stage, and trains
+nothing.
 
 Other folders may import:
 

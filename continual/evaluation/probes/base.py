@@ -1,4 +1,6 @@
-"""What a probe is: it readies its prompts before training, and measures a few figures at each stage."""
+"""What a probe is: it readies its prompts before training, and measures a few figures at each
+stage.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ from continual.results.matrix import Matrix
 
 Series = dict[str, float | None]  # figures by label; None where there is nothing to measure
 Found = dict[str, Series]  # by entry
-Ask = Callable[[Test], list[dict[str, Any]]]  # the prediction of each example with its mark, as `score` gives them
+Ask = Callable[
+    [Test], list[dict[str, Any]]
+]  # the prediction of each example with its mark, as `score` gives them
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One table of probes.json: what its figures are, where their definition comes from, and which are better."""
+    """One table of probes.json: what its figures are, where their definition comes from, and which
+    are better.
+    """
 
     says: str
     source: str
@@ -38,13 +44,22 @@ class Setting:
     encoder: Encoder
     judge: Judge | None = None
 
-    def test(self, task: Task[Example], rows: Sequence[Example], encoder: Encoder | None = None) -> Test:
+    def test(
+        self, task: Task[Example], rows: Sequence[Example], encoder: Encoder | None = None
+    ) -> Test:
         """These rows, ready to be scored as the matrix is; raises as `score.prepare` does."""
         s = self.config.score
         scored: dict[str, Any] = {str(s.split): tuple(rows)}
-        return prepare(replace(task, **scored), encoder or self.apart(), s.split,
-                       self.stream.tasks.index(task), metric=s.metric, max_new_tokens=s.max_new_tokens, how=s.how,
-                       judge=self.judge)
+        return prepare(
+            replace(task, **scored),
+            encoder or self.apart(),
+            s.split,
+            self.stream.tasks.index(task),
+            metric=s.metric,
+            max_new_tokens=s.max_new_tokens,
+            how=s.how,
+            judge=self.judge,
+        )
 
     def rows(self, task: Task[Example], limit: int | None) -> Sequence[Example]:
         """The first rows that are scored, at most `limit`."""
@@ -61,7 +76,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Look:
-    """What a probe has after a stage: `ask`, the matrix up to this stage, and what it found itself before training."""
+    """What a probe has after a stage: `ask`, the matrix up to this stage, and what it found itself
+    before training.
+    """
 
     ask: Ask
     matrix: Matrix
@@ -76,8 +93,9 @@ class Look:
 class Probe:
     """Something to measure before training and after every stage.
 
-    `ready` comes first and once, and raises ContinualError for what cannot be measured. `measure` gives each of
-    `entries` its figures; it is the same in all processes, and depends on the weights and the prompts alone.
+    `ready` comes first and once, and raises ContinualError for what cannot be measured. `measure`
+    gives each of `entries` its figures; it is the same in all processes, and depends on the weights
+    and the prompts alone.
     """
 
     def ready(self, setting: Setting) -> None:
@@ -109,5 +127,7 @@ def at_least(name: str, least: int, **values: int | None) -> None:
 def answered(name: str, setting: Setting) -> None:
     """Raise ConfigError where tasks are not answered, for a probe that looks at answers."""
     if marked := [t.name for t in setting.stream.tasks if setting.metric(t) == PERPLEXITY]:
-        raise ConfigError(f"probe=[{name}] looks at answers, and by perplexity {', '.join(marked)} gives none; set "
-                          "score.metric to another, or leave the probe out")
+        raise ConfigError(
+            f"probe=[{name}] looks at answers, and by perplexity {', '.join(marked)} gives none; "
+            "set score.metric to another, or leave the probe out"
+        )

@@ -25,7 +25,9 @@ def bare(text: str, rng: random.Random) -> str:
 
 
 def typos(text: str, rng: random.Random) -> str:
-    """In every fifth word of four letters or more, at least one, two neighbouring letters within it are swapped."""
+    """In every fifth word of four letters or more, at least one, two neighbouring letters within it
+    are swapped.
+    """
     words = text.split(" ")
     long = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha()]
     for i in rng.sample(long, -(-len(long) // 5)):
@@ -51,4 +53,5 @@ def headed(text: str, rng: random.Random) -> str:
 
 
 CHANGES: Mapping[str, Callable[[str, random.Random], str]] = {
-    f.__name__: f for f in (lower, upper, bare, typos, polite, lines, headed)}
+    f.__name__: f for f in (lower, upper, bare, typos, polite, lines, headed)
+}

@@ -1,7 +1,8 @@
-"""What probes found, kept as a run goes on: of each stage beside its predictions, and of all in RUN/probes.json.
+"""What probes found, kept as a run goes on: of each stage beside its predictions, and of all in
+RUN/probes.json.
 
-{"schema": 1, "stages": ["base", TASK, ...], "probes": {ENTRY: {"says", "source", "better": "higher" or "lower",
-"series": {LABEL: [a number or null for each stage]}}}}
+{"schema": 1, "stages": ["base", TASK, ...], "probes": {ENTRY: {"says", "source", "better": "higher"
+or "lower", "series": {LABEL: [a number or null for each stage]}}}}
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ from continual.tracking.events import Events
 FILE = "probes.json"
 
 
-def record(out: Path, folders: Sequence[Path], probes: Mapping[str, Probe], ask: Ask, matrix: Matrix,
-           events: Events) -> None:
+def record(
+    out: Path,
+    folders: Sequence[Path],
+    probes: Mapping[str, Probe],
+    ask: Ask,
+    matrix: Matrix,
+    events: Events,
+) -> None:
     """Measure what is not measured yet after the matrix's last stage, and write RUN/probes.json.
 
-    `folders` are those of the predictions of each stage up to it, which are of the weights as they were then.
+    `folders` are those of the predictions of each stage up to it, which are of the weights as they
+    were then.
     """
     began, kept = time.perf_counter(), folders[-1] / FILE
     base, found = agreed(read(folders[0] / FILE)), agreed(read(kept))
@@ -38,24 +46,45 @@ def record(out: Path, folders: Sequence[Path], probes: Mapping[str, Probe], ask:
                 write_whole(kept, json.dumps(found, indent=1, allow_nan=False))
     events.clear()
     if leads():
-        write_whole(out / FILE, json.dumps(told(matrix.stages, probes, [read(f / FILE) for f in folders]), indent=1,
-                                           allow_nan=False))
+        write_whole(
+            out / FILE,
+            json.dumps(
+                told(matrix.stages, probes, [read(f / FILE) for f in folders]),
+                indent=1,
+                allow_nan=False,
+            ),
+        )
     events({"event": "probe", "seconds": time.perf_counter() - began, "probes": found})
     for entry, series in found.items():
-        events.say(f"  {entry}: " + ", ".join(f"{label} {value:.3f}" for label, value in [*series.items()][:SHOWN]
-                                              if value is not None))
+        events.say(
+            f"  {entry}: "
+            + ", ".join(
+                f"{label} {value:.3f}"
+                for label, value in [*series.items()][:SHOWN]
+                if value is not None
+            )
+        )
 
 
 SHOWN = 6  # figures of an entry in the line about a stage
 
 
-def told(stages: Sequence[str], probes: Mapping[str, Probe], found: Sequence[Found]) -> dict[str, object]:
+def told(
+    stages: Sequence[str], probes: Mapping[str, Probe], found: Sequence[Found]
+) -> dict[str, object]:
     """What probes.json holds, from what each stage's probes found."""
     made = {}
-    for name, entry in ((name, entry) for probe in probes.values() for name, entry in probe.entries.items()):
+    for name, entry in (
+        (name, entry) for probe in probes.values() for name, entry in probe.entries.items()
+    ):
         labels = dict.fromkeys(label for each in found for label in each.get(name, {}))
         series = {label: [each.get(name, {}).get(label) for each in found] for label in labels}
-        made[name] = {"says": entry.says, "source": entry.source, "better": entry.better, "series": series}
+        made[name] = {
+            "says": entry.says,
+            "source": entry.source,
+            "better": entry.better,
+            "series": series,
+        }
     return {"schema": 1, "stages": list(stages), "probes": made}
 
 
@@ -63,7 +92,11 @@ def read(path: Path) -> Found:
     """What a stage's probes found; nothing where the file is not whole, for it is measured again."""
     try:
         found = json_file(path)
-        whole = all(value is None or is_number(value) for series in found.values() for value in series.values())
+        whole = all(
+            value is None or is_number(value)
+            for series in found.values()
+            for value in series.values()
+        )
         return found if whole else {}
     except (OSError, ValueError, AttributeError):
         return {}

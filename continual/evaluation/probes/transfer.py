@@ -1,4 +1,6 @@
-"""Cross-task generalisation: what learning a task does to tasks with like instructions, and to the others."""
+"""Cross-task generalisation: what learning a task does to tasks with like instructions, and to the
+others.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,31 @@ from continual.evaluation.probes.base import Entry, Found, Look, Probe, Setting,
 from continual.results.matrix import Matrix
 
 SAMPLE = 128  # train rows of a task whose instructions are read
-SOURCE = ("mean_j (R[i][j] - R[i-1][j]), the step of the matrix at a stage; tasks grouped by their instructions as "
-          "cross-task generalisation asks (Mishra et al. 2022; Wang et al. 2022)")
-LABELS = {(seen, same): f"{'learned' if seen else 'not learned'}, {'same cluster' if same else 'other clusters'}"
-          for seen in (True, False) for same in (True, False)}
+SOURCE = (
+    "mean_j (R[i][j] - R[i-1][j]), the step of the matrix at a stage; tasks grouped by their "
+    "instructions as cross-task generalisation asks (Mishra et al. 2022; Wang et al. 2022)"
+)
+LABELS = {
+    (
+        seen,
+        same,
+    ): f"{'learned' if seen else 'not learned'}, {'same cluster' if same else 'other clusters'}"
+    for seen in (True, False)
+    for same in (True, False)
+}
 
 
 @dataclass(kw_only=True)
 class Transfer(Probe):
-    """How a stage changes the scores of the other tasks, within the learned task's cluster and across clusters.
+    """How a stage changes the scores of the other tasks, within the learned task's cluster and
+    across clusters.
 
-    After the stage of task i it is the mean over tasks j of R[i][j] - R[i-1][j], read off the matrix: for j learned
-    before, below 0 is forgetting; for j not learned yet, above 0 is generalisation. `transfer overall` is the mean over
-    all such pairs up to this stage. Clusters are found from the instructions alone: a task is the share of its train
-    prompts that hold each word, times log((1 + T) / (1 + tasks with the word)) + 1, and average linkage joins the
-    tasks as long as the cosine between two clusters is at least `similarity`.
+    After the stage of task i it is the mean over tasks j of R[i][j] - R[i-1][j], read off the
+    matrix: for j learned before, below 0 is forgetting; for j not learned yet, above 0 is
+    generalisation. `transfer overall` is the mean over all such pairs up to this stage. Clusters
+    are found from the instructions alone: a task is the share of its train prompts that hold each
+    word, times log((1 + T) / (1 + tasks with the word)) + 1, and average linkage joins the tasks as
+    long as the cosine between two clusters is at least `similarity`.
     """
 
     similarity: float = 0.3
@@ -41,28 +53,43 @@ class Transfer(Probe):
     def ready(self, setting: Setting) -> None:
         """Find the clusters."""
         if not 0 <= self.similarity <= 1:
-            raise ConfigError(f"probe.transfer.similarity={self.similarity}: expected a cosine in [0, 1]")
+            raise ConfigError(
+                f"probe.transfer.similarity={self.similarity}: expected a cosine in [0, 1]"
+            )
         self.clusters = clustered(setting.stream.tasks, self.similarity)
 
     @property
     def entries(self) -> Mapping[str, Entry]:
         """Of the stage, and of all stages so far."""
         told = " ".join(f"[{', '.join(names)}]" for names in self.clusters)
-        return {"transfer": Entry("change of the other tasks' scores by this stage, by whether a task's instructions "
-                                  f"are like those of the one learned (clusters: {told})", SOURCE),
-                "transfer overall": Entry("the same, mean over all pairs of stage and task so far", SOURCE)}
+        return {
+            "transfer": Entry(
+                "change of the other tasks' scores by this stage, by whether a task's instructions "
+                f"are like those of the one learned (clusters: {told})",
+                SOURCE,
+            ),
+            "transfer overall": Entry(
+                "the same, mean over all pairs of stage and task so far", SOURCE
+            ),
+        }
 
     def measure(self, look: Look) -> Found:
         """Read it off the matrix; None before training, and for a stage that is not one task's."""
         stages = len(look.matrix.stages)
         every = [self._steps(look.matrix, row) for row in range(1, stages)]
         last = every[-1] if every else {}
-        return {"transfer": {label: known_mean(last.get(key, [])) for key, label in LABELS.items()},
-                "transfer overall": {label: known_mean(v for steps in every for v in steps.get(key, []))
-                                     for key, label in LABELS.items()}}
+        return {
+            "transfer": {label: known_mean(last.get(key, [])) for key, label in LABELS.items()},
+            "transfer overall": {
+                label: known_mean(v for steps in every for v in steps.get(key, []))
+                for key, label in LABELS.items()
+            },
+        }
 
     def _steps(self, matrix: Matrix, row: int) -> dict[tuple[bool, bool], list[float]]:
-        """The change of each other task's score at this row, by (learned before, of the same cluster)."""
+        """The change of each other task's score at this row, by (learned before, of the same
+        cluster).
+        """
         own, found = matrix.stages[row], dict[tuple[bool, bool], list[float]]()
         if own not in matrix.tasks:
             return found
@@ -70,7 +97,9 @@ class Transfer(Probe):
         for task in matrix.tasks:
             before, after = matrix.at(row - 1, task), matrix.at(row, task)
             if task != own and before is not None and after is not None:
-                found.setdefault((task in matrix.stages[:row], task in near), []).append(after - before)
+                found.setdefault((task in matrix.stages[:row], task in near), []).append(
+                    after - before
+                )
         return found
 
 
@@ -96,16 +125,21 @@ def _vectors(tasks: Sequence[Task[Example]]) -> NDArray[Any]:
     common = Counter(word for told in shares for word in told)
     words = sorted(common)
     weight = np.array([math.log((1 + len(tasks)) / (1 + common[w])) + 1 for w in words])
-    rows = np.array([[told.get(w, 0.0) for w in words] for told in shares]).reshape(len(tasks), -1) * weight
+    rows = (
+        np.array([[told.get(w, 0.0) for w in words] for told in shares]).reshape(len(tasks), -1)
+        * weight
+    )
     made: NDArray[Any] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     return made
 
 
 def _shares(task: Task[Example]) -> dict[str, float]:
     """Of each word, the share of the task's instructions that hold it, evenly from all train rows."""
-    rows = (task.train or task.dev or task.test)
+    rows = task.train or task.dev or task.test
     chosen = rows[:: max(1, -(-len(rows) // SAMPLE))]
-    found = Counter(word for e in chosen for word in set(re.findall(r"\w+", _instruction(e).casefold())))
+    found = Counter(
+        word for e in chosen for word in set(re.findall(r"\w+", _instruction(e).casefold()))
+    )
     return {word: n / len(chosen) for word, n in found.items()}
 
 

@@ -10,11 +10,23 @@ from continual.data.template import Encoder, Unfit
 from continual.data.types import Example, Message
 from continual.errors import ConfigError, DataError
 from continual.evaluation.metrics import METRICS
-from continual.evaluation.probes.base import Ask, Entry, Found, Look, Probe, Setting, answered, at_least, known_mean
+from continual.evaluation.probes.base import (
+    Ask,
+    Entry,
+    Found,
+    Look,
+    Probe,
+    Setting,
+    answered,
+    at_least,
+    known_mean,
+)
 from continual.evaluation.scoring import Test
 
-SOURCE = ("turns answered behind the model's own answers (Zheng et al. 2023, MT-Bench), against the same turn asked "
-          "alone (Kwan et al. 2024, MT-Eval)")
+SOURCE = (
+    "turns answered behind the model's own answers (Zheng et al. 2023, MT-Bench), against the "
+    "same turn asked alone (Kwan et al. 2024, MT-Eval)"
+)
 UNANSWERED = {"answer": "", "score": 0.0}
 
 
@@ -38,7 +50,9 @@ class Chats:
             except Unfit:
                 continue
         if encoded:
-            test = Test(self.task, self.metric, [turns[i] for i in encoded], [*encoded.values()], self.room)
+            test = Test(
+                self.task, self.metric, [turns[i] for i in encoded], [*encoded.values()], self.room
+            )
             for i, row in zip(encoded, ask(test), strict=True):
                 found[i] = row
         return found
@@ -48,17 +62,21 @@ class Chats:
 class Turns(Probe):
     """Chat tasks with several turns, each answered greedily behind the model's own earlier answers.
 
-    A turn's mark is its answer's by the task's metric against the row's own answer, and it is met from `met` on. Then
+    A turn's mark is its answer's by the task's metric against the row's own answer, and it is met
+    from `met` on. Then
 
     - `first turn` and `later turns` are mean marks;
-    - `completed`: the share of conversations of which every turn has an answer that is not empty, and is met;
-    - `context`: of the later turns that are not met where they are asked alone, without the turns before them, the
-      share that is met in the conversation: those need an earlier turn. None where there are none;
-    - `consistent`: the mean mark of the answer to the first question, asked again behind the whole conversation,
-      against the answer that it had at first; an empty answer agrees with nothing.
+    - `completed`: the share of conversations of which every turn has an answer that is not empty,
+      and is met;
+    - `context`: of the later turns that are not met where they are asked alone, without the turns
+      before them, the share that is met in the conversation: those need an earlier turn. None where
+      there are none;
+    - `consistent`: the mean mark of the answer to the first question, asked again behind the whole
+      conversation, against the answer that it had at first; an empty answer agrees with nothing.
 
-    Conversations whose own answers leave no room for the question asked again are left out and counted; a turn that
-    longer answers of the model leave no room for is unanswered. All figures are means over tasks.
+    Conversations whose own answers leave no room for the question asked again are left out and
+    counted; a turn that longer answers of the model leave no room for is unanswered. All figures
+    are means over tasks.
     """
 
     met: float = 0.5
@@ -74,36 +92,51 @@ class Turns(Probe):
         answered("turns", setting)
         for index, task in enumerate(setting.stream.tasks):
             metric, encoder = setting.metric(task), setting.apart()
-            rows = [e for e in task.split(setting.config.score.split) if len(_questions(e)) > 1][: self.limit]
+            rows = [e for e in task.split(setting.config.score.split) if len(_questions(e)) > 1][
+                : self.limit
+            ]
             if not rows:
                 continue
             if metric not in METRICS:
-                raise ConfigError(f"probe=[turns] marks single answers, which {metric} does not; set score.metric to "
-                                  f"one of {', '.join(METRICS)}, or leave the probe out")
+                raise ConfigError(
+                    f"probe=[turns] marks single answers, which {metric} does not; set "
+                    f"score.metric to one of {', '.join(METRICS)}, or leave the probe out"
+                )
             room = setting.config.score.max_new_tokens or max(
-                encoder.room(_turn(e, (), t)) for e in rows for t in range(len(_questions(e))))
+                encoder.room(_turn(e, (), t)) for e in rows for t in range(len(_questions(e)))
+            )
             fit = [e for e in rows if _fits(encoder, _again(e, _references(e)), room)]
             self.left_out += len(rows) - len(fit)
             if fit:
                 self.chats.append(Chats(task.name, index, metric, fit, room, encoder))
         if self.left_out and setting.encoder.on_unfit == "error":
-            raise DataError(f"probe=[turns]: {self.left_out} conversations leave no room for their first question "
-                            f"asked again ({setting.encoder.limit} tokens); raise data.max_length as far as the "
-                            "model's context goes, or set data.on_unfit=skip")
+            raise DataError(
+                f"probe=[turns]: {self.left_out} conversations leave no room for their first "
+                f"question asked again ({setting.encoder.limit} tokens); raise data.max_length "
+                "as far as the model's context goes, or set data.on_unfit=skip"
+            )
         if not self.chats:
-            raise ConfigError("probe=[turns] needs rows of {\"messages\": [...]} in which the user speaks twice or "
-                              f"more, and no task has any that fit in its {setting.config.score.split} rows; leave "
-                              "the probe out")
+            raise ConfigError(
+                'probe=[turns] needs rows of {"messages": [...]} in which the user speaks twice or '
+                f"more, and no task has any that fit in its {setting.config.score.split} rows; leave "
+                "the probe out"
+            )
 
     @property
     def entries(self) -> Mapping[str, Entry]:
         """One table."""
         told = [f"{chats.task}: {len(chats.rows)} conversations" for chats in self.chats]
         told += [f"{self.left_out} left out for want of room"] if self.left_out else []
-        return {"turns": Entry("conversations answered behind the model's own answers: mean marks; completed: share "
-                               f"with every turn answered and met (mark of {self.met:g}); context: share met of the "
-                               "later turns not met when asked alone; consistent: agreement of the first answer with "
-                               f"that to the same question asked again at the end ({'; '.join(told)})", SOURCE)}
+        return {
+            "turns": Entry(
+                "conversations answered behind the model's own answers: mean marks; completed: "
+                f"share with every turn answered and met (mark of {self.met:g}); context: share "
+                "met of the later turns not met when asked alone; consistent: agreement of the "
+                "first answer with that to the same question asked again at the end "
+                f"({'; '.join(told)})",
+                SOURCE,
+            )
+        }
 
     def measure(self, look: Look) -> Found:
         """Hold the conversations."""
@@ -116,19 +149,32 @@ class Turns(Probe):
         said: list[list[dict[str, Any]]] = [[] for _ in rows]
         for t in range(max(len(_questions(e)) for e in rows)):
             here = [i for i, e in enumerate(rows) if t < len(_questions(e))]
-            told = chats.answers(ask, [_turn(rows[i], [a["answer"] for a in said[i]], t) for i in here])
+            told = chats.answers(
+                ask, [_turn(rows[i], [a["answer"] for a in said[i]], t) for i in here]
+            )
             for i, answer in zip(here, told, strict=True):
                 said[i].append(answer)
         later = [(i, t) for i, e in enumerate(rows) for t in range(1, len(_questions(e)))]
         alone = chats.answers(ask, [_alone(rows[i], t) for i, t in later])
-        again = chats.answers(ask, [_again(e, [a["answer"] for a in told]) for e, told in zip(rows, said, strict=True)])
-        needy = [said[i][t] for (i, t), single in zip(later, alone, strict=True) if single["score"] < self.met]
-        return {"first turn": known_mean(told[0]["score"] for told in said),
-                "later turns": known_mean(said[i][t]["score"] for i, t in later),
-                "completed": known_mean(float(all(a["answer"].strip() and a["score"] >= self.met for a in told))
-                                        for told in said),
-                "context": known_mean(float(a["score"] >= self.met) for a in needy),
-                "consistent": known_mean(a["score"] if a["answer"].strip() else 0.0 for a in again)}
+        again = chats.answers(
+            ask,
+            [_again(e, [a["answer"] for a in told]) for e, told in zip(rows, said, strict=True)],
+        )
+        needy = [
+            said[i][t]
+            for (i, t), single in zip(later, alone, strict=True)
+            if single["score"] < self.met
+        ]
+        return {
+            "first turn": known_mean(told[0]["score"] for told in said),
+            "later turns": known_mean(said[i][t]["score"] for i, t in later),
+            "completed": known_mean(
+                float(all(a["answer"].strip() and a["score"] >= self.met for a in told))
+                for told in said
+            ),
+            "context": known_mean(float(a["score"] >= self.met) for a in needy),
+            "consistent": known_mean(a["score"] if a["answer"].strip() else 0.0 for a in again),
+        }
 
 
 def _questions(e: Example) -> list[str]:
@@ -141,11 +187,16 @@ def _references(e: Example) -> list[str]:
     return [m.content for m in e.messages if m.role == "assistant"]
 
 
-def _conversation(e: Example, name: str, questions: Sequence[str], answers: Sequence[str], reference: str) -> Example:
+def _conversation(
+    e: Example, name: str, questions: Sequence[str], answers: Sequence[str], reference: str
+) -> Example:
     """The questions with an answer each but for the last one, to which the reference is the answer."""
     system = tuple(m for m in e.messages if m.role == "system")
-    spoken = [m for q, a in zip(questions, (*answers, reference), strict=True)
-              for m in (Message("user", q), Message("assistant", a))]
+    spoken = [
+        m
+        for q, a in zip(questions, (*answers, reference), strict=True)
+        for m in (Message("user", q), Message("assistant", a))
+    ]
     return Example(f"{e.id} {name}", e.task, "", "", (reference,), (*system, *spoken), e.where)
 
 
