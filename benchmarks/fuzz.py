@@ -313,7 +313,8 @@ def main() -> None:
 
     names, counts, seen = asked.names or list(READERS), collections.Counter[str](), set[str]()
     with atheris.instrument_imports(include=["continual", "streams", "yaml"]):
-        from continual.reports import pages  # noqa: F401
+        from continual.reports import pages, write  # noqa: F401
+        from continual.runs import run  # noqa: F401
         from continual.training import checkpoint  # noqa: F401
         from streams import folder  # noqa: F401
 

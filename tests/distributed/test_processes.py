@@ -62,8 +62,8 @@ def together(tmp_path_factory):
     def read(i, rank):
         with safe_open(out / f"{i}-{rank}.safetensors", framework="pt") as file:
             return json.loads(file.metadata()["losses"]), {
-                n: file.get_tensor(n) for n in file.keys()
-            }  # noqa: SIM118
+                n: file.get_tensor(n) for n in file.keys()  # noqa: SIM118
+            }
 
     return [[read(i, rank) for rank in (0, 1)] for i in range(len(TABLE))]
 

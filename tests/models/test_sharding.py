@@ -74,9 +74,9 @@ def test_in_shards_every_strategy_that_can_learns_what_it_learns_whole(i, sharde
             told.append(
                 (
                     json.loads(file.metadata()["losses"]),
-                    {n: file.get_tensor(n) for n in file.keys()},
+                    {n: file.get_tensor(n) for n in file.keys()},  # noqa: SIM118
                 )
-            )  # noqa: SIM118
+            )
     (losses, tensors), (others, copies) = told
     assert losses == others
     assert toy.same(tensors, copies)
