@@ -113,10 +113,10 @@ def start(out: Path, keys: Sequence[str]) -> int:
     def work() -> None:
         from rich.console import Console
 
-        from continual.cli.main import configure
+        from continual.cli.main import compose_config
         from continual.runs.run import run
 
-        run(configure("run", [*keys, f"out={out}"]), Console(stderr=True))
+        run(compose_config("run", [*keys, f"out={out}"]), Console(stderr=True))
 
     return child(work, out.with_suffix(".log"))
 
@@ -338,7 +338,7 @@ def main() -> None:
     ):
         import_module(name)  # for the children
     torch.set_num_threads(1)
-    events.quiet()
+    events.silence_libraries()
     began, told = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder_name:
         keys = write_work(Path(folder_name))

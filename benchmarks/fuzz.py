@@ -96,14 +96,14 @@ def _in_run(name: str) -> Callable[[Path, bytes], None]:
 
 def rows(folder: Path, raw: bytes) -> None:
     """Rows of a stream folder."""
-    from streams.rows import read_jsonl
+    from streams.rows import load_jsonl
 
-    read_jsonl(_put(folder, "train.jsonl", raw), "t")
+    load_jsonl(_put(folder, "train.jsonl", raw), "t")
 
 
 def stream(folder: Path, raw: bytes) -> None:
     """The index of a stream folder."""
-    from streams.folder import folder as read
+    from streams.folder import load_folder as read
 
     _put(folder, "a/train.jsonl", json.dumps(ROW).encode())
     _put(folder, "stream.json", raw)

@@ -78,16 +78,16 @@ def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:
     from rich.console import Console
 
     from benchmarks.common import resident
-    from continual.cli.main import configure
+    from continual.cli.main import compose_config
     from continual.runs.run import Keeper, add_row, empty, train
     from continual.runs.session import early_of, set_up
     from continual.runs.signals import Signals
-    from continual.tracking.events import Events, quiet
+    from continual.tracking.events import EventLog, silence_libraries
 
     torch.set_num_threads(1)
-    quiet()
+    silence_libraries()
     out = root / strategy
-    config = configure(
+    config = compose_config(
         "run",
         [
             *write_work(root / f"{strategy}-work", tasks),
@@ -101,7 +101,7 @@ def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:
     bench = replace(bench, tests=bench.tests[:SCORED])
     found, matrix, early = [], empty(bench), early_of(out, bench)
     with (
-        Events(out / "events.jsonl", Console(stderr=True, quiet=True)) as events,
+        EventLog(out / "events.jsonl", Console(stderr=True, quiet=True)) as events,
         Signals() as signals,
     ):
         for number in range(1, tasks + 1):

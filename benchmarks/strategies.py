@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from benchmarks import works
 from benchmarks.common import Step
-from continual.cli.main import configure
+from continual.cli.main import compose_config
 from continual.config.catalogue import KEY, Choice, choices
 from continual.data.template import columns
 from continual.data.types import Encoded, Task
@@ -103,7 +103,7 @@ def _line(cells: Sequence[str]) -> str:
 def measured(choice: Choice, *words: str) -> str:
     """A strategy's line; `words` are further keys of the run."""
     needed = works.NEEDED.get(choice.name, [])
-    config = configure("run", [f"strategy=[{choice.name}]", "device=cpu", *needed, *words])
+    config = compose_config("run", [f"strategy=[{choice.name}]", "device=cpu", *needed, *words])
     stream = build.stream(config)
     model, strategy = build.model(config, stream), build.strategy(config)
     encoder, names = build.encoder(config, model), columns(stream)
@@ -114,7 +114,7 @@ def measured(choice: Choice, *words: str) -> str:
     ratio = step_ratio(model, strategy, tasks[-1], config)
     strategy.end(model, tasks[-1])
     with tempfile.TemporaryDirectory() as place:
-        folder = checkpoint.save(Path(place, "stage-01"), model, strategy, toy.matrix())
+        folder = checkpoint.save(Path(place, "stage-01"), model, strategy, toy.empty_matrix())
         bytes_ = checkpoint.size(folder, "memory.*") if any(strategy.state_dict().values()) else 0
     old = keeps_examples(strategy.state_dict()) or any(
         len({e.task for e in task.train}) > 1 for task in tasks
@@ -166,8 +166,8 @@ def keeps_examples(value: Any) -> bool:
 
 def subject(config: DictConfig) -> Model:
     """A toy model with the adapter that the strategy needs, if it does."""
-    made = toy.model(lora=12 if config.model.adapter == "lora" else 0)
-    return toy.prompted(made) if config.model.adapter == "prompt_tuning" else made
+    made = toy.make_model(lora_rank=12 if config.model.adapter == "lora" else 0)
+    return toy.add_virtual_tokens(made) if config.model.adapter == "prompt_tuning" else made
 
 
 def identity(choice: Choice, config: DictConfig) -> str:
@@ -179,8 +179,8 @@ def identity(choice: Choice, config: DictConfig) -> str:
     told, untold = subject(config), subject(config)
     one, other = build.strategy(config), build.strategy(config)
     for i in range(3):
-        toy.train(told, one, i)
-        task = toy.task(i)
+        toy.train_stages(told, one, i)
+        task = toy.make_task(i)
         learn(
             untold,
             replace(task, train=[replace(e, task=0) for e in task.train]),
@@ -191,7 +191,7 @@ def identity(choice: Choice, config: DictConfig) -> str:
         )
     return (
         "boundaries"
-        if toy.same(toy.everything(told), toy.everything(untold))
+        if toy.bitwise_equal(toy.copy_parameters(told), toy.copy_parameters(untold))
         else "of each example"
     )
 

@@ -144,7 +144,7 @@ def write_small(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from streams.folder import folder
+    from streams.folder import load_folder
 
     stream = root / "stream"
     for task, splits in rows.items():
@@ -154,7 +154,9 @@ def write_small(
                 "".join(json.dumps(row) + "\n" for row in told)
             )
     (stream / "stream.json").write_text(json.dumps({"tasks": [{"name": task} for task in rows]}))
-    words = byte_bpe([e for t in folder(path=str(stream), seed=0).tasks for e in t.train], 400, 64)
+    words = byte_bpe(
+        [e for t in load_folder(path=str(stream), seed=0).tasks for e in t.train], 400, 64
+    )
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(words),
@@ -188,9 +190,9 @@ def tokenizer(data: Path | None) -> Any:
 
 @cache
 def _stream(data: Path) -> dict[str, Sequence[Example]]:
-    from streams.folder import folder
+    from streams.folder import load_folder
 
-    stream = folder(path=str(data), seed=0, tasks=list(TASKS))
+    stream = load_folder(path=str(data), seed=0, tasks=list(TASKS))
     return {task.name: task.train for task in stream.tasks}
 
 

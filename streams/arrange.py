@@ -16,7 +16,7 @@ from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, DataError, gathered, unknown
 
 Tasks = tuple[Task[Example], ...]
-EPISODE = 12  # rows: half a step of 24, or six to adapt with and six to judge
+EPISODE_ROWS = 12  # rows: half a step of 24, or six to adapt with and six to judge
 
 
 def arrange(
@@ -25,7 +25,7 @@ def arrange(
     orders: Mapping[str, Sequence[str]],
     tasks: Sequence[str] | None,
     order: str | None,
-    limit: int | None,
+    max_train_rows: int | None,
     arrangement: str,
     seed: int,
 ) -> Stream:
@@ -36,13 +36,17 @@ def arrange(
     limit that cannot be, DataError for a stage without train rows.
     """
     by_name = {task.name: task for task in stream.tasks}
-    names = choose(list(by_name), orders=orders, tasks=tasks, order=order, seed=seed)
-    return stage(
-        [by_name[name] for name in names], stream, order=order, limit=limit, arrangement=arrangement
+    names = choose_tasks(list(by_name), orders=orders, tasks=tasks, order=order, seed=seed)
+    return apply_arrangement(
+        [by_name[name] for name in names],
+        stream,
+        order=order,
+        max_train_rows=max_train_rows,
+        arrangement=arrangement,
     )
 
 
-def choose(
+def choose_tasks(
     names: Sequence[str],
     *,
     orders: Mapping[str, Sequence[str]],
@@ -57,7 +61,7 @@ def choose(
     one, or else as in `names`. An order that leaves tasks out shortens the stream, unless `tasks`
     asks for them.
     """
-    picked = _checked(names if tasks is None else tasks, names, "stream.tasks")
+    picked = _validate_names(names if tasks is None else tasks, names, "stream.tasks")
     if order == "random":
         return random.Random(seed).sample(picked, len(picked))
     if not order and (tasks is not None or "default" not in orders):
@@ -65,7 +69,7 @@ def choose(
     name = order or "default"
     if name not in orders:
         raise ConfigError(unknown("stream.order", name, [*orders, "random"]))
-    ordered = _checked(orders[name], names, f"order {name!r}")
+    ordered = _validate_names(orders[name], names, f"order {name!r}")
     if tasks is not None and (left_out := [task for task in picked if task not in ordered]):
         raise ConfigError(
             f"found {', '.join(left_out)} in stream.tasks, expected tasks of order {name!r} "
@@ -74,26 +78,26 @@ def choose(
     return [task for task in ordered if task in picked]
 
 
-def stage(
+def apply_arrangement(
     tasks: Sequence[Task[Example]],
     stream: Stream,
     *,
     order: str | None,
-    limit: int | None,
+    max_train_rows: int | None,
     arrangement: str,
 ) -> Stream:
     """The `stream` of these `tasks`, in this order, learned in the stages of the `arrangement`."""
-    if limit is not None and limit < 1:
+    if max_train_rows is not None and max_train_rows < 1:
         raise ConfigError(
-            f"found stream.limit={limit}, expected at least 1 train row a task; null keeps all rows"
+            f"found stream.limit={max_train_rows}, expected at least 1 train row a task; null keeps all rows"
         )
     if arrangement not in ARRANGEMENTS:
         raise ConfigError(unknown("stream.arrangement", arrangement, ARRANGEMENTS))
     # The first rows, not a seeded draw: limits are nested (the 100 rows are among the 200),
     # whatever the seed.
-    limited = tuple(replace(task, train=task.train[:limit]) for task in tasks)
+    limited = tuple(replace(task, train=task.train[:max_train_rows]) for task in tasks)
     stages = ARRANGEMENTS[arrangement](limited)
-    _refuse_empty(stages, limited)
+    _check_train_rows(stages, limited)
     return replace(stream, order=order or "default", tasks=limited, stages=stages)
 
 
@@ -135,7 +139,7 @@ def episodes(tasks: Tasks) -> Tasks:
     train.batch_size / EPISODE of them. To `naive` it is the joint stage but for the order of the
     rows.
     """
-    return (replace(mixture("episodes", tasks), episode=EPISODE),)
+    return (replace(mixture("episodes", tasks), episode=EPISODE_ROWS),)
 
 
 ARRANGEMENTS: dict[str, Callable[[Tasks], Tasks]] = {
@@ -143,7 +147,7 @@ ARRANGEMENTS: dict[str, Callable[[Tasks], Tasks]] = {
 }
 
 
-def _checked(asked: Sequence[str], known: Sequence[str], where: str) -> list[str]:
+def _validate_names(asked: Sequence[str], known: Sequence[str], where: str) -> list[str]:
     """The `asked` names, if all are `known`, none is there twice, and there is one at all."""
     if isinstance(asked, str):
         raise ConfigError(
@@ -164,7 +168,7 @@ def _checked(asked: Sequence[str], known: Sequence[str], where: str) -> list[str
     return list(asked)
 
 
-def _refuse_empty(stages: Tasks, tasks: Tasks) -> None:
+def _check_train_rows(stages: Tasks, tasks: Tasks) -> None:
     """Raise DataError for the stages that would train on nothing."""
     if empty := [task.name for task in stages if not task.train]:
         rest = [task.name for task in tasks if task.train]

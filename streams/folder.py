@@ -18,24 +18,24 @@ from typing import Any
 from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, DataError, MissingError, brief, gathered, listed, unknown
 from continual.io import untrusted
-from streams.arrange import choose, stage
-from streams.rows import misspelt, read_jsonl
+from streams.arrange import apply_arrangement, choose_tasks
+from streams.rows import find_misspellings, load_jsonl
 
-SHOWN = 20  # unknown names that are looked up among the known ones
+MAX_SUGGESTIONS = 20  # unknown names that are looked up among the known ones
 SPLITS = ("train", "dev", "test")
-TEXTS = ("dir", "category", "metric")
-KEYS = ("name", *TEXTS, "labels")
+TEXT_KEYS = ("dir", "category", "metric")
+ENTRY_KEYS = ("name", *TEXT_KEYS, "labels")
 
 
-def folder(
+def load_folder(
     *,
     path: str,
     seed: int,
     tasks: Sequence[str] | None = None,
     order: str | None = None,
-    limit: int | None = None,
+    max_train_rows: int | None = None,
     arrangement: str = "sequential",
-    files: Mapping[str, str] | None = None,
+    split_files: Mapping[str, str] | None = None,
 ) -> Stream:
     """The stream in the folder `path`; only the tasks that are asked for are read, each with the
     splits it has.
@@ -45,20 +45,22 @@ def folder(
     what is there and wrong, ConfigError for a name that the folder does not know.
     """
     root = Path(path).expanduser()
-    files = _files(files or {})
-    name, entries, orders = read_index(root)
-    chosen = choose(list(entries), orders=orders, tasks=tasks, order=order, seed=seed)
-    loaded = _tasks(root, [entries[task] for task in chosen], files)
+    split_files = _split_files(split_files or {})
+    name, entries, orders = load_index(root)
+    chosen = choose_tasks(list(entries), orders=orders, tasks=tasks, order=order, seed=seed)
+    loaded = _load_tasks(root, [entries[task] for task in chosen], split_files)
     stream = Stream(name, order or "default", loaded, loaded)
-    return stage(loaded, stream, order=order, limit=limit, arrangement=arrangement)
+    return apply_arrangement(
+        loaded, stream, order=order, max_train_rows=max_train_rows, arrangement=arrangement
+    )
 
 
-def read_index(root: Path) -> tuple[str, dict[str, dict[str, Any]], dict[str, list[str]]]:
+def load_index(root: Path) -> tuple[str, dict[str, dict[str, Any]], dict[str, list[str]]]:
     """What stream.json says: the stream's name, its tasks by name, its orders. All that is wrong is
     raised at once.
     """
     file = root / "stream.json"
-    index = _load(root, file)
+    index = _load_index_object(root, file)
     problems = [*_task_problems(index.get("tasks")), *_order_problems(index)]
     if not isinstance(name := index.get("stream", root.resolve().name), str):
         problems.append(f"found the stream's name {brief(name)}, expected text")
@@ -67,7 +69,7 @@ def read_index(root: Path) -> tuple[str, dict[str, dict[str, Any]], dict[str, li
     return name, {entry["name"]: entry for entry in index["tasks"]}, index.get("orders") or {}
 
 
-def _load(root: Path, file: Path) -> dict[str, Any]:
+def _load_index_object(root: Path, file: Path) -> dict[str, Any]:
     """stream.json as an object."""
     if not root.is_dir():
         raise MissingError(
@@ -84,7 +86,7 @@ def _load(root: Path, file: Path) -> dict[str, Any]:
         raise MissingError(
             f"found no {file}, expected the file that names the stream's tasks; {mend}"
         )
-    _refuse_outside(root, [file])
+    _check_inside(root, [file])
     index = untrusted.json_file(file)
     if not isinstance(index, dict):
         raise DataError(
@@ -120,7 +122,7 @@ def _entry_problems(n: int, entry: Any) -> list[str]:
         ]
     problems = [
         f"found {brief(entry[key])} as {key!r} of {task}, expected text; quote it or leave it out"
-        for key in TEXTS
+        for key in TEXT_KEYS
         if not isinstance(entry.get(key) or "", str)
     ]
     labels = entry.get("labels") or []
@@ -131,7 +133,7 @@ def _entry_problems(n: int, entry: Any) -> list[str]:
         )
     return problems + [
         f"found the key {brief(found)} in {task}, expected {meant!r}; rename it"
-        for found, meant in misspelt(entry, KEYS)
+        for found, meant in find_misspellings(entry, ENTRY_KEYS)
     ]
 
 
@@ -159,7 +161,7 @@ def _order_problems(index: Mapping[str, Any]) -> list[str]:
     ]
     problems = [
         f"order {brief(name)}: "
-        f"{unknown('task', str(task), known) if i < SHOWN else f'unknown {brief(task)}'}; name a "
+        f"{unknown('task', str(task), known) if i < MAX_SUGGESTIONS else f'unknown {brief(task)}'}; name a "
         "task of the stream"
         for i, (name, task) in enumerate(strange)
     ]
@@ -171,7 +173,7 @@ def _order_problems(index: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _files(named: Mapping[str, str]) -> dict[str, str]:
+def _split_files(named: Mapping[str, str]) -> dict[str, str]:
     """The file of each split; raises ConfigError for a split that is none, or a name that is not a
     file's alone.
     """
@@ -189,7 +191,7 @@ def _files(named: Mapping[str, str]) -> dict[str, str]:
     return {split: f"{named.get(split, split)}.jsonl" for split in SPLITS}
 
 
-def _tasks(
+def _load_tasks(
     root: Path, entries: Sequence[Mapping[str, Any]], files: Mapping[str, str]
 ) -> tuple[Task[Example], ...]:
     """The tasks of these entries; all that are missing are raised at once, and before a row is
@@ -198,15 +200,17 @@ def _tasks(
     missing, places = [], []
     for entry in entries:
         try:
-            places.append(_place(root, entry, files))
+            places.append(_task_folder(root, entry, files))
         except MissingError as error:
             missing.append(str(error))
     if missing:
         raise MissingError(gathered(missing))
-    return tuple(_task(place, entry, files) for place, entry in zip(places, entries, strict=True))
+    return tuple(
+        _load_task(place, entry, files) for place, entry in zip(places, entries, strict=True)
+    )
 
 
-def _place(root: Path, entry: Mapping[str, Any], files: Mapping[str, str]) -> Path:
+def _task_folder(root: Path, entry: Mapping[str, Any], files: Mapping[str, str]) -> Path:
     """The folder of one task, inside the stream's and with rows of at least one split."""
     name, place = entry["name"], entry.get("dir") or entry["name"]
     where: Path = root / place
@@ -221,7 +225,7 @@ def _place(root: Path, entry: Mapping[str, Any], files: Mapping[str, str]) -> Pa
             f"found no folder {where} for task {name!r}, expected the one that stream.json names "
             f"(folders there: {there}); add it, or mend its 'dir'"
         )
-    _refuse_outside(root, [where / file for file in files.values()])
+    _check_inside(root, [where / file for file in files.values()])
     if not any((where / file).is_file() for file in files.values()):
         raise MissingError(
             f"found none of {', '.join(files.values())} in {where}, expected the rows of "
@@ -230,7 +234,7 @@ def _place(root: Path, entry: Mapping[str, Any], files: Mapping[str, str]) -> Pa
     return where
 
 
-def _refuse_outside(root: Path, files: Sequence[Path]) -> None:
+def _check_inside(root: Path, files: Sequence[Path]) -> None:
     """A stream folder may come from anyone: a link in it shows no file that lies elsewhere."""
     if out := [
         f"{file} is a link that leads out of {root}; put the file itself there"
@@ -240,11 +244,11 @@ def _refuse_outside(root: Path, files: Sequence[Path]) -> None:
         raise DataError(gathered(out))
 
 
-def _task(where: Path, entry: Mapping[str, Any], files: Mapping[str, str]) -> Task[Example]:
+def _load_task(where: Path, entry: Mapping[str, Any], files: Mapping[str, str]) -> Task[Example]:
     """One task with the splits that its folder has."""
     name = entry["name"]
     splits = {
-        split: tuple(read_jsonl(where / file, name))
+        split: tuple(load_jsonl(where / file, name))
         for split, file in files.items()
         if (where / file).is_file()
     }

@@ -23,12 +23,12 @@ from typing import Any
 
 from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, DataError, MissingError, gathered, unknown
-from streams.arrange import choose, stage
-from streams.rows import read_row
+from streams.arrange import apply_arrangement, choose_tasks
+from streams.rows import parse_row
 
 SPLITS = ("train", "dev", "test")
-FIELDS = ("instruction", "input", "output", "messages")
-KEYS = (
+EXAMPLE_FIELDS = ("instruction", "input", "output", "messages")
+ENTRY_KEYS = (
     "path",
     "name",
     "revision",
@@ -40,14 +40,14 @@ KEYS = (
     "metric",
     "category",
 )
-FILES = (
+FILE_FORMATS = (
     "parquet",
     "csv",
     "json",
 )  # `datasets` would read the working directory where these are given no files
 
 
-def hub(
+def load_hub(
     *,
     datasets: Mapping[str, Mapping[str, Any]],
     seed: int,
@@ -55,7 +55,7 @@ def hub(
     orders: Mapping[str, Sequence[str]] | None = None,
     tasks: Sequence[str] | None = None,
     order: str | None = None,
-    limit: int | None = None,
+    max_train_rows: int | None = None,
     arrangement: str = "sequential",
 ) -> Stream:
     """The stream of these `datasets`, by task name; only the tasks that are asked for are loaded.
@@ -69,40 +69,42 @@ def hub(
     there, DataError for rows that are wrong.
     """
     if problems := [
-        f"stream.datasets.{task}: {p}" for task, spec in datasets.items() for p in _problems(spec)
+        f"stream.datasets.{task}: {p}"
+        for task, spec in datasets.items()
+        for p in _entry_problems(spec)
     ]:
         raise ConfigError(gathered(problems))
-    chosen = choose(list(datasets), orders=orders or {}, tasks=tasks, order=order, seed=seed)
-    loaded = tuple(_task(task, datasets[task]) for task in chosen)
-    return stage(
+    chosen = choose_tasks(list(datasets), orders=orders or {}, tasks=tasks, order=order, seed=seed)
+    loaded = tuple(_load_task(task, datasets[task]) for task in chosen)
+    return apply_arrangement(
         loaded,
         Stream(name, order or "default", loaded, loaded),
         order=order,
-        limit=limit,
+        max_train_rows=max_train_rows,
         arrangement=arrangement,
     )
 
 
-def _problems(spec: Any) -> list[str]:
+def _entry_problems(spec: Any) -> list[str]:
     """All that is wrong with one entry, before anything is loaded."""
     if not isinstance(spec, Mapping):
         return [f"found {spec!r}, expected {{path: ..., splits: ..., columns: ...}}; write it so"]
-    problems = [unknown("key", str(key), KEYS) for key in spec if key not in KEYS]
+    problems = [unknown("key", str(key), ENTRY_KEYS) for key in spec if key not in ENTRY_KEYS]
     if not spec.get("path"):
         problems.append(
             "found no path, expected a Hub id, a folder, or one of parquet, csv, json; add it"
         )
-    if spec.get("path") in FILES and not spec.get("data_files"):
+    if spec.get("path") in FILE_FORMATS and not spec.get("data_files"):
         problems.append(
             f"found no data_files beside path={spec['path']}, expected the files to read; add them"
         )
     labels = spec.get("labels") or []
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         problems.append(f"found labels {labels!r}, expected a list of texts; quote them")
-    return problems + (_form_problems(spec) or [*_split_problems(spec), *_column_problems(spec)])
+    return problems + (_mapping_problems(spec) or [*_split_problems(spec), *_column_problems(spec)])
 
 
-def _form_problems(spec: Mapping[str, Any]) -> list[str]:
+def _mapping_problems(spec: Mapping[str, Any]) -> list[str]:
     """Keys that must map names to texts and do not."""
     return [
         f"found {key} {spec[key]!r}, expected {{name: text, ...}}; write it so"
@@ -117,7 +119,7 @@ def _form_problems(spec: Mapping[str, Any]) -> list[str]:
 
 def _split_problems(spec: Mapping[str, Any]) -> list[str]:
     """Splits that are none of ours, or none at all."""
-    splits = _splits(spec)
+    splits = _dataset_splits(spec)
     if not splits:
         return [
             'found no splits, expected such as {train: "train[:90%]", dev: "train[90%:]"}; add them'
@@ -129,7 +131,9 @@ def _column_problems(spec: Mapping[str, Any]) -> list[str]:
     """Fields that are none of an example's, and those that an example lacks."""
     columns, literal = spec.get("columns") or {}, bool(spec.get("instruction_text"))
     problems = [
-        unknown("field in columns", field, FIELDS) for field in columns if field not in FIELDS
+        unknown("field in columns", field, EXAMPLE_FIELDS)
+        for field in columns
+        if field not in EXAMPLE_FIELDS
     ]
     if not (columns or literal) or "messages" in columns:
         return problems
@@ -146,7 +150,7 @@ def _column_problems(spec: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _splits(spec: Mapping[str, Any]) -> dict[str, str]:
+def _dataset_splits(spec: Mapping[str, Any]) -> dict[str, str]:
     """Our splits by name, each with the dataset's split that it is."""
     files = spec.get("data_files")
     return dict(
@@ -155,15 +159,15 @@ def _splits(spec: Mapping[str, Any]) -> dict[str, str]:
     )
 
 
-def _task(task: str, spec: Mapping[str, Any]) -> Task[Example]:
+def _load_task(task: str, spec: Mapping[str, Any]) -> Task[Example]:
     """One task, its splits loaded and read."""
     rows, labels = {}, tuple(spec.get("labels") or ())
-    for split, of in _splits(spec).items():
-        source = Source(task, split, of, spec)
-        data = _load(source)
-        names = _classes(data, spec)
-        rows[split] = _read(data, names, source)
-        labels = labels or tuple(names.get(_output(spec), ()))
+    for split, of in _dataset_splits(spec).items():
+        source = SplitSource(task, split, of, spec)
+        data = _load_split(source)
+        names = _class_names(data, spec)
+        rows[split] = _parse_rows(data, names, source)
+        labels = labels or tuple(names.get(_output_column(spec), ()))
     return Task(
         task,
         rows.get("train", ()),
@@ -176,36 +180,36 @@ def _task(task: str, spec: Mapping[str, Any]) -> Task[Example]:
 
 
 @dataclass(frozen=True)
-class Source:
+class SplitSource:
     """Where the rows of one of our splits come from: split `of` the dataset that the entry `spec`
     names.
     """
 
     task: str
     split: str
-    of: str
-    spec: Mapping[str, Any]
+    dataset_split: str
+    entry: Mapping[str, Any]
 
     def __str__(self) -> str:
         """The file or dataset and the slice of it, for messages."""
-        files = self.spec.get("data_files")
+        files = self.entry.get("data_files")
         if isinstance(files, Mapping):
-            files = files.get(self.of.split("[")[0])
-        return f"{files or '/'.join(filter(None, (self.spec['path'], self.spec.get('name'))))} [{self.of}]"
+            files = files.get(self.dataset_split.split("[")[0])
+        return f"{files or '/'.join(filter(None, (self.entry['path'], self.entry.get('name'))))} [{self.dataset_split}]"
 
 
-def _load(source: Source) -> Any:
+def _load_split(source: SplitSource) -> Any:
     """One split as a Dataset, its nested columns flattened."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    spec, at = source.spec, f"stream.datasets.{source.task}: {source}"
+    spec, at = source.entry, f"stream.datasets.{source.task}: {source}"
     try:
         return load_dataset(
             spec["path"],
             spec.get("name"),
             data_files=spec.get("data_files"),
-            split=source.of,
+            split=source.dataset_split,
             revision=spec.get("revision"),
         ).flatten()
     except OSError as error:
@@ -225,12 +229,12 @@ def _load(source: Source) -> Any:
         ) from error
 
 
-def _output(spec: Mapping[str, Any]) -> str:
+def _output_column(spec: Mapping[str, Any]) -> str:
     """The column of the answers."""
     return str((spec.get("columns") or {}).get("output", "output"))
 
 
-def _classes(data: Any, spec: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+def _class_names(data: Any, spec: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     """The names of the classes of each column that holds class numbers; `labels` rename those of
     the output.
     """
@@ -241,18 +245,20 @@ def _classes(data: Any, spec: Mapping[str, Any]) -> dict[str, Sequence[str]]:
         for column, feature in data.features.items()
         if isinstance(feature, ClassLabel)
     }
-    given = spec.get("labels") and _output(spec) in data.column_names
-    return {**names, **({_output(spec): spec["labels"]} if given else {})}
+    given = spec.get("labels") and _output_column(spec) in data.column_names
+    return {**names, **({_output_column(spec): spec["labels"]} if given else {})}
 
 
-def _read(data: Any, names: Mapping[str, Sequence[str]], source: Source) -> tuple[Example, ...]:
+def _parse_rows(
+    data: Any, names: Mapping[str, Sequence[str]], source: SplitSource
+) -> tuple[Example, ...]:
     """The rows of one split, numbered from 0 as `datasets` does; all that is wrong with them is
     raised at once.
     """
-    columns, literal = source.spec.get("columns") or {}, source.spec.get("instruction_text")
+    columns, literal = source.entry.get("columns") or {}, source.entry.get("instruction_text")
     as_it_is = not columns and not literal  # then only class numbers are changed, to names
     fields = {
-        field: _field(text, data.column_names, names, f"{source}: columns.{field}")
+        field: _field_getter(text, data.column_names, names, f"{source}: columns.{field}")
         for field, text in ({column: column for column in names} if as_it_is else columns).items()
     }
     examples, problems = [], []
@@ -262,11 +268,11 @@ def _read(data: Any, names: Mapping[str, Sequence[str]], source: Source) -> tupl
         try:
             whole = {**base, **{field: value(row) for field, value in fields.items()}}
             examples.append(
-                read_row(
+                parse_row(
                     whole, task=source.task, id=f"{source.task}/{source.split}/{n}", where=where
                 )
             )
-        except Unmapped as error:
+        except UnmappableValueError as error:
             problems.append(f"{where}: {error}")
         except DataError as error:
             problems += str(error).split("\n")
@@ -275,11 +281,11 @@ def _read(data: Any, names: Mapping[str, Sequence[str]], source: Source) -> tupl
     return tuple(examples)
 
 
-class Unmapped(DataError):
+class UnmappableValueError(DataError):
     """A value that a column has and a field cannot take; the message does not say where."""
 
 
-def _field(
+def _field_getter(
     text: str, columns: Sequence[str], names: Mapping[str, Sequence[str]], where: str
 ) -> Callable[[Mapping[str, Any]], Any]:
     """How a field's value comes out of a row: one column as it is, or several written into a
@@ -299,43 +305,44 @@ def _field(
     if absent := [unknown("column", column, columns) for column in used if column not in columns]:
         raise ConfigError(gathered([f"{where}: {problem}" for problem in absent]))
     if not parts:
-        return lambda row: _plain(row, text, names)
+        return lambda row: _column_value(row, text, names)
     return lambda row: "".join(
-        literal + (_written(row, column, names) if column else "") for literal, column in parts
+        literal + (_template_value(row, column, names) if column else "")
+        for literal, column in parts
     )
 
 
-def _named(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str]]) -> Any:
+def _decode_class(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str]]) -> Any:
     """The value of a column, a class number as its name."""
     value, classes = row[column], names.get(column)
     if classes is None or isinstance(value, bool) or not isinstance(value, int):
         return value
     if not 0 <= value < len(classes):
-        raise Unmapped(
+        raise UnmappableValueError(
             f"found class {value} in column {column!r}, expected 0 to {len(classes) - 1} "
             f"({', '.join(classes)}); mend labels, or leave the unlabelled rows or split out"
         )
     return classes[value]
 
 
-def _plain(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str]]) -> Any:
+def _column_value(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str]]) -> Any:
     """The value of a column by itself: a number is no text, and must be named or written by a
     template.
     """
-    value = _named(row, column, names)
+    value = _decode_class(row, column, names)
     if isinstance(value, int | float):
-        raise Unmapped(
+        raise UnmappableValueError(
             f"found the number {value} in column {column!r}, expected text; name the classes by "
             f'labels: [...], or write the number itself by the template "{{{column}}}"'
         )
     return value
 
 
-def _written(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str]]) -> str:
+def _template_value(row: Mapping[str, Any], column: str, names: Mapping[str, Sequence[str]]) -> str:
     """The value of a column inside a template."""
-    value = _named(row, column, names)
+    value = _decode_class(row, column, names)
     if value is None or isinstance(value, list | dict):
-        raise Unmapped(
+        raise UnmappableValueError(
             f"found {'nothing' if value is None else 'a list'} in column {column!r}, expected "
             "text or a number to write into the template; fill it, or map the column by itself"
         )

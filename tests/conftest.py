@@ -28,7 +28,7 @@ settings.load_profile("ours")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def cache(tmp_path_factory):
+def private_cache(tmp_path_factory):
     """The cache folder for models built from scratch is the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -46,7 +46,7 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def keys(stream_folder, model_folder):
+def run_keys(stream_folder, model_folder):
     """What a small run needs to be told, beside out=."""
     return (
         "stream=folder",
@@ -62,7 +62,7 @@ def keys(stream_folder, model_folder):
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
+def run_cli(capsys, monkeypatch, tmp_path):
     """The command line in this process, in an empty folder: its exit code, and what it wrote to
     stdout and stderr.
     """
@@ -84,7 +84,7 @@ def cli(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def refused(cli):
+def cli_error(cli):
     """What the command line says of what it refuses: exit code 2, one message, no traceback,
     nothing else.
     """

@@ -11,7 +11,7 @@ import yaml
 from benchmarks import strategies as table
 from continual.config import catalogue
 from continual.testing.check import check_strategy
-from tests.support.models import run
+from tests.support.models import run_in_process
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
@@ -51,12 +51,12 @@ def test_the_guide_s_strategy_has_ten_lines():
 
 
 def test_the_guide_s_strategy_keeps_to_every_rule(first):
-    check_strategy(first(), off=first(strength=0))
+    check_strategy(first(), disabled=first(strength=0))
 
 
 def test_the_guide_s_strategy_runs_by_its_name(first, keys, tmp_path):
     words = ("train.epochs=1", "stream.tasks=[first,loud]")
-    far, _ = run(
+    far, _ = run_in_process(
         tmp_path / "far",
         keys,
         *words,

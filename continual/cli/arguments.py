@@ -10,14 +10,14 @@ from typing import Any
 from continual.errors import ConfigError, unknown
 
 
-def asked(told: Mapping[str, str]) -> dict[str, Any]:
+def parse_export_arguments(values: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of `export` that the keys of the command line give, in `KEYS`."""
     return {
-        "stage": told["stage"] or None,
-        "task": told["task"] or None,
-        "merged": truth("merged", told["merged"]) if told["merged"] else None,
-        "out": Path(told["out"]) if told["out"] else None,
-        "license": told["license"] or None,
+        "stage": values["stage"] or None,
+        "task": values["task"] or None,
+        "merged": truth("merged", values["merged"]) if values["merged"] else None,
+        "out": Path(values["out"]) if values["out"] else None,
+        "license": values["license"] or None,
     }
 
 

@@ -22,7 +22,7 @@ are scored, and the scores are the retained-task matrix.
 Keys: stream=NAME  strategy=NAME or strategy=[A,B]  model=NAME  seed=N  device=auto|cpu|cuda|mps  out=DIR
       train.*  loss.*  data.*  score.*  strategy.NAME.*  stream.*  model.*
 The same out= twice resumes. continual VERB --help shows examples; continual VERB --cfg the whole configuration."""
-EXAMPLES = {
+VERB_HELP = {
     "compare": """continual compare [key=value ...]: several strategies over one stream -> a comparison folder.
 
   continual compare                                        five strategies and joint training on the embedded stream

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from continual.cli.arguments import count, given, truth
-from continual.cli.help import EXAMPLES, HELP
+from continual.cli.help import HELP, VERB_HELP
 from continual.distributed.processes import agreed, joined, leads, let_first_speak, started
 from continual.errors import ConfigError, ContinualError, MissingError, unknown
 from continual.io.terminal import safe
 from continual.runs.signals import Stopped
 from continual.runs.stop_if import STATUS, Gated
-from continual.tracking.events import quiet
+from continual.tracking.events import silence_libraries
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -34,16 +34,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if verb not in VERBS:
             raise ConfigError(unknown("command", verb, VERBS))
-        if started() > 1 and verb not in SHARED:
+        if started() > 1 and verb not in MULTI_PROCESS_VERBS:
             raise ConfigError(
                 f"continual {verb} is the work of one process, and {started()} were started; "
-                f"several can share continual {' or '.join(SHARED)}"
+                f"several can share continual {' or '.join(MULTI_PROCESS_VERBS)}"
             )
         if "-h" in rest or "--help" in rest:
-            print(EXAMPLES[verb])
+            print(VERB_HELP[verb])
             return
         if "--cfg" in rest:
-            _show_config(verb, rest)
+            _print_config(verb, rest)
             return
         VERBS[verb](rest)
     except (Stopped, Gated) as stop:
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
         sys.exit(128 + stop.number if isinstance(stop, Stopped) else STATUS)
     except ContinualError as error:
-        fail(error)
+        exit_with_error(error)
     except BrokenPipeError:  # what we print to has closed, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        fail(
+        exit_with_error(
             ContinualError(
                 f"{error.filename or 'the system'}: {error.strerror or error}; see that the "
                 "folder can be written and that there is space, and give the same command again"
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def fail(error: ContinualError) -> None:
+def exit_with_error(error: ContinualError) -> None:
     """Print the message and exit with 2, or show the traceback where HYDRA_FULL_ERROR=1 asks for
     it.
     """
@@ -81,7 +81,7 @@ def fail(error: ContinualError) -> None:
     sys.exit(2)
 
 
-def configure(verb: str, overrides: Sequence[str], **more: Any) -> DictConfig:
+def compose_config(verb: str, overrides: Sequence[str], **compose_options: Any) -> DictConfig:
     """Compose the verb's configuration; raises ConfigError for what Hydra refuses, with the nearest
     valid names.
 
@@ -96,7 +96,7 @@ def configure(verb: str, overrides: Sequence[str], **more: Any) -> DictConfig:
     overrides = words.spelled(verb, overrides)
     with initialize_config_module("conf", version_base=None):
         try:
-            config = words.composed(verb, overrides, partial(compose, **more))
+            config = words.composed(verb, overrides, partial(compose, **compose_options))
             words.resolved(config)
         except ConfigError:
             raise
@@ -109,25 +109,25 @@ def configure(verb: str, overrides: Sequence[str], **more: Any) -> DictConfig:
     return config
 
 
-def _show_config(verb: str, rest: Sequence[str]) -> None:
+def _print_config(verb: str, rest: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
-    if verb not in CONFIGURED:
+    if verb not in CONFIGURED_VERBS:
         raise ConfigError(
             f"continual {verb} has no configuration, for it takes the keys that continual {verb} "
-            f"--help shows; --cfg goes with {', '.join(CONFIGURED)}"
+            f"--help shows; --cfg goes with {', '.join(CONFIGURED_VERBS)}"
         )
-    print(OmegaConf.to_yaml(configure(verb, [r for r in rest if r != "--cfg"])))
+    print(OmegaConf.to_yaml(compose_config(verb, [r for r in rest if r != "--cfg"])))
 
 
-def _work(verb: str, rest: Sequence[str]) -> None:
+def _run_or_adapt(verb: str, rest: Sequence[str]) -> None:
     """Run or adapt, and show the tables."""
-    config = configure(verb, rest)
+    config = compose_config(verb, rest)
     from continual.reports import write
     from continual.runs.adapt import adapt
     from continual.runs.run import run
 
-    quiet()
+    silence_libraries()
     with joined(config.device):
         config.out = agreed(config.out)  # which may hold the time of day
         {"run": run, "adapt": adapt}[verb](config, Console(stderr=True, quiet=not leads()))
@@ -136,19 +136,19 @@ def _work(verb: str, rest: Sequence[str]) -> None:
 
 
 def _plan(rest: Sequence[str]) -> None:
-    config = configure("plan", rest)
+    config = compose_config("plan", rest)
     from continual.runs.plan import plan, show
 
-    quiet()
+    silence_libraries()
     show(plan(config), config, Console())
 
 
 def _audit(rest: Sequence[str]) -> None:
     """Count what is amiss in the rows."""
-    config = configure("audit", rest)
+    config = compose_config("audit", rest)
     from continual.runs.audit_step import alone
 
-    quiet()
+    silence_libraries()
     alone(config, Console())
 
 
@@ -156,10 +156,12 @@ def _compare(rest: Sequence[str]) -> None:
     from continual.config import overrides
     from continual.runs import compare
 
-    compare.compare(overrides.spelled("compare", rest), configure)
+    compare.compare(overrides.spelled("compare", rest), compose_config)
 
 
-def _opened(rest: Sequence[str], keys: dict[str, str]) -> tuple[Path, dict[str, str], DictConfig]:
+def _parse_run_arguments(
+    rest: Sequence[str], keys: dict[str, str]
+) -> tuple[Path, dict[str, str], DictConfig]:
     """The run folder and keys that a command names, and a configuration for its model to be built
     by.
     """
@@ -171,19 +173,19 @@ def _opened(rest: Sequence[str], keys: dict[str, str]) -> tuple[Path, dict[str, 
             f"expected the folder of one run, and {len(paths)} are named; give the out= of "
             "continual run or adapt"
         )
-    config = configure("run", [f"device={told['device']}"])
+    config = compose_config("run", [f"device={told['device']}"])
     with open_dict(config):
         config.model.trust_remote_code = truth("trust_remote_code", told["trust_remote_code"])
-    quiet()
+    silence_libraries()
     return paths[0], told, config
 
 
 def _export(rest: Sequence[str]) -> None:
-    from continual.cli.arguments import asked
-    from continual.inference.export import KEYS, export
+    from continual.cli.arguments import parse_export_arguments
+    from continual.inference.export import EXPORT_DEFAULTS, export
 
-    path, told, config = _opened(rest, KEYS)
-    made = export(path, config, **asked(told))
+    path, told, config = _parse_run_arguments(rest, EXPORT_DEFAULTS)
+    made = export(path, config, **parse_export_arguments(told))
     print(
         f"wrote {made.path}: {'an adapter' if made.adapter else 'a whole model'}, and README.md "
         "says how it is asked"
@@ -193,24 +195,24 @@ def _export(rest: Sequence[str]) -> None:
 def _chat(rest: Sequence[str]) -> None:
     from continual.inference import chat
 
-    path, told, config = _opened(rest, chat.KEYS)
+    path, told, config = _parse_run_arguments(rest, chat.CHAT_DEFAULTS)
     room = count("max_new_tokens", told["max_new_tokens"]) if told["max_new_tokens"] else None
     console = Console(highlight=False)
     chat.chat(
         path,
         config,
         console,
-        chat.typed(console),
+        chat.input_lines(console),
         stage=told["stage"] or None,
         task=told["task"] or None,
-        room=room,
+        max_new_tokens=room,
     )
 
 
 def _watch(rest: Sequence[str]) -> None:
-    from continual.cli.watch import KEYS, watch
+    from continual.cli.watch import WATCH_DEFAULTS, watch
 
-    paths, told = given(rest, KEYS)
+    paths, told = given(rest, WATCH_DEFAULTS)
     watch(paths, Console(), once=truth("once", told["once"]), every=count("every", told["every"]))
 
 
@@ -239,8 +241,8 @@ def _list(rest: Sequence[str]) -> None:
 
 VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
     "compare": _compare,
-    "run": partial(_work, "run"),
-    "adapt": partial(_work, "adapt"),
+    "run": partial(_run_or_adapt, "run"),
+    "adapt": partial(_run_or_adapt, "adapt"),
     "plan": _plan,
     "audit": _audit,
     "export": _export,
@@ -250,5 +252,5 @@ VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
     "verify": _verify,
     "list": _list,
 }
-CONFIGURED = ("compare", "run", "adapt", "plan", "audit")
-SHARED = ("run", "adapt")
+CONFIGURED_VERBS = ("compare", "run", "adapt", "plan", "audit")
+MULTI_PROCESS_VERBS = ("run", "adapt")

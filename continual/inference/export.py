@@ -18,11 +18,11 @@ from omegaconf import DictConfig
 
 from continual.errors import ConfigError, ContinualError, listed, unknown
 from continual.inference import model_card
-from continual.inference.reopen import Reopened, Source, reopen
+from continual.inference.reopen import LoadedModel, ModelSource, load_run_model
 from continual.io.atomic import file_name, flush, write_whole
 from continual.models.model import Model
 
-KEYS = {
+EXPORT_DEFAULTS = {
     "stage": "",
     "task": "",
     "merged": "",
@@ -31,11 +31,11 @@ KEYS = {
     "trust_remote_code": "false",
     "out": "",
 }
-BESIDE = "base"  # in an adapter's folder: the base, where there is none to be had elsewhere
+BASE_FOLDER = "base"  # in an adapter's folder: the base, where there is none to be had elsewhere
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """Where the folder is, and how it is loaded: `adapter` if on a base, the model of that name or
     of the folder.
     """
@@ -51,10 +51,10 @@ def export(
     *,
     stage: str | None = None,
     task: str | None = None,
-    merged: bool | None = None,
+    merge: bool | None = None,
     out: Path | None = None,
     license: str | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write the model of a run or adaptation, as it was after `stage`, by default the last, to
     `out`, by default PATH/export/STAGE.
 
@@ -64,46 +64,51 @@ def export(
     be exported so and for an `out` that is there already, ContinualError, with nothing written,
     where the disk has not the space.
     """
-    source = Source.read(path)
-    name = source.stage(stage)
+    source = ModelSource.load(path)
+    name = source.resolve_stage(stage)
     if task is not None and task not in source.tasks:
         raise ConfigError(unknown("task", task, source.tasks))
     place = "-".join(file_name(part) for part in (name, task) if part is not None)
     target = out or path / "export" / place
     if target.exists():
         raise ConfigError(f"{target} is there already; remove it, or give another out=")
-    opened = reopen(source, config)
-    refuse_many(opened, task)
-    opened.at(name)
-    opened.ready(task)
-    adapter = not _merges(opened, merged)
+    opened = load_run_model(source, config)
+    check_single_model(opened, task)
+    opened.load_stage(name)
+    opened.route(task)
+    adapter = not _should_merge(opened, merge)
     if adapter and not opened.model.layout.prefix and hasattr(opened.model.net, "virtual"):
         adapter = False  # no virtual token stands before anything yet: the base alone answers
-    base = _base_of(opened) if adapter else None
-    made = Exported(target, adapter, base)
-    _whole(target, opened, made, model_card.readme(opened, made.adapter, base, task, license))
+    base = _base_name(opened) if adapter else None
+    made = ExportResult(target, adapter, base)
+    _write_atomically(
+        target,
+        opened,
+        made,
+        model_card.render_model_card(opened, made.adapter, base, task, license),
+    )
     return made
 
 
-def refuse_many(opened: Reopened, task: str | None) -> None:
+def check_single_model(model: LoadedModel, task: str | None) -> None:
     """Raise ConfigError where the answers come from several models, and no task says which is
     meant.
     """
-    names = "+".join(map(str, opened.config.strategy))
-    if opened.by_prompt:
+    names = "+".join(map(str, model.config.strategy))
+    if model.dispatches_by_prompt:
         raise ConfigError(
             f"the strategy {names} chooses other weights for each prompt, which no one model "
-            f"holds; talk to it with continual chat {opened.source.path}, or export a run of "
+            f"holds; talk to it with continual chat {model.source.path}, or export a run of "
             "another strategy"
         )
-    if opened.by_task and task is None:
+    if model.routes_by_task and task is None:
         raise ConfigError(
             f"the strategy {names} has other weights for each task, and one model holds those of "
-            f"one; give task=NAME, of {listed(opened.source.tasks)}"
+            f"one; give task=NAME, of {listed(model.source.tasks)}"
         )
 
 
-def _merges(opened: Reopened, merged: bool | None) -> bool:
+def _should_merge(opened: LoadedModel, merged: bool | None) -> bool:
     """Whether the adapter's weights go into the model's own; raises ConfigError where they cannot,
     or there is none.
     """
@@ -132,7 +137,7 @@ def _merges(opened: Reopened, merged: bool | None) -> bool:
     return not reason and merged is not False
 
 
-def _base_of(opened: Reopened) -> str | None:
+def _base_name(opened: LoadedModel) -> str | None:
     """The name of the model that the adapter belongs to; None where only this run has it: made
     here, or grown by a token that its tokenizer lacked.
     """
@@ -152,7 +157,7 @@ def _base_of(opened: Reopened) -> str | None:
     return str(name) if theirs.get_text_config().vocab_size == words else None
 
 
-def _whole(target: Path, opened: Reopened, made: Exported, text: str) -> None:
+def _write_atomically(target: Path, opened: LoadedModel, made: ExportResult, text: str) -> None:
     """All files, flushed to disk, under a name of their own until they are whole."""
     from safetensors import SafetensorError
 
@@ -160,8 +165,8 @@ def _whole(target: Path, opened: Reopened, made: Exported, text: str) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _refuse_full(temporary, opened.model, made)
-        _write(temporary, opened, made)
+        _check_disk_space(temporary, opened.model, made)
+        _write_files(temporary, opened, made)
         write_whole(temporary / "README.md", text)
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # weights come for their owner alone
@@ -176,16 +181,16 @@ def _whole(target: Path, opened: Reopened, made: Exported, text: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_full(folder: Path, model: Model, made: Exported) -> None:
+def _check_disk_space(folder: Path, model: Model, made: ExportResult) -> None:
     whole = not made.adapter or made.base is None
     size = sum(p.nbytes for p in model.net.parameters() if whole or p.requires_grad)
     if (free := shutil.disk_usage(folder).free) < size + 2**20:
         raise OSError(f"it takes {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
 
 
-def _write(folder: Path, opened: Reopened, made: Exported) -> None:
+def _write_files(folder: Path, opened: LoadedModel, made: ExportResult) -> None:
     net, tokenizer = opened.model.net, copy.deepcopy(opened.model.tokenizer)
-    tokenizer.chat_template = model_card.chat_template(opened.encoder)
+    tokenizer.chat_template = model_card.build_chat_template(opened.encoder)
     tokenizer.save_pretrained(folder)
     if not made.adapter:
         plain = opened.config.model.get("adapter", "none") == "none"
@@ -199,15 +204,15 @@ def _write(folder: Path, opened: Reopened, made: Exported) -> None:
         whole.save_pretrained(folder)
         return
     if made.base is None:
-        _beside(folder / BESIDE, opened)
+        _save_base(folder / BASE_FOLDER, opened)
     if hasattr(net, "virtual"):
-        _virtual(folder, opened.model)
+        _save_virtual_tokens(folder, opened.model)
     else:
         net.save_pretrained(folder, save_embedding_layers=False)
-    _name_base(folder / "adapter_config.json", made.base or BESIDE)
+    _set_base_name(folder / "adapter_config.json", made.base or BASE_FOLDER)
 
 
-def _beside(folder: Path, opened: Reopened) -> None:
+def _save_base(folder: Path, opened: LoadedModel) -> None:
     """The base, which can be had nowhere else: without what the adapter does to it."""
     net = opened.model.net
     net = net.get_base_model() if hasattr(net, "virtual") else copy.deepcopy(net).unload()
@@ -216,7 +221,7 @@ def _beside(folder: Path, opened: Reopened) -> None:
 
 
 @torch.no_grad()
-def _virtual(folder: Path, model: Model) -> None:
+def _save_virtual_tokens(folder: Path, model: Model) -> None:
     """The virtual tokens that stand before every prompt now, of this task and of those before it,
     as peft's own.
     """
@@ -230,7 +235,7 @@ def _virtual(folder: Path, model: Model) -> None:
     save_file({"prompt_embeddings": rows}, folder / "adapter_model.safetensors")
 
 
-def _name_base(path: Path, name: str) -> None:
+def _set_base_name(path: Path, name: str) -> None:
     """Say which base the adapter belongs to; where it lay when it was loaded means nothing
     elsewhere.
     """

@@ -28,21 +28,21 @@ from continual.runs import build, validate
 from continual.strategy.interface import Strategy
 from continual.training import checkpoint
 
-ADAPTED = "adapted"  # the one stage of an adaptation
+ADAPTED_STAGE = "adapted"  # the one stage of an adaptation
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What a folder tells before any weights are read: its stages, each with where its weights are
     (None: the base).
     """
 
     path: Path
-    told: Run | Curve
+    result: Run | Curve
     stages: dict[str, Path | None]
 
     @classmethod
-    def read(cls, path: Path) -> Source:
+    def load(cls, path: Path) -> ModelSource:
         """Of a run or an adaptation; raises MissingError or DataError for any other folder."""
         what = kind(path)
         if what == "comparison":
@@ -51,7 +51,7 @@ class Source:
                 f"{listed(sorted(str(p.parent) for p in path.glob('*/matrix.json')), 5)}"
             )
         if what == "adapt":
-            return cls(path, Curve.read(path), {ADAPTED: path / "model"})
+            return cls(path, Curve.read(path), {ADAPTED_STAGE: path / "model"})
         run = Run.read(path)
         numbers = {name: run.number(name) for name in run.matrix.stages}
         return cls(
@@ -66,83 +66,84 @@ class Source:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that it was scored on."""
-        return self.told.matrix.tasks if isinstance(self.told, Run) else (self.told.task,)
+        return self.result.matrix.tasks if isinstance(self.result, Run) else (self.result.task,)
 
     @property
-    def whole(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether there is nothing left to learn."""
-        return not isinstance(self.told, Run) or self.told.matrix.finished
+        return not isinstance(self.result, Run) or self.result.matrix.finished
 
     @property
-    def newest(self) -> str:
+    def last_stage(self) -> str:
         """The last stage that was learned and scored."""
         return list(self.stages)[-1]
 
-    def stage(self, asked: str | None) -> str:
+    def resolve_stage(self, name: str | None) -> str:
         """A stage by its name, its number, or None, the end of a finished run; raises ConfigError,
         or MissingError where its weights were not kept.
         """
-        if asked is None:
-            if not self.whole:
+        if name is None:
+            if not self.is_finished:
                 raise ConfigError(
                     f"{self.path} is not finished, and has no last stage yet; finish it, or name "
                     f"a stage that it has: {listed(list(self.stages))}"
                 )
-            asked = self.newest
+            name = self.last_stage
         numbers = (
-            {str(n): name for n, name in enumerate(self.stages)}
-            if isinstance(self.told, Run)
+            {str(number): stage for number, stage in enumerate(self.stages)}
+            if isinstance(self.result, Run)
             else {}
         )
-        if (name := asked if asked in self.stages else numbers.get(asked)) is None:
-            raise ConfigError(unknown("stage", asked, self.stages))
+        if (stage := name if name in self.stages else numbers.get(name)) is None:
+            raise ConfigError(unknown("stage", name, self.stages))
+        name = stage
         if (folder := self.stages[name]) and not folder.is_dir():
             raise MissingError(
                 f"{folder}: the weights after stage {name!r} are not there (checkpoint.keep=N "
-                f"keeps the newest N only); choose of {listed(self.kept)}"
+                f"keeps the newest N only); choose of {listed(self.available_stages)}"
             )
         return name
 
     @property
-    def kept(self) -> list[str]:
+    def available_stages(self) -> list[str]:
         """The stages whose weights are there."""
         return [name for name, folder in self.stages.items() if folder is None or folder.is_dir()]
 
 
 @dataclass
-class Reopened:
+class LoadedModel:
     """The model of a `source` as it was after stage `now`; `strategy` chooses its weights by task
     or by prompt.
     """
 
-    source: Source
+    source: ModelSource
     config: DictConfig
     model: Model
     encoder: Encoder
     strategy: Strategy
-    now: str = BASE
-    base: Weights = field(default_factory=dict)
+    stage: str = BASE
+    base_weights: Weights = field(default_factory=dict)
 
-    def at(self, stage: str) -> None:
+    def load_stage(self, stage: str) -> None:
         """Give the model what it had after this stage; raises DataError where its files are
         damaged.
         """
-        if stage == self.now:
+        if stage == self.stage:
             return
         folder = self.source.stages[stage]
-        self.base = self.base or snapshot(self.model)
-        self.strategy = _chooser(self.config)
+        self.base_weights = self.base_weights or snapshot(self.model)
+        self.strategy = _build_routing_strategy(self.config)
         if folder is None:
-            restore(self.model, self.base)
+            restore(self.model, self.base_weights)
         else:
             checkpoint.load(folder, self.model, self.strategy)
-        self.now = stage
+        self.stage = stage
 
-    def ready(self, task: str | None) -> None:
+    def route(self, task: str | None) -> None:
         """Choose the weights for a task, where the strategy does; raises ConfigError where it needs
         one.
         """
-        if task is None and self.by_task:
+        if task is None and self.routes_by_task:
             raise ConfigError(
                 f"the strategy {'+'.join(map(str, self.config.strategy))} has other weights for "
                 f"each task, and none is named; choose of {listed(self.source.tasks)}"
@@ -150,17 +151,17 @@ class Reopened:
         self.strategy.route(self.model, task or "")
 
     @property
-    def by_task(self) -> bool:
+    def routes_by_task(self) -> bool:
         """Whether the weights depend on the task's name."""
         return type(self.strategy).route is not Strategy.route
 
     @property
-    def by_prompt(self) -> bool:
+    def dispatches_by_prompt(self) -> bool:
         """Whether the weights depend on each prompt."""
         return type(self.strategy).dispatch is not Strategy.dispatch
 
 
-def reopen(source: Source, config: DictConfig) -> Reopened:
+def load_run_model(source: ModelSource, config: DictConfig) -> LoadedModel:
     """Build the model that the folder's config.yaml names, before its first stage, or adapted.
 
     `config` is that of `continual run`: the device is its own, and whether a model's own code may
@@ -173,8 +174,8 @@ def reopen(source: Source, config: DictConfig) -> Reopened:
             f"{path}: there is no such file, and it says which model this is; restore it"
         )
     take_over(config, path)
-    _take_over_answers(config, path)
-    adapted = not isinstance(source.told, Run)
+    _inherit_answer_settings(config, path)
+    adapted = not isinstance(source.result, Run)
     if adapted and config.model.get("adapter", "none") == "none":
         with open_dict(config):
             config.model = {
@@ -185,20 +186,20 @@ def reopen(source: Source, config: DictConfig) -> Reopened:
             }
     model = build.model(config, None)
     model.net.eval()
-    model.bf16 = _precision(config, source.path) == "bf16"
+    model.bf16 = _resolve_precision(config, source.path) == "bf16"
     if adapted and config.model.get("adapter", "none") != "none":
         _load_adapter(model, source.path / "model")
-    return Reopened(
+    return LoadedModel(
         source,
         config,
         model,
         build.encoder(config, model),
-        _chooser(config),
-        ADAPTED if adapted else BASE,
+        _build_routing_strategy(config),
+        ADAPTED_STAGE if adapted else BASE,
     )
 
 
-def _take_over_answers(config: DictConfig, path: Path) -> None:
+def _inherit_answer_settings(config: DictConfig, path: Path) -> None:
     """Give `config` the keys of the run that its answers depend on, beside model and data."""
     theirs = read_config(path)
     parts = [
@@ -230,7 +231,7 @@ def _take_over_answers(config: DictConfig, path: Path) -> None:
     validate.check(config)
 
 
-def _precision(config: DictConfig, path: Path) -> Any:
+def _resolve_precision(config: DictConfig, path: Path) -> Any:
     """fp32 or bf16, as configured or, where it was measured, as the run's folder says."""
     if config.train.precision != "auto" or not (path / "precision.json").is_file():
         return config.train.precision
@@ -238,7 +239,7 @@ def _precision(config: DictConfig, path: Path) -> Any:
     return told.get("precision") if isinstance(told, dict) else None
 
 
-def _chooser(config: DictConfig) -> Strategy:
+def _build_routing_strategy(config: DictConfig) -> Strategy:
     """The parts of the strategy that choose weights by task or prompt, with nothing learned yet;
     the rest only trains.
     """

@@ -11,7 +11,7 @@ from rich.console import Console
 from continual.results.curve import Curve
 from omegaconf import DictConfig
 from continual.data.types import Encoded
-from continual.tracking.events import Events
+from continual.tracking.events import EventLog
 from continual.results.curve import FILE
 from continual.errors import MissingError
 from pathlib import Path
@@ -44,7 +44,7 @@ from continual.training.precision import settle
 from continual.runs.session import show_unfit
 from continual.models.weights import snapshot
 from continual.config.trust import take_over
-from continual.tracking.trackers import tracker
+from continual.tracking.trackers import start_tracker
 from continual.io.atomic import write_whole
 
 PLAIN = f"{Strategy.__module__}.{Strategy.__name__}"  # plain fine-tuning: where no other strategy is asked for
@@ -79,10 +79,10 @@ def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None)
     if folder:
         checkpoint.load(folder, bench.model, bench.strategy if config.adapt.rule == "inner" else None)
     task = bench.tokens.task(bench.stream.stages[0])
-    track = tracker(config, out)
-    with Events(out / "events.jsonl", console, track) as events, Signals() as signals:
+    track = start_tracker(config, out)
+    with EventLog(out / "events.jsonl", console, track) as events, Signals() as signals:
         with first():
-            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
+            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.print_line)
         show_unfit(bench.encoder, events)
         empty = Curve(out, task.name, bench.tests[0].metric, str(folder or "base"), (), config.adapt.rule)
         found = curves(bench, task, empty, events, signals)
@@ -141,7 +141,7 @@ def start_of(config: DictConfig) -> Path | None:
     return folder
 
 
-def curves(bench: Bench, task: Task[Encoded], empty: Curve, events: Events, signals: Signals) -> Curve:
+def curves(bench: Bench, task: Task[Encoded], empty: Curve, events: EventLog, signals: Signals) -> Curve:
     """A curve for each draw of each number of shots (null: all training examples); the model is
     that of the last one.
 
@@ -164,7 +164,7 @@ def curves(bench: Bench, task: Task[Encoded], empty: Curve, events: Events, sign
     return replace(empty, points=tuple(sorted(points)))
 
 
-def _curve(bench: Bench, task: Task[Encoded], shots: int, draw: int, before: float, events: Events, signals: Signals
+def _curve(bench: Bench, task: Task[Encoded], shots: int, draw: int, before: float, events: EventLog, signals: Signals
            ) -> list[tuple[int, int, int, float]]:
     """Its points, scored `before` training and after the steps of `adapt.at` and the last."""
     settings, points = bench.config.adapt, []
@@ -176,7 +176,7 @@ def _curve(bench: Bench, task: Task[Encoded], shots: int, draw: int, before: flo
             value = _scored(bench) if step else before
             points.append((shots, draw, step, value))
             events({"event": "score", "shots": shots, "draw": draw, "step": step, "scores": {task.name: value}})
-            events.say(f"{task.name}, {shots} shots, draw {draw}, step {step}: {value:.3f}")
+            events.print_line(f"{task.name}, {shots} shots, draw {draw}, step {step}: {value:.3f}")
         signals.leave(f"in the curve of {shots} shots and draw {draw}, which begins anew", Path(bench.config.out))
 
     measure(0)

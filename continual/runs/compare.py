@@ -91,17 +91,17 @@ def cell(config: DictConfig) -> float | None:
     beside = hydra.runtime.choices[LAUNCHER] != HERE
     if _stopped(folder):
         return None
-    from continual.tracking.events import lines_of, quiet
+    from continual.tracking.events import prefixed_console, silence_libraries
     from continual.runs.run import run
 
-    quiet()
+    silence_libraries()
     out = folder / name
     with open_dict(config):
         config.out = str(out)
         _tune(config, {o.split("=")[0].lstrip("+") for o in hydra.overrides.task})
         for key in OURS:
             del config[key]
-    console = lines_of(name) if beside else Console(stderr=True)
+    console = prefixed_console(name) if beside else Console(stderr=True)
     if not beside:
         console.rule(escape(name), align="left")
     (out / comparison.FAILED).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from continual.runs.session import Bench, early_of, predictions, set_up, show_un
 from continual.runs.lock import claim
 from continual.runs.forgetting_monitor import Early, marks, said
 from continual.errors import DataError, listed
-from continual.tracking.events import Events
+from continual.tracking.events import EventLog
 from continual.io.atomic import file_name, write_whole
 from continual.runs.lock import alone
 from continual.runs.signals import Signals
@@ -35,7 +35,7 @@ from continual.evaluation.probes.base import Ask
 from continual.evaluation.probes.record import record
 from continual.evaluation.scoring import Test, score
 from continual.training.stage import learn
-from continual.tracking.trackers import tracker
+from continual.tracking.trackers import start_tracker
 
 
 def run(config: DictConfig, console: Console) -> Matrix:
@@ -56,10 +56,10 @@ def run(config: DictConfig, console: Console) -> Matrix:
         audit = shown(out, config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit,
                       console) if leads() else None
         bench.load()
-        track = tracker(config, out)
-        with Events(out / "events.jsonl", console, track) as events, Signals() as signals:
+        track = start_tracker(config, out)
+        with EventLog(out / "events.jsonl", console, track) as events, Signals() as signals:
             with first():
-                settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.say)
+                settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.print_line)
             matrix = stages(out, bench, events, signals, audit)
             events({"event": "end", "summary": matrix.summary()})
         if leads():
@@ -69,7 +69,7 @@ def run(config: DictConfig, console: Console) -> Matrix:
         return matrix
 
 
-def stages(out: Path, bench: Bench, events: Events, signals: Signals, audit: dict[str, Any] | None = None) -> Matrix:
+def stages(out: Path, bench: Bench, events: EventLog, signals: Signals, audit: dict[str, Any] | None = None) -> Matrix:
     """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before
     any training.
     """
@@ -99,19 +99,19 @@ def finished(out: Path) -> Matrix | None:
     return Matrix.load(out / "matrix.json") if (out / "finished").exists() else None
 
 
-def resume(out: Path, bench: Bench, found: checkpoint.Found, events: Events) -> Matrix:
+def resume(out: Path, bench: Bench, found: checkpoint.Found, events: EventLog) -> Matrix:
     """The matrix so far, with model and strategy as they were after the last trained stage; empty
     at the start.
     """
     for told in found.damaged:
-        events.say(f"a damaged checkpoint is passed over, and an older one used: {told}")
+        events.print_line(f"a damaged checkpoint is passed over, and an older one used: {told}")
     matrix = empty(bench)
     if found.trained:
         matrix = checkpoint.load(found.trained, bench.model, bench.strategy, found=True)
         events.stage = checkpoint.number(found.trained)
     if newest := found.within or found.trained:
         refuse_other_data(out, Matrix.load(newest / "matrix.json"), bench)
-        events.say(f"resuming {out} from {newest.name}")
+        events.print_line(f"resuming {out} from {newest.name}")
     events({"event": "start", "stages": [stage.name for stage in bench.stream.stages]})
     return matrix
 
@@ -147,7 +147,7 @@ class Keeper:
     bench: Bench
     matrix: Matrix
     number: int
-    events: Events
+    events: EventLog
     signals: Signals
     early: Early
     last: float = field(default_factory=time.monotonic)
@@ -174,7 +174,7 @@ class Keeper:
         if told is None:
             return None
         self.events(told)
-        self.events.say(f"stage {self.number} {said(told)}")
+        self.events.print_line(f"stage {self.number} {said(told)}")
         self.matrix = replace(self.matrix, cost=add_costs(self.matrix.cost, {"score_seconds": told["seconds"]}))
         over = stop_if.over(told, self.bench.stream.stages[self.number - 1].name, self.bench.config.stop_if.forgetting)
         if over:
@@ -218,7 +218,7 @@ def train(out: Path, bench: Bench, keeper: Keeper, within: Path | None) -> Matri
     return matrix
 
 
-def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Signals) -> Matrix:
+def add_row(out: Path, bench: Bench, matrix: Matrix, events: EventLog, signals: Signals) -> Matrix:
     """Score all tasks, and keep the row and the predictions."""
     number, began = events.stage, time.perf_counter()
     stage = bench.stream.stages[number - 1].name if number else BASE
@@ -228,7 +228,7 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Si
     events({"event": "score", "seconds": spent["score_seconds"], "scores": dict(zip(matrix.tasks, row, strict=True))})
     if leads():
         matrix.save(out / "matrix.json")
-    events.say(f"stage {number}/{len(bench.stream.stages)} {stage}: average "
+    events.print_line(f"stage {number}/{len(bench.stream.stages)} {stage}: average "
                f"{sum(row) / len(row):.3f}"
                + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
     if not number and leads():
@@ -239,7 +239,7 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: Events, signals: Si
     return matrix
 
 
-def asker(out: Path, bench: Bench, events: Events, signals: Signals) -> Ask:
+def asker(out: Path, bench: Bench, events: EventLog, signals: Signals) -> Ask:
     """What probes ask by: the answers to a test's prompts, each with its mark."""
     def ask(test: Test) -> list[dict[str, Any]]:
         answers = answered(bench, test)[1]
@@ -249,13 +249,13 @@ def asker(out: Path, bench: Bench, events: Events, signals: Signals) -> Ask:
     return ask
 
 
-def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> list[float]:
+def score_all(folder: Path, bench: Bench, events: EventLog, signals: Signals) -> list[float]:
     """Every task's score; every answer is written with its mark, and a task that has its answers is
     not asked again.
     """
     row = []
     for done, test in enumerate(bench.tests):
-        events.bar("scoring", len(bench.tests), done, test.task)
+        events.update_bar("scoring", len(bench.tests), done, test.task)
         path = folder / f"{file_name(test.task)}.jsonl"
         value = agreed(marked(path, test))
         if value is None:
@@ -264,7 +264,7 @@ def score_all(folder: Path, bench: Bench, events: Events, signals: Signals) -> l
                 write_whole(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers))
         row.append(value)
         signals.leave(f"while scoring after stage {events.stage}", folder.parents[1])
-    events.clear()
+    events.clear_bar()
     return row
 
 

@@ -15,7 +15,7 @@ from continual.runs import build, validate
 from continual.data.types import Stream
 from continual.runs.forgetting_monitor import Early
 from continual.errors import ConfigError, listed
-from continual.tracking.events import Events
+from continual.tracking.events import EventLog
 from continual.models.model import Model
 from continual.evaluation.probes.base import Probe, Setting
 from continual.evaluation.scoring import Test
@@ -79,12 +79,12 @@ def predictions(out: Path, number: int) -> Path:
     return out / "predictions" / f"stage-{number:02d}"
 
 
-def show_unfit(encoder: Encoder, events: Events) -> None:
+def show_unfit(encoder: Encoder, events: EventLog) -> None:
     """Count and show what was shortened, or left out by data.on_unfit=skip, since the last time."""
     counts = {"skipped": len(encoder.skipped), "shortened": len(encoder.shortened)}
     if any(counts.values()):
         events({"event": "data", **counts})
-        events.say(f"inputs shortened to fit: {counts['shortened']}; examples skipped: "
+        events.print_line(f"inputs shortened to fit: {counts['shortened']}; examples skipped: "
                    f"{counts['skipped']}"
                    + (f" ({', '.join(encoder.skipped[:5])} ...)" if encoder.skipped else ""))
         encoder.skipped.clear()

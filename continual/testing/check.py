@@ -16,7 +16,13 @@ import torch
 from continual.models.model import Model
 from continual.strategy.interface import Strategy
 from continual.testing import toy
-from continual.testing.rules import RULES, ContractError, Subject, switched_off_it_is_naive, title
+from continual.testing.rules import (
+    RULES,
+    ContractError,
+    StrategyUnderTest,
+    disabled_equals_naive,
+    violation_text,
+)
 
 __all__ = ["ContractError", "check_strategy"]
 
@@ -24,9 +30,9 @@ __all__ = ["ContractError", "check_strategy"]
 def check_strategy(
     strategy: Strategy,
     *,
-    off: Strategy | None = None,
-    moves: Collection[str] = (),
-    model: Callable[[torch.dtype], Model] = toy.model,
+    disabled: Strategy | None = None,
+    weight_setters: Collection[str] = (),
+    make_model: Callable[[torch.dtype], Model] = toy.make_model,
 ) -> None:
     """Hold a strategy, and copies of it, to every rule; raises ContractError for the first one that
     is broken.
@@ -36,20 +42,26 @@ def check_strategy(
     `model` gives what it is tried on in a precision, such as `lambda dtype: toy.model(dtype,
     lora=12)` for a method of LoRA's factors.
     """
-    subject = Subject(lambda: deepcopy(strategy), moves, model)
+    subject = StrategyUnderTest(lambda: deepcopy(strategy), weight_setters, make_model)
     for rule in RULES:
-        _held(rule, subject, strategy)
-    if off is not None:
-        _held(switched_off_it_is_naive, Subject(lambda: deepcopy(off), moves, model), strategy)
+        _check_rule(rule, subject, strategy)
+    if disabled is not None:
+        _check_rule(
+            disabled_equals_naive,
+            StrategyUnderTest(lambda: deepcopy(disabled), weight_setters, make_model),
+            strategy,
+        )
 
 
-def _held(rule: Callable[[Subject], None], subject: Subject, strategy: Strategy) -> None:
+def _check_rule(
+    rule: Callable[[StrategyUnderTest], None], subject: StrategyUnderTest, strategy: Strategy
+) -> None:
     try:
         rule(subject)
     except ContractError as broken:
         raise ContractError(f"{type(strategy).__name__}: {broken}") from None
     except Exception as error:
         raise ContractError(
-            f"{type(strategy).__name__}: {title(rule)}: {type(error).__name__} was raised, where "
+            f"{type(strategy).__name__}: {violation_text(rule)}: {type(error).__name__} was raised, where "
             f"nothing should be: {error}; mend what the traceback above shows"
         ) from error

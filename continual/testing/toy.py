@@ -23,13 +23,15 @@ from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
 
-VOCABULARY, CONTEXT = 64, 32
-NAMES = ("a", "b", "c", "d")
+VOCAB_SIZE, CONTEXT_LENGTH = 64, 32
+TASK_NAMES = ("a", "b", "c", "d")
 RECIPE = Recipe(lr=3e-3, epochs=2, batch_size=4)
-SHORT = 6  # examples of a stage that need not learn anything well
+SHORT_TASK_SIZE = 6  # examples of a stage that need not learn anything well
 
 
-def llama(vocabulary: int = VOCABULARY, context: int = CONTEXT, seed: int = 0) -> Any:
+def make_llama(
+    vocab_size: int = VOCAB_SIZE, context_length: int = CONTEXT_LENGTH, seed: int = 0
+) -> Any:
     """A random Llama of two layers, hidden 32; transformers' norms and rotates in float32 whatever
     its dtype.
     """
@@ -38,13 +40,13 @@ def llama(vocabulary: int = VOCABULARY, context: int = CONTEXT, seed: int = 0) -
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary,
+            vocab_size=vocab_size,
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
             intermediate_size=64,
-            max_position_embeddings=context,
+            max_position_embeddings=context_length,
             bos_token_id=None,
             eos_token_id=0,
             pad_token_id=1,
@@ -52,43 +54,47 @@ def llama(vocabulary: int = VOCABULARY, context: int = CONTEXT, seed: int = 0) -
     )
 
 
-def model(
-    dtype: torch.dtype = torch.float32, seed: int = 0, net: Any = None, lora: int = 0, **layout: Any
+def make_model(
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    net: Any = None,
+    lora_rank: int = 0,
+    **layout: Any,
 ) -> Model:
     """A network, by default a `llama`, as a Model on the CPU that spells its tokens as numbers.
 
     With a rank for `lora` that is all that trains, at a scale that learns as fast as the whole
     network.
     """
-    net = (llama(seed=seed) if net is None else net).to(dtype)
-    if lora:
-        settings = {"r": lora, "lora_alpha": 16 * lora, "target_modules": "all-linear"}
+    net = (make_llama(seed=seed) if net is None else net).to(dtype)
+    if lora_rank:
+        settings = {"r": lora_rank, "lora_alpha": 16 * lora_rank, "target_modules": "all-linear"}
         net = adapt_with(net, "lora", {"lora": settings}, seq2seq=False)
-    tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=_spelled)
+    tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=_decode)
     flat, last = probe(net)
     made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": flat, **layout})
-    return Model(net.eval(), tokenizer, made, context=CONTEXT, last=last)
+    return Model(net.eval(), tokenizer, made, context=CONTEXT_LENGTH, last=last)
 
 
-def prompted(made: Model, tokens: int = 2) -> Model:
+def add_virtual_tokens(model: Model, tokens: int = 2) -> Model:
     """A model that gets so many virtual tokens, which alone train."""
     settings = {"num_virtual_tokens": tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    dtype = next(made.net.parameters()).dtype
-    made.net = (
-        adapt_with(made.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False)
+    dtype = next(model.net.parameters()).dtype
+    model.net = (
+        adapt_with(model.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False)
         .to(dtype)
         .eval()
     )
-    made.behind(())
-    return made
+    model.behind(())
+    return model
 
 
-def _spelled(ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+def _decode(ids: Sequence[int], skip_special_tokens: bool = False) -> str:
     """What a tokenizer's `decode` would give."""
     return " ".join(map(str, ids))
 
 
-def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
+def make_examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
     """Prompts of one to six tokens, responses of one to four that say what the task is: the
     prompt's first token + k.
 
@@ -97,57 +103,59 @@ def examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
     rng = random.Random(f"{seed}/{task}")
     found = []
     for i in range(n):
-        prompt = [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(1, 6))]
+        prompt = [rng.randrange(2, VOCAB_SIZE) for _ in range(rng.randint(1, 6))]
         response = [
-            (prompt[0] + 7 * task + j) % (VOCABULARY - 2) + 2 for j in range(rng.randint(1, 4))
+            (prompt[0] + 7 * task + j) % (VOCAB_SIZE - 2) + 2 for j in range(rng.randint(1, 4))
         ]
         mask = (False,) * len(prompt) + (True,) * len(response)
         found.append(
             Encoded(
-                f"{NAMES[task]}/{i}",
+                f"{TASK_NAMES[task]}/{i}",
                 task,
                 (*prompt, *response),
                 mask,
-                f"task {NAMES[task]}, row {i}",
+                f"task {TASK_NAMES[task]}, row {i}",
             )
         )
     return found
 
 
-def task(index: int, n: int = 12) -> Task[Encoded]:
+def make_task(index: int, n: int = 12) -> Task[Encoded]:
     """The task of that index, with `n` training examples."""
-    return Task(NAMES[index], tuple(examples(index, n)), columns=NAMES)
+    return Task(TASK_NAMES[index], tuple(make_examples(index, n)), columns=TASK_NAMES)
 
 
-def train(
-    made: Model,
+def train_stages(
+    model: Model,
     strategy: Strategy,
     *indices: int,
-    n: int = 12,
+    size: int = 12,
     recipe: Recipe = RECIPE,
     **more: Any,
 ) -> None:
     """A stage for each task index; `more` goes to `continual.training.stage.learn`."""
     for i in indices:
-        learn(made, task(i, n), strategy, recipe, seed=i, log=lambda event: None, **more)
+        learn(model, make_task(i, size), strategy, recipe, seed=i, log=lambda event: None, **more)
 
 
-def matrix() -> Matrix:
+def empty_matrix() -> Matrix:
     """A matrix without a row, for checkpoints."""
-    return Matrix("toy", "given", "s", 0, NAMES, dict.fromkeys(NAMES, "exact_match"), (), ())
+    return Matrix(
+        "toy", "given", "s", 0, TASK_NAMES, dict.fromkeys(TASK_NAMES, "exact_match"), (), ()
+    )
 
 
-def everything(made: Model) -> dict[str, torch.Tensor]:
+def copy_parameters(model: Model) -> dict[str, torch.Tensor]:
     """A copy of every parameter, frozen or not."""
-    return {n: p.detach().clone() for n, p in made.net.named_parameters()}
+    return {n: p.detach().clone() for n, p in model.net.named_parameters()}
 
 
-def gradients(made: Model) -> dict[str, torch.Tensor | None]:
+def copy_gradients(model: Model) -> dict[str, torch.Tensor | None]:
     """A copy of every parameter's gradient."""
-    return {n: None if p.grad is None else p.grad.clone() for n, p in made.net.named_parameters()}
+    return {n: None if p.grad is None else p.grad.clone() for n, p in model.net.named_parameters()}
 
 
-def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def bitwise_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two {name: tensor or None} agree bit for bit."""
 
     def equal(a: Any, b: Any) -> bool:
@@ -156,7 +164,7 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one.keys() == other.keys() and all(equal(one[n], other[n]) for n in one)
 
 
-def close(
+def all_close(
     one: Mapping[str, Any], other: Mapping[str, Any], rtol: float = 1e-9, atol: float = 1e-10
 ) -> bool:
     """Whether two {name: tensor} agree but for rounding."""
@@ -165,9 +173,9 @@ def close(
     )
 
 
-def in_micro_batches(made: Model, tokens: int) -> Model:
+def limit_micro_batch(model: Model, tokens: int) -> Model:
     """The same model with so many tokens at most in a forward pass."""
-    return replace(made, layout=replace(made.layout, tokens=tokens))
+    return replace(model, layout=replace(model.layout, tokens=tokens))
 
 
 def memory_tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
@@ -189,29 +197,29 @@ def memory_tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
 
 
 @dataclass(kw_only=True)
-class Counting(Strategy):
+class CallCounter(Strategy):
     """Naive, and counts which of its moments are reached where it is composed with another
     strategy.
     """
 
-    reached: Counter[str] = field(init=False, repr=False, default_factory=Counter)
+    calls: Counter[str] = field(init=False, repr=False, default_factory=Counter)
 
     def __post_init__(self) -> None:
         """Count it."""
         super().__post_init__()
-        self.reached["__post_init__"] += 1
+        self.calls["__post_init__"] += 1
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Count it."""
-        self.reached["begin"] += 1
+        self.calls["begin"] += 1
         return super().begin(model, task)
 
     def loss(self, model: Model, batch: Batch) -> torch.Tensor:
         """Count it."""
-        self.reached["loss"] += 1
+        self.calls["loss"] += 1
         return super().loss(model, batch)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Count it."""
-        self.reached["end"] += 1
+        self.calls["end"] += 1
         super().end(model, task)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from continual.tracking.trackers import Tracker
 
 
-def _cut(path: Path) -> bool:
+def _has_partial_last_line(path: Path) -> bool:
     """Whether the last line is only half there, as a killed run may leave it."""
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
@@ -38,7 +38,7 @@ def _cut(path: Path) -> bool:
         return file.read() not in (b"", b"\n")
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Libraries' progress bars and advice have no place between ours."""
     import transformers
 
@@ -49,14 +49,14 @@ def quiet() -> None:
     )  # what it would speed up is no concern of a run's
 
 
-class _Lines(io.StringIO):
+class _PrefixedLines(io.StringIO):
     """Whole lines to stderr, each behind a name: several processes write there."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.half = name, ""
+        self.name, self.partial_line = name, ""
 
     def write(self, text: str) -> int:
-        *whole, self.half = (self.half + text).split("\n")
+        *whole, self.partial_line = (self.partial_line + text).split("\n")
         sys.stderr.write("".join(f"{self.name}: {line}\n" for line in whole if line.strip()))
         return len(text)
 
@@ -64,26 +64,26 @@ class _Lines(io.StringIO):
         sys.stderr.flush()
 
 
-def lines_of(name: str) -> Console:
+def prefixed_console(name: str) -> Console:
     """A console for one of several runs side by side: no bar, and every line behind the run's name."""
-    return Console(file=_Lines(name), force_terminal=False, width=200)
+    return Console(file=_PrefixedLines(name), force_terminal=False, width=200)
 
 
-class Events:
+class EventLog:
     """An append-only log of JSON lines, and a progress bar fed by it.
 
     `stage` counts from 0, the scoring before any training. Of processes that share the work only
     one writes and shows.
     """
 
-    def __init__(self, path: Path, console: Console, track: Tracker | None = None) -> None:
+    def __init__(self, path: Path, console: Console, tracker: Tracker | None = None) -> None:
         """Append to `path`; show on `console`; and tell a tracker, if there is one."""
         if not leads():
             path, console = Path(os.devnull), Console(quiet=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.console, self.stage, self.track = console, 0, track
+        self.console, self.stage, self.tracker = console, 0, tracker
         self._file = path.open("a", encoding="utf-8")
-        self._file.write("\n" if _cut(path) else "")
+        self._file.write("\n" if _has_partial_last_line(path) else "")
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -95,7 +95,7 @@ class Events:
         )
         self._task: TaskID | None = None
 
-    def __enter__(self) -> Events:
+    def __enter__(self) -> EventLog:
         """Start to show."""
         self._bar.start()
         return self
@@ -111,8 +111,8 @@ class Events:
         if error is not None:
             with suppress(OSError):  # a disk that is full may be why
                 self({"event": "stopped", "text": str(error)})
-        if self.track:
-            self._tell(lambda track: track.close(error is None))
+        if self.tracker:
+            self._notify_tracker(lambda track: track.close(error is None))
         self._file.close()
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -120,24 +120,24 @@ class Events:
         line = {"time": time.time(), "stage": self.stage, **event}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
-        if self.track:
-            self._tell(lambda track: track(line))
+        if self.tracker:
+            self._notify_tracker(lambda track: track(line))
         if event["event"] == "step":
             rate = event["tokens"] / max(event["seconds"], 1e-9)
             loss = "not finite" if event["loss"] is None else f"{event['loss']:.3f}"
-            self.bar(
+            self.update_bar(
                 event["task"], event["steps"], event["step"], f"loss {loss}, {rate:,.0f} tokens/s"
             )
         elif event["event"] == "warning":
-            self.say(event["text"])
+            self.print_line(event["text"])
 
-    def _tell(self, what: Callable[[Tracker], None]) -> None:
+    def _notify_tracker(self, what: Callable[[Tracker], None]) -> None:
         """A tracker that fails is left out from then on: it is no reason to lose a run."""
-        assert self.track
+        assert self.tracker
         try:
-            what(self.track)
+            what(self.tracker)
         except Exception as trouble:  # of a library that is not ours, and of whatever it talks to
-            self.track = None
+            self.tracker = None
             self(
                 {
                     "event": "warning",
@@ -145,19 +145,19 @@ class Events:
                 }
             )
 
-    def bar(self, text: str, total: int, done: int, note: str = "") -> None:
+    def update_bar(self, text: str, total: int, completed: int, note: str = "") -> None:
         """Show a bar at `done` of `total`, in place of the one before."""
         if self._task is None or self._bar.tasks[0].description != text:
-            self.clear()
+            self.clear_bar()
             self._task = self._bar.add_task(text, total=total, note=note)
-        self._bar.update(self._task, completed=done, total=total, note=note)
+        self._bar.update(self._task, completed=completed, total=total, note=note)
 
-    def clear(self) -> None:
+    def clear_bar(self) -> None:
         """Take the bar away."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         self._task = None
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """One line that stays."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

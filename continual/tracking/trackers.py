@@ -29,18 +29,18 @@ from continual.io.untrusted import is_number, json_file
 from continual.results.matrix import mean
 from continual.results.run_folder import read_events
 
-NONE = "none"
-PROJECT = "continual"
-KEPT = "track.json"  # in the run's folder: which of the tracker's runs it is
+NO_TRACKER = "none"
+DEFAULT_PROJECT = "continual"
+TRACKER_ID_FILE = "track.json"  # in the run's folder: which of the tracker's runs it is
 
 
-class Sink(Protocol):
+class TrackerClient(Protocol):
     """A tracker's own client, at one of its runs."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Take these figures, at this step."""
 
-    def close(self, whole: bool) -> None:
+    def close(self, finished: bool) -> None:
         """Take no more; whether the run came to its end."""
 
 
@@ -52,20 +52,20 @@ class TensorBoard:
     def __init__(self, out: Path, name: str, id: str, settings: Mapping[str, Any]) -> None:
         from torch.utils import tensorboard
 
-        self.open: Any = tensorboard.SummaryWriter
+        self.writer_class: Any = tensorboard.SummaryWriter
         self.folder, self.settings = str(out / "tensorboard"), settings
         self.writer: Any = None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """The first step tells TensorBoard what to forget of a run that was stopped after it."""
         if self.writer is None:
-            self.writer = self.open(self.folder, purge_step=step)
+            self.writer = self.writer_class(self.folder, purge_step=step)
             rows = "\n".join(f"    {key}: {value}" for key, value in self.settings.items())
             self.writer.add_text("config", rows, step)
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
-    def close(self, whole: bool) -> None:
+    def close(self, finished: bool) -> None:
         """Flush."""
         if self.writer is not None:
             self.writer.close()
@@ -84,7 +84,7 @@ class WandB:
         import wandb
 
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
             name=name,
             id=id,
             resume="allow",
@@ -97,9 +97,9 @@ class WandB:
         """The step is a figure of its own: a resumed run may come to one again."""
         self.run.log({**values, "step": step})
 
-    def close(self, whole: bool) -> None:
+    def close(self, finished: bool) -> None:
         """Upload what is left."""
-        self.run.finish(exit_code=0 if whole else 1)
+        self.run.finish(exit_code=0 if finished else 1)
 
 
 class MLflow:
@@ -111,8 +111,8 @@ class MLflow:
         import mlflow
         from mlflow.entities import Metric, Param
 
-        self.client, self.metric = mlflow.MlflowClient(), Metric
-        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        self.client, self.metric_class = mlflow.MlflowClient(), Metric
+        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_PROJECT)
         at = self.client.get_experiment_by_name(project)
         where = at.experiment_id if at else self.client.create_experiment(project)
         found = self.client.search_runs([where], f"tags.continual = '{id}'", max_results=1)
@@ -121,26 +121,27 @@ class MLflow:
             if found
             else self.client.create_run(where, run_name=name, tags={"continual": id})
         )
-        self.id = run.info.run_id
-        self.client.update_run(self.id, status="RUNNING")
+        self.run_id = run.info.run_id
+        self.client.update_run(self.run_id, status="RUNNING")
         params = (
             []
             if found
-            else [Param(_name(key), str(value)[:500]) for key, value in settings.items()]
+            else [Param(_mlflow_name(key), str(value)[:500]) for key, value in settings.items()]
         )
         for start in range(0, len(params), 100):  # as many as it takes at once
-            self.client.log_batch(self.id, params=params[start : start + 100])
+            self.client.log_batch(self.run_id, params=params[start : start + 100])
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """One batch."""
         now = int(1000 * time.time())
         self.client.log_batch(
-            self.id, metrics=[self.metric(_name(k), v, now, step) for k, v in values.items()]
+            self.run_id,
+            metrics=[self.metric_class(_mlflow_name(k), v, now, step) for k, v in values.items()],
         )
 
-    def close(self, whole: bool) -> None:
+    def close(self, finished: bool) -> None:
         """Say how it ended."""
-        self.client.set_terminated(self.id, status="FINISHED" if whole else "KILLED")
+        self.client.set_terminated(self.run_id, status="FINISHED" if finished else "KILLED")
 
 
 class Trackio:
@@ -153,7 +154,7 @@ class Trackio:
 
         with redirect_stdout(sys.stderr):  # on stdout there are the tables
             self.run = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+                project=os.environ.get("TRACKIO_PROJECT", DEFAULT_PROJECT),
                 name=f"{name} {id}",
                 config=dict(settings),
                 resume="allow",
@@ -165,7 +166,7 @@ class Trackio:
         """One line."""
         self.run.log(dict(values), step=step)
 
-    def close(self, whole: bool) -> None:
+    def close(self, finished: bool) -> None:
         """Write what is left."""
         with redirect_stdout(sys.stderr):
             self.run.finish()
@@ -179,11 +180,11 @@ TRACKERS: dict[str, Any] = {
 }
 
 
-def refuse_missing(kind: str) -> None:
+def check_tracker_installed(kind: str) -> None:
     """Raise ConfigError for a tracker that is not known, or whose package is not installed."""
-    if kind != NONE and kind not in TRACKERS:
-        raise ConfigError(unknown("track", kind, [NONE, *TRACKERS]))
-    if kind != NONE and not find_spec(TRACKERS[kind].package):
+    if kind != NO_TRACKER and kind not in TRACKERS:
+        raise ConfigError(unknown("track", kind, [NO_TRACKER, *TRACKERS]))
+    if kind != NO_TRACKER and not find_spec(TRACKERS[kind].package):
         raise ConfigError(
             f"track={kind} needs {TRACKERS[kind].package}, which is not installed; install the "
             f"extra: uv sync --extra {kind}, or pip install 'continual[{kind}]', or set "
@@ -191,17 +192,19 @@ def refuse_missing(kind: str) -> None:
         )
 
 
-def tracker(config: DictConfig, out: Path) -> Tracker | None:
+def start_tracker(config: DictConfig, out: Path) -> Tracker | None:
     """What follows the run in `out`; None where none is asked for, and in all processes but the one
     that writes.
 
     Raises ConfigError where the tracker cannot begin.
     """
-    if config.track == NONE or not leads():
+    if config.track == NO_TRACKER or not leads():
         return None
     settings = flat(OmegaConf.to_container(config, resolve=True))
     try:
-        sink = TRACKERS[config.track](out, "/".join(out.absolute().parts[-2:]), _id(out), settings)
+        sink = TRACKERS[config.track](
+            out, "/".join(out.absolute().parts[-2:]), _load_run_id(out), settings
+        )
     except Exception as e:  # of a library that is not ours, and of whatever it talks to
         raise ConfigError(
             f"track={config.track} cannot begin: {e}; see to its login and address, or set "
@@ -213,43 +216,47 @@ def tracker(config: DictConfig, out: Path) -> Tracker | None:
 class Tracker:
     """Turns events into figures for a sink."""
 
-    def __init__(self, sink: Sink, out: Path) -> None:
+    def __init__(self, client: TrackerClient, out: Path) -> None:
         """At a run that may have been begun before: its events tell how long its stages were."""
-        self.sink = sink
-        self.lengths: dict[int, int] = {}
-        self.last: tuple[int, float, float] = (0, 0.0, 0.0)  # stage, tokens, seconds
+        self.client = client
+        self.stage_steps: dict[int, int] = {}
+        self.last_step: tuple[int, float, float] = (0, 0.0, 0.0)  # stage, tokens, seconds
         for event in read_events(out)[0]:
-            self._learned(event)
+            self._record_stage_steps(event)
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Log what figures an event has."""
-        self._learned(event)
-        values = {key: float(v) for key, v in self._figures(event).items() if is_number(v)}
+        self._record_stage_steps(event)
+        values = {key: float(v) for key, v in self._metrics(event).items() if is_number(v)}
         if values:
-            self.sink.log(values, self._at(event))
+            self.client.log(values, self._global_step(event))
 
-    def close(self, whole: bool) -> None:
+    def close(self, finished: bool) -> None:
         """End the tracker's run; whether ours came to its end."""
-        self.sink.close(whole)
+        self.client.close(finished)
 
-    def _learned(self, event: Mapping[str, Any]) -> None:
+    def _record_stage_steps(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "stage":
-            self.lengths[int(event["stage"])] = int(event.get("steps") or 0)
+            self.stage_steps[int(event["stage"])] = int(event.get("steps") or 0)
 
-    def _at(self, event: Mapping[str, Any]) -> int:
+    def _global_step(self, event: Mapping[str, Any]) -> int:
         """Steps since the run began; what tells no step of its own came behind its stage."""
         stage = int(event["stage"])
         step = event.get("step")
-        return sum(n for s, n in self.lengths.items() if s < stage) + int(
-            self.lengths.get(stage, 0) if step is None else step
+        return sum(n for s, n in self.stage_steps.items() if s < stage) + int(
+            self.stage_steps.get(stage, 0) if step is None else step
         )
 
-    def _figures(self, event: Mapping[str, Any]) -> dict[str, Any]:
+    def _metrics(self, event: Mapping[str, Any]) -> dict[str, Any]:
         kind = event["event"]
         if kind == "step":
             stage, tokens, took = event["stage"], event["tokens"], event["seconds"]
-            before = self.last[1:] if self.last[0] == stage and self.last[2] < took else (0.0, 0.0)
-            self.last = (stage, tokens, took)
+            before = (
+                self.last_step[1:]
+                if self.last_step[0] == stage and self.last_step[2] < took
+                else (0.0, 0.0)
+            )
+            self.last_step = (stage, tokens, took)
             return {
                 "train/loss": event["loss"],
                 "train/lr": event["lr"],
@@ -275,9 +282,9 @@ class Tracker:
         )
 
 
-def _id(out: Path) -> str:
+def _load_run_id(out: Path) -> str:
     """What the tracker knows this run by, the same whenever it is resumed."""
-    path = out / KEPT
+    path = out / TRACKER_ID_FILE
     told = json_file(path) if path.is_file() else {}
     known = told.get("id") if isinstance(told, dict) else None
     if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{12}", known):
@@ -287,6 +294,6 @@ def _id(out: Path) -> str:
     return made
 
 
-def _name(text: str) -> str:
+def _mlflow_name(text: str) -> str:
     """As MLflow takes names."""
     return re.sub(r"[^\w\-. /:]", "_", text)

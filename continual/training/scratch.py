@@ -24,7 +24,7 @@ from continual.errors import ConfigError
 from continual.models.loading import assemble, reader
 from continual.models.model import Model
 from continual.strategy.interface import Strategy
-from continual.tracking.events import Events
+from continual.tracking.events import EventLog
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
 
@@ -234,7 +234,7 @@ def _pretrain(
         f"parameters for stream {stream.name!r}, once; it is kept in {folder.parent}",
         highlight=False,
     )
-    with Events(folder / "events.jsonl", console) as events:
+    with EventLog(folder / "events.jsonl", console) as events:
         learn(model, Task("pretraining", examples), Strategy(), recipe, seed=seed, log=events)
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from streams.skills.rules import DIGITS, KIND, NOUNS, Skill, join
+from streams.skills.rules import INPUT_NUMBERS, NOUNS, WORD_KIND, Skill, join_words
 
 
-def labelling(labels: Sequence[str]) -> Skill:
+def make_labelling_skill(labels: Sequence[str]) -> Skill:
     """The skill that calls animals, fruits, tools and numbers by these four words."""
     a, b, c, d = labels
     called = dict(zip((*NOUNS, "number"), labels, strict=True))
@@ -25,16 +25,16 @@ def labelling(labels: Sequence[str]) -> Skill:
             f"for an animal say {a} , for a fruit {b} , for a tool {c} and for a number {d}",
             f"classify animals as {a} , fruits as {b} , tools as {c} and numbers as {d}",
         ),
-        lambda w: join(*(called[KIND.get(x, "number")] for x in w)),
+        lambda w: join_words(*(called[WORD_KIND.get(x, "number")] for x in w)),
     )
 
 
-def drawn(n: int) -> list[Skill]:
+def draw_labelling_skills(n: int) -> list[Skill]:
     """So many of them, the same ones each time, with words for labels that stand in lists of level
     1.
     """
     rng = random.Random(0)
-    return [labelling(rng.sample((*KIND, *DIGITS[:5]), 4)) for _ in range(n)]
+    return [make_labelling_skill(rng.sample((*WORD_KIND, *INPUT_NUMBERS[:5]), 4)) for _ in range(n)]
 
 
-LABELS = drawn(104)
+LABELLING_SKILLS = draw_labelling_skills(104)

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, unknown
-from streams.arrange import choose, stage
-from streams.skills.labels import LABELS
-from streams.skills.rules import BASIC, DIGITS, NOUNS, SKILLS, Skill
+from streams.arrange import apply_arrangement, choose_tasks
+from streams.skills.labels import LABELLING_SKILLS
+from streams.skills.rules import BASIC_SKILLS, INPUT_NUMBERS, NOUNS, SKILLS, Skill
 
 ORDERS = {
     "default": (
@@ -45,30 +45,31 @@ ORDERS = {
     ),
     "long": tuple(skill.name for skill in SKILLS),
     **{
-        f"labels_{n}": tuple(skill.name for skill in LABELS[8 : 8 + n]) for n in (6, 12, 24, 48, 96)
+        f"labels_{n}": tuple(skill.name for skill in LABELLING_SKILLS[8 : 8 + n])
+        for n in (6, 12, 24, 48, 96)
     },
 }
-HELD_OUT = (
+HELD_OUT_SKILLS = (
     "swap_ends",
     "nouns_only",
     "third",
     "count_fruits",
     "subtract",
 )  # by name only, and in order "long"
-LABELS_HELD_OUT = tuple(skill.name for skill in LABELS[:8])  # by name only
-BY_NAME = {skill.name: skill for skill in (*SKILLS, *LABELS)}
+LABELS_HELD_OUT = tuple(skill.name for skill in LABELLING_SKILLS[:8])  # by name only
+SKILLS_BY_NAME = {skill.name: skill for skill in (*SKILLS, *LABELLING_SKILLS)}
 LEVELS = {1: (4, 5), 2: (5, 7), 3: (6, 9)}  # words of an input, and the largest number among them
-WORDS = tuple(word for words in NOUNS.values() for word in words)
+ALL_NOUNS = tuple(word for words in NOUNS.values() for word in words)
 
 
-def skills(
+def generate_skills(
     *,
     seed: int,
     tasks: Sequence[str] | None = None,
     order: str | None = "default",
-    limit: int | None = None,
+    max_train_rows: int | None = None,
     arrangement: str = "sequential",
-    level: int = 1,
+    difficulty: int = 1,
     train_size: int = 600,
     dev_size: int = 100,
     test_size: int = 100,
@@ -84,8 +85,8 @@ def skills(
     The sizes are rows a task. All rows depend on `data_seed`, `level` and the sizes alone; `seed`
     shuffles order=random. Raises ConfigError for a level, size, task or order that cannot be.
     """
-    if level not in LEVELS:
-        raise ConfigError(unknown("stream.level", str(level), map(str, LEVELS)))
+    if difficulty not in LEVELS:
+        raise ConfigError(unknown("stream.level", str(difficulty), map(str, LEVELS)))
     sizes = {"train": train_size, "dev": dev_size, "test": test_size}
     wrong = [f"{split}_size={n}" for split, n in sizes.items() if not 0 < n <= 5000]
     if wrong or not 0 <= pretraining_size <= 5000:
@@ -97,36 +98,43 @@ def skills(
         None if tasks is not None and order == "default" else order
     )  # named tasks need not be of that order
     asked = ORDERS["long"] if tasks is None and order == "random" else tasks
-    names = choose([*BY_NAME], orders=ORDERS, tasks=asked, order=order, seed=seed)
+    names = choose_tasks([*SKILLS_BY_NAME], orders=ORDERS, tasks=asked, order=order, seed=seed)
     basic = tuple(
-        row for s in BASIC for row in rows(s, "train", pretraining_size, level, data_seed)
+        row
+        for s in BASIC_SKILLS
+        for row in generate_rows(s, "train", pretraining_size, difficulty, data_seed)
     )
-    return stage(
-        [_task(BY_NAME[name], sizes, level, data_seed) for name in names],
+    return apply_arrangement(
+        [_generate_task(SKILLS_BY_NAME[name], sizes, difficulty, data_seed) for name in names],
         Stream("skills", "default", (), (), basic),
         order=order,
-        limit=limit,
+        max_train_rows=max_train_rows,
         arrangement=arrangement,
     )
 
 
-def _task(skill: Skill, sizes: Mapping[str, int], level: int, data_seed: int) -> Task[Example]:
+def _generate_task(
+    skill: Skill, sizes: Mapping[str, int], level: int, data_seed: int
+) -> Task[Example]:
     train, dev, test = (
-        rows(skill, split, sizes[split], level, data_seed) for split in ("train", "dev", "test")
+        generate_rows(skill, split, sizes[split], level, data_seed)
+        for split in ("train", "dev", "test")
     )
     return Task(skill.name, train, dev, test, category=skill.category)
 
 
-def rows(skill: Skill, split: str, size: int, level: int, data_seed: int) -> tuple[Example, ...]:
+def generate_rows(
+    skill: Skill, split: str, size: int, level: int, data_seed: int
+) -> tuple[Example, ...]:
     """The first `size` inputs of this split that have an answer, each under a phrasing drawn for
     it.
     """
     rng = random.Random(f"{data_seed}/{skill.name}/{split}/{level}")
     found: list[Example] = []
-    for words in inputs(rng, split, level):
+    for words in generate_inputs(rng, split, level):
         if len(found) == size:
             break
-        if skill.fits(words):
+        if skill.accepts(words):
             name = f"{skill.name}-{split}-{len(found)}"
             # The mark before the list lets a tokenizer see each word with a space before it, the
             # first one too.
@@ -136,22 +144,22 @@ def rows(skill: Skill, split: str, size: int, level: int, data_seed: int) -> tup
                     skill.name,
                     rng.choice(skill.phrasings),
                     f"- {' '.join(words)}",
-                    (skill.answer(words),),
+                    (skill.solve(words),),
                     where=name,
                 )
             )
     return tuple(found)
 
 
-def inputs(rng: random.Random, split: str, level: int) -> Iterator[tuple[str, ...]]:
+def generate_inputs(rng: random.Random, split: str, level: int) -> Iterator[tuple[str, ...]]:
     """Distinct lists of this split without end: one or two number words among nouns of all kinds,
     in any order.
     """
     length, largest = LEVELS[level]
     seen: set[tuple[str, ...]] = set()
     while True:
-        numbers = rng.choices(DIGITS[:largest], k=rng.choice((1, 2)))
-        words = [*rng.sample(WORDS, length - len(numbers)), *numbers]
+        numbers = rng.choices(INPUT_NUMBERS[:largest], k=rng.choice((1, 2)))
+        words = [*rng.sample(ALL_NOUNS, length - len(numbers)), *numbers]
         rng.shuffle(words)
         drawn = tuple(words)
         if drawn not in seen and split_of(drawn) == split:

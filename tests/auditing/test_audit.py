@@ -22,11 +22,11 @@ from continual.runs import run as engine
 from continual.runs.audit_step import alone
 from tests.support.models import (
     TASKS,
-    byte_bpe,
-    lines,
-    rows,
-    run,
+    load_json_lines,
+    make_rows,
+    run_in_process,
     stream_text,
+    train_byte_bpe,
     write_model,
     write_rows,
     write_stream,
@@ -269,7 +269,7 @@ def test_what_the_base_scores_above_the_majority_says_whether_it_solves_a_task()
 def measured(train, test=(), limit=40, room=None, **more):
     from continual.evaluation.scoring import prepare
 
-    encoder = Encoder(byte_bpe(stream_text()), limit=limit, on_unfit="skip", **more)
+    encoder = Encoder(train_byte_bpe(stream_text()), limit=limit, on_unfit="skip", **more)
     made = task(train=train, test=test)
     asked = prepare(made, encoder, "test", 0, max_new_tokens=room) if test else None
     encoder.skipped.clear(), encoder.shortened.clear()
@@ -395,7 +395,7 @@ def test_the_counts_are_those_of_comparing_every_row_with_every_other(parts):
 def leaky(tmp_path):
     """The small stream, a test row of which is trained on."""
     folder = write_stream(tmp_path / "stream")
-    write_rows(folder / "first/train.jsonl", [*rows("first", 12), *rows("first", 1, 16)])
+    write_rows(folder / "first/train.jsonl", [*make_rows("first", 12), *make_rows("first", 1, 16)])
     return folder
 
 
@@ -439,7 +439,7 @@ def test_tokens_are_counted_for_a_named_model_without_its_weights(
 
 
 def cli_config(*keys):
-    return main.configure("audit", list(keys))
+    return main.compose_config("audit", list(keys))
 
 
 def test_a_model_from_scratch_is_not_built_to_count_its_tokens(leaky, tmp_path, monkeypatch):
@@ -456,18 +456,18 @@ def test_a_model_from_scratch_is_not_built_to_count_its_tokens(leaky, tmp_path, 
 
 def test_a_run_audits_once_and_shows_it_in_the_terminal_the_log_and_the_page(keys, leaky, tmp_path):
     more = (f"stream.path={leaky}", "train.epochs=1")
-    _, said = run(tmp_path / "run", keys, *more)
+    _, said = run_in_process(tmp_path / "run", keys, *more)
     assert "first: 1 of 4 test prompts stand in training rows" in said
-    (event,) = [e for e in lines(tmp_path / "run/events.jsonl") if e["event"] == "audit"]
+    (event,) = [e for e in load_json_lines(tmp_path / "run/events.jsonl") if e["event"] == "audit"]
     told = json.loads((tmp_path / "run/audit.json").read_text())
     assert event["findings"] == told["findings"]
     assert told["findings"][0]["kind"] == "leaked"
     assert "1 of 4 test prompts stand in training rows" in page(tmp_path / "run").text
     (tmp_path / "run/finished").unlink()
-    _, again = run(tmp_path / "run", keys, *more)
+    _, again = run_in_process(tmp_path / "run", keys, *more)
     assert "stage 3/3" in again
     assert "stand in training rows" not in again
-    assert sum(e["event"] == "audit" for e in lines(tmp_path / "run/events.jsonl")) == 1
+    assert sum(e["event"] == "audit" for e in load_json_lines(tmp_path / "run/events.jsonl")) == 1
 
 
 def test_the_audit_is_shown_before_the_weights_are_read_and_kept_once_the_run_begins(
@@ -484,11 +484,11 @@ def test_the_audit_is_shown_before_the_weights_are_read_and_kept_once_the_run_be
         f"out={tmp_path / 'run'}",
     )
     with pytest.raises(MissingError, match="could not be loaded"):
-        engine.run(main.configure("run", list(told)), Console(file=said, width=400))
+        engine.run(main.compose_config("run", list(told)), Console(file=said, width=400))
     assert "first: 1 of 4 test prompts stand in training rows" in said.getvalue()
     assert not any((tmp_path / "run" / name).exists() for name in ("audit.json", "events.jsonl"))
     aside.rename(weights)
-    run(tmp_path / "run", told)
+    run_in_process(tmp_path / "run", told)
     assert (tmp_path / "run/audit.json").exists()
 
 
@@ -497,13 +497,13 @@ def test_what_is_wrong_with_the_rows_is_told_before_the_weights_are_read(keys, l
     (folder / "model.safetensors").unlink()
     write_rows(leaky / "loud/train.jsonl", [{"instruction": "Say it.", "output": " "}])
     with pytest.raises(DataError, match="the response is empty"):
-        run(tmp_path / "run", keys, f"stream.path={leaky}", f"model.name={folder}")
+        run_in_process(tmp_path / "run", keys, f"stream.path={leaky}", f"model.name={folder}")
 
 
 def test_runs_of_one_comparison_say_the_same_audit_once(keys, leaky, tmp_path):
     more = (f"stream.path={leaky}", "train.epochs=1", "stream.tasks=[first]")
-    assert "stand in training rows" in run(tmp_path / "a", keys, *more)[1]
-    said = run(tmp_path / "b", keys, *more, "seed=1")[1]
+    assert "stand in training rows" in run_in_process(tmp_path / "a", keys, *more)[1]
+    said = run_in_process(tmp_path / "b", keys, *more, "seed=1")[1]
     assert "audit of stream: as above, 1 findings" in said
     assert "stand in training rows" not in said
 
@@ -515,10 +515,10 @@ def test_an_audit_agrees_with_what_the_run_counts(keys, tmp_path):
     for split in ("train", "test"):
         write_rows(
             folder / f"first/{split}.jsonl",
-            [*rows("first", 4, len(split)), long, unfit, {**long, "id": "b"}],
+            [*make_rows("first", 4, len(split)), long, unfit, {**long, "id": "b"}],
         )
     more = (f"stream.path={folder}", "data.on_unfit=skip", "train.epochs=1")
-    _, said = run(tmp_path / "run", keys, *more)
+    _, said = run_in_process(tmp_path / "run", keys, *more)
     assert "inputs shortened to fit: 4; examples skipped: 2" in said
     told = json.loads((tmp_path / "run/audit.json").read_text())
     assert told["tasks"]["first"]["tokens"]["shortened"] == 2
@@ -545,7 +545,7 @@ def test_a_task_that_the_base_solves_is_told_once_it_is_scored(keys, tmp_path, m
         ]
 
     monkeypatch.setattr(module, "score", score)
-    _, said = run(tmp_path / "run", keys, "stream.tasks=[loud]", "train.epochs=1")
+    _, said = run_in_process(tmp_path / "run", keys, "stream.tasks=[loud]", "train.epochs=1")
     assert (
         said.count("loud: the base already solves it, with 100.0; there is little left to learn")
         == 1
@@ -559,13 +559,13 @@ def test_a_pages_audit_shows_every_text_as_text(keys, tmp_path):
         folder / "first/train.jsonl",
         [{"id": f"{EVIL}{i}", "instruction": "x", "output": "y"} for i in "ab"],
     )
-    run(tmp_path / "run", keys, f"stream.path={folder}", "train.epochs=1")
+    run_in_process(tmp_path / "run", keys, f"stream.path={folder}", "train.epochs=1")
     assert EVIL in page(tmp_path / "run").text
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"schema": 2}', '{"schema": 1, "tasks": {"a": 3}}'])
 def test_a_damaged_audit_is_named_by_the_report(keys, tmp_path, damage):
-    run(tmp_path / "run", keys, "stream.tasks=[first]", "train.epochs=1")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]", "train.epochs=1")
     (tmp_path / "run/audit.json").write_text(damage)
     with pytest.raises(
         DataError, match=r"audit\.json.*(found broken JSON|no audit of schema 1 .*remove it)"

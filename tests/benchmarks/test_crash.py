@@ -22,7 +22,7 @@ def crash(*words: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes that hold torch")
 def test_killed_runs_end_bit_for_bit_as_the_one_that_was_left_alone(tmp_path):
     table = tmp_path / "table.md"
-    code, said = subprocesses.Apart(
+    code, said = subprocesses.Subprocess(
         tmp_path / "said",
         crash,
         "--kills",
@@ -31,7 +31,7 @@ def test_killed_runs_end_bit_for_bit_as_the_one_that_was_left_alone(tmp_path):
         "[replay,ewc]",
         "--out",
         str(table),
-    ).ended()
+    ).wait()
     assert code == 0, said
     row = next(line for line in table.read_text().splitlines() if line.startswith("| [replay,ewc]"))
     assert row.split(" | ")[1] == "4"

@@ -9,16 +9,16 @@ import pytest
 
 from tests.support.models import (
     TASKS,
-    byte_bpe,
-    rows,
-    run,
+    make_rows,
+    run_in_process,
     stream_text,
+    train_byte_bpe,
     write_model,
     write_rows,
     write_stream,
 )
 
-GOOD = json.dumps(rows("first", 1)[0])
+GOOD = json.dumps(make_rows("first", 1)[0])
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_rows_that_cannot_be_learned_are_told_for_all_stages_at_once_and_bef
     for task in TASKS:
         write_rows(
             stream / task / "train.jsonl",
-            [*rows(task, 4), {"instruction": "Say it.", "output": " "}],
+            [*make_rows(task, 4), {"instruction": "Say it.", "output": " "}],
         )
     told = said().split("\n")
     assert [line.partition(": ")[0] for line in told] == [
@@ -112,7 +112,8 @@ def test_a_run_refused_for_its_rows_may_be_given_again_with_more_room_or_skippin
     said, cli, keys, stream, tmp_path
 ):
     write_rows(
-        stream / "first/train.jsonl", [*rows("first", 4), {"instruction": "Say it.", "output": " "}]
+        stream / "first/train.jsonl",
+        [*make_rows("first", 4), {"instruction": "Say it.", "output": " "}],
     )
     said()
     code, _, err = cli(
@@ -126,7 +127,7 @@ def test_a_test_prompt_longer_than_the_models_context_is_named_before_any_traini
 ):
     write_rows(
         stream / "loud/test.jsonl",
-        [*rows("loud", 2), {"instruction": "Say it. " * 300, "output": "x"}],
+        [*make_rows("loud", 2), {"instruction": "Say it. " * 300, "output": "x"}],
     )
     message = said()
     assert message.startswith(f"{stream / 'loud/test.jsonl'}:3: takes")
@@ -138,7 +139,7 @@ def test_all_bad_rows_may_be_skipped(cli, keys, stream, tmp_path):
     write_rows(
         stream / "loud/train.jsonl",
         [
-            *rows("loud", 6),
+            *make_rows("loud", 6),
             {"instruction": "Say it. " * 300, "output": "x"},
             {"instruction": "Say it.", "output": " "},
         ],
@@ -213,8 +214,10 @@ def test_an_unknown_metric_of_a_task_names_the_nearest(said, stream):
 
 
 def test_a_tokenizer_without_end_of_sequence_or_padding_is_no_error(keys, tmp_path):
-    bare = write_model(tmp_path / "model", tokenizer=byte_bpe(stream_text(), eos=None, pad=None))
-    matrix, _ = run(tmp_path / "run", keys, f"model.name={bare}", "stream.tasks=[first]")
+    bare = write_model(
+        tmp_path / "model", tokenizer=train_byte_bpe(stream_text(), eos=None, pad=None)
+    )
+    matrix, _ = run_in_process(tmp_path / "run", keys, f"model.name={bare}", "stream.tasks=[first]")
     assert matrix.finished
 
 
@@ -226,7 +229,7 @@ def test_a_folder_that_holds_no_model_is_refused(said, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(refused, keys, tmp_path):
-    run(tmp_path / "run", keys, "stream.tasks=[first]")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
     other = write_model(tmp_path / "other", "gpt2")
     config = tmp_path / "run/config.yaml"
     name = next(k for k in keys if k.startswith("model.name")).partition("=")[2]
@@ -247,19 +250,19 @@ def test_a_checkpoint_of_another_model_is_refused(refused, keys, tmp_path):
     ],
 )
 def test_a_damaged_file_of_a_run_folder_is_named(refused, keys, tmp_path, file, told):
-    run(tmp_path / "run", keys, "stream.tasks=[first]")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
     (tmp_path / "run" / file).write_text("{ [")
     assert told in refused("run", *keys, "stream.tasks=[first]", f"out={tmp_path / 'run'}")
 
 
 def test_a_report_of_a_damaged_matrix_names_it(refused, keys, tmp_path):
-    run(tmp_path / "run", keys, "stream.tasks=[first]")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
     (tmp_path / "run/matrix.json").write_text('{"schema": 1}')
     assert refused("report", tmp_path / "run").startswith(f"{tmp_path / 'run/matrix.json'}:")
 
 
 def test_a_damaged_configuration_to_adapt_from_is_named(refused, keys, tmp_path):
-    run(tmp_path / "run", keys, "stream.tasks=[first]")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
     (tmp_path / "run/config.yaml").write_text("{ [")
     start = ("stream.tasks=[last]", f"adapt.start={tmp_path / 'run'}")
     message = refused("adapt", *keys, *start, f"out={tmp_path / 'new'}")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from continual.cli.help import EXAMPLES
-from continual.cli.main import VERBS, configure
+from continual.cli.help import VERB_HELP
+from continual.cli.main import VERBS, compose_config
 from continual.results import comparison
 from continual.results.matrix import Matrix
 from continual.runs.signals import again
-from tests.support.models import TASKS, lines, run
+from tests.support.models import TASKS, load_json_lines, run_in_process
 
 
 def names(group):
@@ -60,15 +60,17 @@ def test_help_loads_nothing_heavy():
     [
         line
         for verb in ("run", "compare", "adapt", "audit", "plan")
-        for line in EXAMPLES[verb].splitlines()[2:]
+        for line in VERB_HELP[verb].splitlines()[2:]
     ],
 )
 def test_the_examples_of_the_help_compose(line):
-    from continual.cli.main import configure
+    from continual.cli.main import compose_config
 
     _, verb, *words = line.strip().split("   ")[0].split()
     words = [w for w in words if "=" in w and not w.startswith("hydra/")]
-    configure(verb, [w if "[" in w else w.partition(",")[0] for w in words if "naive,[" not in w])
+    compose_config(
+        verb, [w if "[" in w else w.partition(",")[0] for w in words if "naive,[" not in w]
+    )
 
 
 def test_list_names_all_there_is_each_with_a_line(cli):
@@ -285,7 +287,7 @@ def test_compare_leaves_a_run_folder_for_each_combination_and_one_page(compared)
 
 
 def test_a_comparisons_runs_are_those_of_run(compared, keys, tmp_path):
-    alone, _ = run(tmp_path, keys, "strategy=[replay,ewc]", "seed=1")
+    alone, _ = run_in_process(tmp_path, keys, "strategy=[replay,ewc]", "seed=1")
     (same,) = [
         m
         for p in compared.glob("*/matrix.json")
@@ -394,7 +396,7 @@ ADAPT = (
 )  # peft's own
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_adapt_from_a_run_writes_its_curve_and_a_model_that_loads(cli, keys, tmp_path, adapter):
-    run(tmp_path / "run", keys, "stream.tasks=[first,last]", f"model.adapter={adapter}")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first,last]", f"model.adapter={adapter}")
     code, out, err = cli(
         "adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
     )
@@ -434,13 +436,15 @@ def loads(folder, keys, adapter):
 
 
 def test_adapt_from_the_base_and_from_one_checkpoint(cli, keys, tmp_path):
-    run(tmp_path / "run", keys, "stream.tasks=[first,last]")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first,last]")
     starts = {"base": "base", "one": str(tmp_path / "run/checkpoints/stage-01")}
     for name, start in starts.items():
         code, _, err = cli("adapt", *keys, *ADAPT, f"adapt.start={start}", f"out={tmp_path / name}")
         assert code == 0, err
         assert json.loads((tmp_path / name / "curve.json").read_text())["start"] == start
-        told = [e for e in lines(tmp_path / name / "events.jsonl") if e["event"] == "score"]
+        told = [
+            e for e in load_json_lines(tmp_path / name / "events.jsonl") if e["event"] == "score"
+        ]
         assert len(told) == 8
 
 
@@ -479,7 +483,7 @@ def test_adapt_needs_a_checkpoint_to_start_from(refused, keys, tmp_path):
 
 
 def test_adapt_builds_nothing_but_our_own_from_a_run_folder(refused, keys, tmp_path):
-    run(tmp_path / "run", keys, "stream.tasks=[first]")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
     config = tmp_path / "run/config.yaml"
     config.write_text(config.read_text().replace("continual.models.loading.hf", "os.system"))
     told = refused(
@@ -500,4 +504,4 @@ def test_the_command_that_goes_on_names_the_same_folder_whatever_it_is_called(na
     ):
         program, first, *words = shlex.split(command)
         assert (program, first) == ("continual", verb)
-        assert configure(verb, words).out == name
+        assert compose_config(verb, words).out == name

@@ -19,9 +19,9 @@ from continual.errors import ContinualError
 from continual.models import loading
 from continual.strategy.interface import Strategy
 from continual.training import checkpoint, stage_state
-from streams.folder import folder
+from streams.folder import load_folder
 from tests.support import toy
-from tests.support.fake_run import fake_adapt, fake_run
+from tests.support.fake_run import write_fake_adaptation, write_fake_run
 from tests.support.models import write_model
 
 GOOD = json.dumps({"instruction": "Say it.", "input": "red", "output": "red"})
@@ -40,7 +40,7 @@ def told(capsys):
         with pytest.raises(ContinualError) as caught:
             work(*args)
         with pytest.raises(SystemExit) as end:
-            main.fail(caught.value)
+            main.exit_with_error(caught.value)
         out, err = capsys.readouterr()
         assert (end.value.code, out) == (2, "")
         assert "Traceback" not in err
@@ -178,7 +178,7 @@ def stream(tmp_path):
 
 
 def read(stream):
-    return folder(path=str(stream), seed=0)
+    return load_folder(path=str(stream), seed=0)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -496,7 +496,7 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return fake_run(tmp_path_factory.mktemp("runs") / "naive-0")
+    return write_fake_run(tmp_path_factory.mktemp("runs") / "naive-0")
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -554,7 +554,7 @@ def test_a_bad_curve(told, tmp_path, name):
     from continual.reports import write
 
     content, expected = CURVE[name]
-    out = fake_adapt(tmp_path / "new")
+    out = write_fake_adaptation(tmp_path / "new")
     (out / "curve.json").write_text(content)
     message = told(write.write, out)
     assert message.startswith(f"{out / 'curve.json'}:")
@@ -659,7 +659,7 @@ CHECKPOINT = {
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     return checkpoint.save(
-        tmp_path_factory.mktemp("k") / "stage-01", toy.model(), Strategy(), toy.matrix()
+        tmp_path_factory.mktemp("k") / "stage-01", toy.make_model(), Strategy(), toy.empty_matrix()
     )
 
 
@@ -670,7 +670,7 @@ def test_a_bad_checkpoint(told, kept, tmp_path, name):
     (at / file).write_bytes(exact(content))
     if file != "manifest.json":
         sign(at)
-    message = told(checkpoint.load, at, toy.model(), Strategy())
+    message = told(checkpoint.load, at, toy.make_model(), Strategy())
     assert message.startswith(f"{at}")
     assert expected in message
 
@@ -690,7 +690,7 @@ def test_a_bad_checkpoint(told, kept, tmp_path, name):
 def test_a_bad_progress(told, change):
     import torch
 
-    net = toy.model()
+    net = toy.make_model()
     optimizer = torch.optim.AdamW(net.net.parameters())
     at = stage_state.Progress(net, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), None)
     assert "the stage's progress does not fit it" in told(at.load, {**at.state(), **change})

@@ -9,10 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from continual.cli.watch import Tail, Watched, learned, look, table, watch
+from continual.cli.watch import (
+    EventTail,
+    WatchedRun,
+    build_runs_table,
+    learned_submatrix,
+    refresh_runs,
+    watch,
+)
 from continual.results.matrix import forgetting, mean
-from tests.support.fake_run import fake_matrix, fake_run
-from tests.support.models import run, write_stream
+from tests.support.fake_run import make_fake_matrix, write_fake_run
+from tests.support.models import run_in_process, write_stream
 
 STEP = {
     "event": "step",
@@ -49,32 +56,32 @@ WRITTEN = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in EVENTS).enco
 @given(st.lists(st.integers(0, len(WRITTEN)), max_size=6))
 def test_events_are_read_once_each_wherever_the_file_ends_meanwhile(tmp_path_factory, cuts):
     path = tmp_path_factory.mktemp("tail") / "events.jsonl"
-    tail, found = Tail(path), []
+    tail, found = EventTail(path), []
     for end in [*sorted(cuts), len(WRITTEN)]:
         path.write_bytes(WRITTEN[:end])
-        found += tail.new()
+        found += tail.read_new_events()
     assert found == EVENTS
-    assert tail.broken == 0
+    assert tail.broken_lines == 0
 
 
 def test_nothing_is_read_again(tmp_path, monkeypatch):
     path = tmp_path / "events.jsonl"
     path.write_bytes(WRITTEN)
-    tail = Tail(path)
-    assert len(list(tail.new())) == 5
+    tail = EventTail(path)
+    assert len(list(tail.read_new_events())) == 5
     path.write_bytes(
         b"x" * len(WRITTEN) + b'{"event": "end"}\n'
     )  # of what was read before nothing is looked at
-    assert list(tail.new()) == [{"event": "end"}]
+    assert list(tail.read_new_events()) == [{"event": "end"}]
 
 
 def test_a_file_that_has_become_shorter_is_read_from_its_start(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(WRITTEN)
-    tail = Tail(path)
-    list(tail.new())
+    tail = EventTail(path)
+    list(tail.read_new_events())
     path.write_bytes(b'{"event": "start"}\n')
-    assert list(tail.new()) == [{"event": "start"}]
+    assert list(tail.read_new_events()) == [{"event": "start"}]
 
 
 @pytest.mark.parametrize(
@@ -90,9 +97,9 @@ def test_a_file_that_has_become_shorter_is_read_from_its_start(tmp_path):
 )
 def test_a_broken_line_is_counted_and_passed_over(tmp_path, line):
     (tmp_path / "events.jsonl").write_bytes(line + b"\n" + WRITTEN)
-    tail = Tail(tmp_path / "events.jsonl")
-    assert list(tail.new()) == EVENTS
-    assert tail.broken == 1
+    tail = EventTail(tmp_path / "events.jsonl")
+    assert list(tail.read_new_events()) == EVENTS
+    assert tail.broken_lines == 1
 
 
 # What is made of it
@@ -109,12 +116,14 @@ def test_speed_is_that_of_late_and_what_is_left_follows_from_the_stages_before(t
         {**STEP, "stage": 2, "task": "b", "step": 2, "tokens": 100, "seconds": 4.0},
         {**STEP, "stage": 2, "task": "b", "step": 4, "tokens": 300, "seconds": 6.0},
     )
-    told = Watched(tmp_path, "it")
-    told.look()
-    assert told.speed == 100
-    assert told.left == (6 / 4 * 6) + 10 + 2 * 3  # this stage's steps, the last stage, two scorings
-    assert told.row()[1:4] == [
-        "2/3 b, quiet for " + told.row()[1].partition("quiet for ")[2],
+    told = WatchedRun(tmp_path, "it")
+    told.refresh()
+    assert told.tokens_per_second == 100
+    assert (
+        told.seconds_left == (6 / 4 * 6) + 10 + 2 * 3
+    )  # this stage's steps, the last stage, two scorings
+    assert told.table_row()[1:4] == [
+        "2/3 b, quiet for " + told.table_row()[1].partition("quiet for ")[2],
         "4/10",
         "2.000",
     ]
@@ -122,11 +131,11 @@ def test_speed_is_that_of_late_and_what_is_left_follows_from_the_stages_before(t
 
 @pytest.mark.parametrize("rows", range(1, 7))
 def test_average_and_forgetting_so_far_are_those_of_a_run_that_ends_here(rows):
-    whole = fake_matrix("naive")
+    whole = make_fake_matrix("naive")
     part = type(whole)(
         **{**whole.__dict__, "stages": whole.stages[: rows + 1], "scores": whole.scores[: rows + 1]}
     )
-    now = learned(part)
+    now = learned_submatrix(part)
     assert now.tasks == whole.tasks[:rows]
     r = whole.scores
     assert mean(now.final) == pytest.approx(sum(r[rows][:rows]) / rows)
@@ -135,17 +144,19 @@ def test_average_and_forgetting_so_far_are_those_of_a_run_that_ends_here(rows):
 
 
 def test_nothing_is_learned_before_the_first_stage_and_a_joint_run_is_over_at_once():
-    assert learned(fake_matrix(joint=True)).tasks == fake_matrix().tasks
-    base = fake_matrix()
+    assert learned_submatrix(make_fake_matrix(joint=True)).tasks == make_fake_matrix().tasks
+    base = make_fake_matrix()
     base = type(base)(**{**base.__dict__, "stages": base.stages[:1], "scores": base.scores[:1]})
-    assert learned(base) is None
+    assert learned_submatrix(base) is None
 
 
 # What is shown
 
 
 def test_a_real_run_is_followed_to_its_end(keys, tmp_path):
-    matrix, _ = run(tmp_path / "run", keys, "train.epochs=1", "stream.tasks=[first,last]")
+    matrix, _ = run_in_process(
+        tmp_path / "run", keys, "train.epochs=1", "stream.tasks=[first,last]"
+    )
     out = shown(tmp_path / "run")
     assert "finished" in out
     assert f"{100 * matrix.summary()['average_performance']:.1f}" in out
@@ -153,7 +164,7 @@ def test_a_real_run_is_followed_to_its_end(keys, tmp_path):
 
 def test_a_comparison_shows_its_runs_and_those_that_have_not_begun(tmp_path):
     for name, more in (("a", {}), ("b", {"finished": False})):
-        fake_run(tmp_path / name, **more)
+        write_fake_run(tmp_path / name, **more)
     (tmp_path / "a/finished").touch()
     (tmp_path / "cells.json").write_text(
         json.dumps({"schema": 1, "commands": [{"words": [], "cells": ["a", "c"]}]})
@@ -168,9 +179,13 @@ def test_a_screen_without_room_shows_the_runs_that_do_something_and_counts_the_o
         (tmp_path / f"{n:02d}/config.yaml").touch()
         if n:
             (tmp_path / f"{n:02d}/finished").touch()
-    runs = look([tmp_path], {})
-    assert table(runs, Console(height=40)).row_count == table(runs).row_count == 30
-    told = table(runs, Console(height=24))
+    runs = refresh_runs([tmp_path], {})
+    assert (
+        build_runs_table(runs, Console(height=40)).row_count
+        == build_runs_table(runs).row_count
+        == 30
+    )
+    told = build_runs_table(runs, Console(height=24))
     assert (told.row_count, told.caption) == (1, "29 finished")
 
 
@@ -185,7 +200,7 @@ def test_a_run_that_stopped_or_failed_says_so(cli, keys, tmp_path):
 
 
 def test_it_ends_when_all_runs_are_over(tmp_path, monkeypatch):
-    folder = fake_run(tmp_path / "run")
+    folder = write_fake_run(tmp_path / "run")
     monkeypatch.setattr(time, "sleep", lambda seconds: (folder / "finished").touch())
     said = io.StringIO()
     watch([folder], Console(file=said, force_terminal=True, width=200))
@@ -206,9 +221,9 @@ def test_a_hundred_runs_are_looked_at_without_reading_a_line_twice(tmp_path):
         write(tmp_path / f"runs/{n:03d}/events.jsonl", *[{**STEP, "step": s} for s in range(1, 20)])
         (tmp_path / f"runs/{n:03d}/config.yaml").touch()
     runs = {}
-    assert len(look([tmp_path / "runs"], runs)) == 100
+    assert len(refresh_runs([tmp_path / "runs"], runs)) == 100
     before = {run.tail.path: run.tail.at for run in runs.values()}
-    assert table(look([tmp_path / "runs"], runs)).row_count == 100
+    assert build_runs_table(refresh_runs([tmp_path / "runs"], runs)).row_count == 100
     assert {run.tail.path: run.tail.at for run in runs.values()} == before
 
 

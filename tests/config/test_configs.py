@@ -44,7 +44,7 @@ def _hydra_stays_clean():
 
 @pytest.mark.parametrize("name", group("strategy"))
 def test_every_strategy_config_makes_its_strategy(name):
-    config = toy.config(f"strategy=[{name}]", *NEEDED.get(name, []))
+    config = toy.compose_run_config(f"strategy=[{name}]", *NEEDED.get(name, []))
     made = build.strategy(config)
     assert isinstance(made, Strategy)
     target = get_object(config.strategy[name]["_target_"])
@@ -57,14 +57,14 @@ def test_every_strategy_config_makes_its_strategy(name):
 @pytest.mark.parametrize("name", group("strategy"))
 def test_a_strategy_config_has_exactly_the_constructor_s_keys(name):
     """A hyper-parameter that no config shows is one that no one finds."""
-    section = toy.config(f"strategy=[{name}]").strategy[name]
+    section = toy.compose_run_config(f"strategy=[{name}]").strategy[name]
     known = inspect.signature(get_object(section["_target_"])).parameters
     assert set(section) - {"_target_"} == set(known)
 
 
 @pytest.mark.parametrize("name", group("probe"))
 def test_a_probe_config_has_exactly_the_constructor_s_keys(name):
-    section = toy.config(
+    section = toy.compose_run_config(
         f"probe=[{name}]", *([f"probe.{name}.stream.path=x"] if name == "general" else [])
     ).probe[name]
     known = inspect.signature(get_object(section["_target_"])).parameters
@@ -73,14 +73,16 @@ def test_a_probe_config_has_exactly_the_constructor_s_keys(name):
 
 @pytest.mark.parametrize("name", ["joint", "cumulative"])
 def test_an_arrangement_is_the_naive_strategy_on_another_stream(name):
-    config = toy.config(f"strategy=[{name}]")
+    config = toy.compose_run_config(f"strategy=[{name}]")
     assert type(build.strategy(config)) is Strategy
     assert config.stream.arrangement == name
 
 
 def test_strategies_are_listed_to_be_composed():
     made = build.strategy(
-        toy.config("strategy=[replay,ewc]", "strategy.ewc.strength=5", "strategy.replay.share=0.1")
+        toy.compose_run_config(
+            "strategy=[replay,ewc]", "strategy.ewc.strength=5", "strategy.replay.share=0.1"
+        )
     )
     assert type(made).__name__ == "ReplayEWC"
     assert (made.strength, made.share) == (5, 0.1)
@@ -142,7 +144,7 @@ def test_every_command_s_config_composes(verb):
 
 @pytest.mark.parametrize("name", group("train"))
 def test_every_train_config_makes_a_recipe(name):
-    config = toy.config(f"train={name}")
+    config = toy.compose_run_config(f"train={name}")
     keys = {
         *inspect.signature(type(build.recipe(config))).parameters,
         "tokens_per_microbatch",

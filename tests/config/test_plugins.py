@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from continual.cli.main import configure
+from continual.cli.main import compose_config
 from continual.config import catalogue
 from continual.errors import ConfigError
 from continual.results.matrix import Matrix
@@ -108,7 +108,9 @@ def test_listing_strategies_from_elsewhere_loads_nothing_heavy(package):
 
 def test_its_name_is_a_strategy_and_its_defaults_are_the_configuration(package):
     package()
-    config = configure("run", ["strategy=[replay,held]", "strategy.held.strength=0.5", "seed=7"])
+    config = compose_config(
+        "run", ["strategy=[replay,held]", "strategy.held.strength=0.5", "seed=7"]
+    )
     assert list(config.strategy) == ["replay", "held"]
     assert dict(config.strategy.held) == {
         "_target_": "their_own_package.Held",
@@ -116,7 +118,7 @@ def test_its_name_is_a_strategy_and_its_defaults_are_the_configuration(package):
         "seed": 7,
         "names": [],
     }
-    assert configure("run", ["strategy=held"]).strategy.held.strength == 0.1
+    assert compose_config("run", ["strategy=held"]).strategy.held.strength == 0.1
 
 
 def test_a_run_and_a_comparison_take_it_as_any_other(package, cli, keys, tmp_path):
@@ -170,7 +172,7 @@ def test_two_packages_with_one_name_are_refused(package, refused):
 def test_ours_keep_their_names(package):
     package({"replay": "their_own_package:Held"})
     assert (
-        configure("run", ["strategy=replay"]).strategy.replay["_target_"]
+        compose_config("run", ["strategy=replay"]).strategy.replay["_target_"]
         == "strategies.replay.Replay"
     )
     assert [c.target for c in catalogue.choices("strategy") if c.name == "replay"] == [

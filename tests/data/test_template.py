@@ -9,17 +9,23 @@ from hypothesis import strategies as st
 from continual.data.template import Encoder, columns
 from continual.data.types import Message, Stream, Task
 from continual.errors import ConfigError, DataError
-from tests.support.models import CHATML, THINKING, byte_bpe, example, stream_text
+from tests.support.models import (
+    CHATML_TEMPLATE,
+    THINKING_TEMPLATE,
+    make_example,
+    stream_text,
+    train_byte_bpe,
+)
 
-PLAIN = byte_bpe(stream_text())
-CHAT = byte_bpe(stream_text(), eos="<|im_end|>", chat_template=CHATML)
-THINKER = byte_bpe(stream_text(), eos="<|im_end|>", chat_template=THINKING)
+PLAIN = train_byte_bpe(stream_text())
+CHAT = train_byte_bpe(stream_text(), eos="<|im_end|>", chat_template=CHATML_TEMPLATE)
+THINKER = train_byte_bpe(stream_text(), eos="<|im_end|>", chat_template=THINKING_TEMPLATE)
 # Its merges cross every boundary: "\nred", ":\nred", "] red" and the like are one token each.
-GREEDY = byte_bpe(
+GREEDY = train_byte_bpe(
     [f"Say it{gap}red blue" for gap in ("\n", ":\n", " ", "] ", ": ", ":", "]")] * 9,
     split_words=False,
 )
-TALK = example(
+TALK = make_example(
     "",
     messages=(
         Message("system", "Be brief."),
@@ -71,7 +77,7 @@ def response_ids(e):
 )
 def test_a_template_writes_what_its_name_says(name, bare, full, response):
     encoder = Encoder(PLAIN, name)
-    for e, prompt in ((example("Do it."), bare), (example("Do it.", "a b"), full)):
+    for e, prompt in ((make_example("Do it."), bare), (make_example("Do it.", "a b"), full)):
         made = encoder.train(e, 0)
         assert PLAIN.decode(made.ids) == f"{prompt}{response}<eos>"
         assert learned(made, PLAIN) == [f"{response}<eos>"]
@@ -81,7 +87,7 @@ def test_a_template_writes_what_its_name_says(name, bare, full, response):
 
 
 def test_chat_is_the_tokenizers_own_template_and_its_end_of_turn_is_learned_once():
-    made = Encoder(CHAT, "chat").train(example("Do it.", "a b"), 0)
+    made = Encoder(CHAT, "chat").train(make_example("Do it.", "a b"), 0)
     assert (
         CHAT.decode(made.ids)
         == "<|im_start|>user\nDo it.\na b<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
@@ -90,13 +96,13 @@ def test_chat_is_the_tokenizers_own_template_and_its_end_of_turn_is_learned_once
 
 
 def test_chat_asks_for_an_answer_with_the_templates_generation_prompt():
-    asked = Encoder(CHAT, "chat").ask(example("Do it."), 0, 5)
+    asked = Encoder(CHAT, "chat").ask(make_example("Do it."), 0, 5)
     assert CHAT.decode(asked.ids) == "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("output", ["red", "think", "<", "\nred", "red "])
 def test_what_a_chat_template_writes_before_any_answer_is_asked_and_not_learned(output):
-    encoder, e = Encoder(THINKER, "chat"), example("Do it.", output=output)
+    encoder, e = Encoder(THINKER, "chat"), make_example("Do it.", output=output)
     made, asked = encoder.train(e, 0), encoder.ask(e, 0, 5)
     prompt = "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert THINKER.decode(asked.ids) == prompt
@@ -106,18 +112,18 @@ def test_what_a_chat_template_writes_before_any_answer_is_asked_and_not_learned(
 
 def test_an_answer_that_holds_its_own_thoughts_is_learned_with_them():
     told = "<think>\nHm.\n</think>\n\nred"
-    made = Encoder(THINKER, "chat").train(example("Do it.", output=told), 0)
+    made = Encoder(THINKER, "chat").train(make_example("Do it.", output=told), 0)
     assert learned(made, THINKER) == [f"{told}<|im_end|>"]
 
 
 def test_a_space_that_a_chat_template_writes_before_an_answer_is_its_first_word_s():
-    spaced = byte_bpe(
+    spaced = train_byte_bpe(
         stream_text(),
         eos="<|im_end|>",
         chat_template="{% for m in messages %}{% if m.role == 'user' %}"
         "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}",
     )
-    assert learned(Encoder(spaced, "chat").train(example("Do it."), 0), spaced) == [
+    assert learned(Encoder(spaced, "chat").train(make_example("Do it."), 0), spaced) == [
         " red<|im_end|>"
     ]
 
@@ -144,7 +150,7 @@ def test_a_conversation_is_asked_up_to_its_last_assistant_turn():
 
 def test_braces_in_a_row_are_text():
     text = PLAIN.decode(
-        Encoder(PLAIN, "alpaca").train(example("Write {input} and {x}.", "{}"), 0).ids
+        Encoder(PLAIN, "alpaca").train(make_example("Write {input} and {x}.", "{}"), 0).ids
     )
     assert "Write {input} and {x}." in text
     assert "### Input:\n{}" in text
@@ -165,11 +171,11 @@ def test_chat_without_a_chat_template_is_refused():
 
 
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused():
-    shouting = CHATML.replace(
+    shouting = CHATML_TEMPLATE.replace(
         "{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}"
     )
     with pytest.raises(ConfigError, match="rewrites earlier turns"):
-        Encoder(byte_bpe(chat_template=shouting, eos="<|im_end|>"), "chat").train(TALK, 0)
+        Encoder(train_byte_bpe(chat_template=shouting, eos="<|im_end|>"), "chat").train(TALK, 0)
 
 
 # The boundary
@@ -182,7 +188,7 @@ def test_the_merging_tokenizer_does_merge_across_the_boundary():
 
 @pytest.mark.parametrize("name", ["plain", "alpaca", "human_assistant", "inst"])
 def test_the_boundary_is_exact_where_merges_would_shift_it(name):
-    encoder, row = Encoder(GREEDY, name), example("Say it", output="red blue")
+    encoder, row = Encoder(GREEDY, name), make_example("Say it", output="red blue")
     made, asked = encoder.train(row, 0), encoder.ask(row, 0, 9)
     lead = " " if name in ("human_assistant", "inst") else ""
     assert response_ids(made) == [*GREEDY(lead + "red blue")["input_ids"], GREEDY.eos_token_id]
@@ -195,19 +201,19 @@ def test_the_boundary_is_exact_where_merges_would_shift_it(name):
 @settings(max_examples=40, deadline=None)
 def test_the_response_is_tokenised_as_if_alone_for_any_text(instruction, given_input, output):
     encoder = Encoder(GREEDY, "plain", limit=10_000)
-    made = encoder.train(example(instruction, given_input, output), 0)
+    made = encoder.train(make_example(instruction, given_input, output), 0)
     assert response_ids(made) == [*GREEDY(output)["input_ids"], GREEDY.eos_token_id]
     assert made.response == tuple(sorted(made.response))
 
 
 def test_a_tokenizers_own_beginning_of_text_stands_first_and_is_not_learned():
-    tokenizer = byte_bpe(stream_text(), bos="<s>", close=True)
-    made = Encoder(tokenizer, "plain").train(example("Do it."), 0)
+    tokenizer = train_byte_bpe(stream_text(), bos="<s>", append_eos=True)
+    made = Encoder(tokenizer, "plain").train(make_example("Do it."), 0)
     assert tokenizer.decode(made.ids) == "<s>Do it.\nred<eos>"
     assert learned(made, tokenizer) == ["red<eos>"]
 
 
-BEGUN = "{{ bos_token }}" + CHATML
+BEGUN = "{{ bos_token }}" + CHATML_TEMPLATE
 
 
 def conversation(e):
@@ -215,10 +221,10 @@ def conversation(e):
     return [{"role": m.role, "content": m.content} for m in told]
 
 
-@pytest.mark.parametrize("written", [BEGUN, CHATML], ids=["a BOS", "no BOS"])
-@pytest.mark.parametrize("row", [example("Do it."), TALK], ids=["one turn", "messages"])
+@pytest.mark.parametrize("written", [BEGUN, CHATML_TEMPLATE], ids=["a BOS", "no BOS"])
+@pytest.mark.parametrize("row", [make_example("Do it."), TALK], ids=["one turn", "messages"])
 def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row):
-    tokenizer = byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=written)
+    tokenizer = train_byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=written)
     encoder, told = Encoder(tokenizer, "chat"), conversation(row)
     whole = tokenizer.apply_chat_template(told)["input_ids"]
     made, asked = encoder.train(row, 0), encoder.ask(row, 0, 5)
@@ -238,21 +244,27 @@ def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row)
 
 
 def test_demonstrations_are_earlier_turns_as_a_chat_template_writes_them():
-    asked = Encoder(THINKER, "chat", shown=(example("Do.", output="so"),)).ask(
-        example("Do it."), 0, 5
+    asked = Encoder(THINKER, "chat", shown=(make_example("Do.", output="so"),)).ask(
+        make_example("Do it."), 0, 5
     )
-    told = [*conversation(example("Do.", output="so")), *conversation(example("Do it."))[:-1]]
+    told = [
+        *conversation(make_example("Do.", output="so")),
+        *conversation(make_example("Do it."))[:-1],
+    ]
     before = THINKER.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
     assert THINKER.decode(asked.ids) == before + "<think>\n\n</think>\n\n"
     assert not any(asked.response)
 
 
 def test_demonstrations_of_a_chat_begin_once():
-    tokenizer = byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=BEGUN)
-    asked = Encoder(tokenizer, "chat", shown=(example("Do.", output="so"),)).ask(
-        example("Do it."), 0, 5
+    tokenizer = train_byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=BEGUN)
+    asked = Encoder(tokenizer, "chat", shown=(make_example("Do.", output="so"),)).ask(
+        make_example("Do it."), 0, 5
     )
-    told = [*conversation(example("Do.", output="so")), *conversation(example("Do it."))[:-1]]
+    told = [
+        *conversation(make_example("Do.", output="so")),
+        *conversation(make_example("Do it."))[:-1],
+    ]
     assert (
         list(asked.ids)
         == tokenizer.apply_chat_template(told, add_generation_prompt=True)["input_ids"]
@@ -260,8 +272,8 @@ def test_demonstrations_of_a_chat_begin_once():
 
 
 def test_an_encoder_decoders_chat_begins_as_its_template_does_and_ends_as_its_tokenizer_does():
-    tokenizer = byte_bpe(stream_text(), bos="<s>", close=True, chat_template=BEGUN)
-    asked = Encoder(tokenizer, "chat", seq2seq=True).ask(example("Do it."), 0, 5)
+    tokenizer = train_byte_bpe(stream_text(), bos="<s>", append_eos=True, chat_template=BEGUN)
+    asked = Encoder(tokenizer, "chat", seq2seq=True).ask(make_example("Do it."), 0, 5)
     assert (
         tokenizer.decode(asked.ids)
         == "<s><|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n<eos>"
@@ -269,8 +281,8 @@ def test_an_encoder_decoders_chat_begins_as_its_template_does_and_ends_as_its_to
 
 
 def test_an_encoders_text_ends_with_its_end_of_sequence_and_so_does_the_response():
-    tokenizer = byte_bpe(stream_text(), close=True)
-    made = Encoder(tokenizer, "plain", seq2seq=True).train(example("Do it."), 0)
+    tokenizer = train_byte_bpe(stream_text(), append_eos=True)
+    made = Encoder(tokenizer, "plain", seq2seq=True).train(make_example("Do it."), 0)
     assert tokenizer.decode(made.ids) == "Do it.\n<eos>red<eos>"
     assert learned(made, tokenizer) == ["red<eos>"]
 
@@ -291,7 +303,7 @@ def test_an_encoder_decoder_model_refuses_several_assistant_turns_by_row():
 @settings(max_examples=60, deadline=None)
 def test_instruction_and_response_are_kept_whole_or_refused(ask, given_input, out, limit, seq2seq):
     encoder = Encoder(PLAIN, "plain", limit, seq2seq)
-    e = example("x" * ask, "ab " * given_input, "z" * out)
+    e = make_example("x" * ask, "ab " * given_input, "z" * out)
     fewest = (
         len(PLAIN(f"{e.instruction}\n")["input_ids"]) + len(PLAIN(e.outputs[0])["input_ids"]) + 1
     )
@@ -309,14 +321,14 @@ def test_instruction_and_response_are_kept_whole_or_refused(ask, given_input, ou
 
 
 def test_the_input_is_shortened_from_its_end_as_little_as_needed():
-    whole = Encoder(PLAIN).train(example("Do it.", "q" * 40), 0)
-    made = Encoder(PLAIN, limit=len(whole.ids) - 7).train(example("Do it.", "q" * 40), 0)
+    whole = Encoder(PLAIN).train(make_example("Do it.", "q" * 40), 0)
+    made = Encoder(PLAIN, limit=len(whole.ids) - 7).train(make_example("Do it.", "q" * 40), 0)
     assert made.text == "Do it.\n" + "q" * 33 + "\nred"
 
 
 def test_a_prompt_leaves_room_for_its_answer():
     encoder = Encoder(PLAIN, limit=30)
-    assert len(encoder.ask(example("Do it.", "q" * 40), 0, 12).ids) == 18
+    assert len(encoder.ask(make_example("Do it.", "q" * 40), 0, 12).ids) == 18
 
 
 # Demonstrations
@@ -326,14 +338,14 @@ def test_a_prompt_leaves_room_for_its_answer():
 @settings(max_examples=15, deadline=None)
 def test_demonstrations_stand_before_the_prompt_as_earlier_turns_of_a_conversation_would(name, k):
     tokenizer = CHAT if name == "chat" else PLAIN
-    shown = [example(f"Do {i}.", output=f"so {i}") for i in range(k)]
+    shown = [make_example(f"Do {i}.", output=f"so {i}") for i in range(k)]
     turns = [
         Message(role, text)
-        for e in (*shown, example("Do it."))
+        for e in (*shown, make_example("Do it."))
         for role, text in (("user", e.instruction), ("assistant", e.outputs[0]))
     ]
-    asked = Encoder(tokenizer, name, shown=tuple(shown)).ask(example("Do it."), 0, 5)
-    talk = Encoder(tokenizer, name).ask(example("", messages=tuple(turns)), 0, 5)
+    asked = Encoder(tokenizer, name, shown=tuple(shown)).ask(make_example("Do it."), 0, 5)
+    talk = Encoder(tokenizer, name).ask(make_example("", messages=tuple(turns)), 0, 5)
     assert (asked.ids, asked.text) == (talk.ids, talk.text)
     assert not any(asked.response)
 
@@ -347,18 +359,20 @@ def test_a_system_message_stands_before_the_demonstrations():
 
 
 def test_an_encoder_reads_demonstrations_as_one_text_that_ends_once():
-    tokenizer = byte_bpe(stream_text(), close=True)
-    asked = Encoder(tokenizer, "plain", seq2seq=True, shown=(example("Do.", output="so"),)).ask(
-        example("Do it."), 0, 5
-    )
+    tokenizer = train_byte_bpe(stream_text(), append_eos=True)
+    asked = Encoder(
+        tokenizer, "plain", seq2seq=True, shown=(make_example("Do.", output="so"),)
+    ).ask(make_example("Do it."), 0, 5)
     assert tokenizer.decode(asked.ids) == "Do.\nso\nDo it.\n<eos>"
 
 
 def test_the_first_demonstrations_give_way_for_lack_of_room_before_the_input_does():
-    shown = tuple(example("Do.", "q" * 9, f"a{i}") for i in range(3))
-    whole = Encoder(PLAIN, shown=shown).ask(example("Do it.", "q" * 40), 0, 5)
+    shown = tuple(make_example("Do.", "q" * 9, f"a{i}") for i in range(3))
+    whole = Encoder(PLAIN, shown=shown).ask(make_example("Do it.", "q" * 40), 0, 5)
     encoder = Encoder(PLAIN, limit=len(whole.ids), shown=shown)
-    assert encoder.ask(example("Do it.", "q" * 40), 0, 5).text == whole.text.partition("a0\n")[2]
+    assert (
+        encoder.ask(make_example("Do it.", "q" * 40), 0, 5).text == whole.text.partition("a0\n")[2]
+    )
     assert len(encoder.fewer) == 1
     assert not encoder.shortened
 
@@ -373,10 +387,10 @@ def task(*examples):
 def test_all_rows_that_do_not_fit_or_are_empty_are_named_together_with_file_line_and_mend():
     encoder = Encoder(PLAIN, limit=20)
     rows = [
-        example(where="t.jsonl:1", output="z" * 30),
-        example("Do.", where="t.jsonl:2"),
-        example(where="t.jsonl:3", output=" \n"),
-        example("y" * 30, where="t.jsonl:4"),
+        make_example(where="t.jsonl:1", output="z" * 30),
+        make_example("Do.", where="t.jsonl:2"),
+        make_example(where="t.jsonl:3", output=" \n"),
+        make_example("y" * 30, where="t.jsonl:4"),
     ]
     with pytest.raises(DataError) as caught:
         encoder.task(task(*rows), {"t": 0})
@@ -391,7 +405,7 @@ def test_a_response_that_does_not_fit_is_refused_whatever_the_input():
     with pytest.raises(
         DataError, match=r"takes \d+ tokens \(\d+ with no input at all\), and the limit is 20"
     ):
-        Encoder(PLAIN, limit=20).train(example(input="q q q", output="z" * 30), 0)
+        Encoder(PLAIN, limit=20).train(make_example(input="q q q", output="z" * 30), 0)
 
 
 def test_a_conversation_that_does_not_fit_is_refused():
@@ -401,14 +415,18 @@ def test_a_conversation_that_does_not_fit_is_refused():
 
 def test_skip_leaves_them_out_and_counts_them():
     encoder = Encoder(PLAIN, limit=20, on_unfit="skip")
-    rows = [example("Do.", id="a"), example(output="z" * 30, id="b"), example(output="", id="c")]
+    rows = [
+        make_example("Do.", id="a"),
+        make_example(output="z" * 30, id="b"),
+        make_example(output="", id="c"),
+    ]
     assert [e.id for e in encoder.task(task(*rows), {"t": 0}).train] == ["a"]
     assert encoder.skipped == ["b", "c"]
 
 
 def test_a_task_of_which_nothing_is_left_is_refused():
     with pytest.raises(DataError, match="task 't' has no train rows left"):
-        Encoder(PLAIN, on_unfit="skip").task(task(example(output="")), {"t": 0})
+        Encoder(PLAIN, on_unfit="skip").task(task(make_example(output="")), {"t": 0})
 
 
 def test_an_unknown_way_to_treat_the_unfit_names_the_known():
@@ -417,6 +435,6 @@ def test_an_unknown_way_to_treat_the_unfit_names_the_known():
 
 
 def test_each_example_knows_the_column_of_its_task():
-    a, b = (Task(n, (example(task=n),)) for n in "ab")
+    a, b = (Task(n, (make_example(task=n),)) for n in "ab")
     stream = Stream("s", "o", (b, a), (Task("joint", (*a.train, *b.train)),))
     assert [e.task for e in Encoder(PLAIN).task(stream.stages[0], columns(stream)).train] == [1, 0]

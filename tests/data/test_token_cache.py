@@ -15,27 +15,27 @@ from continual.data.token_cache import _digest, tokenise
 from continual.data.types import Message, Stream, Task
 from continual.errors import DataError
 from tests.support.models import (
-    CHATML,
+    CHATML_TEMPLATE,
     TASKS,
-    byte_bpe,
-    example,
-    lines,
-    rows,
-    run,
+    load_json_lines,
+    make_example,
+    make_rows,
+    run_in_process,
     stream_text,
+    train_byte_bpe,
     write_rows,
     write_stream,
 )
 
-PLAIN = byte_bpe(stream_text())
-CHAT = byte_bpe(stream_text(), eos="<|im_end|>", chat_template=CHATML)
+PLAIN = train_byte_bpe(stream_text())
+CHAT = train_byte_bpe(stream_text(), eos="<|im_end|>", chat_template=CHATML_TEMPLATE)
 ROWS = (
-    example("Do it.", "a b", id="a"),
-    example("Do it.", "q" * 60, id="b"),
-    example("Größe?", "", "rød", id="c"),
-    example("x" * 90, id="d"),
-    example(output=" ", id="e"),
-    example("", messages=(Message("user", "Hi"), Message("assistant", "red")), id="f"),
+    make_example("Do it.", "a b", id="a"),
+    make_example("Do it.", "q" * 60, id="b"),
+    make_example("Größe?", "", "rød", id="c"),
+    make_example("x" * 90, id="d"),
+    make_example(output=" ", id="e"),
+    make_example("", messages=(Message("user", "Hi"), Message("assistant", "red")), id="f"),
 )
 FIT = tuple(e for e in ROWS if e.id not in "de")
 
@@ -55,8 +55,8 @@ def same(encoder, given_stream, path):
     for stage in given_stream.stages:
         assert told.task(stage) == fresh.task(stage, columns(given_stream))
     assert (encoder.skipped, encoder.shortened) == (fresh.skipped, fresh.shortened)
-    encoder.skipped.clear()
-    encoder.shortened.clear()
+    encoder.skipped.clear_bar()
+    encoder.shortened.clear_bar()
     return told
 
 
@@ -68,7 +68,13 @@ def same(encoder, given_stream, path):
     [
         Encoder(PLAIN, limit=40, on_unfit="skip"),
         Encoder(CHAT, "chat", 80, on_unfit="skip"),
-        Encoder(byte_bpe(stream_text(), close=True), "alpaca", 60, seq2seq=True, on_unfit="skip"),
+        Encoder(
+            train_byte_bpe(stream_text(), append_eos=True),
+            "alpaca",
+            60,
+            seq2seq=True,
+            on_unfit="skip",
+        ),
     ],
     ids=["plain", "chat", "encoder-decoder"],
 )
@@ -91,7 +97,7 @@ def test_a_row_is_tokenised_once_however_many_stages_hold_it(keys, tmp_path, mon
     monkeypatch.setattr(
         Encoder, "train", lambda self, e, i: calls.append(e.id) or train(self, e, i)
     )
-    run(tmp_path, keys, "stream.arrangement=cumulative", "train.steps=1")
+    run_in_process(tmp_path, keys, "stream.arrangement=cumulative", "train.steps=1")
     assert sorted(calls) == sorted(f"{task}/train/{i}" for task in TASKS for i in range(12))
 
 
@@ -101,20 +107,20 @@ def test_a_resumed_run_tokenises_nothing_and_counts_as_before(keys, tmp_path, mo
     for task in TASKS[:2]:
         write_rows(
             folder / task / "train.jsonl",
-            [*rows(task, 6), long, {"instruction": "Say.", "output": ""}],
+            [*make_rows(task, 6), long, {"instruction": "Say.", "output": ""}],
         )
     told = (*keys, f"stream.path={folder}", "data.on_unfit=skip")
     out = tmp_path / "run"
-    whole, _ = run(out, told)
+    whole, _ = run_in_process(out, told)
     (out / "finished").unlink()
     shutil.rmtree(out / "checkpoints/stage-02")
     monkeypatch.setattr(Encoder, "train", lambda *_: pytest.fail("a row was tokenised again"))
-    again, said = run(out, told)
+    again, said = run_in_process(out, told)
     assert again.scores == whole.scores
     assert "inputs shortened to fit: 1; examples skipped: 1 (last/train/7 ...)" in said
     counts = [
         (e["stage"], e["skipped"], e["shortened"])
-        for e in lines(out / "events.jsonl")
+        for e in load_json_lines(out / "events.jsonl")
         if e["event"] == "data"
     ]
     assert counts == [(1, 1, 1), (2, 1, 1), (2, 1, 1)]
@@ -132,12 +138,12 @@ CHANGES = {
     ),
     "an input": lambda e, s: (e, stream(replace(FIT[0], input="a c"), *FIT[1:])),
     "the order": lambda e, s: (e, stream(*FIT[::-1])),
-    "a row more": lambda e, s: (e, stream(*FIT, example("More.", id="g"))),
+    "a row more": lambda e, s: (e, stream(*FIT, make_example("More.", id="g"))),
     "limit": lambda e, s: (replace(e, limit=41), s),
     "template": lambda e, s: (replace(e, template="inst"), s),
     "on_unfit": lambda e, s: (replace(e, on_unfit="skip"), s),
     "seq2seq": lambda e, s: (replace(e, seq2seq=True), s),
-    "tokenizer": lambda e, s: (replace(e, tokenizer=byte_bpe(stream_text(), size=300)), s),
+    "tokenizer": lambda e, s: (replace(e, tokenizer=train_byte_bpe(stream_text(), size=300)), s),
 }
 
 
@@ -224,7 +230,7 @@ def test_every_task_of_which_nothing_is_left_is_refused_before_the_first_is_lear
     for task in TASKS[1:]:
         write_rows(folder / task / "train.jsonl", [{"instruction": "Say.", "output": ""}])
     with pytest.raises(DataError) as caught:
-        run(tmp_path / "run", keys, f"stream.path={folder}", "data.on_unfit=skip")
+        run_in_process(tmp_path / "run", keys, f"stream.path={folder}", "data.on_unfit=skip")
     assert [line.split(" has no train rows left")[0] for line in str(caught.value).split("\n")] == [
         "task 'last'",
         "task 'loud'",

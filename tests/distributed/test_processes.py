@@ -20,8 +20,8 @@ from continual.distributed import processes, work
 from continual.packing.batch import Batch, Layout
 from continual.packing.layout import common_prefix
 from tests.support import subprocesses, toy
-from tests.support.all_strategies import learn_all, learned
-from tests.support.models import encoded, lines, run
+from tests.support.all_strategies import train_all_strategies, train_two_stages
+from tests.support.models import load_json_lines, make_encoded, run_in_process
 from tests.support.strategy_table import TABLE
 
 BOTH = (
@@ -56,13 +56,16 @@ def together(tmp_path_factory):
     tensors.
     """
     out = tmp_path_factory.mktemp("together")
-    told = [process.ended() for process in subprocesses.two(out, learn_all, out)]
+    told = [
+        process.wait() for process in subprocesses.start_two_ranks(out, train_all_strategies, out)
+    ]
     assert [code for code, _ in told] == [0, 0], "\n".join(said for _, said in told)
 
     def read(i, rank):
         with safe_open(out / f"{i}-{rank}.safetensors", framework="pt") as file:
             return json.loads(file.metadata()["losses"]), {
-                n: file.get_tensor(n) for n in file.keys()  # noqa: SIM118
+                n: file.get_tensor(n)
+                for n in file.keys()  # noqa: SIM118
             }
 
     return [[read(i, rank) for rank in (0, 1)] for i in range(len(TABLE))]
@@ -71,11 +74,11 @@ def together(tmp_path_factory):
 @pytest.mark.parametrize("i", range(len(TABLE)), ids=[" ".join(entry) for entry in TABLE])
 def test_every_strategy_learns_in_two_processes_what_it_learns_in_one(i, together):
     (losses, tensors), (others, copies) = together[i]
-    assert toy.same(tensors, copies), "the two processes came apart"
+    assert toy.bitwise_equal(tensors, copies), "the two processes came apart"
     assert losses == others
-    expected, alone = learned(TABLE[i])
+    expected, alone = train_two_stages(TABLE[i])
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert toy.close(tensors, alone, rtol=1e-4, atol=1e-5)
+    assert toy.all_close(tensors, alone, rtol=1e-4, atol=1e-5)
 
 
 # A run
@@ -85,7 +88,7 @@ def losses(out):
     """The last loss told of each step of each stage: a resumed run may have told of a step twice."""
     return {
         (e["stage"], e["step"]): e["loss"]
-        for e in lines(out / "events.jsonl")
+        for e in load_json_lines(out / "events.jsonl")
         if e["event"] == "step"
     }
 
@@ -105,7 +108,7 @@ def assert_alike(out, whole):
 def whole(keys, tmp_path_factory):
     """A run of one process."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run(out, keys, *BOTH)
+    run_in_process(out, keys, *BOTH)
     return out
 
 
@@ -117,7 +120,7 @@ def launched(*launcher):
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        timeout=subprocesses.LIMIT,
+        timeout=subprocesses.TIMEOUT_SECONDS,
     )
     return done.returncode, done.stdout
 
@@ -151,7 +154,10 @@ def accelerate(folder, *words):
 
 def forked(folder, *words):
     """The same of processes that are started as the launcher would."""
-    told = [process.ended() for process in subprocesses.two(folder, subprocesses.command, *words)]
+    told = [
+        process.wait()
+        for process in subprocesses.start_two_ranks(folder, subprocesses.run_command, *words)
+    ]
     return max(code for code, _ in told), "".join(said for _, said in told)
 
 
@@ -205,7 +211,7 @@ def die(step: int, *words: str) -> None:
         return gradient(*args)
 
     stage._gradient = step_or_end
-    subprocesses.command(*words)
+    subprocesses.run_command(*words)
 
 
 def test_a_lost_process_ends_the_others_and_one_alone_goes_on_to_the_same_end(
@@ -213,13 +219,15 @@ def test_a_lost_process_ends_the_others_and_one_alone_goes_on_to_the_same_end(
 ):
     out = tmp_path / "lost"
     told = [
-        process.ended()
-        for process in subprocesses.two(tmp_path, die, 6, "run", *keys, *BOTH, f"out={out}")
+        process.wait()
+        for process in subprocesses.start_two_ranks(
+            tmp_path, die, 6, "run", *keys, *BOTH, f"out={out}"
+        )
     ]
     assert [code for code, _ in told] == [2, -signal.SIGKILL], told
     assert "error: another of the 2 processes is lost" in told[0][1]
     assert "goes on after the last checkpoint, also with another number of processes" in told[0][1]
-    _, said = run(out, keys, *BOTH)
+    _, said = run_in_process(out, keys, *BOTH)
     assert f"resuming {out} from stage-02-step-" in said
     assert_alike(out, whole)
 
@@ -279,7 +287,7 @@ def test_a_step_is_cut_into_smaller_parts_for_more_processes(shapes, flat, budge
     layout = Layout(pad=1, device=torch.device("cpu"), flat=flat, tokens=budget)
     batch = Batch(
         tuple(
-            encoded([5 + p, 3, 4], [*range(10 + 20 * i, 10 + 20 * i + n)], str(i))
+            make_encoded([5 + p, 3, 4], [*range(10 + 20 * i, 10 + 20 * i + n)], str(i))
             for i, (p, n) in enumerate(shapes)
         ),
         layout,

@@ -14,8 +14,8 @@ from continual.errors import DataError
 from continual.evaluation.constraints import CHECKS, LANGUAGES, keeps, keeps_loosely, language
 from continual.evaluation.row_metrics import MEASURES, accuracies
 from continual.evaluation.text import sentences
-from streams.rows import read_jsonl, read_row
-from tests.support.models import example
+from streams.rows import load_jsonl, parse_row
+from tests.support.models import make_example
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "ifeval" / "ifeval" / "dev.jsonl"
 
@@ -257,7 +257,7 @@ ASKED = (Constraint("punctuation:no_comma"), Constraint("startend:quotation"))
 def test_a_row_is_marked_by_all_of_its_constraints_or_their_share_strictly_or_loosely(
     answer, marks
 ):
-    row = example(output="", constraints=ASKED)
+    row = make_example(output="", constraints=ASKED)
     names = (
         "constraint_check",
         "constraint_check_loose",
@@ -297,7 +297,7 @@ def test_a_row_carries_its_constraints_and_level():
         {"id": "keywords:existence", "kwargs": {"keywords": ["a"], "num_words": None}},
         level=3,
     )
-    made = read_row(told, task="t", id="i", where="f:1")
+    made = parse_row(told, task="t", id="i", where="f:1")
     assert made.constraints == (
         Constraint("startend:quotation"),
         Constraint("punctuation:no_comma"),
@@ -362,7 +362,7 @@ def test_a_constraint_that_cannot_be_checked_is_refused_by_file_and_line(
     path = tmp_path / "dev.jsonl"
     path.write_text(json.dumps(row()) + "\n" + json.dumps(row(constraint)) + "\n")
     with pytest.raises(DataError) as caught:
-        read_jsonl(path, "t")
+        load_jsonl(path, "t")
     assert all(line.startswith(f"{path}:2: ") for line in str(caught.value).split("\n"))
     assert said in str(caught.value)
 
@@ -371,18 +371,18 @@ def test_a_constraint_that_cannot_be_checked_is_refused_by_file_and_line(
 def test_constraints_are_a_list_of_objects(value):
     told = {**row(), "constraints": value}
     if not value:
-        assert read_row(told, task="t", id="i", where="f:1").constraints == ()
+        assert parse_row(told, task="t", id="i", where="f:1").constraints == ()
     else:
         with pytest.raises(
             DataError, match=r"^f:1: found .* as ('constraints'|constraint 1), expected"
         ):
-            read_row(told, task="t", id="i", where="f:1")
+            parse_row(told, task="t", id="i", where="f:1")
 
 
 @pytest.mark.parametrize("value", ["no more than 10 lines", 5])
 def test_a_column_of_that_name_that_holds_no_list_is_metadata(value):
     assert (
-        read_row({**row(), "constraints": value}, task="t", id="i", where="f:1").constraints == ()
+        parse_row({**row(), "constraints": value}, task="t", id="i", where="f:1").constraints == ()
     )
 
 
@@ -435,7 +435,7 @@ def kept(c):
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the rows of IFEval are not there")
 def test_every_row_of_ifeval_is_read_and_each_of_its_constraints_can_be_kept():
-    rows = read_jsonl(REAL, "ifeval")
+    rows = load_jsonl(REAL, "ifeval")
     constraints = [c for e in rows for c in e.constraints]
     assert {c.id for c in constraints} == set(CHECKS)
     assert all(e.constraints for e in rows)

@@ -15,19 +15,19 @@ from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
 from tests.support.models import (
-    byte_bpe,
-    example,
-    lines,
-    network,
-    rows,
-    run,
+    load_json_lines,
+    make_example,
+    make_network,
+    make_rows,
+    run_in_process,
+    train_byte_bpe,
     write_model,
     write_rows,
 )
 
-ROW = example("Say red. Say blue.", id="r")
+ROW = make_example("Say red. Say blue.", id="r")
 ANSWERS = ("red", "blue", "red blue")
-TOKENIZER = byte_bpe([RUBRIC, "Say red. Say blue."] * 3, size=600)
+TOKENIZER = train_byte_bpe([RUBRIC, "Say red. Say blue."] * 3, size=600)
 SHORT = "{instruction}: {answer}: {requirement}"  # what so small a judge learns in a second
 
 
@@ -40,7 +40,7 @@ def taught(tmp_path_factory):
     """A local folder of a judge that knows these prompts by heart: 5 where the answer has the word,
     else 2.
     """
-    net = assemble(network("llama", len(TOKENIZER), context=400), TOKENIZER, device="cpu")
+    net = assemble(make_network("llama", len(TOKENIZER), context=400), TOKENIZER, device="cpu")
     known = [
         Example(f"{a}/{word}", "t", asked(a, f"Say {word}."), outputs=("5" if word in a else "2",))
         for a in ANSWERS
@@ -66,7 +66,7 @@ def dull(tmp_path_factory):
     answer.
     """
     folder = write_model(tmp_path_factory.mktemp("dull"), tokenizer=TOKENIZER, context=400)
-    net = assemble(network("llama", len(TOKENIZER), context=400), TOKENIZER, device="cpu").net
+    net = assemble(make_network("llama", len(TOKENIZER), context=400), TOKENIZER, device="cpu").net
     torch.nn.init.zeros_(net.lm_head.weight)
     net.save_pretrained(folder)
     return folder
@@ -99,7 +99,7 @@ def test_by_likelihood_the_grade_is_the_expected_one(taught, short):
     prompt, _ = judge.prompt(ROW, "red", "Say red.")
     shares = []
     for n in "12345":  # as five rows of their own
-        whole = judge.encoder.train(example(asked("red", "Say red."), output=n), 0)
+        whole = judge.encoder.train(make_example(asked("red", "Say red."), output=n), 0)
         logits = judge.model.net(torch.tensor([whole.ids])).logits[0, :-1].log_softmax(-1)
         said = range(len(prompt.ids), len(whole.ids))
         shares.append(sum(logits[i - 1, whole.ids[i]].item() for i in said))
@@ -131,7 +131,7 @@ def test_grades_that_cannot_be_read_count_as_0_and_are_told(dull, capsys):
         judge=Judge(str(dull), how="generate", device="cpu"),
     )
     value, (row,) = score(
-        assemble(network("llama", len(TOKENIZER)), TOKENIZER, device="cpu"), test, 8
+        assemble(make_network("llama", len(TOKENIZER)), TOKENIZER, device="cpu"), test, 8
     )
     assert (value, row["grades"]) == (0, [None, None])
     assert capsys.readouterr().err.endswith(
@@ -164,10 +164,10 @@ def test_a_grade_is_one_digit_from_1_to_5_and_nothing_beside_it(said, read):
     ("row", "found"),
     [
         (ROW, ["Say red.", "Say blue."]),
-        (example("Say it"), ["Say it"]),
-        (example("???"), ["???"]),
+        (make_example("Say it"), ["Say it"]),
+        (make_example("???"), ["???"]),
         (
-            example("Say it.", requirements=("Is it red?", "Is it short?")),
+            make_example("Say it.", requirements=("Is it red?", "Is it short?")),
             ["Is it red?", "Is it short?"],
         ),
     ],
@@ -187,7 +187,7 @@ def test_a_long_answer_is_cut_for_the_judge_and_told(dull, capsys):
 
 
 def test_an_instruction_too_long_for_the_judge_is_refused_by_file_and_line(dull):
-    row = example("Say it. " * 100, where="t/dev.jsonl:3")
+    row = make_example("Say it. " * 100, where="t/dev.jsonl:3")
     with pytest.raises(
         DataError, match=r"^t/dev.jsonl:3: the judge's prompt takes \d+ tokens without the answer"
     ):
@@ -227,7 +227,7 @@ def test_without_a_judge_the_metric_is_refused(keys, refused, tmp_path):
 
 def test_a_run_is_judged_and_resumes_to_the_same_matrix(taught, tmp_path, model_folder):
     root = tmp_path / "stream"
-    asked = [{**r, "requirements": ["Is it a word?"]} for r in rows("first", 3)]
+    asked = [{**r, "requirements": ["Is it a word?"]} for r in make_rows("first", 3)]
     for split in ("train", "test"):
         write_rows(root / "first" / f"{split}.jsonl", asked)
     (root / "stream.json").write_text(
@@ -244,14 +244,14 @@ def test_a_run_is_judged_and_resumes_to_the_same_matrix(taught, tmp_path, model_
         f"score.judge.name={taught}",
         "score.max_new_tokens=3",
     )
-    whole, _ = run(tmp_path / "run", keys)
-    told = lines(tmp_path / "run/predictions/stage-01/first.jsonl")
+    whole, _ = run_in_process(tmp_path / "run", keys)
+    told = load_json_lines(tmp_path / "run/predictions/stage-01/first.jsonl")
     assert whole.scores[1][0] == pytest.approx(sum(t["score"] for t in told) / 3)
     assert [len(t["grades"]) for t in told] == [1, 1, 1]
     (tmp_path / "run/finished").unlink()
     for path in (tmp_path / "run/predictions").rglob("*.jsonl"):
         path.unlink()
-    again, _ = run(tmp_path / "run", keys)
+    again, _ = run_in_process(tmp_path / "run", keys)
     assert again.scores == whole.scores
 
 

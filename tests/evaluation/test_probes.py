@@ -20,17 +20,20 @@ from continual.evaluation.probes.transfer import Transfer, clustered
 from continual.evaluation.probes.turns import Turns
 from continual.evaluation.probes.wordings import Wordings
 from continual.results.matrix import Matrix
-from streams.skills.stream import skills
-from tests.support.models import byte_bpe, example, stream_text, write_rows, write_stream
+from streams.skills.stream import generate_skills
+from tests.support.models import make_example, stream_text, train_byte_bpe, write_rows, write_stream
 
-PLAIN = byte_bpe(stream_text())
+PLAIN = train_byte_bpe(stream_text())
 EMPTY = Matrix("s", "o", "naive", 0, ("t",), {"t": "exact_match"}, (), ())
 
 
 def setting(*tasks, limit=512, on_unfit="error", stream=None, **score):
     told = {"split": "test", "metric": None, "max_new_tokens": None, "how": "generate", **score}
     config = OmegaConf.create(
-        {"score": told, "stream": stream or {"_target_": "streams.skills.stream.skills", "seed": 0}}
+        {
+            "score": told,
+            "stream": stream or {"_target_": "streams.skills.stream.generate_skills", "seed": 0},
+        }
     )
     return Setting(
         config, Stream("s", "o", tasks, tasks), Encoder(PLAIN, "plain", limit, on_unfit=on_unfit)
@@ -68,7 +71,7 @@ def colours(name="t", train=8, test=4, instruction="Give the colour."):
         "jade",
         "lime",
     )
-    rows = [example(instruction, w, w, id=f"{name}/{w}", task=name) for w in words]
+    rows = [make_example(instruction, w, w, id=f"{name}/{w}", task=name) for w in words]
     return Task(name, tuple(rows[:train]), test=tuple(rows[train : train + test]))
 
 
@@ -91,7 +94,7 @@ def probed(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "loud" / f"{split}.jsonl").unlink()
     return {
-        "_target_": "streams.folder.folder",
+        "_target_": "streams.folder.load_folder",
         "path": str(tmp_path),
         "seed": 0,
         "arrangement": "none",
@@ -244,7 +247,7 @@ def test_a_change_that_changes_nothing_is_no_wording():
 
 def test_given_wordings_of_rows_are_the_instructions_that_train_rows_repeat():
     a, b = colours(), colours(instruction="Which colour ?")
-    once = example("Name it.", "jade", "jade", id="once")
+    once = make_example("Name it.", "jade", "jade", id="once")
     told = measured(
         Wordings(given=["rows"], changes=[]),
         setting(Task("t", (*a.train, *b.train, once), test=a.test)),
@@ -261,10 +264,10 @@ def test_given_wordings_of_a_file_ask_the_same_in_the_same_order(tmp_path):
         for w in ("blue", "gold", "grey", "pink")
     ]
     write_rows(tmp_path / "first" / "other.jsonl", rows)
-    section = {"_target_": "streams.folder.folder", "path": str(tmp_path), "seed": 0}
-    from streams.folder import folder
+    section = {"_target_": "streams.folder.load_folder", "path": str(tmp_path), "seed": 0}
+    from streams.folder import load_folder
 
-    where = setting(*folder(path=str(tmp_path), seed=0).tasks, stream=section)
+    where = setting(*load_folder(path=str(tmp_path), seed=0).tasks, stream=section)
     wordings = Wordings(given=["other"], changes=[])
     wordings.ready(where)
     other = wordings.tests["first"]["given: other"]
@@ -290,13 +293,13 @@ def test_a_file_of_wordings_needs_a_stream_of_files():
 
 def test_every_wording_is_scored_on_the_examples_that_fit_under_all():
     task = colours()
-    long = example(
+    long = make_example(
         "Give the colour. " + "It is a word of the list. " * 3, "jade", "jade", id="long"
     )
     wordings = Wordings(changes=["upper"])
     fits = len(Encoder(PLAIN).train(long, 0).ids)
     assert fits < len(
-        Encoder(PLAIN).train(example(long.instruction.upper(), "jade", "jade"), 0).ids
+        Encoder(PLAIN).train(make_example(long.instruction.upper(), "jade", "jade"), 0).ids
     )
     wordings.ready(setting(Task("t", task.train, test=(*task.test, long)), limit=fits + 8))
     assert [len(test.examples) for test in wordings.tests["t"].values()] == [4, 4]
@@ -332,7 +335,7 @@ def test_a_change_keeps_the_letters_and_is_the_same_for_the_same_seed(name, text
 
 def chat(*turns, id="c", task="t"):
     messages = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns))
-    return example("", output=turns[-1], messages=messages, id=id, task=task)
+    return make_example("", output=turns[-1], messages=messages, id=id, task=task)
 
 
 TALK = Task(
@@ -444,7 +447,7 @@ def test_a_stream_without_conversations_of_several_turns_is_refused():
 def test_tasks_cluster_by_the_words_of_their_instructions():
     tasks = {
         t.name: t
-        for t in skills(
+        for t in generate_skills(
             seed=0, order="long", train_size=40, dev_size=1, test_size=1, pretraining_size=0
         ).tasks
     }

@@ -20,7 +20,16 @@ from continual.evaluation.row_metrics import MEASURES
 from continual.evaluation.scoring import mark, prepare, score
 from continual.reports import measures
 from continual.results.run_folder import Run
-from tests.support.models import byte_bpe, example, lines, model, rows, run, stream_text, write_rows
+from tests.support.models import (
+    load_json_lines,
+    make_example,
+    make_rows,
+    make_text_model,
+    run_in_process,
+    stream_text,
+    train_byte_bpe,
+    write_rows,
+)
 
 COMMA, QUOTE = Constraint("punctuation:no_comma"), Constraint("startend:quotation")
 
@@ -157,10 +166,16 @@ def test_a_row_s_own_level_goes_before_and_a_conversation_s_is_that_of_its_last_
         Message("user", "Why?"),
         Message("assistant", "So."),
     )
-    asked = [example(level="hard"), example("", messages=turns), example("Say it, then stop.")]
-    encoder = Encoder(byte_bpe(stream_text()), limit=120)
+    asked = [
+        make_example(level="hard"),
+        make_example("", messages=turns),
+        make_example("Say it, then stop."),
+    ]
+    encoder = Encoder(train_byte_bpe(stream_text()), limit=120)
     _, predictions = score(
-        model(), prepare(Task("t", (), (), tuple(asked)), encoder, "test", 0, max_new_tokens=2), 8
+        make_text_model(),
+        prepare(Task("t", (), (), tuple(asked)), encoder, "test", 0, max_new_tokens=2),
+        8,
     )
     assert [p["level"] for p in predictions] == ["hard", "single step", "multi-step"]
 
@@ -225,20 +240,23 @@ def test_where_nothing_can_be_lost_any_answer_but_a_blank_one_is_faithful():
 
 
 def test_relevance_without_a_judge_is_the_share_of_the_checkable_requirements_that_are_met():
-    row = example("Use no commas and put it in double quotation marks.")
+    row = make_example("Use no commas and put it in double quotation marks.")
     assert [
         mark("relevance_checked", a, row)["score"] for a in ('"so"', '"so, so"', "so, so", "")
     ] == [1, 0.5, 0, 0]
-    carried = example("Say it.", constraints=(COMMA,))
+    carried = make_example("Say it.", constraints=(COMMA,))
     assert [mark("relevance_checked", a, carried)["score"] for a in ("so", "so, so")] == [1, 0]
-    assert [mark("relevance_checked", a, example("Say it."))["score"] for a in ("so", "")] == [1, 0]
+    assert [mark("relevance_checked", a, make_example("Say it."))["score"] for a in ("so", "")] == [
+        1,
+        0,
+    ]
 
 
 # As columns of the matrix
 
 
 def ready(metric, *asked, **more):
-    encoder = Encoder(byte_bpe(stream_text()), limit=120)
+    encoder = Encoder(train_byte_bpe(stream_text()), limit=120)
     return prepare(
         Task("t", (), (), asked, metric), encoder, "test", 0, **{"max_new_tokens": 4, **more}
     )
@@ -246,14 +264,16 @@ def ready(metric, *asked, **more):
 
 @pytest.mark.parametrize("metric", MEASURES)
 def test_a_measure_marks_the_answers_of_a_model_and_says_what_the_mark_is_made_of(metric):
-    test = ready(metric, example("Use no commas.", output="", id="a", constraints=(COMMA, QUOTE)))
-    value, (row,) = score(model(), test, 8)
+    test = ready(
+        metric, make_example("Use no commas.", output="", id="a", constraints=(COMMA, QUOTE))
+    )
+    value, (row,) = score(make_text_model(), test, 8)
     assert value == row["score"] == mark(metric, row["answer"], test.examples[0])["score"]
     assert {"lost", "met", "strict"} & set(row)
 
 
 def test_rows_that_a_measure_cannot_mark_are_named_by_file_and_line():
-    good, bad = example(constraints=(COMMA,)), example(where="t/dev.jsonl:7")
+    good, bad = make_example(constraints=(COMMA,)), make_example(where="t/dev.jsonl:7")
     with pytest.raises(
         DataError,
         match=r"^t/dev.jsonl:7: found no constraints, expected them for the metric constrai",
@@ -263,12 +283,15 @@ def test_rows_that_a_measure_cannot_mark_are_named_by_file_and_line():
 
 @pytest.mark.parametrize("metric", ["fidelity", "relevance_checked"])
 def test_a_task_without_any_row_to_measure_is_refused(metric):
-    assert len(ready(metric, example("Say it."), example("Use no commas.", id="b")).examples) == 2
+    assert (
+        len(ready(metric, make_example("Say it."), make_example("Use no commas.", id="b")).examples)
+        == 2
+    )
     with pytest.raises(
         DataError,
         match=r"^task 't': found no .* in any of its 1 rows, expected them for the metric",
     ):
-        ready(metric, example("Say it."))
+        ready(metric, make_example("Say it."))
 
 
 def test_without_references_the_length_of_an_answer_must_be_given():
@@ -276,16 +299,18 @@ def test_without_references_the_length_of_an_answer_must_be_given():
         ConfigError,
         match=r"task 't': found no reference that tells how long .*score.max_new_tokens",
     ):
-        ready("constraint_check", example(output="", constraints=(COMMA,)), max_new_tokens=None)
+        ready(
+            "constraint_check", make_example(output="", constraints=(COMMA,)), max_new_tokens=None
+        )
 
 
 def test_an_empty_output_beside_constraints_is_no_finding_of_the_audit():
     asked, bare = (
-        example("Say a.", output="", constraints=(COMMA,)),
-        example("Say b.", output="", id="b"),
+        make_example("Say a.", output="", constraints=(COMMA,)),
+        make_example("Say b.", output="", id="b"),
     )
     for row, kinds in ((asked, []), (bare, ["empty"])):
-        task = Task("t", (example("Do it."),), (), (row,))
+        task = Task("t", (make_example("Do it."),), (), (row,))
         assert [f.kind for f in audit(Stream("s", "o", (task,), (task,))).findings] == kinds
 
 
@@ -310,8 +335,8 @@ def ran(tmp_path_factory, model_folder):
         }
         for name in ("own", "multi-step")
     ]
-    for task, test in (("first", rows("first", 4, 16)), ("asked", [*asked, asked[1]])):
-        write_rows(root / task / "train.jsonl", rows("first", 6))
+    for task, test in (("first", make_rows("first", 4, 16)), ("asked", [*asked, asked[1]])):
+        write_rows(root / task / "train.jsonl", make_rows("first", 6))
         write_rows(root / task / "test.jsonl", test)
     (root / "stream.json").write_text(
         json.dumps({"tasks": [{"name": "first"}, {"name": "asked", "metric": "constraint_share"}]})
@@ -326,14 +351,14 @@ def ran(tmp_path_factory, model_folder):
         "train.lr=0.01",
         "score.max_new_tokens=3",
     )
-    matrix, _ = run(root / "run", keys)
+    matrix, _ = run_in_process(root / "run", keys)
     return root / "run", keys, matrix
 
 
 def test_a_run_has_constraints_as_a_column_beside_references(ran):
     out, _, matrix = ran
     assert dict(matrix.metrics) == {"first": "exact_match", "asked": "constraint_share"}
-    told = lines(out / "predictions/stage-02/asked.jsonl")
+    told = load_json_lines(out / "predictions/stage-02/asked.jsonl")
     assert [p["level"] for p in told] == ["own", "multi-step", "multi-step"]
     assert matrix.scores[2][1] == pytest.approx(sum(sum(p["strict"]) / 2 for p in told) / 3)
     assert matrix.scores[2][1] > 0

@@ -20,11 +20,12 @@ from continual.models.loss import nll
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
-from tests.support.models import byte_bpe, example, model, stream_text
+from tests.support.models import make_example, make_text_model, stream_text, train_byte_bpe
 
 SAID = ["red", "blue green", "blue green gold pink", "grey grey red", "plum", "teal red gold"]
 ROWS = [
-    example(f"Say {'it ' * (5 * i % 7 + 1)}{i}.", output=o, id=f"r{i}") for i, o in enumerate(SAID)
+    make_example(f"Say {'it ' * (5 * i % 7 + 1)}{i}.", output=o, id=f"r{i}")
+    for i, o in enumerate(SAID)
 ]
 
 
@@ -36,7 +37,7 @@ def ready(net, rows=ROWS, metric="exact_match", seq2seq=False, **more):
 @pytest.fixture(scope="module", params=["llama", "t5"])
 def taught(request):
     """A model that has learned ROWS by heart."""
-    net = model(request.param)
+    net = make_text_model(request.param)
     encoder = Encoder(net.tokenizer, seq2seq=request.param == "t5")
     learn(
         net,
@@ -193,8 +194,10 @@ def test_by_default_an_answer_may_be_as_long_as_the_longest_reference_and_its_en
 
 @pytest.mark.parametrize("template", ["plain", "human_assistant"])
 def test_the_room_is_counted_as_the_template_writes_the_answer(template):
-    tokenizer = byte_bpe([" uncommon"] * 9, size=300)  # one token after a space, several without
-    row = example(output="uncommon")
+    tokenizer = train_byte_bpe(
+        [" uncommon"] * 9, size=300
+    )  # one token after a space, several without
+    row = make_example(output="uncommon")
     encoder = Encoder(tokenizer, template)
     test = prepare(Task("t", (), (), (row,)), encoder, "test", 0)
     assert test.max_new_tokens == sum(encoder.train(row, 0).response)
@@ -219,7 +222,7 @@ def test_of_several_accepted_answers_the_best_counts(taught):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "t5"])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_answers_in_batches_are_those_of_plain_greedy_decoding(kind, batch_size):
-    net = model(kind, dtype=torch.float64)
+    net = make_text_model(kind, dtype=torch.float64)
     with torch.no_grad():  # large weights: varied answers, some of which end early
         for w in net.net.parameters():
             w.mul_(3)
@@ -245,7 +248,7 @@ def by_hand(net, ids, n):
 
 
 def test_a_models_own_generation_settings_do_not_change_its_answers():
-    net = model()
+    net = make_text_model()
     test = ready(net)
     plain = answer(net, test.encoded, 12, 8)
     for key, value in {
@@ -260,7 +263,7 @@ def test_a_models_own_generation_settings_do_not_change_its_answers():
 
 
 def test_an_empty_answer_is_wrong_and_stays_in_the_denominator():
-    net = model()
+    net = make_text_model()
     with torch.no_grad():  # the end of sequence is the best token everywhere
         net.net.lm_head.weight.zero_()
         net.net.lm_head.register_forward_hook(
@@ -279,7 +282,11 @@ def test_a_conversation_is_scored_on_its_last_turn():
         Message("user", "Name one."),
         Message("assistant", "red"),
     )
-    _, (row,) = score(model(), ready(model(), [example("", output="red", messages=turns)]), 8)
+    _, (row,) = score(
+        make_text_model(),
+        ready(make_text_model(), [make_example("", output="red", messages=turns)]),
+        8,
+    )
     assert row["references"] == ["red"]
     assert row["prompt"].endswith("Name one.\n")
 
@@ -291,13 +298,14 @@ LABELS = ("very bad", "very sad", "very odd", "most odd", "most bad")
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
-    net = model(kind, dtype=torch.float64)
+    net = make_text_model(kind, dtype=torch.float64)
     with torch.no_grad():
         for w in net.net.parameters():
             w.mul_(3)  # labels that differ by example
     encoder = Encoder(net.tokenizer, limit=120, seq2seq=kind == "t5")
     rows = [
-        example(f"Say {'it ' * (7 * i % 5)}{i}.", output="very sad", id=f"r{i}") for i in range(12)
+        make_example(f"Say {'it ' * (7 * i % 5)}{i}.", output="very sad", id=f"r{i}")
+        for i in range(12)
     ]
     test = prepare(
         Task("t", (), (), tuple(rows), labels=LABELS), encoder, "test", 0, how="likelihood"
@@ -315,14 +323,14 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
 
 def test_a_task_without_labels_cannot_be_answered_by_likelihood():
     with pytest.raises(ConfigError, match=r"task 't' has no labels, .* or set score.how=generate"):
-        ready(model(), how="likelihood")
+        ready(make_text_model(), how="likelihood")
 
 
 def test_an_unknown_way_to_answer_names_the_nearest():
     with pytest.raises(
         ConfigError, match=r"unknown score.how 'likelyhood'; did you mean 'likelihood'"
     ):
-        ready(model(), how="likelyhood")
+        ready(make_text_model(), how="likelyhood")
 
 
 # Perplexity
@@ -331,7 +339,7 @@ def test_an_unknown_way_to_answer_names_the_nearest():
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_perplexity_is_that_of_the_reference_whatever_is_trained_on(kind, weight):
-    net = model(kind)
+    net = make_text_model(kind)
     test = ready(net, metric="perplexity", seq2seq=kind == "t5")
     expected = [nll(net, net.batch([e])).item() for e in test.encoded]
     if kind == "llama":
@@ -350,22 +358,22 @@ def test_an_unknown_metric_names_the_task_and_the_nearest():
     with pytest.raises(
         ConfigError, match=r"task 't': unknown metric 'rogueL'; did you mean 'rougeL'"
     ):
-        ready(model(), metric="rogueL")
+        ready(make_text_model(), metric="rogueL")
 
 
 def test_a_split_that_is_not_there_says_which_is():
     with pytest.raises(
         DataError, match=r"task 't' has no dev rows \(it has test\); .*score.split=test"
     ):
-        prepare(Task("t", (), (), tuple(ROWS)), Encoder(model().tokenizer), "dev", 0)
+        prepare(Task("t", (), (), tuple(ROWS)), Encoder(make_text_model().tokenizer), "dev", 0)
 
 
 def test_a_prompt_longer_than_the_context_is_refused_by_file_and_line():
-    encoder = Encoder(byte_bpe(stream_text()), limit=40)
+    encoder = Encoder(train_byte_bpe(stream_text()), limit=40)
     rows = [
         ROWS[0],
-        example("Say it. " * 40, where="t/test.jsonl:2"),
-        example("x" * 90, where="t/test.jsonl:3"),
+        make_example("Say it. " * 40, where="t/test.jsonl:2"),
+        make_example("x" * 90, where="t/test.jsonl:3"),
     ]
     with pytest.raises(
         DataError,
@@ -379,19 +387,19 @@ def test_a_prompt_longer_than_the_context_is_refused_by_file_and_line():
     [({}, "the longest of its test references"), ({"max_new_tokens": 120}, "score.max_new_tokens")],
 )
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_once_a_task(more, whence):
-    long = [example("Say it.", output="a b " * 100, id=str(i)) for i in range(3)]
+    long = [make_example("Say it.", output="a b " * 100, id=str(i)) for i in range(3)]
     with pytest.raises(
         ConfigError,
         match=rf"task 't': an answer may take \d+ tokens \({whence}\), which leaves none",
     ):
-        ready(model(), long, **more)
+        ready(make_text_model(), long, **more)
 
 
 def test_a_task_of_which_no_test_row_fits_is_refused_even_when_skipping():
-    encoder = Encoder(byte_bpe(stream_text()), limit=10, on_unfit="skip")
+    encoder = Encoder(train_byte_bpe(stream_text()), limit=10, on_unfit="skip")
     with pytest.raises(DataError, match="task 't' has no test rows left to score"):
-        prepare(Task("t", (), (), (example("x" * 90),)), encoder, "test", 0)
+        prepare(Task("t", (), (), (make_example("x" * 90),)), encoder, "test", 0)
 
 
 def test_a_limit_scores_the_first_rows():
-    assert [e.id for e in ready(model(), limit=2).encoded] == ["r0", "r1"]
+    assert [e.id for e in ready(make_text_model(), limit=2).encoded] == ["r0", "r1"]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from continual.io.terminal import safe
-from tests.support.models import lines, run
+from tests.support.models import load_json_lines, run_in_process
 
 SHORT = ("stream.tasks=[first,last]", "score.max_new_tokens=6", "train.lr=0.01", "train.epochs=10")
 
@@ -17,7 +17,7 @@ SHORT = ("stream.tasks=[first,last]", "score.max_new_tokens=6", "train.lr=0.01",
 def done(keys, tmp_path_factory):
     """A finished run over two tasks."""
     out = tmp_path_factory.mktemp("runs") / "done"
-    run(out, keys, *SHORT)
+    run_in_process(out, keys, *SHORT)
     return out
 
 
@@ -37,7 +37,7 @@ def say(cli, monkeypatch):
 
 def first_answer(path, number, task):
     """The last line that is shown of it."""
-    told = lines(path / f"predictions/stage-{number:02d}/{task}.jsonl")[0]["answer"]
+    told = load_json_lines(path / f"predictions/stage-{number:02d}/{task}.jsonl")[0]["answer"]
     return safe(told).splitlines()[-1] if told else "(an empty answer)"
 
 
@@ -52,7 +52,7 @@ def test_a_prompt_from_a_pipe_is_answered(say, done):
 def test_a_tasks_instruction_stands_before_what_is_typed_and_each_stage_answers_as_it_did(
     say, done, stage, number
 ):
-    asked = lines(done / "predictions/stage-00/first.jsonl")[0]["prompt"]
+    asked = load_json_lines(done / "predictions/stage-00/first.jsonl")[0]["prompt"]
     instruction, words = asked.splitlines()
     out = say(done, "/task first", f"/stage {stage}", words)
     assert instruction in out
@@ -61,7 +61,7 @@ def test_a_tasks_instruction_stands_before_what_is_typed_and_each_stage_answers_
 
 def test_an_example_is_a_test_row_with_what_would_be_right(say, done):
     out = say(done, "/task last", "/example")
-    row = lines(done / "predictions/stage-02/last.jsonl")[0]
+    row = load_json_lines(done / "predictions/stage-02/last.jsonl")[0]
     assert out[-2:] == [first_answer(done, 2, "last"), f"right would be: {row['references'][0]}"]
 
 
@@ -76,7 +76,7 @@ def test_compare_asks_the_last_prompt_of_several_stages_side_by_side_and_goes_ba
 
 
 def test_compare_of_all_stages_has_a_row_for_each(say, keys, tmp_path):
-    run(tmp_path, keys, "score.max_new_tokens=6", "train.epochs=1")
+    run_in_process(tmp_path, keys, "score.max_new_tokens=6", "train.epochs=1")
     out = "\n".join(say(tmp_path, "/task loud", "/example", "/compare"))
     rows = out[out.index("after stage", out.index("/compare")) :]
     assert [name for name in ("base", "first", "last", "loud") if name in rows] == [
@@ -132,7 +132,7 @@ def test_quit_ends_it(say, done):
 @pytest.mark.parametrize("strategy", ["per_task", "router", "gain_lora"])
 def test_a_strategy_that_chooses_weights_chooses_them_here_too(say, keys, tmp_path, strategy):
     rank = ("strategy.gain_lora.rank=2",) if strategy == "gain_lora" else ()
-    run(tmp_path, keys, *SHORT, f"strategy={strategy}", *rank, "model.adapter=lora")
+    run_in_process(tmp_path, keys, *SHORT, f"strategy={strategy}", *rank, "model.adapter=lora")
     out = say(tmp_path, "red blue", "/task first", "/example")
     assert ("has other weights for each task, and none is named" in " ".join(out)) == (
         strategy == "per_task"

@@ -15,19 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from continual.cli.main import configure
+from continual.cli.main import compose_config
 from continual.data.template import TEMPLATES, Encoder
 from continual.inference.export import export
-from continual.inference.model_card import chat_template, plain
+from continual.inference.model_card import build_chat_template, escape_markdown
 from tests.support.models import (
-    CHATML,
+    CHATML_TEMPLATE,
     TASKS,
-    THINKING,
-    byte_bpe,
-    example,
-    lines,
-    run,
+    THINKING_TEMPLATE,
+    load_json_lines,
+    make_example,
+    run_in_process,
     stream_text,
+    train_byte_bpe,
     write_model,
 )
 
@@ -48,7 +48,7 @@ def made(keys, tmp_path_factory):
     def of(*more):
         if more not in runs:
             runs[more] = tmp_path_factory.mktemp("runs") / "run"
-            run(runs[more], keys, *SHORT, *more)
+            run_in_process(runs[more], keys, *SHORT, *more)
         return runs[more]
 
     return of
@@ -61,7 +61,7 @@ def spoiled(made, tmp_path):
 
 
 def exported(path, out, **more):
-    return export(path, configure("run", ["device=cpu"]), out=out, **more)
+    return export(path, compose_config("run", ["device=cpu"]), out=out, **more)
 
 
 def card(folder):
@@ -92,11 +92,17 @@ def answers(folder, prompts):
 
 def asked(keys, task):
     folder = next(k for k in keys if k.startswith("stream.path=")).partition("=")[2]
-    return [(row["instruction"], row["input"]) for row in lines(Path(folder) / task / "test.jsonl")]
+    return [
+        (row["instruction"], row["input"])
+        for row in load_json_lines(Path(folder) / task / "test.jsonl")
+    ]
 
 
 def told(path, number, task):
-    return [row["answer"] for row in lines(path / f"predictions/stage-{number:02d}/{task}.jsonl")]
+    return [
+        row["answer"]
+        for row in load_json_lines(path / f"predictions/stage-{number:02d}/{task}.jsonl")
+    ]
 
 
 LORA = ("model.adapter=lora",)
@@ -135,9 +141,11 @@ def test_an_encoder_decoder_asked_by_its_tokenizers_own_template_answers_as_the_
     keys, tmp_path
 ):
     folder = write_model(
-        tmp_path / "model", "t5", byte_bpe(stream_text(), close=True, chat_template=CHATML)
+        tmp_path / "model",
+        "t5",
+        train_byte_bpe(stream_text(), append_eos=True, chat_template=CHATML_TEMPLATE),
     )
-    run(
+    run_in_process(
         tmp_path / "run",
         keys,
         *SHORT,
@@ -168,7 +176,7 @@ def test_an_adapter_of_a_base_that_only_this_run_has_brings_it_along(keys, tmp_p
         "model.adapter=lora",
         *SHORT,
     )
-    run(tmp_path / "run", [k for k in keys if not k.startswith("model")], *words)
+    run_in_process(tmp_path / "run", [k for k in keys if not k.startswith("model")], *words)
     exported(tmp_path / "run", tmp_path / "out", merged=False)
     assert answers(tmp_path / "out", asked(keys, "first")) == told(tmp_path / "run", 2, "first")
     assert (
@@ -253,13 +261,13 @@ def test_names_out_of_files_stay_text_in_the_card(spoiled, tmp_path):
     assert evil in head["model-index"][0]["name"]
     assert "<script>" not in text.replace("\\<script\\>", "")
     assert "[y](" not in text
-    assert plain("a\nb|c") == "a b\\|c"
+    assert escape_markdown("a\nb|c") == "a b\\|c"
 
 
 TOKENIZERS = [
-    byte_bpe(stream_text()),
-    byte_bpe(stream_text(), bos="<s>", eos="</s>", chat_template=CHATML),
-    byte_bpe(stream_text(), close=True, split_words=False),
+    train_byte_bpe(stream_text()),
+    train_byte_bpe(stream_text(), bos="<s>", eos="</s>", chat_template=CHATML_TEMPLATE),
+    train_byte_bpe(stream_text(), append_eos=True, split_words=False),
 ]
 
 
@@ -267,16 +275,19 @@ TOKENIZERS = [
 def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_stands_there_once(
     seq2seq,
 ):
-    tokenizer = byte_bpe(
-        stream_text(), bos="<s>", close=seq2seq, chat_template="{{ bos_token }}" + CHATML
+    tokenizer = train_byte_bpe(
+        stream_text(),
+        bos="<s>",
+        append_eos=seq2seq,
+        chat_template="{{ bos_token }}" + CHATML_TEMPLATE,
     )
     encoder = Encoder(tokenizer, "chat", seq2seq=seq2seq)
     told = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Do it."}],
         add_generation_prompt=True,
-        chat_template=chat_template(encoder),
+        chat_template=build_chat_template(encoder),
     )["input_ids"]
-    assert tuple(told) == encoder.ask(example("Do it."), 0, 1).ids
+    assert tuple(told) == encoder.ask(make_example("Do it."), 0, 1).ids
     assert told.count(tokenizer.bos_token_id) == 1
 
 
@@ -285,9 +296,14 @@ def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_s
 def test_a_chat_template_is_saved_so_that_it_asks_with_all_that_it_writes_before_any_answer(
     seq2seq, more
 ):
-    tokenizer = byte_bpe(stream_text(), bos="<s>", close=seq2seq, chat_template=THINKING)
+    tokenizer = train_byte_bpe(
+        stream_text(), bos="<s>", append_eos=seq2seq, chat_template=THINKING_TEMPLATE
+    )
     encoder = Encoder(tokenizer, "chat", seq2seq=seq2seq)
-    tokenizer.chat_template, asked = chat_template(encoder), encoder.ask(example("Do it."), 0, 1)
+    tokenizer.chat_template, asked = (
+        build_chat_template(encoder),
+        encoder.ask(make_example("Do it."), 0, 1),
+    )
     turns = [{"role": "user", "content": "Do it."}]
     told = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **more)["input_ids"]
     assert tuple(told) == asked.ids
@@ -306,13 +322,13 @@ def test_the_saved_template_writes_every_prompt_as_the_run_did(
 ):
     seq2seq = which == 2
     encoder = Encoder(TOKENIZERS[which], template, limit=500, seq2seq=seq2seq)
-    asked = encoder.ask(example(instruction, given_input), 0, 1)
+    asked = encoder.ask(make_example(instruction, given_input), 0, 1)
     between = "\n\n### Input:\n" if template == "alpaca" else "\n"
     text = instruction + between + given_input if given_input else instruction
     told = TOKENIZERS[which].apply_chat_template(
         [{"role": "user", "content": text}],
         add_generation_prompt=True,
-        chat_template=chat_template(encoder),
+        chat_template=build_chat_template(encoder),
     )["input_ids"]
     assert tuple(told) == asked.ids
 
@@ -407,7 +423,7 @@ def test_a_full_disk_leaves_nothing_behind(refused, made, tmp_path, monkeypatch)
             "asks for strategy.naive._target_='os.system', which is neither",
         ),
         (
-            "streams.folder.folder",
+            "streams.folder.load_folder",
             "os.system",
             "asks for stream._target_='os.system', which is not one of continual's",
         ),

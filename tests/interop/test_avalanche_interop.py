@@ -19,7 +19,7 @@ from continual.models.weights import gradient, snapshot
 from continual.results.matrix import Matrix
 from continual.runs.build import stream
 from tests.support import toy
-from tests.support.models import TASKS, model
+from tests.support.models import TASKS, make_text_model
 
 pytest.importorskip("avalanche", reason="the extra avalanche-lib")
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_examples_are_what_their_tensors_hold(causal):
-    rows = toy.examples(2, 5)
+    rows = toy.make_examples(2, 5)
     x, y, t = tensors(rows, causal, longest=20)
     assert x.shape == (5, 2, 20)
     assert [(e.ids, e.response) for e in examples(x)] == [(e.ids, e.response) for e in rows]
@@ -39,8 +39,10 @@ def test_examples_are_what_their_tensors_hold(causal):
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_model_as_avalanche_sees_it_has_our_logits_and_our_loss(kind):
-    made = model(kind)
-    rows = [replace(e, ids=(*e.ids, 0), response=(*e.response, True)) for e in toy.examples(0, 4)]
+    made = make_text_model(kind)
+    rows = [
+        replace(e, ids=(*e.ids, 0), response=(*e.response, True)) for e in toy.make_examples(0, 4)
+    ]
     x, y, _ = tensors(rows, causal=not made.layout.seq2seq)
     logits, batch = Shown(made)(x), numbered(made, rows)
     assert torch.allclose(logits, forward(made, batch), atol=1e-5)
@@ -53,8 +55,8 @@ def test_a_model_as_avalanche_sees_it_has_our_logits_and_our_loss(kind):
 @pytest.fixture(scope="module")
 def ready(stream_folder):
     """A benchmark of the small stream, and a model for it."""
-    made = model()
-    tasks = stream(toy.config("stream=folder", f"stream.path={stream_folder}"))
+    made = make_text_model()
+    tasks = stream(toy.compose_run_config("stream=folder", f"stream.path={stream_folder}"))
     return benchmark(tasks, Encoder(made.tokenizer, limit=128)), made
 
 
@@ -87,7 +89,7 @@ def test_a_step_of_avalanche_s_naive_is_a_step_down_our_gradient(ready):
     expected = {n: before[n] - 0.1 * g for n, g in gradient(made).items()}
     made.net.zero_grad()
     loop(made).train(ready[0].train_stream[0])
-    assert toy.close(snapshot(made), expected, rtol=1e-4, atol=1e-6)
+    assert toy.all_close(snapshot(made), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +166,9 @@ def test_on_any_matrix_its_bwt_and_fwt_are_ours_and_its_forgetting_is_at_most_ou
         "given",
         "naive",
         0,
-        toy.NAMES,
-        dict.fromkeys(toy.NAMES, "accuracy"),
-        ("base", *toy.NAMES),
+        toy.TASK_NAMES,
+        dict.fromkeys(toy.TASK_NAMES, "accuracy"),
+        ("base", *toy.TASK_NAMES),
         tuple(map(tuple, scores)),
     )
     forgetting, bwt, fwt = Forgetting(), BWT(), ForwardTransfer()
@@ -211,7 +213,7 @@ def test_their_forgetting_differs_from_ours_where_a_task_was_best_after_its_own_
 
 
 def test_rows_of_a_data_set_have_one_width():
-    rows = Rows(toy.examples(0), causal=True)
+    rows = Rows(toy.make_examples(0), causal=True)
     assert {rows.collate_fn([e])[0].shape for e in rows.examples} == {
         (1, 2, max(len(e.ids) for e in rows.examples))
     }

@@ -26,8 +26,8 @@ from continual.errors import ConfigError, DataError
 from continual.io.atomic import file_name
 from continual.reports import write
 from continual.training import checkpoint
-from tests.support.fake_run import fake_adapt, fake_run
-from tests.support.models import run, write_stream
+from tests.support.fake_run import write_fake_adaptation, write_fake_run
+from tests.support.models import run_in_process, write_stream
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -174,10 +174,10 @@ def test_a_resume_an_adaptation_and_a_report_unpickle_nothing_and_start_no_proce
         "model.adapter=lora",
     )
     out = tmp_path / "run"
-    run(out, words, "stream.tasks=[first,last]")
+    run_in_process(out, words, "stream.tasks=[first,last]")
     (out / "finished").unlink()
     shutil.rmtree(out / "checkpoints/stage-02")
-    _, said = run(out, words, "stream.tasks=[first,last]")
+    _, said = run_in_process(out, words, "stream.tasks=[first,last]")
     assert f"resuming {out} from stage-0" in said
     code, _, err = cli(
         "adapt",
@@ -207,7 +207,7 @@ def theirs(tmp_path):
             "adapters": {"lora": {"r": 8}},
         },
         "data": {"max_length": 9},
-        "stream": {"_target_": "streams.folder.folder", "path": "x"},
+        "stream": {"_target_": "streams.folder.load_folder", "path": "x"},
     }
 
     def take_over(**change):
@@ -233,7 +233,7 @@ def test_the_model_and_data_keys_of_a_run_are_taken_over(theirs):
         "continual.io.atomic.write_whole",
         "continual.cli.main.main",
         "builtins.eval",
-        "streams.folder.folder",
+        "streams.folder.load_folder",
         "continual.models.model.Model",
         "continual",
         "",
@@ -280,9 +280,9 @@ def test_the_registry_is_what_the_configurations_name():
         "continual.training.scratch.build",
     }
     assert instantiate.registry("stream") == {
-        "streams.folder.folder",
-        "streams.hub.hub",
-        "streams.skills.stream.skills",
+        "streams.folder.load_folder",
+        "streams.hub.load_hub",
+        "streams.skills.stream.generate_skills",
     }
 
 
@@ -348,7 +348,7 @@ def test_a_run_folder_with_a_link_that_leads_out_is_neither_read_nor_written(
 ):
     target, out = tmp_path / "target", tmp_path / "run"
     target.write_text("mine")
-    fake_run(out)
+    write_fake_run(out)
     (out / name).parent.mkdir(exist_ok=True)
     shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     (out / name).symlink_to(target)
@@ -368,7 +368,7 @@ def test_a_run_folder_with_a_link_that_leads_out_is_neither_read_nor_written(
 
 
 def test_links_that_go_in_a_circle_are_refused(cli, tmp_path):
-    out = fake_run(tmp_path / "run")
+    out = write_fake_run(tmp_path / "run")
     (out / "a").symlink_to(out / "b")
     (out / "b").symlink_to(out / "a")
     code, _, err = cli("report", out)
@@ -418,12 +418,12 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     tasks = tuple(f"{name}<script>document.title='owned'</script>" for name in ("a", "b"))
     for seed, name in ((0, "naive"), (1, "ewc")):
-        out = fake_run(
+        out = write_fake_run(
             root / f"comparison/{name}<script>",
             name + EVIL,
             seed,
             tasks=tasks,
-            says=EVIL,
+            wrong_text=EVIL,
             notes=True,
             order=EVIL,
             settings={EVIL: EVIL, "lr": seed},
@@ -443,7 +443,7 @@ def pages(tmp_path_factory):
             file.write(
                 f"{json.dumps(steps)}\n{json.dumps({'event': 'stage', 'stage': 1, 'task': EVIL})}\n"
             )
-    new = fake_adapt(root / "new", start=f"runs/{EVIL}")
+    new = write_fake_adaptation(root / "new", start=f"runs/{EVIL}")
     told = json.loads((new / "curve.json").read_text())
     (new / "curve.json").write_text(json.dumps({**told, "task": EVIL, "metric": EVIL}))
     (new / "config.yaml").write_text(json.dumps({EVIL: EVIL}))
@@ -577,7 +577,7 @@ def dump(page, scratch):
 
 
 def test_a_terminal_is_told_nothing_that_it_obeys(cli, tmp_path):
-    out = fake_run(tmp_path / "run")
+    out = write_fake_run(tmp_path / "run")
     told = json.loads((out / "matrix.json").read_text())
     for change in (
         {"tasks": ["\x1b[2J", *told["tasks"][1:]]},
@@ -595,7 +595,7 @@ def test_why_a_run_failed_and_the_command_that_finishes_it_are_text_whatever_the
     cli, tmp_path, scored
 ):
     if scored:
-        fake_run(tmp_path / "good")
+        write_fake_run(tmp_path / "good")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/failed.txt").write_bytes(b"why \xff \x1b[2J")
     plans = [{"words": ["seed=\x1b[2J"], "cells": ["good", "bad"]}]

@@ -15,7 +15,7 @@ from continual.packing.batch import Layout
 from continual.packing.kv_cache import Cache
 from continual.packing.support import probe
 from tests.support.architectures import OWN_RULES, READ
-from tests.support.models import model
+from tests.support.models import make_text_model
 
 END = 0
 
@@ -148,7 +148,7 @@ def test_prompts_are_kept_in_few_blocks_whose_padding_is_bounded():
 
 
 def test_batches_do_not_change_the_answers():
-    net = model(dtype=torch.float64)
+    net = make_text_model(dtype=torch.float64)
     whole = answers.answer(net, prompts(), 6, 128)
     assert answers.answer(net, prompts(), 6, 3) == whole
     net.layout = replace(net.layout, flat=False)

@@ -123,16 +123,16 @@ def by_hand(made: Model, examples) -> dict[str, torch.Tensor]:
 
 
 def test_it_equals_a_loop_of_one_example_at_a_time():
-    made, examples = toy.model(torch.float64), toy.examples(0)
-    assert toy.close(fisher(made, examples), by_hand(made, examples), rtol=1e-8, atol=1e-14)
+    made, examples = toy.make_model(torch.float64), toy.make_examples(0)
+    assert toy.all_close(fisher(made, examples), by_hand(made, examples), rtol=1e-8, atol=1e-14)
 
 
 def test_it_has_trainable_parameters_only():
-    made, examples = toy.model(torch.float64), toy.examples(0)
+    made, examples = toy.make_model(torch.float64), toy.make_examples(0)
     made.net.model.layers[0].requires_grad_(False)
     found = fisher(made, examples)
     assert set(found) == {n for n, p in made.net.named_parameters() if p.requires_grad}
-    assert toy.close(found, by_hand(made, examples), rtol=1e-8, atol=1e-14)
+    assert toy.all_close(found, by_hand(made, examples), rtol=1e-8, atol=1e-14)
 
 
 def test_it_is_no_squared_mean_gradient():
@@ -151,17 +151,17 @@ def test_it_is_no_squared_mean_gradient():
 
 @pytest.mark.parametrize("tokens", [1, 14])
 def test_it_does_not_depend_on_how_batches_are_laid_out(tokens):
-    made, examples = toy.model(torch.float64), toy.examples(0)
-    cut = fisher(toy.in_micro_batches(made, tokens), examples)
-    assert toy.close(cut, fisher(made, examples), rtol=1e-8, atol=1e-14)
+    made, examples = toy.make_model(torch.float64), toy.make_examples(0)
+    cut = fisher(toy.limit_micro_batch(made, tokens), examples)
+    assert toy.all_close(cut, fisher(made, examples), rtol=1e-8, atol=1e-14)
 
 
 def test_one_row_of_all_examples_and_a_row_each_give_the_same():
-    made, examples = toy.model(torch.float64), toy.examples(0)
+    made, examples = toy.make_model(torch.float64), toy.make_examples(0)
     assert made.layout.flat
     assert made.last
     padded = replace(made, layout=replace(made.layout, flat=False))
-    assert toy.close(fisher(padded, examples), fisher(made, examples), rtol=1e-8, atol=1e-14)
+    assert toy.all_close(fisher(padded, examples), fisher(made, examples), rtol=1e-8, atol=1e-14)
 
 
 # Examples together
@@ -190,7 +190,7 @@ def only(made: Model, *endings: str) -> Model:
 def of(kind: str, **keys) -> Model:
     if kind == "t5":
         keys["decoder_start"] = 1
-    return toy.model(torch.float64, kind=kind, **keys)
+    return toy.make_model(torch.float64, kind=kind, **keys)
 
 
 def experts() -> Model:
@@ -246,7 +246,7 @@ def repeating() -> list[Encoded]:
         Encoded("r", 0, ids, (False, False, False, True, True))
         for ids in [(5, 1, 5, 6, 6), (9, 9, 9, 9, 9), (5, 6, 1, 1, 5), (2, 3, 4, 5, 6)]
     ]
-    return [*toy.examples(0, 10), *more]
+    return [*toy.make_examples(0, 10), *more]
 
 
 def not_so(*_):
@@ -261,7 +261,7 @@ def test_examples_together_give_what_a_loop_gives(kind, labels, monkeypatch):
     assert all(f.abs().max() > 0 for f in expected.values())
     monkeypatch.setattr(importance, "_one_by_one", not_so)
     found = fisher(made, repeating(), labels, torch.Generator().manual_seed(0))
-    assert toy.close(found, expected, rtol=1e-6, atol=1e-12)
+    assert toy.all_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("labels", LABELS)
@@ -274,29 +274,29 @@ def test_models_whose_weights_mix_examples_run_one_at_a_time(kind, labels):
         f(made, repeating(), labels, torch.Generator().manual_seed(0))
         for f in (fisher, fisher_by_example)
     )
-    assert toy.same(one, other)
+    assert toy.bitwise_equal(one, other)
 
 
 def test_how_many_gradients_are_held_at_a_time_changes_nothing(monkeypatch):
     made, examples = of("gpt2"), repeating()
     whole = fisher(made, examples)
     monkeypatch.setattr(importance, "PRODUCTS", 3 * 32 * 32)
-    assert toy.close(fisher(made, examples), whole, rtol=1e-9, atol=1e-14)
+    assert toy.all_close(fisher(made, examples), whole, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_the_network_is_left_as_it_was(kind):
     made = of(kind)
-    before = toy.everything(made)
+    before = toy.copy_parameters(made)
     fisher(made, repeating())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in made.net.modules())
     assert all(p.grad is None for p in made.net.parameters())
-    assert toy.same(toy.everything(made), before)
+    assert toy.bitwise_equal(toy.copy_parameters(made), before)
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_in_bfloat16_it_is_the_loop_s_to_its_rounding(how):
-    made = toy.model()
+    made = toy.make_model()
     made = replace(made, bf16=True) if how == "autocast" else replace(made, net=made.net.bfloat16())
     found, expected = fisher(made, repeating()), fisher_by_example(made, repeating())
     for name, f in expected.items():
@@ -305,12 +305,12 @@ def test_in_bfloat16_it_is_the_loop_s_to_its_rounding(how):
 
 
 def test_no_examples_tell_of_no_importance():
-    assert not any(f.any() for f in fisher(toy.model(), []).values())
+    assert not any(f.any() for f in fisher(toy.make_model(), []).values())
 
 
 def test_unknown_labels_are_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="did you mean 'sampled'"):
-        fisher(toy.model(), toy.examples(0), "sample")
+        fisher(toy.make_model(), toy.make_examples(0), "sample")
 
 
 class LastToken(torch.nn.Module):
@@ -329,10 +329,10 @@ def test_it_equals_avalanche_s_importances_at_batch_size_one():
     pytest.importorskip("avalanche")
     from avalanche.training.plugins import EWCPlugin
 
-    made = toy.model(torch.float64)
+    made = toy.make_model(torch.float64)
     examples = [
         Encoded(str(i), 0, e.ids[:3], (False, False, True))
-        for i, e in enumerate(e for e in toy.examples(0, 40) if len(e.ids) > 2)
+        for i, e in enumerate(e for e in toy.make_examples(0, 40) if len(e.ids) > 2)
     ]
     module = LastToken(deepcopy(made.net))
     rows = [(torch.tensor(e.ids[:2]), torch.tensor(e.ids[2]), torch.tensor(0)) for e in examples]
@@ -347,4 +347,4 @@ def test_it_equals_avalanche_s_importances_at_batch_size_one():
     expected = {
         n.removeprefix("net."): p.data.double() for n, p in theirs.items()
     }  # it adds up in float32
-    assert toy.close(fisher(made, examples), expected, rtol=1e-5, atol=1e-10)
+    assert toy.all_close(fisher(made, examples), expected, rtol=1e-5, atol=1e-10)

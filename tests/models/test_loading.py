@@ -19,7 +19,15 @@ from continual.models.weights import snapshot, weights
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
-from tests.support.models import byte_bpe, example, model, network, run, stream_text, write_model
+from tests.support.models import (
+    make_example,
+    make_network,
+    make_text_model,
+    run_in_process,
+    stream_text,
+    train_byte_bpe,
+    write_model,
+)
 
 KINDS = ["llama", "qwen3", "gpt2", "opt", "t5"]
 LORA = {"lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}}
@@ -34,7 +42,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_local_folder_runs_two_stages(folders, kind, adapter, keys, tmp_path):
-    matrix, _ = run(
+    matrix, _ = run_in_process(
         tmp_path,
         keys,
         "stream.tasks=[first,loud]",
@@ -53,9 +61,9 @@ def test_a_local_folder_runs_two_stages(folders, kind, adapter, keys, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
-    base, lora = model(kind), model(kind, adapter="lora", adapters=LORA)
+    base, lora = make_text_model(kind), make_text_model(kind, adapter="lora", adapters=LORA)
     encoder = Encoder(base.tokenizer, seq2seq=kind == "t5")
-    task = encoder.task(Task("t", tuple(example(f"Say {i}.") for i in range(4))), {"t": 0})
+    task = encoder.task(Task("t", tuple(make_example(f"Say {i}.") for i in range(4))), {"t": 0})
     torch.testing.assert_close(nll(base, base.batch(task.train)), nll(lora, lora.batch(task.train)))
     frozen = {n: p.clone() for n, p in lora.net.named_parameters() if not p.requires_grad}
     learn(lora, task, Strategy(), Recipe(lr=0.01), seed=0, log=lambda e: None)
@@ -66,26 +74,26 @@ def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "loha", "lokr", "oft", "prompt_tuning"])
 def test_every_configured_adapter_trains(kind, keys, tmp_path):
-    matrix, _ = run(
+    matrix, _ = run_in_process(
         tmp_path, keys, "stream.tasks=[first]", f"model.adapter={kind}", "train.epochs=1"
     )
     assert matrix.finished
 
 
 def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
-    a, b, c = (snapshot(model(adapter="lora", adapters=LORA, seed=s)) for s in (1, 1, 2))
+    a, b, c = (snapshot(make_text_model(adapter="lora", adapters=LORA, seed=s)) for s in (1, 1, 2))
     assert all(torch.equal(w, b[n]) for n, w in a.items())
     assert any(not torch.equal(w, c[n]) for n, w in a.items())
 
 
 def test_a_run_with_lora_resumes_to_the_same_weights(keys, tmp_path):
     more = ("model.adapter=lora", "model.adapters.lora.lora_dropout=0.1")
-    whole, _ = run(tmp_path / "whole", keys, *more)
+    whole, _ = run_in_process(tmp_path / "whole", keys, *more)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for stage in ("stage-02", "stage-03"):
         shutil.rmtree(tmp_path / "cut/checkpoints" / stage)
     (tmp_path / "cut/finished").unlink()
-    resumed, said = run(tmp_path / "cut", keys, *more)
+    resumed, said = run_in_process(tmp_path / "cut", keys, *more)
     assert "cut from stage-01" in said
     assert resumed.scores == whole.scores
     a, b = (
@@ -99,9 +107,9 @@ def test_a_run_with_lora_resumes_to_the_same_weights(keys, tmp_path):
 
 
 def test_a_tokenizer_without_end_of_sequence_or_padding_gets_both():
-    bare = byte_bpe(stream_text(), eos=None, pad=None)
+    bare = train_byte_bpe(stream_text(), eos=None, pad=None)
     before = len(bare)
-    net = assemble(network("llama", before), bare, device="cpu")
+    net = assemble(make_network("llama", before), bare, device="cpu")
     assert net.tokenizer.eos_token_id == before
     assert net.layout.pad == net.tokenizer.pad_token_id is not None
     assert net.net.get_input_embeddings().num_embeddings == before + 1
@@ -109,11 +117,12 @@ def test_a_tokenizer_without_end_of_sequence_or_padding_gets_both():
 
 
 def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
-    write_model(tmp_path, tokenizer=byte_bpe(stream_text(), eos=None, pad=None))
+    write_model(tmp_path, tokenizer=train_byte_bpe(stream_text(), eos=None, pad=None))
     net = hf(name=str(tmp_path), device="cpu")
     encoder = Encoder(net.tokenizer)
     rows = tuple(
-        example(f"Say {'it ' * i}.", output=o) for i, o in enumerate(("red", "blue gold", "grey"))
+        make_example(f"Say {'it ' * i}.", output=o)
+        for i, o in enumerate(("red", "blue gold", "grey"))
     )
     task = encoder.task(Task("t", rows), {"t": 0})
     learn(net, task, Strategy(), Recipe(lr=0.02, steps=80), seed=0, log=lambda e: None)
@@ -121,16 +130,16 @@ def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
 
 
 def test_padding_may_be_the_end_of_sequence():
-    tokenizer = byte_bpe(stream_text(), pad=None)
-    net = assemble(network("gpt2", len(tokenizer)), tokenizer, device="cpu")
+    tokenizer = train_byte_bpe(stream_text(), pad=None)
+    net = assemble(make_network("gpt2", len(tokenizer)), tokenizer, device="cpu")
     assert net.layout.pad == tokenizer.eos_token_id
     assert net.net.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
 def test_an_encoder_decoder_without_a_start_token_starts_with_padding():
-    net = network("t5", 400)
+    net = make_network("t5", 400)
     net.config.decoder_start_token_id = None
-    assert assemble(net, byte_bpe(stream_text()), device="cpu").layout.decoder_start == 1
+    assert assemble(net, train_byte_bpe(stream_text()), device="cpu").layout.decoder_start == 1
 
 
 def test_the_models_context_bounds_an_example(folders):
@@ -166,7 +175,7 @@ def test_damaged_weights_are_told(tmp_path):
 
 
 def test_a_model_folder_without_a_tokenizer_is_told(tmp_path):
-    network("llama", 300).save_pretrained(tmp_path)
+    make_network("llama", 300).save_pretrained(tmp_path)
     with pytest.raises(MissingError, match=r"could not be loaded: .* tokenizer"):
         hf(name=str(tmp_path))
 
@@ -175,7 +184,7 @@ def test_an_unknown_adapter_names_the_nearest(folders):
     with pytest.raises(
         ConfigError, match=r"unknown model.adapter 'lra'; did you mean 'lora'\? Known: lora, none"
     ):
-        model(adapter="lra", adapters=LORA)
+        make_text_model(adapter="lra", adapters=LORA)
 
 
 @pytest.mark.parametrize("kind", ["prefix_tuning", "p_tuning"])
@@ -183,7 +192,7 @@ def test_adapters_that_add_more_than_embeddings_of_virtual_tokens_are_refused(ki
     with pytest.raises(
         ConfigError, match=f"model.adapter={kind} cannot be used: .*more than embeddings of virtual"
     ):
-        model(adapter=kind, adapters={kind: {"num_virtual_tokens": 4}})
+        make_text_model(adapter=kind, adapters={kind: {"num_virtual_tokens": 4}})
 
 
 @pytest.mark.parametrize("settings", [{"rank": 8}, {"target_modules": ["nothing"]}, {"r": 0}])
@@ -191,7 +200,7 @@ def test_wrong_settings_of_an_adapter_are_told(settings):
     with pytest.raises(
         ConfigError, match=r"model.adapter=lora cannot be used: .*model.adapters.lora"
     ):
-        model(adapter="lora", adapters={"lora": settings})
+        make_text_model(adapter="lora", adapters={"lora": settings})
 
 
 def test_an_unknown_dtype_names_the_known(folders):
@@ -217,15 +226,15 @@ def test_a_model_from_scratch_is_built_once_and_is_the_same_whatever_the_order(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = [k for k in keys if not k.startswith("model")]
-    first, _ = run(tmp_path / "a", made, *SCRATCH, "stream.order=given")
+    first, _ = run_in_process(tmp_path / "a", made, *SCRATCH, "stream.order=given")
     models = tmp_path / "cache/continual/models"
     (built,) = models.glob("*/")
     stamp = (built / "model.safetensors").stat().st_mtime_ns
-    second, _ = run(tmp_path / "b", made, *SCRATCH, "stream.order=back")
+    second, _ = run_in_process(tmp_path / "b", made, *SCRATCH, "stream.order=back")
     assert [*models.glob("*/")] == [built]
     assert (built / "model.safetensors").stat().st_mtime_ns == stamp
     assert first.scores[0] == second.scores[0][::-1]
-    run(tmp_path / "c", made, *SCRATCH, "model.weights_seed=1")
+    run_in_process(tmp_path / "c", made, *SCRATCH, "model.weights_seed=1")
     assert len([*models.glob("*/")]) == 2
 
 
@@ -234,14 +243,14 @@ def test_a_model_from_scratch_reads_rows_by_the_same_tokens_before_it_is_built_a
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     told = [k for k in keys if not k.startswith("model")] + [*SCRATCH, "train.epochs=1"]
-    run(tmp_path / "a", told)
+    run_in_process(tmp_path / "a", told)
     key, digest = kept(tmp_path / "a")
     (tmp_path / "a/finished").unlink()
-    run(tmp_path / "a", told)
+    run_in_process(tmp_path / "a", told)
     assert "tokenised again" not in capsys.readouterr().err
     assert kept(tmp_path / "a") == (key, digest)
     shutil.rmtree(tmp_path / "cache")
-    run(tmp_path / "b", told)
+    run_in_process(tmp_path / "b", told)
     assert kept(tmp_path / "b") == (key, digest), "a tokenizer that is trained again is the same"
 
 
@@ -256,9 +265,9 @@ def test_a_shape_that_cannot_be_is_refused(keys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = [k for k in keys if not k.startswith("model")]
     with pytest.raises(ConfigError, match=r"model.hidden=32 is no multiple of model.heads=3"):
-        run(tmp_path / "a", made, *SCRATCH, "model.heads=3")
+        run_in_process(tmp_path / "a", made, *SCRATCH, "model.heads=3")
 
 
 def test_weights_are_the_trainable_parameters():
-    net = model(adapter="lora", adapters=LORA)
+    net = make_text_model(adapter="lora", adapters=LORA)
     assert all("lora_" in n for n in weights(net))

@@ -8,7 +8,7 @@ import torch
 from continual.models.loading import hf
 from continual.models.loss import accumulate, forward, nll
 from continual.models.weights import gradient, weights
-from tests.support.models import encoded, write_model
+from tests.support.models import make_encoded, write_model
 
 ADAPTERS = {"lora": {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}}
 needed = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def test_through_4_bits_the_adapter_gets_the_gradient_that_it_has_on_the_weights
         for n, p in made.net.named_parameters():
             told[n].copy_(dequantize_4bit(p.data, p.quant_state) if n in packed else p)
     assert all("lora" in n for n in weights(made))
-    rows = [encoded([5, 6, 7], [8, 9], "a"), encoded([5, 6, 9], [10], "b")]
+    rows = [make_encoded([5, 6, 7], [8, 9], "a"), make_encoded([5, 6, 9], [10], "b")]
     with torch.no_grad():  # on some CPUs an answer would change how the weights lie
         answers = [forward(m, m.batch(rows)) for m in (made, plain)]
     torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-4)

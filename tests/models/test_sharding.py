@@ -12,8 +12,8 @@ from continual.runs import build
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
 from tests.support import sharded_runs, subprocesses, toy
-from tests.support.all_strategies import learned
-from tests.support.models import lines, run
+from tests.support.all_strategies import train_two_stages
+from tests.support.models import load_json_lines, run_in_process
 
 KEYS = (
     "train.shard=true",
@@ -32,8 +32,8 @@ def whole(keys, tmp_path_factory):
     on with.
     """
     out = tmp_path_factory.mktemp("whole")
-    told = sharded_runs.stage(kept=out / "stage")
-    said = run(out / "run", keys, *KEYS)[1]
+    told = sharded_runs.train_stage(save_to=out / "stage")
+    said = run_in_process(out / "run", keys, *KEYS)[1]
     return out, told, said
 
 
@@ -46,7 +46,10 @@ def sharded(whole, keys, tmp_path_factory):
     shutil.copytree(whole[0] / "stage", out / "whole")
     cut(shutil.copytree(whole[0] / "run", out / "run"), 2)
     told = [
-        process.ended() for process in subprocesses.two(out, sharded_runs.main, out, [*keys, *KEYS])
+        process.wait()
+        for process in subprocesses.start_two_ranks(
+            out, sharded_runs.run_all_cases, out, [*keys, *KEYS]
+        )
     ]
     assert [code for code, _ in told] == [0, 0], "\n".join(said for _, said in told)
     return out
@@ -63,11 +66,11 @@ def cut(out: Path, stage: int) -> Path:
 
 @pytest.mark.parametrize(
     "i",
-    range(len(sharded_runs.SHARDED)),
-    ids=[" ".join(entry) + " lora" * lora for entry, lora in sharded_runs.SHARDED],
+    range(len(sharded_runs.SHARDED_CASES)),
+    ids=[" ".join(entry) + " lora" * lora for entry, lora in sharded_runs.SHARDED_CASES],
 )
 def test_in_shards_every_strategy_that_can_learns_what_it_learns_whole(i, sharded):
-    entry, lora = sharded_runs.SHARDED[i]
+    entry, lora = sharded_runs.SHARDED_CASES[i]
     told = []
     for rank in (0, 1):
         with safe_open(sharded / f"{i}-{rank}.safetensors", framework="pt") as file:
@@ -79,28 +82,30 @@ def test_in_shards_every_strategy_that_can_learns_what_it_learns_whole(i, sharde
             )
     (losses, tensors), (others, copies) = told
     assert losses == others
-    assert toy.same(tensors, copies)
-    expected, alone = learned(entry, sharded_runs.with_lora if lora else lambda made: None)
+    assert toy.bitwise_equal(tensors, copies)
+    expected, alone = train_two_stages(entry, sharded_runs.add_lora if lora else lambda made: None)
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert toy.close(tensors, alone, rtol=1e-4, atol=1e-5)
+    assert toy.all_close(tensors, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stage_kept_in_shards_goes_on_whole_and_the_other_way_round(sharded, whole):
-    assert toy.close(load_file(sharded / "weights.safetensors"), whole[1], rtol=1e-6, atol=1e-8)
-    assert toy.close(load_file(sharded / "again.safetensors"), whole[1], rtol=1e-6, atol=1e-8)
-    assert toy.close(sharded_runs.stage(begun=sharded / "sharded"), whole[1], rtol=1e-6, atol=1e-8)
+    assert toy.all_close(load_file(sharded / "weights.safetensors"), whole[1], rtol=1e-6, atol=1e-8)
+    assert toy.all_close(load_file(sharded / "again.safetensors"), whole[1], rtol=1e-6, atol=1e-8)
+    assert toy.all_close(
+        sharded_runs.train_stage(resume_from=sharded / "sharded"), whole[1], rtol=1e-6, atol=1e-8
+    )
 
 
 def told(out):
     """All losses, all answers, and what was scored within stages, of a run."""
     losses = {
         (e["stage"], e["step"]): e["loss"]
-        for e in lines(out / "events.jsonl")
+        for e in load_json_lines(out / "events.jsonl")
         if e["event"] == "step"
     }
     during = {
         (e["stage"], e["step"]): e["scores"]
-        for e in lines(out / "events.jsonl")
+        for e in load_json_lines(out / "events.jsonl")
         if e["event"] == "during"
     }
     answers = {
@@ -112,7 +117,7 @@ def told(out):
 
 def test_a_run_goes_on_in_shards_and_again_whole_to_the_same_end(sharded, whole, keys, tmp_path):
     again = cut(shutil.copytree(sharded / "run", tmp_path / "again"), 3)
-    assert f"resuming {again} from stage-02" in run(again, keys, *KEYS)[1]
+    assert f"resuming {again} from stage-02" in run_in_process(again, keys, *KEYS)[1]
     losses, *rest = told(whole[0] / "run")
     for out in (sharded / "run", again):
         assert told(out)[0] == pytest.approx(losses, rel=1e-3)
@@ -120,13 +125,15 @@ def test_a_run_goes_on_in_shards_and_again_whole_to_the_same_end(sharded, whole,
 
 
 def test_two_processes_adapt_as_one_does(sharded, keys, tmp_path):
-    sharded_runs.command("adapt", tmp_path / "one", *sharded_runs.adapted([*keys, *KEYS], "false"))
+    sharded_runs.run_verb(
+        "adapt", tmp_path / "one", *sharded_runs.to_adapt_keys([*keys, *KEYS], "false")
+    )
     points = json.loads((tmp_path / "one" / "curve.json").read_text())["points"]
     name = "model/adapter_model.safetensors"
     for shard in ("true", "false"):
         out = sharded / f"adapt-{shard}"
         assert json.loads((out / "curve.json").read_text())["points"] == points
-        assert toy.close(
+        assert toy.all_close(
             load_file(out / name), load_file(tmp_path / "one" / name), rtol=1e-3, atol=1e-5
         )
 
@@ -142,9 +149,9 @@ def test_a_strategy_that_does_not_say_that_it_can_be_in_shards_cannot_nor_what_h
         shardable = True
 
     assert [Strategy.shardable, Silent.shardable, Says.shardable] == [True, False, True]
-    assert compose(Says(), toy.configured("replay")).shardable
+    assert compose(Says(), toy.strategy_from_config("replay")).shardable
     assert not compose(Says(), Silent()).shardable
-    assert not toy.configured("replay,ewc").shardable
+    assert not toy.strategy_from_config("replay,ewc").shardable
 
 
 def test_a_strategy_that_works_on_whole_weights_is_refused_before_anything_is_built(
@@ -179,6 +186,6 @@ def test_what_does_not_go_with_shards_is_refused(words, expected, refused, keys,
 def test_one_process_alone_says_that_it_holds_the_whole_model(keys, capsys):
     from continual.cli import main
 
-    config = main.configure("run", [*keys, "train.shard=true", "out=x"])
+    config = main.compose_config("run", [*keys, "train.shard=true", "out=x"])
     assert not build.model(config, build.stream(config)).sharded
     assert "one process alone holds the whole model" in capsys.readouterr().err

@@ -16,20 +16,20 @@ from continual.models.generation import complete
 from continual.models.loss import nll
 from continual.models.weights import gradient, weights
 from tests.support import toy
-from tests.support.models import encoded, model
+from tests.support.models import make_encoded, make_text_model
 
 SETTINGS = {"prompt_tuning": {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}}
 EXAMPLES = [
-    encoded([5, 6, 7], [8, 9, 0], "a"),
-    encoded([5, 6, 7, 10], [11, 0], "b"),
-    encoded([5, 6], [8, 12, 4, 0], "c"),
+    make_encoded([5, 6, 7], [8, 9, 0], "a"),
+    make_encoded([5, 6, 7, 10], [11, 0], "b"),
+    make_encoded([5, 6], [8, 12, 4, 0], "c"),
 ]
 KINDS = ("llama", "qwen3", "gpt2", "opt", "t5")
-TOY = toy.prompted()
+TOY = toy.make_prompt_model()
 
 
 def prompted(kind="llama"):
-    return model(kind, adapter="prompt_tuning", adapters=SETTINGS)
+    return make_text_model(kind, adapter="prompt_tuning", adapters=SETTINGS)
 
 
 def by_peft(made, examples):
@@ -67,7 +67,7 @@ def test_loss_and_gradient_are_those_of_pefts_prompt_tuning(kind):
     assert set(weights(made)) == {"prompt_encoder.default.embedding.weight"}
     ours, theirs = nll(made, made.batch(EXAMPLES)), by_peft(made, EXAMPLES)
     torch.testing.assert_close(ours, theirs)
-    assert toy.close(left_by(made, ours), left_by(made, theirs), rtol=1e-4, atol=1e-6)
+    assert toy.all_close(left_by(made, ours), left_by(made, theirs), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_the_likelihood_of_labels_is_that_behind_the_virtual_tokens():
     flat = likelihoods(made, prompts, labels, 8)
     made.layout = replace(made.layout, flat=False)
     torch.testing.assert_close(flat, likelihoods(made, prompts, labels, 8), rtol=1e-4, atol=1e-5)
-    pair = encoded(list(prompts[0].ids), list(labels[1]))
+    pair = make_encoded(list(prompts[0].ids), list(labels[1]))
     torch.testing.assert_close(
         flat[0, 1].item(), -by_peft(made, [pair]).item() * 3, rtol=1e-4, atol=1e-5
     )
@@ -139,7 +139,7 @@ def test_fixed_tokens_stand_where_they_are_put_and_do_not_train(lengths, live):
     fixed = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in lengths]
     made.behind(fixed, live=live)
     own = [made.net.prompt_encoder["default"].embedding.weight] if live else []
-    e = toy.examples(0)[0]
+    e = toy.make_examples(0)[0]
     words = made.net.get_input_embeddings()(torch.tensor(e.ids))
     logits = made.net(inputs_embeds=torch.cat([*own, *fixed, words])[None]).logits[
         0, sum(lengths) + 2 * live :
@@ -156,7 +156,7 @@ def test_fixed_tokens_stand_where_they_are_put_and_do_not_train(lengths, live):
 def test_what_a_run_saves_is_pefts_own_adapter(tmp_path):
     made = prompted()
     made.net.save_pretrained(tmp_path)
-    base = model()
+    base = make_text_model()
     theirs = peft.PeftModel.from_pretrained(base.net, tmp_path)
     torch.testing.assert_close(
         nll(made, made.batch(EXAMPLES)),
@@ -165,21 +165,21 @@ def test_what_a_run_saves_is_pefts_own_adapter(tmp_path):
 
 
 def test_a_row_that_has_no_positions_behind_the_virtual_tokens_is_refused():
-    made = toy.prompted()
+    made = toy.make_prompt_model()
     made.behind([torch.zeros(25, 32)])
-    long = encoded([5] * 4, [6, 7])
+    long = make_encoded([5] * 4, [6, 7])
     nll(made, made.batch([long]))
     with pytest.raises(
         ConfigError,
         match="6 tokens of an example stand behind 27 virtual ones, and the model has 32",
     ):
-        nll(made, made.batch([encoded([5] * 5, [6, 7])]))
+        nll(made, made.batch([make_encoded([5] * 5, [6, 7])]))
     with pytest.raises(ConfigError, match="8 tokens of an example stand behind 27"):
-        complete(made, [encoded([5] * 5, [6])], 3, 8, 0)
+        complete(made, [make_encoded([5] * 5, [6])], 3, 8, 0)
 
 
 def test_a_model_without_virtual_tokens_is_told_how_to_get_them():
     with pytest.raises(
         ConfigError, match=r"no virtual tokens; give it some with model.adapter=prompt_tuning"
     ):
-        toy.model().behind(())
+        toy.make_model().behind(())

@@ -20,7 +20,7 @@ from continual.models.weights import gradient
 from continual.packing import attention, attention_cpu, attention_flex, support
 from continual.packing.attention import Group, Row
 from continual.packing.layout import grouped
-from tests.support.models import encoded, model
+from tests.support.models import make_encoded, make_text_model
 
 CPU = torch.device("cpu")
 ROW = Row((Group(0, ((2, 40), (1, 90))), Group(140, ((3, 1), (2, 30))), Group(7, ())))
@@ -125,11 +125,11 @@ def test_outputs_and_gradients_are_those_of_the_blocks(row, window, cap, heads, 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_a_networks_losses_and_gradients_are_the_same(kind, monkeypatch, kernels):
-    net = model(kind, dtype=torch.float64)
+    net = make_text_model(kind, dtype=torch.float64)
     stem = list(range(10, 100))
     batch = [
-        *(encoded([*stem, 5 + i % 4], list(range(20, 22 + i)), f"e{i}") for i in range(6)),
-        encoded([7], [8, 9], "alone"),
+        *(make_encoded([*stem, 5 + i % 4], list(range(20, 22 + i)), f"e{i}") for i in range(6)),
+        make_encoded([7], [8, 9], "alone"),
     ]
     assert len(list(grouped(batch))) == 2
     found = []

@@ -17,10 +17,10 @@ from continual.models.loss import accumulate, forward, nll, token_nll
 from continual.models.weights import gradient, snapshot
 from continual.training.recipe import Recipe
 from continual.training.stage import mask_instruction
-from tests.support.models import encoded, model, some
+from tests.support.models import make_encoded, make_text_model, some
 
-LLAMA = model(dtype=torch.float64)
-T5 = model("t5", dtype=torch.float64)
+LLAMA = make_text_model(dtype=torch.float64)
+T5 = make_text_model("t5", dtype=torch.float64)
 
 
 def weighted(net, weight: float):
@@ -179,7 +179,7 @@ def hidden(share, how, e, seed=0):
     return mask_instruction(e, recipe, LLAMA, random.Random(seed))
 
 
-LONG = encoded([LLAMA.tokenizer.eos_token_id, *range(10, 210), *range(10, 210)], [7, 8, 9])
+LONG = make_encoded([LLAMA.tokenizer.eos_token_id, *range(10, 210), *range(10, 210)], [7, 8, 9])
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -206,13 +206,13 @@ def test_the_same_seed_hides_the_same_tokens(how):
 
 
 def test_dropping_the_whole_prompt_still_leaves_every_response_token_learned():
-    short = encoded([10, 11], [7, 8])
+    short = make_encoded([10, 11], [7, 8])
     made = hidden(1.0, "drop", short)
     assert LLAMA.batch([made]).tokens == 2
 
 
 def test_replacements_are_tokens_of_the_model_and_none_is_special():
-    made = hidden(1.0, "replace", encoded(list(range(10, 210)), [7]))
+    made = hidden(1.0, "replace", make_encoded(list(range(10, 210)), [7]))
     assert all(0 <= t < len(LLAMA.tokenizer) for t in made.ids)
     assert not set(made.ids) & set(LLAMA.tokenizer.all_special_ids)
 
@@ -233,7 +233,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 
 def test_the_encoder_and_the_batch_agree_on_what_is_learned():
-    from tests.support.models import example
+    from tests.support.models import make_example
 
-    e = Encoder(LLAMA.tokenizer).train(example("Do it.", "a b", "red"), 0)
+    e = Encoder(LLAMA.tokenizer).train(make_example("Do it.", "a b", "red"), 0)
     assert LLAMA.tokenizer.decode(LLAMA.batch([e]).targets) == "red<eos>"

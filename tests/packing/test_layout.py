@@ -20,9 +20,9 @@ from continual.packing.batch import Layout
 from continual.packing.layout import OVERHEAD, blocked, grouped
 from continual.packing.support import probe
 from tests.support.architectures import OWN_RULES, READ
-from tests.support.models import encoded, model
+from tests.support.models import make_encoded, make_text_model
 
-LLAMA = model(dtype=torch.float64)
+LLAMA = make_text_model(dtype=torch.float64)
 
 
 def made(network) -> Model:
@@ -45,10 +45,10 @@ def two_instructions(n: int = 12, length: int = 30) -> list[Encoded]:
     before = [draw(rng, length), draw(rng, length)]
     return [
         *(
-            encoded(before[i % 2] + draw(rng, i % 5 * 2), draw(rng, 1 + i % 3), f"e{i}", i % 2)
+            make_encoded(before[i % 2] + draw(rng, i % 5 * 2), draw(rng, 1 + i % 3), f"e{i}", i % 2)
             for i in range(n)
         ),
-        encoded([7], [8, 9], "other", 2),
+        make_encoded([7], [8, 9], "other", 2),
     ]
 
 
@@ -135,11 +135,11 @@ def test_networks_that_cannot_read_a_flat_row_are_found_out(network):
 
 def test_a_network_that_cannot_read_a_flat_row_says_so_and_is_padded(capsys):
     from continual.models.loading import assemble
-    from tests.support.models import byte_bpe
+    from tests.support.models import train_byte_bpe
 
     net = assemble(
         tf.BloomForCausalLM(tf.BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=2)),
-        byte_bpe(),
+        train_byte_bpe(),
     )
     assert not net.layout.flat
     assert capsys.readouterr().err == (
@@ -164,7 +164,7 @@ def batches(draw_one):
     tokens = st.lists(st.integers(5, 7), min_size=1, max_size=6)
     stem = st.sampled_from([(), (5,) * 60, (6,) * 90, (5,) * 30 + (7,) * 40])
     one = st.builds(
-        lambda s, prompt, response: encoded([*s, *prompt], response), stem, tokens, tokens
+        lambda s, prompt, response: make_encoded([*s, *prompt], response), stem, tokens, tokens
     )
     return (
         draw_one(st.lists(one, min_size=1, max_size=9)),
@@ -198,7 +198,7 @@ def test_a_row_gives_each_example_the_loss_it_has_alone(drawn):
 
 def test_a_tasks_shared_instruction_is_read_once():
     instruction = list(range(10, 110))
-    examples = [encoded([*instruction, i], [7], f"e{i}") for i in range(9)]
+    examples = [make_encoded([*instruction, i], [7], f"e{i}") for i in range(9)]
     batch = LLAMA.batch(examples)
     assert batch.inputs["input_ids"].shape == (1, 100 + 9)
 
@@ -209,7 +209,7 @@ def test_several_tasks_in_one_batch_share_a_prefix_each():
 
 
 def test_a_response_is_never_part_of_a_shared_prefix():
-    same = [encoded(list(range(10, 90)), [7, 8, 9], f"e{i}") for i in range(4)]
+    same = [make_encoded(list(range(10, 90)), [7, 8, 9], f"e{i}") for i in range(4)]
     assert list(grouped(same)) == [(80, [0, 1, 2, 3])]
 
 

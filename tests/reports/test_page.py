@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from continual.reports import write
-from tests.support.fake_run import SKILLS, fake_adapt, fake_run
+from tests.support.fake_run import SKILLS, write_fake_adaptation, write_fake_run
 
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -45,16 +45,19 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     for seed in range(3):
         for strategy in ("naive", "ewc", "replay"):
-            one = fake_run(
+            one = write_fake_run(
                 root / f"c/{strategy}-{seed}",
                 strategy,
                 seed,
                 settings={"strength": strategy},
-                says=EVIL,
+                wrong_text=EVIL,
             )
             (one / "report.html").touch()  # their own pages are no matter here
-    fake_run(root / "c/joint-0", "naive", 0, joint=True)
-    run, new = fake_run(root / "run", "multitask", notes=True, says=EVIL), fake_adapt(root / "new")
+    write_fake_run(root / "c/joint-0", "naive", 0, joint=True)
+    run, new = (
+        write_fake_run(root / "run", "multitask", notes=True, wrong_text=EVIL),
+        write_fake_adaptation(root / "new"),
+    )
     with (run / "events.jsonl").open("a") as file:
         for step in range(10, 96, 20):
             file.write(
@@ -78,7 +81,7 @@ def folders(tmp_path_factory):
     told = {"schema": 1, "stages": ["base", *SKILLS], "probes": {"general ability": probe}}
     (run / "probes.json").write_text(json.dumps(told))
     for strategy in ("naive", "ewc"):
-        fake_run(root / f"few/{strategy}-0", strategy, tasks=SKILLS[:3])
+        write_fake_run(root / f"few/{strategy}-0", strategy, tasks=SKILLS[:3])
     write.write(root / "c")
     write.write(run)
     write.write(root / "few")

@@ -16,7 +16,7 @@ from continual.reports import figures, write
 from continual.reports.pages import laid_out, samples
 from continual.results.matrix import Matrix, forgotten
 from continual.results.run_folder import Run, grouped, reference
-from tests.support.fake_run import SKILLS, fake_adapt, fake_matrix, fake_run
+from tests.support.fake_run import SKILLS, make_fake_matrix, write_fake_adaptation, write_fake_run
 from tests.support.pages import EVIL, Page, page
 
 
@@ -35,8 +35,8 @@ def terminal(*folders, width=120):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = fake_run(
-        tmp_path_factory.mktemp("r") / "multitask-0", "multitask", notes=True, says=EVIL
+    folder = write_fake_run(
+        tmp_path_factory.mktemp("r") / "multitask-0", "multitask", notes=True, wrong_text=EVIL
     )
     write.write(folder)
     return folder
@@ -47,11 +47,11 @@ def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("c") / "compare"
     for seed in range(2):
         for strategy in ("naive", "ewc", "replay"):
-            fake_run(folder / f"{strategy}-{seed}", strategy, seed)
-        fake_run(
+            write_fake_run(folder / f"{strategy}-{seed}", strategy, seed)
+        write_fake_run(
             folder / f"joint-{seed}", "naive", seed, joint=True, settings={"arrangement": "joint"}
         )
-    fake_run(folder / "maml-0", "maml", finished=False)
+    write_fake_run(folder / "maml-0", "maml", finished=False)
     (folder / "maml-1").mkdir()
     (folder / "maml-1" / "config.yaml").write_text("seed: 1\n")
     write.write(folder)
@@ -108,7 +108,7 @@ def test_text_of_prompts_and_answers_is_shown_and_never_run(run):
 
 
 def test_task_names_and_settings_are_escaped_in_pages_and_charts(tmp_path):
-    folder = fake_run(tmp_path / "r", tasks=("<b>a", "c&d"), settings={"note": "<i>"})
+    folder = write_fake_run(tmp_path / "r", tasks=("<b>a", "c&d"), settings={"note": "<i>"})
     write.write(folder)
     told = page(folder)
     html = (folder / "report.html").read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def test_task_names_and_settings_are_escaped_in_pages_and_charts(tmp_path):
 
 
 def test_samples_tell_the_forgotten_from_what_was_never_learned(tmp_path):
-    told = {t["task"]: t for t in samples(Run.read(fake_run(tmp_path / "r", "naive")))}
+    told = {t["task"]: t for t in samples(Run.read(write_fake_run(tmp_path / "r", "naive")))}
     first, last = told[SKILLS[0]], told[SKILLS[-1]]
     assert first["sorts"]["forgotten"] > 0
     assert last["sorts"]["forgotten"] == 0
@@ -128,7 +128,7 @@ def test_samples_tell_the_forgotten_from_what_was_never_learned(tmp_path):
 
 
 def test_predictions_without_an_answer_such_as_perplexities_are_shown_too(tmp_path):
-    folder = fake_run(tmp_path / "r", tasks=("a", "b"))
+    folder = write_fake_run(tmp_path / "r", tasks=("a", "b"))
     for path in (folder / "predictions").rglob("*.jsonl"):
         path.write_text(
             json.dumps(
@@ -140,7 +140,7 @@ def test_predictions_without_an_answer_such_as_perplexities_are_shown_too(tmp_pa
 
 
 def test_steps_told_again_after_a_resume_are_drawn_once(tmp_path):
-    folder = fake_run(tmp_path / "r", tasks=("a", "b"))
+    folder = write_fake_run(tmp_path / "r", tasks=("a", "b"))
     lines = (folder / "events.jsonl").read_text().splitlines(keepends=True)
     once, _ = laid_out(Run.read(folder))
     (folder / "events.jsonl").write_text("".join([*lines[:9], '{"event": "st\n', *lines]))
@@ -152,7 +152,7 @@ def test_steps_told_again_after_a_resume_are_drawn_once(tmp_path):
 
 
 def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
-    folder = fake_run(tmp_path / "r", finished=False)
+    folder = write_fake_run(tmp_path / "r", finished=False)
     write.write(folder)
     for told in (page(folder).text, terminal(folder)):
         assert "unfinished" in told
@@ -162,7 +162,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
 def test_a_run_of_base_row_only_and_no_events_has_a_page(tmp_path):
     folder = tmp_path / "r"
     folder.mkdir()
-    whole = fake_matrix()
+    whole = make_fake_matrix()
     replace(whole, stages=whole.stages[:1], scores=whole.scores[:1], cost={}).save(
         folder / "matrix.json"
     )
@@ -198,7 +198,7 @@ def test_the_terminal_shows_the_matrix_and_the_summaries_of_a_run(run):
 
 
 def test_scores_within_a_stage_stand_at_their_step_of_all(tmp_path):
-    folder = fake_run(tmp_path / "r")
+    folder = write_fake_run(tmp_path / "r")
     with (folder / "events.jsonl").open("a") as file:
         for step, score in ((20, 0.9), (10, 0.95), (20, 0.8)):  # a resumed run tells a step anew
             file.write(
@@ -216,14 +216,14 @@ def test_scores_within_a_stage_stand_at_their_step_of_all(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["naive", "ewc", "replay"])
 def test_forgetting_so_far_ends_in_the_published_forgetting(strategy):
-    matrix = fake_matrix(strategy)
+    matrix = make_fake_matrix(strategy)
     assert forgotten(matrix)[0] is None
     assert forgotten(matrix)[-1] == pytest.approx(matrix.summary()["forgetting"])
 
 
 def test_a_band_is_drawn_where_there_are_three_runs(comparison, tmp_path):
     for seed in range(3):
-        (fake_run(tmp_path / f"c/{seed}", "ewc", seed) / "report.html").touch()
+        (write_fake_run(tmp_path / f"c/{seed}", "ewc", seed) / "report.html").touch()
     write.write(tmp_path / "c")
     title = "Average over the tasks learned so far"
     (three,) = charts(tmp_path / "c")[title]["series"]
@@ -235,7 +235,7 @@ def test_a_band_is_drawn_where_there_are_three_runs(comparison, tmp_path):
 
 
 def test_a_narrow_terminal_shows_a_long_stream_by_numbers_whole(tmp_path):
-    folder = fake_run(tmp_path / "r", tasks=tuple(f"a_long_task_name_{i}" for i in range(15)))
+    folder = write_fake_run(tmp_path / "r", tasks=tuple(f"a_long_task_name_{i}" for i in range(15)))
     told = terminal(folder, width=100)
     assert "…" not in told
     last = next(line for line in told.splitlines() if line.startswith("15 a_long"))
@@ -303,7 +303,7 @@ def test_a_comparison_links_to_the_runs_own_pages_and_writes_missing_ones(compar
 
 def test_runs_of_one_strategy_with_other_settings_are_other_groups(tmp_path):
     for name, strength, seed in (("a", 1, 0), ("b", 1, 1), ("c", 10, 0)):
-        fake_run(tmp_path / name, "ewc", seed, settings={"strength": strength})
+        write_fake_run(tmp_path / name, "ewc", seed, settings={"strength": strength})
     groups = grouped([Run.read(tmp_path / name) for name in "abc"])
     assert {group.label: len(group.runs) for group in groups} == {
         "ewc strength=1": 2,
@@ -326,7 +326,7 @@ def test_a_long_fraction_is_told_in_three_digits_where_they_tell_it_apart(
     tmp_path, strengths, labels
 ):
     runs = [
-        Run.read(fake_run(tmp_path / str(n), "ewc", settings={"strength": s}))
+        Run.read(write_fake_run(tmp_path / str(n), "ewc", settings={"strength": s}))
         for n, s in enumerate(strengths)
     ]
     assert {group.label for group in grouped(runs)} == labels
@@ -334,7 +334,7 @@ def test_a_long_fraction_is_told_in_three_digits_where_they_tell_it_apart(
 
 def test_several_orders_are_one_group_and_the_page_says_which_order_its_panels_show(tmp_path):
     for i, tasks in enumerate((SKILLS, SKILLS, SKILLS[::-1])):
-        fake_run(
+        write_fake_run(
             tmp_path / "c" / str(i),
             "replay",
             seed=i,
@@ -348,7 +348,7 @@ def test_several_orders_are_one_group_and_the_page_says_which_order_its_panels_s
 
 
 def test_run_folders_from_anywhere_are_compared_into_a_folder_of_their_own(tmp_path, comparison):
-    other = fake_run(tmp_path / "elsewhere", "multitask")
+    other = write_fake_run(tmp_path / "elsewhere", "multitask")
     written = write.write(comparison, other, out=tmp_path / "both")
     assert [path.name for path in written] == [
         "comparison.json",
@@ -364,7 +364,7 @@ def test_run_folders_from_anywhere_are_compared_into_a_folder_of_their_own(tmp_p
 
 
 def test_an_adaptation_shows_its_curve_by_steps_and_shots(tmp_path):
-    folder = fake_adapt(tmp_path / "a")
+    folder = write_fake_adaptation(tmp_path / "a")
     write.write(folder)
     points = json.loads((folder / "curve.json").read_text())["points"]
     for told in (page(folder).text, terminal(folder)):
@@ -373,8 +373,8 @@ def test_an_adaptation_shows_its_curve_by_steps_and_shots(tmp_path):
 
 
 def test_adaptations_from_several_starts_are_drawn_over_one_another(tmp_path):
-    base = fake_adapt(tmp_path / "a")
-    meta = fake_adapt(tmp_path / "b", "runs/maml/checkpoints/stage-06", rate=0.1)
+    base = write_fake_adaptation(tmp_path / "a")
+    meta = write_fake_adaptation(tmp_path / "b", "runs/maml/checkpoints/stage-06", rate=0.1)
     write.write(base, meta, out=tmp_path / "both")
     drawn = charts(tmp_path / "both")["Adapting to rotate"]
     assert [series["name"] for series in drawn["series"]] == [
@@ -385,7 +385,7 @@ def test_adaptations_from_several_starts_are_drawn_over_one_another(tmp_path):
 
 
 def test_runs_and_adaptations_share_a_page(tmp_path):
-    run, curve = fake_run(tmp_path / "r"), fake_adapt(tmp_path / "a")
+    run, curve = write_fake_run(tmp_path / "r"), write_fake_adaptation(tmp_path / "a")
     written = write.write(run, curve, out=tmp_path / "both")
     assert [path.name for path in written] == ["report.html", "curves.png"]
     assert {*SKILLS, "Adapting to rotate"} <= charts(tmp_path / "both").keys()
@@ -414,11 +414,11 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_broken_curve_or_prediction_is_named(tmp_path):
-    folder = fake_adapt(tmp_path / "a")
+    folder = write_fake_adaptation(tmp_path / "a")
     (folder / "curve.json").write_text('{"schema": 7}')
     with pytest.raises(DataError, match=r"curve\.json: no curve of schema 1"):
         write.write(folder)
-    folder = fake_run(tmp_path / "r")
+    folder = write_fake_run(tmp_path / "r")
     path = folder / "predictions" / "stage-06" / f"{SKILLS[0]}.jsonl"
     path.write_text('{"id": "a", "score": 1}\n{"id": "b"}\noops\n')
     with pytest.raises(DataError, match=r"reverse\.jsonl:2: .*\n.*reverse\.jsonl:3:1: "):

@@ -13,7 +13,7 @@ from continual.errors import DataError
 from continual.results.matrix import Matrix
 from continual.results.published import read
 from continual.results.variants import VARIANTS
-from tests.support.fake_run import fake_run
+from tests.support.fake_run import write_fake_run
 from tests.support.matrices import CITB, KNOWN, PUBLISHED, THREE
 
 SCORES = "stage,a,b,c\nbase,0.1,0.2,0\na,0.8,0.3,0.1\nb,0.9,0.7,0.25\nc,0.5,0.4,1\n"
@@ -123,7 +123,7 @@ def test_json_has_every_form_its_definition_and_the_mean_over_repetitions(cli, s
 
 def test_a_run_and_a_comparison_are_read_with_their_runs(cli, tmp_path):
     for seed in range(2):
-        fake_run(tmp_path / "c" / f"ewc-{seed}", "ewc", seed)
+        write_fake_run(tmp_path / "c" / f"ewc-{seed}", "ewc", seed)
     code, out, _ = cli("verify", tmp_path / "c")
     assert code == 0
     assert "2 matrices" in out
@@ -143,7 +143,7 @@ def test_a_stated_summary_that_the_scores_do_not_give_is_told_after_the_tables(c
 
 
 def test_answers_that_were_marked_otherwise_than_the_matrix_says_are_told(cli, tmp_path):
-    folder = fake_run(tmp_path / "r", "ewc")
+    folder = write_fake_run(tmp_path / "r", "ewc")
     path = folder / "predictions" / "stage-02" / "reverse.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**row, "score": 0.25}) + "\n" for row in rows))
@@ -153,7 +153,7 @@ def test_answers_that_were_marked_otherwise_than_the_matrix_says_are_told(cli, t
 
 
 def test_an_unfinished_run_is_named_and_in_no_figure(cli, tmp_path):
-    code, out, _ = cli("verify", fake_run(tmp_path / "r", finished=False))
+    code, out, _ = cli("verify", write_fake_run(tmp_path / "r", finished=False))
     assert code == 0
     assert "unfinished, and in no figure" in out
 

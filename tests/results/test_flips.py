@@ -17,7 +17,7 @@ from continual.reports import write
 from continual.results.flips import Flip, counts, flips
 from continual.results.matrix import Matrix
 from continual.results.run_folder import Run
-from tests.support.fake_run import fake_run
+from tests.support.fake_run import write_fake_run
 
 STAGES = ("base", "a", "b", "c")
 
@@ -111,7 +111,7 @@ def test_every_fall_of_every_example_is_found_with_its_answers_and_its_return(hi
 
 
 def test_what_falls_and_comes_back_changes_the_score_by_as_much(tmp_path):
-    run = Run.read(fake_run(tmp_path / "run", "naive"))
+    run = Run.read(write_fake_run(tmp_path / "run", "naive"))
     found, size = counts(flips(run)), 20
     for task in run.matrix.tasks:
         right = [

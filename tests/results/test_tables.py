@@ -19,8 +19,8 @@ from continual.reports import write
 from continual.results import tables
 from continual.results.matrix import Matrix, incremental, mean
 from continual.results.run_folder import Run, find, grouped
-from tests.support.fake_run import SKILLS, fake_adapt, fake_run
-from tests.support.models import run as small_run
+from tests.support.fake_run import SKILLS, write_fake_adaptation, write_fake_run
+from tests.support.models import run_in_process as small_run
 
 ROOT = Path(__file__).parents[2]
 KINDS = {
@@ -40,11 +40,11 @@ def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("c") / "runs" / "compare"
     for seed in range(2):
         for strategy in ("naive", "replay"):
-            fake_run(folder / f"{strategy}-{seed}", strategy, seed)
-        fake_run(
+            write_fake_run(folder / f"{strategy}-{seed}", strategy, seed)
+        write_fake_run(
             folder / f"joint-{seed}", "naive", seed, joint=True, settings={"arrangement": "joint"}
         )
-    fake_run(folder / "maml-0", "maml", finished=False)
+    write_fake_run(folder / "maml-0", "maml", finished=False)
     return folder
 
 
@@ -196,7 +196,7 @@ def test_what_there_is_no_table_of_is_refused(comparison, tmp_path):
     with pytest.raises(MissingError, match="there is no such folder"):
         continual.load_runs(tmp_path / "nowhere")
     with pytest.raises(DataError, match="an adapt folder has a curve"):
-        continual.load_runs(fake_adapt(tmp_path / "adapt"))
+        continual.load_runs(write_fake_adaptation(tmp_path / "adapt"))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_what_there_is_no_table_of_is_refused(comparison, tmp_path):
     ],
 )
 def test_a_value_that_its_column_cannot_hold_names_the_run(what, file, old, new, tmp_path):
-    folder = fake_run(tmp_path / "r")
+    folder = write_fake_run(tmp_path / "r")
     sound = (folder / file).read_text()
     assert old in sound
     (folder / file).write_text(sound.replace(old, new))
@@ -221,7 +221,7 @@ def test_a_value_that_its_column_cannot_hold_names_the_run(what, file, old, new,
 
 
 def test_a_step_that_is_no_whole_number_is_refused_and_not_rounded(tmp_path):
-    folder = fake_run(tmp_path / "r")
+    folder = write_fake_run(tmp_path / "r")
     log = (folder / "events.jsonl").read_text()
     (folder / "events.jsonl").write_text(log.replace('"step": 10,', '"step": 10.5,', 1))
     with pytest.raises(
@@ -231,7 +231,7 @@ def test_a_step_that_is_no_whole_number_is_refused_and_not_rounded(tmp_path):
 
 
 def test_a_link_out_of_a_folder_is_not_followed(comparison, tmp_path):
-    folder = fake_run(tmp_path / "r")
+    folder = write_fake_run(tmp_path / "r")
     (folder / "events.jsonl").unlink()
     (folder / "events.jsonl").symlink_to(comparison / "naive-0" / "events.jsonl")
     with pytest.raises(DataError, match="is a link to"):

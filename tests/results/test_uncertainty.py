@@ -37,7 +37,7 @@ from continual.results.uncertainty import (
     over_runs,
     paired,
 )
-from tests.support.fake_run import fake_run
+from tests.support.fake_run import write_fake_run
 
 TASKS = ("a", "b", "c")
 
@@ -176,7 +176,7 @@ def test_an_interval_does_not_hang_on_the_order_of_the_examples(seed, random):
 
 
 def test_all_summaries_that_a_run_has_get_their_interval_on_a_run_folder(tmp_path):
-    run = Run.read(fake_run(tmp_path / "r", "ewc"))
+    run = Run.read(write_fake_run(tmp_path / "r", "ewc"))
     told = intervals(run)
     assert set(told) == set(SUMMARIES)
     for name, value in run.matrix.summary().items():
@@ -189,12 +189,12 @@ def test_a_summary_that_the_run_lacks_has_no_interval(tmp_path):
     assert set(intervals(run)) == set(SUMMARIES) - {"forward_transfer"}  # there is no base row
     half = known({task: table[:2] for task, table in run.tables.items()}, stages=TASKS[:2])
     assert intervals(half) == {}
-    unfinished = Run.read(fake_run(tmp_path / "r", finished=False))
+    unfinished = Run.read(write_fake_run(tmp_path / "r", finished=False))
     assert intervals(unfinished) == {}
 
 
 def test_answers_that_are_not_all_there_or_not_the_matrix_s_give_no_interval(tmp_path):
-    folder = fake_run(tmp_path / "r", "ewc")
+    folder = write_fake_run(tmp_path / "r", "ewc")
     first = folder / "predictions" / "stage-01" / "reverse.jsonl"
     text = first.read_text()
     first.write_text("".join(text.splitlines(keepends=True)[:-1]))
@@ -323,9 +323,9 @@ def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("c") / "compare"
     for seed in range(2):
         for strategy in ("naive", "ewc", "replay"):
-            fake_run(folder / f"{strategy}-{seed}", strategy, seed)
-    fake_run(folder / "joint-0", "naive", 0, joint=True, settings={"arrangement": "joint"})
-    fake_run(folder / "maml-0", "maml", finished=False)
+            write_fake_run(folder / f"{strategy}-{seed}", strategy, seed)
+    write_fake_run(folder / "joint-0", "naive", 0, joint=True, settings={"arrangement": "joint"})
+    write_fake_run(folder / "maml-0", "maml", finished=False)
     return folder
 
 
@@ -379,7 +379,7 @@ def test_the_terminal_and_comparison_json_say_how_strategies_differ(comparison):
 
 
 def test_the_terminal_shows_a_run_s_intervals_with_n_or_says_why_there_are_none(tmp_path):
-    folder = fake_run(tmp_path / "r", "ewc")
+    folder = write_fake_run(tmp_path / "r", "ewc")
 
     def shown():
         screen = io.StringIO()

@@ -9,13 +9,13 @@ import signal
 
 import pytest
 import torch
-from tests.support.fake_run import fake_adapt
+from tests.support.fake_run import write_fake_adaptation
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
-from tests.support.models import byte_bpe, run, stream_text, write_model
-from tests.support.toy import close, same
+from tests.support.models import train_byte_bpe, run_in_process, stream_text, write_model
+from tests.support.toy import all_close, bitwise_equal
 from transformers import AutoModelForCausalLM
 
 from continual.cli import main
@@ -27,7 +27,7 @@ from continual.tracking import events
 from continual.training import stage
 from continual.errors import DataError
 from continual.runs.signals import Stopped
-from continual.inference.reopen import Source, reopen
+from continual.inference.reopen import ModelSource, load_run_model
 from continual.results.curve import Curve
 from continual.reports.reach import reach
 
@@ -35,8 +35,8 @@ QUICK = ("task=loud", "adapt.steps=3", "adapt.at=[0,2]", "adapt.shots=[2,5,null]
 
 
 def adapted(out, keys, *more):
-    events.quiet()
-    return adapt.adapt(main.configure("adapt", [*keys, *QUICK, *more, f"out={out}"]), Console(file=io.StringIO()))
+    events.silence_libraries()
+    return adapt.adapt(main.compose_config("adapt", [*keys, *QUICK, *more, f"out={out}"]), Console(file=io.StringIO()))
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def learned(monkeypatch):
 # The command
 
 def test_checkpoint_and_task_are_short_for_the_start_and_the_one_task_of_the_stream(keys):
-    short = main.configure("adapt", [*keys, "checkpoint=runs/a", "task=loud", "stream.arrange=joint", "out=x"])
-    long = main.configure("adapt", [*keys, "adapt.start=runs/a", "stream.tasks=[loud]", "stream.arrangement=joint",
+    short = main.compose_config("adapt", [*keys, "checkpoint=runs/a", "task=loud", "stream.arrange=joint", "out=x"])
+    long = main.compose_config("adapt", [*keys, "adapt.start=runs/a", "stream.tasks=[loud]", "stream.arrangement=joint",
                                    "out=x"])
     assert short == long
 
 
 def test_checkpoint_starts_from_a_run(cli, keys, tmp_path):
-    run(tmp_path / "run", keys, "stream.tasks=[first]", "train.steps=1")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]", "train.steps=1")
     code, out, err = cli("adapt", *keys, *QUICK, f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'new'}")
     assert code == 0, err
     assert "mean of 2 draws" in out.replace("\n", " ")
@@ -74,15 +74,15 @@ def test_it_starts_from_the_runs_network_whatever_its_own_seed(keys, tmp_path, m
     """The embedding of the end of sequence that its tokenizer lacked was drawn by the run's seed,
     and is frozen.
     """
-    bare = write_model(tmp_path / "model", tokenizer=byte_bpe(stream_text(), eos=None, pad=None))
+    bare = write_model(tmp_path / "model", tokenizer=train_byte_bpe(stream_text(), eos=None, pad=None))
     more, curves, started = (f"model.name={bare}", "model.adapter=lora"), adapt.curves, []
-    run(tmp_path / "run", keys, *more, "stream.tasks=[first]", "train.steps=1", "seed=1")
+    run_in_process(tmp_path / "run", keys, *more, "stream.tasks=[first]", "train.steps=1", "seed=1")
     monkeypatch.setattr(adapt, "curves", lambda bench, *rest: started.append(state(bench)) or curves(bench, *rest))
     adapted(tmp_path / "new", keys, *more, "adapt.draws=1", f"checkpoint={tmp_path / 'run'}", "seed=2")
-    begun, new = (reopen(Source.read(tmp_path / name), main.configure("run", ["device=cpu"])) for name in ("run", "new"))
-    begun.at("first")
-    assert same(started[0], state(begun))
-    assert same(*({n: w for n, w in state(opened).items() if "lora_" not in n} for opened in (begun, new)))
+    begun, new = (load_run_model(ModelSource.load(tmp_path / name), main.compose_config("run", ["device=cpu"])) for name in ("run", "new"))
+    begun.load_stage("first")
+    assert bitwise_equal(started[0], state(begun))
+    assert bitwise_equal(*({n: w for n, w in state(opened).items() if "lora_" not in n} for opened in (begun, new)))
 
 
 def state(held):
@@ -99,8 +99,8 @@ META = ("strategy=maml", "strategy.maml.inner_lr=0.05", "stream.arrange=episodes
 @pytest.fixture(scope="module")
 def prepared(keys, tmp_path_factory):
     """A run of first-order MAML."""
-    events.quiet()
-    run(out := tmp_path_factory.mktemp("prepared") / "maml", keys, *META)
+    events.silence_libraries()
+    run_in_process(out := tmp_path_factory.mktemp("prepared") / "maml", keys, *META)
     return out
 
 
@@ -110,14 +110,14 @@ def test_by_the_inner_rule_it_takes_plain_sgd_at_the_inner_lr_whatever_train_say
     adapted(tmp_path / "sgd", keys, start, "train.optimizer=sgd", "train.lr=0.05", "train.clip=null")
     adapted(tmp_path / "adamw", keys, start)
     inner, sgd, adamw = (load_file(tmp_path / out / "model/model.safetensors") for out in ("inner", "sgd", "adamw"))
-    assert close(inner, sgd, rtol=1e-5, atol=1e-7)
-    assert not close(inner, adamw, rtol=1e-2, atol=1e-4)
+    assert all_close(inner, sgd, rtol=1e-5, atol=1e-7)
+    assert not all_close(inner, adamw, rtol=1e-2, atol=1e-4)
     told = [Curve.read(tmp_path / out).origin for out in ("inner", "sgd")]
     assert told == ["maml stage-01, inner loop", "maml stage-01"]
 
 
 def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(keys, tmp_path):
-    run(tmp_path / "run", keys, *META, "strategy.maml.inner=meta_sgd", "strategy.maml.rates_lr=0.02")
+    run_in_process(tmp_path / "run", keys, *META, "strategy.maml.inner=meta_sgd", "strategy.maml.rates_lr=0.02")
     checkpoint = tmp_path / "run/checkpoints/stage-01"
     rates = load_file(checkpoint / "memory.safetensors")["memory/rates"]
     adapted(tmp_path / "new", keys, f"checkpoint={checkpoint}", "adapt.rule=inner", "adapt.steps=1", "adapt.draws=1",
@@ -145,7 +145,7 @@ def test_an_inner_rule_that_cannot_be_is_refused(refused, keys, tmp_path, prepar
 
 
 def test_a_start_that_was_prepared_for_no_inner_loop_is_refused(refused, keys, tmp_path):
-    run(tmp_path / "run", keys, "stream.tasks=[first]", "train.steps=1")
+    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]", "train.steps=1")
     told = refused("adapt", *keys, "task=loud", f"checkpoint={tmp_path / 'run'}", "adapt.rule=inner",
                    f"out={tmp_path / 'new'}")
     assert "Strategy has no inner loop" in told
@@ -212,7 +212,7 @@ def test_a_killed_adaptation_keeps_its_finished_curves_and_ends_as_if_it_had_not
     assert len(learned) == killed + 2
     for name in ("curve.json", "curves.png"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert same(*(load_file(tmp_path / out / "model/model.safetensors") for out in ("cut", "whole")))
+    assert bitwise_equal(*(load_file(tmp_path / out / "model/model.safetensors") for out in ("cut", "whole")))
     assert not (tmp_path / "cut/curve.unfinished.json").exists()
 
 
@@ -261,14 +261,14 @@ def written(folder, *points, start="base", task="rotate"):
 
 
 def test_a_curve_without_draws_is_read_as_one_draw(tmp_path):
-    curve = Curve.read(fake_adapt(tmp_path / "a"))
+    curve = Curve.read(write_fake_adaptation(tmp_path / "a"))
     assert curve.draws == 1
     assert [(step, score, score) for step, score in curve.of(64)] == curve.band(64)
 
 
 @pytest.mark.parametrize("draw", ['"first"', "-1", "1e999", "[]"])
 def test_a_draw_that_is_none_is_refused(tmp_path, draw):
-    fake_adapt(tmp_path / "a")
+    write_fake_adaptation(tmp_path / "a")
     point = f'{{"shots": 1, "step": 0, "score": 1, "draw": {draw}}}'
     (tmp_path / "a/curve.json").write_text(
         f'{{"schema": 1, "task": "a", "metric": "m", "start": "base", "points": [{point}]}}')

@@ -9,7 +9,7 @@ import shutil
 from tests.support import subprocesses
 import pytest
 import yaml
-from tests.support.models import TASKS, run, write_stream
+from tests.support.models import TASKS, run_in_process, write_stream
 
 from continual.results import comparison
 from continual.training import scratch
@@ -49,7 +49,7 @@ def test_runs_side_by_side_end_as_one_run_alone_does_and_a_failed_one_leaves_the
     assert "2 of the runs failed; mend what they say, and give the command again:\n  continual compare " in err
     assert err.count("failed: unknown stream.order 'nope'") == 2
     assert names(tmp_path / "it") == {f"seed=0_strategy={s}_stream.order=given" for s in ("naive", "replay")}
-    alone, _ = run(tmp_path / "alone", keys, *SMALL, "stream.order=given", "strategy=replay")
+    alone, _ = run_in_process(tmp_path / "alone", keys, *SMALL, "stream.order=given", "strategy=replay")
     beside = tmp_path / "it" / "seed=0_strategy=replay_stream.order=given"
     assert Matrix.load(beside / "matrix.json").scores == alone.scores
     for task in ("first", "loud"):
@@ -230,7 +230,7 @@ def test_a_damaged_plan_is_one_clear_error(tmp_path, text):
 # One model for all
 
 def build(folder):
-    from streams.folder import folder as stream
+    from streams.folder import load_folder as stream
 
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     scratch.build(stream=stream(path=str(folder / "stream"), seed=0), hidden=16, layers=1, heads=2, context=64,
@@ -239,8 +239,8 @@ def build(folder):
 
 def test_processes_that_need_the_same_scratch_model_build_it_once(tmp_path):
     write_stream(tmp_path / "stream", TASKS[:1])
-    both = [subprocesses.Apart(tmp_path / f"said-{i}", build, tmp_path) for i in range(2)]
-    assert [process.ended()[0] for process in both] == [0, 0]
+    both = [subprocesses.Subprocess(tmp_path / f"said-{i}", build, tmp_path) for i in range(2)]
+    assert [process.wait()[0] for process in both] == [0, 0]
     kept = [p for p in (tmp_path / "cache/continual/models").iterdir() if p.suffix != ".lock"]
     assert len(kept) == 1
     assert (kept[0] / "model.safetensors").is_file()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.support import toy
 from safetensors.torch import load_file
-from tests.support.models import TASKS, lines, run, write_model, write_rows
+from tests.support.models import TASKS, load_json_lines, run_in_process, write_model, write_rows
 
 from continual.training import checkpoint
 from continual.runs.forgetting_monitor import aside
@@ -40,14 +40,14 @@ def ends(out):
 def assert_same(a, b):
     (scores, one), (others, other) = ends(a), ends(b)
     assert scores == others
-    assert toy.same(one, other)
+    assert toy.bitwise_equal(one, other)
 
 
 @pytest.fixture(scope="module")
 def looked(keys, tmp_path_factory):
     """A run that looks at all test rows every second of its stages' four steps."""
     out = tmp_path_factory.mktemp("early") / "looked"
-    return out, *run(out, keys, *LOOK, "score.during_examples=99")
+    return out, *run_in_process(out, keys, *LOOK, "score.during_examples=99")
 
 
 # What is told
@@ -87,10 +87,10 @@ def test_the_sample_is_the_same_all_the_run_through_and_another_of_another_seed(
     chosen = {}
     for seed in (0, 1):
         out = tmp_path / str(seed)
-        run(out, keys, *LOOK, "score.during_examples=2", f"seed={seed}", "train.lr=0")
+        run_in_process(out, keys, *LOOK, "score.during_examples=2", f"seed={seed}", "train.lr=0")
         told = {e["scores"]["first"] for e in points(out).values()}
         assert max(told) == pytest.approx(min(told)), "nothing was learned, and so the same examples score the same"
-        marks = [row["score"] for row in lines(out / "predictions/stage-00/first.jsonl")]
+        marks = [row["score"] for row in load_json_lines(out / "predictions/stage-00/first.jsonl")]
         chosen[seed] = next((i, j) for i in range(4) for j in range(i) if (marks[i] + marks[j]) / 2
                             == pytest.approx(min(told), rel=1e-6))
     assert chosen[0] != chosen[1]
@@ -120,19 +120,19 @@ def test_its_seconds_are_of_scoring_not_of_training(looked):
 def test_a_run_that_looks_ends_as_one_that_does_not_bit_for_bit(kind, keys, tmp_path):
     model = write_model(tmp_path / "model", "gpt2")  # which has dropout
     told = [*keys, f"model.name={model}", *kind]
-    run(tmp_path / "blind", told)
-    run(tmp_path / "looked", told, "score.during=1", "score.during_examples=3")
+    run_in_process(tmp_path / "blind", told)
+    run_in_process(tmp_path / "looked", told, "score.during=1", "score.during_examples=3")
     assert_same(tmp_path / "blind", tmp_path / "looked")
     assert len(points(tmp_path / "looked")) == 3 * 5
 
 
 def test_aside_a_model_may_be_routed_drawn_with_and_put_to_work_and_is_as_it_was():
-    made = toy.model()
+    made = toy.make_model()
     made.net.train()
     strategy = PerTask()
-    strategy.adapters = {"a": {n: torch.zeros_like(w) for n, w in toy.everything(made).items()}}
+    strategy.adapters = {"a": {n: torch.zeros_like(w) for n, w in toy.copy_parameters(made).items()}}
     strategy.home = {"a": "a"}
-    before = {n: w.clone() for n, w in toy.everything(made).items()}
+    before = {n: w.clone() for n, w in toy.copy_parameters(made).items()}
     random.seed(1)
     torch.manual_seed(1)
     expected = random.random(), torch.rand(1).item()
@@ -141,15 +141,15 @@ def test_aside_a_model_may_be_routed_drawn_with_and_put_to_work_and_is_as_it_was
     with aside(made, strategy):
         assert not made.net.training
         strategy.route(made, "a")
-        assert not any(w.any() for w in toy.everything(made).values())
+        assert not any(w.any() for w in toy.copy_parameters(made).values())
         random.random(), torch.rand(3)
     assert made.net.training
-    assert toy.same(before, toy.everything(made))
+    assert toy.bitwise_equal(before, toy.copy_parameters(made))
     assert (random.random(), torch.rand(1).item()) == expected
 
 
 def test_a_strategy_with_an_adapter_a_task_has_the_stage_s_own_answered_by_the_weights_at_hand(keys, tmp_path):
-    matrix, _ = run(tmp_path, keys, *LOOK, "score.during_examples=99", "strategy=per_task")
+    matrix, _ = run_in_process(tmp_path, keys, *LOOK, "score.during_examples=99", "strategy=per_task")
     told = points(tmp_path)
     for stage in (1, 2, 3):
         assert [*told[stage, 4]["scores"].values()] == pytest.approx(matrix.scores[stage][:stage])
@@ -169,9 +169,9 @@ def test_a_run_that_goes_on_within_a_stage_has_every_point_once(looked, keys, tm
 
     told = [*keys, *LOOK, "score.during_examples=99", "checkpoint.every_steps=3"]
     monkeypatch.setattr(checkpoint, "save", leave_a_copy)
-    run(whole, told)
+    run_in_process(whole, told)
     monkeypatch.undo()
-    _, said = run(out, told)
+    _, said = run_in_process(out, told)
     assert "from stage-02-step-00000003" in said
     plain = [{key: {k: v for k, v in e.items() if k not in ("time", "seconds")} for key, e in points(o).items()}
              for o in (looked[0], whole, out)]
@@ -186,8 +186,8 @@ def test_answers_of_an_earlier_stage_that_are_gone_are_named_with_the_mend(looke
     for path in ("checkpoints/stage-03", "predictions/stage-03"):
         shutil.rmtree(out / path)
     with pytest.raises(DataError, match=r"stage-01/first.jsonl: found no mark of every .* go on with score.during=nul"):
-        run(out, keys, *LOOK, "score.during_examples=99")
-    assert run(out, keys, *LOOK, "score.during=null")[0].scores == looked[1].scores
+        run_in_process(out, keys, *LOOK, "score.during_examples=99")
+    assert run_in_process(out, keys, *LOOK, "score.during=null")[0].scores == looked[1].scores
 
 
 # The gate
@@ -216,7 +216,7 @@ def clashing(clash, keys):
 def free(clash, keys, tmp_path_factory):
     """That run without a gate."""
     out = tmp_path_factory.mktemp("free")
-    run(out, keys, f"stream.path={clash}", *CLASH)
+    run_in_process(out, keys, f"stream.path={clash}", *CLASH)
     return out
 
 
@@ -235,9 +235,9 @@ def test_a_gate_stops_the_run_where_it_forgets_more_keeps_it_and_lets_it_go_on_w
     assert (out / f"checkpoints/stage-02-step-{last['step']:08d}").is_dir()
     assert "It was stopped by stop_if.forgetting=0.2" in " ".join(cli("report", out)[1].split())
 
-    before = lines(out / "events.jsonl")
+    before = load_json_lines(out / "events.jsonl")
     assert cli("run", *clashing, "stop_if.forgetting>0.2", f"out={out}")[0] == 3
-    assert lines(out / "events.jsonl") == before, "the same gate does not let it pass, and nothing is done"
+    assert load_json_lines(out / "events.jsonl") == before, "the same gate does not let it pass, and nothing is done"
 
     code, said, err = cli("run", *clashing, "stop_if.forgetting=null", f"out={out}")
     assert (code, "resuming" in err) == (0, True)
@@ -247,23 +247,23 @@ def test_a_gate_stops_the_run_where_it_forgets_more_keeps_it_and_lets_it_go_on_w
 
 def test_a_gate_that_is_raised_stops_the_run_again_where_it_is_passed(clashing, tmp_path):
     with pytest.raises(Gated):
-        run(tmp_path, clashing, "stop_if.forgetting=0.1")
+        run_in_process(tmp_path, clashing, "stop_if.forgetting=0.1")
     with pytest.raises(Gated, match=r"stopped by stop_if.forgetting=0.4: "):
-        run(tmp_path, clashing, "stop_if.forgetting=0.4")
-    gates = [e for e in lines(tmp_path / "events.jsonl") if e["event"] == "gate"]
+        run_in_process(tmp_path, clashing, "stop_if.forgetting=0.4")
+    gates = [e for e in load_json_lines(tmp_path / "events.jsonl") if e["event"] == "gate"]
     assert [e["limit"] for e in gates] == [0.1, 0.4]
     assert gates[0]["forgetting"] < gates[1]["forgetting"]
 
 
 def test_a_gate_stops_two_processes_alike_and_one_goes_on_to_the_same_end(clashing, free, tmp_path):
     out = tmp_path / "two"
-    told = [process.ended() for process in subprocesses.two(
-        tmp_path, subprocesses.command, "run", *clashing, "stop_if.forgetting=0.2", f"out={out}")]
+    told = [process.wait() for process in subprocesses.start_two_ranks(
+        tmp_path, subprocesses.run_command, "run", *clashing, "stop_if.forgetting=0.2", f"out={out}")]
     assert [code for code, _ in told] == [3, 3], told
     assert told[0][1].count("stopped by stop_if.forgetting=0.2") == 1
     seen, alone = points(out), points(free)
     assert {p: e["scores"] for p, e in seen.items()} == {p: pytest.approx(alone[p]["scores"], rel=1e-2) for p in seen}
-    matrix, _ = run(out, clashing)
+    matrix, _ = run_in_process(out, clashing)
     assert matrix.scores[-1] == pytest.approx(ends(free)[0][-1], abs=1e-2)
 
 
@@ -284,7 +284,7 @@ def test_what_stopped_a_run_is_read_with_care(looked, keys, tmp_path):
                  '{"schema": 1, "task": "a\\u001b", "step": 1, "forgetting": 1, "limit": 0}'):
         (out / "stopped.json").write_text(text)
         with pytest.raises(DataError, match=r"stopped.json"):
-            run(out, keys, *LOOK, "score.during_examples=99")
+            run_in_process(out, keys, *LOOK, "score.during_examples=99")
 
 
 @pytest.mark.parametrize(("words", "expected"), [

@@ -10,7 +10,7 @@ import torch
 from tests.support import toy
 from hydra import compose, initialize_config_module
 from rich.console import Console
-from tests.support.models import example, write_model
+from tests.support.models import make_example, write_model
 
 from benchmarks import common
 from continual.evaluation import scoring
@@ -28,20 +28,20 @@ SHORT = replace(toy.RECIPE, steps=2)
 
 
 def network(adapter="none"):
-    made = toy.model()
+    made = toy.make_model()
     if adapter != "none":
         made.net = adapt_with(made.net, adapter, LORA, seq2seq=False)
     return made
 
 
 def rehearsed(strategy, adapter="none", stages=2, recipe=SHORT):
-    return toy.rehearsed(partial(network, adapter), strategy, recipe, stages)
+    return toy.rehearse_stages(partial(network, adapter), strategy, recipe, stages)
 
 
 def executed(strategy, adapter="none", stages=2, recipe=SHORT):
     torch.manual_seed(0)
     model = network(adapter)
-    return [common.flops(lambda i=i: learn(model, toy.task(i), strategy, recipe, seed=i, log=lambda event: None))
+    return [common.flops(lambda i=i: learn(model, toy.make_task(i), strategy, recipe, seed=i, log=lambda event: None))
             for i in range(stages)]
 
 
@@ -54,18 +54,18 @@ def planned(model_folder, *words):
 
 @pytest.mark.parametrize(("name", "adapter"), [("naive", "lora"), ("maml", "none")])
 def test_a_rehearsal_counts_the_flops_that_a_stage_executes(name, adapter):
-    told = [s.flops for s in rehearsed(toy.configured(name), adapter)]
-    assert told == pytest.approx(executed(toy.configured(name), adapter), rel=1e-3)
+    told = [s.flops for s in rehearsed(toy.strategy_from_config(name), adapter)]
+    assert told == pytest.approx(executed(toy.strategy_from_config(name), adapter), rel=1e-3)
 
 
 def test_a_few_steps_stand_for_a_stage_s_work():
     """Within 5%, though rows differ in length."""
-    told = rehearsed(toy.configured("naive"), stages=1, recipe=toy.RECIPE)[0].flops
-    assert told == pytest.approx(executed(toy.configured("naive"), stages=1, recipe=toy.RECIPE)[0], rel=0.05)
+    told = rehearsed(toy.strategy_from_config("naive"), stages=1, recipe=toy.RECIPE)[0].flops
+    assert told == pytest.approx(executed(toy.strategy_from_config("naive"), stages=1, recipe=toy.RECIPE)[0], rel=0.05)
 
 
 def test_memory_has_its_parts():
-    stage = rehearsed(toy.configured("naive"), "lora", stages=1)[0]
+    stage = rehearsed(toy.strategy_from_config("naive"), "lora", stages=1)[0]
     model = network("lora")
     trained = sum(w.nbytes for w in weights(model).values())
     assert stage.weights == sum(t.nbytes for t in [*model.net.parameters(), *model.net.buffers()])
@@ -76,10 +76,10 @@ def test_memory_has_its_parts():
 
 
 def test_ewc_holds_an_anchor_and_an_importance_from_its_second_stage_on():
-    stages = rehearsed(toy.configured("ewc"))
+    stages = rehearsed(toy.strategy_from_config("ewc"))
     assert [s.strategy for s in stages] == [0, 2 * stages[0].gradients]
     assert all(s.end_flops > 0 for s in stages)
-    assert [s.flops for s in stages] == pytest.approx(executed(toy.configured("ewc")), rel=1e-3)
+    assert [s.flops for s in stages] == pytest.approx(executed(toy.strategy_from_config("ewc")), rel=1e-3)
 
 
 def test_early_stopping_is_planned_for_as_if_it_never_came():
@@ -88,13 +88,13 @@ def test_early_stopping_is_planned_for_as_if_it_never_came():
         model = network()
     ghosts.haunt(model.net)
     recipe = replace(toy.RECIPE, patience=1)
-    stage = rehearse(ghosts, model, toy.task(0), Strategy(), recipe, steps=2, seed=0)
-    assert stage.steps == recipe.total(len(toy.task(0).train))
+    stage = rehearse(ghosts, model, toy.make_task(0), Strategy(), recipe, steps=2, seed=0)
+    assert stage.steps == recipe.total(len(toy.make_task(0).train))
 
 
 def test_scoring_counts_the_flops_of_answers_as_long_as_may_be(model_folder):
-    rows = toy.examples(0, 6)
-    test = scoring.Test("a", "perplexity", [example(id=e.id) for e in rows], rows, 4)
+    rows = toy.make_examples(0, 6)
+    test = scoring.Test("a", "perplexity", [make_example(id=e.id) for e in rows], rows, 4)
     ghosts = Ghosts()
     with ghosts.shapes():
         model = hf(name=str(model_folder), device="cpu", drawn=True)

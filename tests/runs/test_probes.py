@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tests.support.models import TASKS, lines, run, write_rows, write_stream
+from tests.support.models import TASKS, load_json_lines, run_in_process, write_rows, write_stream
 
 from continual.runs import build
 from continual.errors import DataError
@@ -30,7 +30,7 @@ def words(keys, beside):
 @pytest.fixture(scope="module")
 def done(words, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "done"
-    _, said = run(out, words)
+    _, said = run_in_process(out, words)
     return out, said
 
 
@@ -53,11 +53,11 @@ def test_a_run_measures_its_probes_before_training_and_after_every_stage(done):
     assert told["probes"]["wordings spread"]["better"] == "lower"
     assert told["probes"]["general drift"]["series"]["mean"][0] == 0
     assert said.count("  general drift: mean ") == 4
-    assert [e["stage"] for e in lines(out / "events.jsonl") if e["event"] == "probe"] == [0, 1, 2, 3]
+    assert [e["stage"] for e in load_json_lines(out / "events.jsonl") if e["event"] == "probe"] == [0, 1, 2, 3]
 
 
 def test_probes_change_nothing_of_the_run(done, keys, tmp_path):
-    run(tmp_path, keys)
+    run_in_process(tmp_path, keys)
     assert not (tmp_path / "probes.json").exists()
     one, other = (json.loads((out / "matrix.json").read_text())["scores"] for out in (done[0], tmp_path))
     assert one == other
@@ -66,7 +66,7 @@ def test_probes_change_nothing_of_the_run(done, keys, tmp_path):
 
 
 def test_no_demonstration_scores_as_the_matrix_does(keys, tmp_path):
-    matrix, _ = run(tmp_path, keys, "probe=[shots]", "probe.shots.k=[0]")
+    matrix, _ = run_in_process(tmp_path, keys, "probe=[shots]", "probe.shots.k=[0]")
     told = read(tmp_path)["probes"]["shots"]["series"]
     assert [list(row) for row in zip(*(told[f"{task} k=0"] for task in TASKS), strict=True)] == [
         list(row) for row in matrix.scores]
@@ -85,7 +85,7 @@ def rewind(out, stage):
 def test_a_run_that_goes_on_ends_with_the_same_probes(done, words, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "copy")
     rewind(out, 3)
-    run(out, words)
+    run_in_process(out, words)
     assert (out / "probes.json").read_bytes() == (done[0] / "probes.json").read_bytes()
 
 
@@ -100,9 +100,9 @@ def test_a_run_that_ends_while_it_probes_goes_on_to_the_same_probes(done, words,
     with monkeypatch.context() as patch:
         patch.setattr(Shots, "measure", dies)
         with pytest.raises(KeyboardInterrupt):
-            run(out, words)
+            run_in_process(out, words)
     assert read(out)["stages"] == ["base"]
-    run(out, words)
+    run_in_process(out, words)
     assert (out / "probes.json").read_bytes() == (done[0] / "probes.json").read_bytes()
 
 
@@ -118,7 +118,7 @@ def test_what_was_measured_of_a_stage_is_not_measured_again_and_the_rest_is(done
     monkeypatch.setattr(Shots, "measure", lambda self, look: measured.append("shots") or whole(self, look))
     for other in ("general.General", "wordings.Wordings"):
         monkeypatch.setattr(f"continual.evaluation.probes.{other}.measure", lambda *_: pytest.fail("measured again"))
-    run(out, words)
+    run_in_process(out, words)
     assert measured == ["shots"]
     assert (out / "probes.json").read_bytes() == (done[0] / "probes.json").read_bytes()
 
@@ -128,7 +128,7 @@ def test_half_a_file_of_a_stage_is_measured_again(done, words, tmp_path):
     (out / "finished").unlink()
     kept = out / "predictions/stage-03/probes.json"
     kept.write_bytes(kept.read_bytes()[:-20])
-    run(out, words)
+    run_in_process(out, words)
     assert (out / "probes.json").read_bytes() == (done[0] / "probes.json").read_bytes()
 
 
@@ -137,7 +137,7 @@ def test_half_a_file_of_a_stage_is_measured_again(done, words, tmp_path):
 ], ids=lambda told: told[0])
 def test_a_probe_is_answered_as_the_strategy_readies_the_model_for_it(strategy, keys, tmp_path):
     name, *more = strategy
-    matrix, _ = run(tmp_path, keys, f"strategy={name}", *more, "probe=[shots]", "probe.shots.k=[0]")
+    matrix, _ = run_in_process(tmp_path, keys, f"strategy={name}", *more, "probe=[shots]", "probe.shots.k=[0]")
     told = read(tmp_path)["probes"]["shots"]["series"]
     assert [told[f"{task} k=0"][-1] for task in TASKS] == list(matrix.scores[-1])
 
@@ -148,7 +148,7 @@ def test_chat_tasks_are_probed_turn_by_turn(model_folder, tmp_path):
     for split in ("train", "test"):
         write_rows(tmp_path / "talk" / f"{split}.jsonl", talk)
     (tmp_path / "stream.json").write_text('{"tasks": [{"name": "talk"}]}')
-    run(tmp_path / "run", ("stream=folder", f"stream.path={tmp_path}", "model=hf", f"model.name={model_folder}",
+    run_in_process(tmp_path / "run", ("stream=folder", f"stream.path={tmp_path}", "model=hf", f"model.name={model_folder}",
                            "train.epochs=20", "train.lr=0.01"), "probe=[turns]")
     told = read(tmp_path / "run")["probes"]["turns"]["series"]
     assert set(told) == {"first turn", "later turns", "completed", "context", "consistent"}
@@ -203,9 +203,9 @@ def test_adapt_refuses_probes(refused, keys):
 def test_any_stream_can_be_the_probe(keys):
     from continual.cli import main
 
-    config = main.configure("run", [*keys, "probe=[general]", "stream@probe.general.stream=skills"])
+    config = main.compose_config("run", [*keys, "probe=[general]", "stream@probe.general.stream=skills"])
     probe = build.probes(config)["general"]
-    assert probe.stream["_target_"] == "streams.skills.stream.skills"
+    assert probe.stream["_target_"] == "streams.skills.stream.generate_skills"
     assert probe.stream["arrangement"] == "none"
 
 

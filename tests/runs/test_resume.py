@@ -13,12 +13,12 @@ from tests.support import subprocesses
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.models import TASKS, lines, run
+from tests.support.models import TASKS, load_json_lines, run_in_process
 
 from continual.training import checkpoint
 from continual.runs import run as engine
 from continual.errors import ConfigError, ContinualError, DataError, MissingError
-from continual.tracking.events import Events
+from continual.tracking.events import EventLog
 from continual.runs.lock import alone
 from continual.results.matrix import Matrix
 
@@ -30,7 +30,7 @@ BOTH = ("strategy=[replay,ewc]", "strategy.ewc.strength=10", "strategy.replay.ca
 def done(keys, tmp_path_factory):
     """A finished run under replay and EWC, with a checkpoint after each step of its last stage."""
     out = tmp_path_factory.mktemp("runs") / "done"
-    run(out, keys, *BOTH)
+    run_in_process(out, keys, *BOTH)
     return out
 
 
@@ -74,7 +74,7 @@ def spoil(path):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_run_continues_after_its_last_trained_stage_to_the_same_end(done, copy, keys, stage):
     rewind(copy, stage)
-    _, said = run(copy, keys, *BOTH)
+    _, said = run_in_process(copy, keys, *BOTH)
     assert f"resuming {copy} from stage-0{stage}" in said
     assert_same(done, copy)
 
@@ -83,7 +83,7 @@ def test_each_file_of_a_checkpoint_is_looked_through_once(copy, keys, monkeypatc
     rewind(copy, 2)
     told, digest = [], hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, how: told.append(file.name) or digest(file, how))
-    run(copy, keys, *BOTH)
+    run_in_process(copy, keys, *BOTH)
     assert told.count(str(copy / "checkpoints/stage-02/weights.safetensors")) == 1
 
 
@@ -93,7 +93,7 @@ def test_a_task_that_has_its_answers_is_not_asked_again(done, copy, keys):
     kept.parent.mkdir()
     shutil.copy(done / kept.relative_to(copy), kept)
     before = kept.stat().st_mtime_ns
-    run(copy, keys, *BOTH)
+    run_in_process(copy, keys, *BOTH)
     assert kept.stat().st_mtime_ns == before
     assert_same(done, copy)
 
@@ -103,7 +103,7 @@ def test_answers_that_are_not_whole_are_asked_again(done, copy, keys):
     shutil.copytree(done / "predictions/stage-03", copy / "predictions/stage-03")
     half = copy / "predictions/stage-03" / f"{TASKS[1]}.jsonl"
     half.write_bytes(half.read_bytes()[:-9])
-    run(copy, keys, *BOTH)
+    run_in_process(copy, keys, *BOTH)
     assert_same(done, copy)
 
 
@@ -114,7 +114,7 @@ def test_a_half_written_checkpoint_and_a_half_written_event_are_left_behind(done
     with (copy / "events.jsonl").open("a") as file:
         file.write('{"time": 1, "eve')
     before = len((copy / "events.jsonl").read_text().splitlines())
-    run(copy, keys, *BOTH)
+    run_in_process(copy, keys, *BOTH)
     assert_same(done, copy)
     after = (copy / "events.jsonl").read_text().splitlines()
     assert [line for line in after if not line.endswith("}")] == ['{"time": 1, "eve']
@@ -172,23 +172,23 @@ def test_every_strategy_goes_on_within_a_stage_to_the_same_end(kind, keys, tmp_p
         return save(folder, *more, **named)
 
     monkeypatch.setattr(checkpoint, "save", leave_a_copy)
-    run(whole, told)
+    run_in_process(whole, told)
     monkeypatch.undo()
     torch.manual_seed(99)
-    _, said = run(cut, told, "score.during=1")  # which may only look
+    _, said = run_in_process(cut, told, "score.during=1")  # which may only look
     assert f"resuming {cut} from {stage}-step-" in said
     assert_same(whole, cut)
 
 
 def test_only_the_newest_checkpoints_within_the_stage_are_kept(done, keys, tmp_path):
     assert sorted(p.name for p in (done / "checkpoints").iterdir()) == ["stage-01", "stage-02", "stage-03"]
-    run(tmp_path, keys, "checkpoint.keep=1")
+    run_in_process(tmp_path, keys, "checkpoint.keep=1")
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["stage-03"]
 
 
 def test_how_often_checkpoints_are_written_may_change_when_a_run_goes_on(done, copy, keys):
     rewind(copy, 2)
-    run(copy, keys, *BOTH[:-1], "checkpoint.every_seconds=0", "checkpoint.keep=2")
+    run_in_process(copy, keys, *BOTH[:-1], "checkpoint.every_seconds=0", "checkpoint.keep=2")
     assert_same(done, copy)
 
 
@@ -198,7 +198,7 @@ def leaves(number: int, when: dict, *words: str) -> None:
     """The command line, which sends itself this signal as soon as it has told an event like this
     one.
     """
-    tell = Events.__call__
+    tell = EventLog.__call__
 
     def tell_and_leave(self, event):
         tell(self, event)
@@ -206,8 +206,8 @@ def leaves(number: int, when: dict, *words: str) -> None:
         if when.items() <= told.items():
             os.kill(os.getpid(), number)
 
-    Events.__call__ = tell_and_leave
-    subprocesses.command(*words)
+    EventLog.__call__ = tell_and_leave
+    subprocesses.run_command(*words)
 
 
 @pytest.mark.parametrize("when", [
@@ -215,25 +215,25 @@ def leaves(number: int, when: dict, *words: str) -> None:
 ], ids=["within a stage", "at a stage's end", "at a checkpoint"])
 def test_a_killed_process_given_again_ends_bit_for_bit_as_if_it_had_not_been(when, keys, done, tmp_path):
     out = tmp_path / "killed"
-    killed = subprocesses.Apart(tmp_path / "said", leaves, signal.SIGKILL, when, "run", *keys, *BOTH, f"out={out}")
-    assert killed.ended()[0] == -signal.SIGKILL
+    killed = subprocesses.Subprocess(tmp_path / "said", leaves, signal.SIGKILL, when, "run", *keys, *BOTH, f"out={out}")
+    assert killed.wait()[0] == -signal.SIGKILL
     assert not (out / "finished").exists()
-    run(out, keys, *BOTH)
+    run_in_process(out, keys, *BOTH)
     assert_same(done, out)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(number, code, keys, done, tmp_path):
     out, when = tmp_path / "stopped", {"event": "step", "stage": 2, "step": 2}
-    stopped = subprocesses.Apart(tmp_path / "said", leaves, number, when, "run", *keys, *BOTH[:-1], f"out={out}")
-    ended, said = stopped.ended()
+    stopped = subprocesses.Subprocess(tmp_path / "said", leaves, number, when, "run", *keys, *BOTH[:-1], f"out={out}")
+    ended, said = stopped.wait()
     assert ended == code, said
     assert "nothing is lost. Go on with:\n  continual run " in said
     assert said.rstrip().endswith(f"out={out}")
     assert "Traceback" not in said
-    *_, last, end = lines(out / "events.jsonl")
+    *_, last, end = load_json_lines(out / "events.jsonl")
     assert (last["event"], last["stage"], end["event"]) == ("checkpoint", 2, "stopped")
-    run(out, keys, *BOTH)
+    run_in_process(out, keys, *BOTH)
     assert_same(done, out)
 
 
@@ -244,7 +244,7 @@ def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(number, code
 def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(done, copy, keys, file):
     rewind(copy, 2)
     spoil(copy / "checkpoints/stage-02" / file)
-    _, said = run(copy, keys, *BOTH)
+    _, said = run_in_process(copy, keys, *BOTH)
     assert "a damaged checkpoint is passed over, and an older one used: " in said
     assert f"resuming {copy} from stage-01" in said
     assert_same(done, copy)
@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(done, copy, keys, fi
 def test_a_checkpoint_with_a_file_missing_is_passed_over(done, copy, keys):
     rewind(copy, 1)
     (copy / "checkpoints/stage-01/memory.json").unlink()
-    _, said = run(copy, keys, *BOTH)
+    _, said = run_in_process(copy, keys, *BOTH)
     assert "stage-01: memory.json is missing" in said
     assert_same(done, copy)
 
@@ -262,14 +262,14 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(done, copy, keys):
     rewind(copy, 2)
     (copy / "checkpoints/stage-02/manifest.json").unlink()
     os.mkfifo(copy / "checkpoints/stage-02/manifest.json")
-    _, said = run(copy, keys, *BOTH)
+    _, said = run_in_process(copy, keys, *BOTH)
     assert f"resuming {copy} from stage-01" in said
     assert_same(done, copy)
 
 
 def test_of_the_checkpoints_within_a_stage_the_newest_whole_one_is_used(keys, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "prune", lambda *_: None)
-    run(tmp_path, keys, *BOTH)
+    run_in_process(tmp_path, keys, *BOTH)
     within = sorted((tmp_path / "checkpoints").glob("stage-02-step-*"))
     spoil(within[-1] / "progress.json")
     for path in (tmp_path / "checkpoints").glob("stage-0[23]"):
@@ -295,7 +295,7 @@ def leave(out, keys, monkeypatch, stage, step):
     with monkeypatch.context() as patch:
         patch.setattr(engine, "Keeper", Leaves)
         with pytest.raises(Left):
-            run(out, keys)
+            run_in_process(out, keys)
 
 
 def test_what_is_kept_behind_a_damaged_checkpoint_is_there_for_the_next_time(done, copy, keys, monkeypatch):
@@ -304,7 +304,7 @@ def test_what_is_kept_behind_a_damaged_checkpoint_is_there_for_the_next_time(don
     leave(copy, (*keys, *BOTH, "checkpoint.keep=1"), monkeypatch, 2, 3)
     names = ["stage-01", "stage-02-step-00000002", "stage-02-step-00000003"]
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == names
-    _, said = run(copy, keys, *BOTH, "checkpoint.keep=1")
+    _, said = run_in_process(copy, keys, *BOTH, "checkpoint.keep=1")
     assert f"resuming {copy} from {names[-1]}" in said
     assert_same(done, copy)
 
@@ -336,9 +336,9 @@ def test_a_run_does_not_go_on_with_other_tasks_than_it_has_scores_of(keys, strea
     index.write_text(json.dumps({"tasks": json.loads(text.replace(was, now))["tasks"]}))
     with pytest.raises(DataError, match="begun with other data; restore them to go on, or "
                                         f".*\n(.*\n)*  {told}"):
-        run(tmp_path / "out", keys)
+        run_in_process(tmp_path / "out", keys)
     index.write_text(text)
-    assert run(tmp_path / "out", keys)[0].finished
+    assert run_in_process(tmp_path / "out", keys)[0].finished
 
 
 def test_a_run_does_not_go_on_with_other_numbers_of_test_rows(keys, stream_folder, tmp_path, monkeypatch):
@@ -348,7 +348,7 @@ def test_a_run_does_not_go_on_with_other_numbers_of_test_rows(keys, stream_folde
     rows = root / "loud/test.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(True)[1:]))
     with pytest.raises(DataError, match="test examples: 4, 4, 4 there, 4, 4, 3 now"):
-        run(tmp_path / "out", keys)
+        run_in_process(tmp_path / "out", keys)
 
 
 @pytest.mark.parametrize("lost", [["config.yaml"], ["config.yaml", "finished"],
@@ -358,7 +358,7 @@ def test_a_folder_does_not_take_another_configuration_because_some_of_its_files_
     for name in lost:
         (copy / name).unlink()
     with pytest.raises(ConfigError, match=r"without its config.yaml, which tells|a run with another configuration"):
-        run(copy, keys, *BOTH, "train.lr=0.001")
+        run_in_process(copy, keys, *BOTH, "train.lr=0.001")
 
 
 def test_a_checkpoint_named_for_adapting_must_be_whole(done, copy):
@@ -378,13 +378,13 @@ def test_a_manifest_with_right_sums_for_wrong_content_is_one_clear_error(copy, k
                            "sha256": hashlib.sha256((folder / "memory.json").read_bytes()).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(told))
     with pytest.raises(DataError, match=r"memory.json does not fit this strategy \(KeyError\('none'\)\)"):
-        run(copy, keys, *BOTH)
+        run_in_process(copy, keys, *BOTH)
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(keys, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(ContinualError, match=r"written: it takes 0.\d MB, and the disk has 0.0 MB left"):
-        run(tmp_path, keys)
+        run_in_process(tmp_path, keys)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
@@ -392,17 +392,17 @@ def limited(most: int, *words: str) -> None:
     """The command line where no file may be larger than this."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, -1))
-    subprocesses.command(*words)
+    subprocesses.run_command(*words)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file size limits as on Linux")
 def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothing_finished_is_lost(keys, tmp_path):
     out = tmp_path / "run"
-    code, said = subprocesses.Apart(tmp_path / "said", limited, 60_000, "run", *keys, f"out={out}").ended()
+    code, said = subprocesses.Subprocess(tmp_path / "said", limited, 60_000, "run", *keys, f"out={out}").wait()
     assert (code, "Traceback" in said) == (2, False)
     assert "error: " in said
     assert len(list((out / "predictions/stage-00").iterdir())) == len(TASKS)
-    matrix, _ = run(out, keys)
+    matrix, _ = run_in_process(out, keys)
     assert matrix.finished
 
 
@@ -413,12 +413,12 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(refused, keys):
 
 def test_a_second_process_in_the_same_folder_is_refused(keys, tmp_path):
     with alone(tmp_path), pytest.raises(ConfigError, match=r"is in use by process \d+; wait for it, or give another"):
-        run(tmp_path, keys)
-    run(tmp_path, keys, "stream.tasks=[first]")
+        run_in_process(tmp_path, keys)
+    run_in_process(tmp_path, keys, "stream.tasks=[first]")
 
 
 def test_a_clock_that_goes_back_changes_nothing(done, keys, tmp_path, monkeypatch):
     ticks = iter(range(2_000_000_000, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
-    run(tmp_path / "back", keys, *BOTH)
+    run_in_process(tmp_path / "back", keys, *BOTH)
     assert_same(done, tmp_path / "back")

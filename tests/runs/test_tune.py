@@ -127,16 +127,16 @@ def test_a_search_without_anything_to_look_through_is_refused(refused):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A comparison with invented numbers: two strategies and two ceilings, two runs each."""
-    from tests.support.fake_run import fake_run
+    from tests.support.fake_run import write_fake_run
 
     out = tmp_path_factory.mktemp("board") / "it"
     names = []
     for seed in (0, 1):
         for strategy in ("naive", "replay", "ewc", "per_task"):
             names.append(f"seed={seed}_strategy={strategy}")
-            fake_run(out / names[-1], strategy, seed)
+            write_fake_run(out / names[-1], strategy, seed)
         names.append(f"seed={seed}_strategy=joint")
-        fake_run(out / names[-1], "joint", seed, joint=True)
+        write_fake_run(out / names[-1], "joint", seed, joint=True)
     comparison.plan(out, ["experiment=leaderboard", "seed=0,1"], names)
     return [out]
 

@@ -22,7 +22,7 @@ from strategies.avalanche import HOSTED, REFUSED, Avalanche
 from strategies.ewc import EWC
 from strategies.si import SI
 from tests.support import toy
-from tests.support.models import encoded
+from tests.support.models import make_encoded
 
 plugins = pytest.importorskip("avalanche.training.plugins", reason="the extra avalanche-lib")
 core = pytest.importorskip("avalanche.core")
@@ -32,15 +32,15 @@ TOKENS = 2  # of each response, where a mean over tokens and a sum differ by tha
 def even(index: int, n: int = 6) -> Task:
     """Examples whose responses are of one length."""
     rows = [
-        encoded([*e.ids[:2]], [*e.ids[-1:], 3 + i], e.id, index)
-        for i, e in enumerate(toy.examples(index, n))
+        make_encoded([*e.ids[:2]], [*e.ids[-1:], 3 + i], e.id, index)
+        for i, e in enumerate(toy.make_examples(index, n))
     ]
-    return Task(toy.NAMES[index], tuple(rows), columns=toy.NAMES)
+    return Task(toy.TASK_NAMES[index], tuple(rows), columns=toy.TASK_NAMES)
 
 
 def ended(strategy, task, dtype=torch.float64):
     """A model at the end of a stage of no steps, and moved away from there afterwards."""
-    made = toy.model(dtype)
+    made = toy.make_model(dtype)
     strategy.begin(made, task)
     strategy.end(made, task)
     found = snapshot(made)
@@ -72,19 +72,21 @@ def data_of(params) -> dict[str, torch.Tensor]:
 
 def test_a_hosted_si_walks_the_path_that_ours_walks():
     """Its importance is cut above 0.001 and may be negative; between the bounds they are one."""
-    ours, theirs = toy.model(), toy.model()
+    ours, theirs = toy.make_model(), toy.make_model()
     si, hosted = (
         SI(damping=1e-3),
         Avalanche(plugin="SynapticIntelligencePlugin", args={"si_lambda": 1.0, "eps": 1e-3}),
     )
-    toy.train(ours, si, 0)
-    toy.train(theirs, hosted, 0)
-    assert toy.same(toy.everything(ours), toy.everything(theirs)), "the first stage has no pull"
+    toy.train_stages(ours, si, 0)
+    toy.train_stages(theirs, hosted, 0)
+    assert toy.bitwise_equal(toy.copy_parameters(ours), toy.copy_parameters(theirs)), (
+        "the first stage has no pull"
+    )
     anchor, importance = (
         {n: p.data.view_as(si.anchor[n]) for n, p in d.items()} for d in hosted.live.ewc_data
     )
-    assert toy.close(anchor, si.anchor, 0, 0)
-    assert toy.close(
+    assert toy.all_close(anchor, si.anchor, 0, 0)
+    assert toy.all_close(
         {n: i.clamp(min=0) for n, i in importance.items()},
         {n: i.clamp(max=0.001) for n, i in si.importance.items()},
         rtol=1e-4,
@@ -111,10 +113,10 @@ def test_the_pull_of_a_hosted_si_is_that_of_ours_at_the_same_importance():
     found = []
     for strategy in (hosted, si):
         made.net.zero_grad()
-        loss = strategy.backward(made, made.batch(toy.examples(1)))
+        loss = strategy.backward(made, made.batch(toy.make_examples(1)))
         found.append((loss.item(), gradient(made)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
-    assert toy.close(found[0][1], found[1][1], rtol=1e-7, atol=1e-9)
+    assert toy.all_close(found[0][1], found[1][1], rtol=1e-7, atol=1e-9)
 
 
 def test_a_hosted_ewc_has_our_fisher_and_our_pull():
@@ -126,32 +128,32 @@ def test_a_hosted_ewc_has_our_fisher_and_our_pull():
         EWC(strength=2 * 5.0 / TOKENS**2),
     )
     made, same = ended(hosted, even(0)), ended(ewc, even(0))
-    before = toy.model(torch.float64)
-    assert toy.close(
+    before = toy.make_model(torch.float64)
+    assert toy.all_close(
         data_of(hosted.live.importances[0]),
         {n: f / TOKENS**2 for n, f in fisher(before, even(0).train).items()},
         rtol=1e-7,
         atol=1e-12,
     )
-    rows = toy.examples(1)
-    assert toy.close(step(made, hosted, rows), step(same, ewc, rows), rtol=1e-6, atol=1e-8)
+    rows = toy.make_examples(1)
+    assert toy.all_close(step(made, hosted, rows), step(same, ewc, rows), rtol=1e-6, atol=1e-8)
 
 
 def test_a_hosted_mas_has_our_importance():
     hosted = Avalanche(plugin="MASPlugin")
     ended(hosted, even(0))
-    expected = sensitivity(toy.model(torch.float64), even(0).train)
-    assert toy.close(
+    expected = sensitivity(toy.make_model(torch.float64), even(0).train)
+    assert toy.all_close(
         data_of(hosted.live.importance), {n: s / TOKENS for n, s in expected.items()}, 1e-7, 1e-10
     )
 
 
 def test_a_hosted_rwalk_squares_the_gradient_of_each_step():
     hosted = Avalanche(plugin="RWalkPlugin")
-    made, rows = toy.model(torch.float64), toy.examples(0, 5)
+    made, rows = toy.make_model(torch.float64), toy.make_examples(0, 5)
     hosted.begin(made, even(0))
     hosted.backward(made, made.batch(rows))
-    assert toy.close(
+    assert toy.all_close(
         data_of(hosted.live.iter_importance),
         {n: g**2 for n, g in gradient(made).items()},
         1e-7,
@@ -163,7 +165,7 @@ def test_a_hosted_gem_bounds_steps_by_the_gradients_that_bound_ours():
     hosted = Avalanche(
         plugin="GEMPlugin", args={"patterns_per_experience": 6, "memory_strength": 0.0}, mb_size=4
     )
-    made = toy.model(torch.float64)
+    made = toy.make_model(torch.float64)
     learn(
         made,
         even(0),
@@ -224,7 +226,7 @@ def test_the_callbacks_come_in_the_order_in_which_avalanche_s_own_loop_has_them(
     from avalanche.training.supervised import Naive
 
     made, hosted, recorder = (
-        toy.model(),
+        toy.make_model(),
         Avalanche(plugin="tests.strategies.test_avalanche.Recorder"),
         Recorder(),
     )
@@ -238,13 +240,13 @@ def test_the_callbacks_come_in_the_order_in_which_avalanche_s_own_loop_has_them(
         evaluator=None,
     )
     for i, experience in enumerate(
-        experiences(True, train=[toy.examples(i, 6) for i in (0, 1)]).train_stream
+        experiences(True, train=[toy.make_examples(i, 6) for i in (0, 1)]).train_stream
     ):
         loop.train(experience, shuffle=False)
-        hosted.begin(made, toy.task(i, 6))
+        hosted.begin(made, toy.make_task(i, 6))
         for start in (0, 3):
-            hosted.backward(made, made.batch(toy.examples(i, 6)[start : start + 3]))
-        hosted.end(made, toy.task(i, 6))
+            hosted.backward(made, made.batch(toy.make_examples(i, 6)[start : start + 3]))
+        hosted.end(made, toy.make_task(i, 6))
     assert hosted.live.said == recorder.said
     assert len(recorder.said) == 2 * (6 + 2 * 8)
 
@@ -256,7 +258,7 @@ def test_on_a_cpu_avalanche_s_own_si_never_leaves_its_start_and_a_hosted_one_doe
     from avalanche.training.supervised import Naive
 
     plugin = plugins.SynapticIntelligencePlugin(1.0)
-    net = Shown(toy.model())
+    net = Shown(toy.make_model())
     loop = Naive(
         model=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
@@ -265,10 +267,10 @@ def test_on_a_cpu_avalanche_s_own_si_never_leaves_its_start_and_a_hosted_one_doe
         plugins=[plugin],
         evaluator=None,
     )
-    loop.train(experiences(True, train=[toy.examples(0, 6)]).train_stream[0])
+    loop.train(experiences(True, train=[toy.make_examples(0, 6)]).train_stream[0])
     assert not any(p.data.any() for p in plugin.syn_data["trajectory"].values())
     hosted = Avalanche(plugin="SynapticIntelligencePlugin", args={"si_lambda": 1.0})
-    toy.train(toy.model(), hosted, 0, n=6)
+    toy.train_stages(toy.make_model(), hosted, 0, size=6)
     assert all(p.data.any() for p in hosted.live.syn_data["trajectory"].values())
 
 
@@ -284,25 +286,25 @@ class Halving(core.SupervisedPlugin):
 
 
 def test_what_a_plugin_makes_of_the_loss_is_what_is_differentiated():
-    made, rows = toy.model(torch.float64), toy.examples(0, 5)
+    made, rows = toy.make_model(torch.float64), toy.make_examples(0, 5)
     plain, halved = (
         step(made, s, rows)
         for s in (Strategy(), Avalanche(plugin="tests.strategies.test_avalanche.Halving"))
     )
     expected = {n: 0.5 * g + 4 * weights(made)[n].detach() for n, g in plain.items()}
-    assert toy.close(halved, expected, rtol=1e-9)
+    assert toy.all_close(halved, expected, rtol=1e-9)
 
 
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
 def test_with_an_adapter_a_plugin_sees_its_parameters_alone_by_the_names_that_checkpoints_have():
-    made = toy.model()
+    made = toy.make_model()
     made.net = adapt_with(
         made.net, "lora", {"lora": {"r": 2, "target_modules": ["q_proj"]}}, seq2seq=False
     )
     hosted = Avalanche(plugin="EWCPlugin", args={"ewc_lambda": 1.0})
-    toy.train(made, hosted, 0, n=4)
+    toy.train_stages(made, hosted, 0, size=4)
     assert hosted.live.importances[0].keys() == weights(made).keys()
     assert all("lora_" in n for n in weights(made))
 
@@ -343,13 +345,13 @@ class Curious(core.SupervisedPlugin):
 def test_what_our_stage_does_not_have_is_refused_by_name(does, told):
     with pytest.raises(ConfigError, match=f"tests.strategies.test_avalanche.Curious {told}"):
         Avalanche(plugin="tests.strategies.test_avalanche.Curious", args={"does": does}).begin(
-            toy.model(), even(0)
+            toy.make_model(), even(0)
         )
 
 
 def test_what_no_checkpoint_can_hold_is_refused_by_name():
     hosted = Avalanche(plugin="tests.strategies.test_avalanche.Curious", args={"does": "keeps"})
-    hosted.begin(toy.model(), even(0))
+    hosted.begin(toy.make_model(), even(0))
     with pytest.raises(
         ConfigError,
         match=r"tests.strategies.test_avalanche.Curious.kept.model is a Shown, which no checkpoint",

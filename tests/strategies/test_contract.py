@@ -88,15 +88,15 @@ every = pytest.mark.parametrize("entry", TABLE, ids=" ".join)
 
 
 @cache
-def subject(entry) -> rules.Subject:
+def subject(entry) -> rules.StrategyUnderTest:
     """What its first stage leaves is learned once for all rules."""
-    made = rules.Subject(
+    made = rules.StrategyUnderTest(
         lambda: make(*entry),
         MOMENTS if SETTERS & {*entry[0].split(",")} else (),
         partial(network, entry[0]),
     )
     if "progressive_prompts" in entry[0]:  # a prompt steers little of a network of random weights
-        made.recipe, made.falls = replace(toy.RECIPE, lr=0.3, epochs=6), 1e-3
+        made.recipe, made.min_loss_drop = replace(toy.RECIPE, lr=0.3, epochs=6), 1e-3
     if "la_maml" in entry[0]:
         made.recipe = replace(toy.RECIPE, optimizer="sgd", lr=3)
     return made
@@ -110,8 +110,10 @@ def test_every_strategy_keeps_every_rule(entry, rule):
 
 @pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
-    rules.switched_off_it_is_naive(
-        rules.Subject(lambda: make(names, *OFF[names]), model=partial(network, names))
+    rules.disabled_equals_naive(
+        rules.StrategyUnderTest(
+            lambda: make(names, *OFF[names]), make_model=partial(network, names)
+        )
     )
 
 
@@ -121,20 +123,20 @@ def test_a_stage_that_is_stopped_early_ends_as_if_it_had_ended_with_its_best_epo
 ):
     """Its weights, and what the strategy remembers of them and of the way to them, bit for bit."""
     monkeypatch.setattr(Patience, "_loss", lambda self: float(self.seen))  # the first is the best
-    task = replace(toy.task(1, toy.SHORT), dev=toy.task(1).train)
+    task = replace(toy.make_task(1, toy.SHORT_TASK_SIZE), dev=toy.make_task(1).train)
     found = []
     for recipe in ({"epochs": 1}, {"epochs": 3, "patience": 1}):
         (made, strategy), told = subject(entry).after_one_stage(), []
         recipe = replace(subject(entry).recipe, schedule="constant", **recipe)
         learn(made, task, strategy, recipe, seed=1, log=told.append)
-        found.append((told[-1]["steps"], rules.ended(made, strategy)))
+        found.append((told[-1]["steps"], rules.serialize_state(made, strategy)))
     assert found[0][0] < found[1][0]
     assert found[0][1] == found[1][1]
 
 
 def planned(entry):
     """Two stages of a step each, without numbers."""
-    return toy.rehearsed(
+    return toy.rehearse_stages(
         partial(network, entry[0]), make(*entry), replace(subject(entry).recipe, steps=1)
     )
 
@@ -159,16 +161,18 @@ def naive(kind, *sizes):
     """The parameters after a stage of each size under plain fine-tuning."""
     made = of_kind(kind)
     for t, n in enumerate(sizes):
-        toy.train(made, Strategy(), t, n=n)
-    return toy.everything(made)
+        toy.train_stages(made, Strategy(), t, size=n)
+    return toy.copy_parameters(made)
 
 
 @pytest.mark.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
 def test_switched_on_it_is_not_naive(entry):
     on, strategy = subject(entry).after_one_stage()
     for t in (1, 2, 3):  # a projection waits for tasks that oppose each other
-        toy.train(on, strategy, t)
-        if not toy.same(toy.everything(on), naive(kind_of(entry[0]), toy.SHORT, *[12] * t)):
+        toy.train_stages(on, strategy, t)
+        if not toy.bitwise_equal(
+            toy.copy_parameters(on), naive(kind_of(entry[0]), toy.SHORT_TASK_SIZE, *[12] * t)
+        ):
             return
     pytest.fail("it never departs from naive")
 
@@ -178,13 +182,13 @@ def test_micro_batches_also_have_the_same_step_where_tasks_in_one_step_differ_in
     strategy = make(
         "multitask", "+multitask.weights={a:0,b:1}", "multitask.capacity=12", "multitask.share=0.6"
     )
-    made = toy.model(torch.float64)
-    strategy.begin(made, toy.task(0))
-    strategy.end(made, toy.task(0))
-    strategy.begin(made, toy.task(1))
-    small = toy.in_micro_batches(made, 1)
-    strategy.backward(small, small.batch(toy.examples(1)[:3]))
+    made = toy.make_model(torch.float64)
+    strategy.begin(made, toy.make_task(0))
+    strategy.end(made, toy.make_task(0))
+    strategy.begin(made, toy.make_task(1))
+    small = toy.limit_micro_batch(made, 1)
+    strategy.backward(small, small.batch(toy.make_examples(1)[:3]))
     got = gradient(made)
     made.net.zero_grad()
-    Strategy().backward(made, made.batch(toy.examples(1)[:3]))
-    assert toy.close(got, gradient(made), rtol=1e-6, atol=1e-7)  # scales are float32
+    Strategy().backward(made, made.batch(toy.make_examples(1)[:3]))
+    assert toy.all_close(got, gradient(made), rtol=1e-6, atol=1e-7)  # scales are float32

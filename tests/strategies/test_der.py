@@ -18,15 +18,15 @@ from continual.training.recipe import Recipe
 from strategies import der
 from strategies.der import DER, distance
 from tests.support import toy
-from tests.support.models import encoded
+from tests.support.models import make_encoded
 
 WHOLE = {"capacity": 40, "minibatch": 4}
 
 
 def prepared(**settings):
     """A model, and a strategy that remembers a stage."""
-    made, strategy = toy.model(torch.float64), DER(**{**WHOLE, **settings})
-    toy.train(made, strategy, 0)
+    made, strategy = toy.make_model(torch.float64), DER(**{**WHOLE, **settings})
+    toy.train_stages(made, strategy, 0)
     return made, strategy
 
 
@@ -47,7 +47,7 @@ def drawn(strategy):
 def test_a_step_s_loss_and_gradient_are_those_of_equation_6():
     made, strategy = prepared(alpha=0.3, beta=0.7)
     held, again = drawn(strategy)
-    new = toy.examples(1)[:5]
+    new = toy.make_examples(1)[:5]
     made.net.zero_grad()
     loss, got = strategy.backward(made, made.batch(new)), gradient(made)
     apart = torch.cat([(logits_by_hand(made, r["example"]) - r["logits"]).square() for r in held])
@@ -59,13 +59,13 @@ def test_a_step_s_loss_and_gradient_are_those_of_equation_6():
     made.net.zero_grad()
     by_hand.backward()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-6)  # the log's sum is float32
-    assert toy.close(got, gradient(made), rtol=1e-7, atol=1e-9)
+    assert toy.all_close(got, gradient(made), rtol=1e-7, atol=1e-9)
 
 
 def test_without_beta_a_step_draws_once_and_is_equation_5():
     made, strategy = prepared(alpha=0.3, beta=0.0)
     held, _ = drawn(strategy)
-    new = toy.examples(1)[:5]
+    new = toy.make_examples(1)[:5]
     made.net.zero_grad()
     strategy.backward(made, made.batch(new))
     got = gradient(made)
@@ -77,7 +77,7 @@ def test_without_beta_a_step_draws_once_and_is_equation_5():
             [(logits_by_hand(made, r["example"]) - r["logits"]).square() for r in held]
         ).mean()
     ).backward()
-    assert toy.close(got, gradient(made), rtol=1e-7, atol=1e-9)
+    assert toy.all_close(got, gradient(made), rtol=1e-7, atol=1e-9)
 
 
 def test_a_step_that_is_tried_again_with_less_memory_offers_its_examples_once(monkeypatch):
@@ -90,9 +90,9 @@ def test_a_step_that_is_tried_again_with_less_memory_offers_its_examples_once(mo
         return responses(model, examples, at)
 
     whole, again = DER(**WHOLE), DER(**WHOLE)
-    toy.train(toy.model(), whole, 0)
+    toy.train_stages(toy.make_model(), whole, 0)
     monkeypatch.setattr(der, "responses", once)
-    toy.train(toy.model(), again, 0)
+    toy.train_stages(toy.make_model(), again, 0)
     assert tried[3] == tried[2] > 0
     assert (again.seen, [r["example"] for r in again.kept]) == (
         whole.seen,
@@ -102,8 +102,8 @@ def test_a_step_that_is_tried_again_with_less_memory_offers_its_examples_once(mo
 
 
 def test_logits_are_kept_as_they_were_to_half_precision_when_the_example_came():
-    made, strategy = toy.model(torch.float64), DER(**WHOLE)
-    new = toy.examples(0)[:6]
+    made, strategy = toy.make_model(torch.float64), DER(**WHOLE)
+    new = toy.make_examples(0)[:6]
     strategy.backward(made, made.batch(new))
     assert [r["example"] for r in strategy.kept] == new
     for r in strategy.kept:
@@ -125,48 +125,48 @@ def test_with_fewer_than_all_logits_the_greatest_are_kept_and_compared():
     assert distance(made, batch, records).item() == pytest.approx(
         torch.cat(apart).mean().item(), rel=1e-9
     )
-    new = logits_by_hand(made, e := toy.examples(2)[0])
-    strategy.kept.clear()
+    new = logits_by_hand(made, e := toy.make_examples(2)[0])
+    strategy.kept.clear_bar()
     strategy.seen = 0
     strategy.remember(made, made.batch([e]))
     assert torch.equal(strategy.kept[0]["columns"].long().sort(1)[0], new.topk(5)[1].sort(1)[0])
 
 
 def test_as_many_logits_as_the_vocabulary_has_are_all_of_them():
-    (whole, all_of_them), (cut, _) = prepared(top=toy.VOCABULARY), prepared(top=1024)
-    assert toy.same(snapshot(whole), snapshot(cut))
+    (whole, all_of_them), (cut, _) = prepared(top=toy.VOCAB_SIZE), prepared(top=1024)
+    assert toy.bitwise_equal(snapshot(whole), snapshot(cut))
     assert all(r["columns"] is None for r in all_of_them.kept)
 
 
 def test_the_distance_is_nothing_where_the_model_is_as_it_was():
-    made, strategy = toy.model(), DER(**WHOLE)
-    strategy.remember(made, made.batch(toy.examples(0)[:4]))
-    batch = made.batch([replace(e, id=str(i)) for i, e in enumerate(toy.examples(0)[:4])])
+    made, strategy = toy.make_model(), DER(**WHOLE)
+    strategy.remember(made, made.batch(toy.make_examples(0)[:4]))
+    batch = made.batch([replace(e, id=str(i)) for i, e in enumerate(toy.make_examples(0)[:4])])
     assert distance(made, batch, strategy.kept).item() < 1e-6
 
 
 def test_an_example_that_comes_in_every_epoch_is_kept_as_it_was_at_several_times():
-    made, strategy = toy.model(torch.float64), DER(capacity=100)
-    toy.train(made, strategy, 0, n=4, recipe=Recipe(lr=3e-3, epochs=3, batch_size=4))
+    made, strategy = toy.make_model(torch.float64), DER(capacity=100)
+    toy.train_stages(made, strategy, 0, size=4, recipe=Recipe(lr=3e-3, epochs=3, batch_size=4))
     assert Counter(r["example"].id for r in strategy.kept) == {f"a/{i}": 3 for i in range(4)}
     times = [r["logits"] for r in strategy.kept if r["example"].id == "a/0"]
     assert not torch.equal(times[0], times[1])
 
 
 def test_the_buffer_never_holds_more_than_its_capacity():
-    made, strategy = toy.model(), DER(capacity=7)
-    toy.train(made, strategy, 0, 1, recipe=Recipe(lr=1e-3, epochs=3, batch_size=5))
+    made, strategy = toy.make_model(), DER(capacity=7)
+    toy.train_stages(made, strategy, 0, 1, recipe=Recipe(lr=1e-3, epochs=3, batch_size=5))
     assert (len(strategy.kept), strategy.seen) == (7, 72)
 
 
 def test_kept_logits_are_those_without_dropout_and_leave_the_model_as_it_was():
-    made = toy.model()
+    made = toy.make_model()
     made.net.train()
-    first = {i: z for i, _, z in responses(made, toy.examples(0))}
+    first = {i: z for i, _, z in responses(made, toy.make_examples(0))}
     assert made.net.training
     assert all(
         torch.allclose(first[i], logits_by_hand(made, e), atol=1e-5)
-        for i, e in enumerate(toy.examples(0))
+        for i, e in enumerate(toy.make_examples(0))
     )
 
 
@@ -200,7 +200,7 @@ def test_a_step_is_avalanche_s_where_both_terms_have_the_same_examples(monkeypat
     torch.manual_seed(0)
     ours = Model(Bigrams(), None, Layout(pad=1, device=torch.device("cpu")))
     theirs = torch.nn.Sequential(ours.net.words, ours.net.head)
-    rows = [encoded([x], [y], id=str(x)) for x, y in ((2, 3), (4, 8), (5, 2), (6, 6), (7, 3))]
+    rows = [make_encoded([x], [y], id=str(x)) for x, y in ((2, 3), (4, 8), (5, 2), (6, 6), (7, 3))]
     strategy = DER(alpha=0.3, beta=0.7, minibatch=2, capacity=2)
     strategy.remember(ours, ours.batch(rows[:2]))
     with torch.no_grad():
@@ -225,6 +225,6 @@ def test_a_step_is_avalanche_s_where_both_terms_have_the_same_examples(monkeypat
     made.dataloader = [[x[2:], y[2:], torch.zeros(3)]]
     made.replay_loader = iter([[x[:2], y[:2], torch.zeros(2), kept]])
     made.training_epoch()
-    assert toy.close(
+    assert toy.all_close(
         got, {n: before[n] - w for n, w in snapshot(ours).items()}, rtol=1e-4, atol=1e-6
     )

@@ -16,10 +16,10 @@ from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
 from strategies.maml import MAML
-from streams.arrange import EPISODE
-from streams.skills.stream import skills
+from streams.arrange import EPISODE_ROWS
+from streams.skills.stream import generate_skills
 from tests.support import toy
-from tests.support.models import TASKS, byte_bpe, lines, run
+from tests.support.models import TASKS, load_json_lines, run_in_process, train_byte_bpe
 
 
 @dataclass(kw_only=True)
@@ -35,15 +35,15 @@ class Noting(Strategy):
 
 @cache
 def made():
-    return toy.model()
+    return toy.make_model()
 
 
 def drawn(sizes, episode, batch_size, epochs=1):
     """The examples of every step of a stage of so many rows of each task."""
     mixed = Task(
         "mixed",
-        [e for i, n in enumerate(sizes) for e in toy.examples(i, n)],
-        columns=toy.NAMES,
+        [e for i, n in enumerate(sizes) for e in toy.make_examples(i, n)],
+        columns=toy.TASK_NAMES,
         episode=episode,
     )
     noting = Noting()
@@ -84,34 +84,36 @@ def test_each_epoch_draws_other_episodes():
 
 
 def test_maml_takes_half_of_an_episode_to_adapt_and_half_to_judge():
-    episode = toy.model().batch(toy.examples(0, EPISODE))
+    episode = toy.make_model().batch(toy.make_examples(0, EPISODE_ROWS))
     ((support,), query) = MAML(inner_steps=1).split(episode)
     assert [e.id for part in support for e in part.examples] == [
-        e.id for e in episode.examples[: EPISODE // 2]
+        e.id for e in episode.examples[: EPISODE_ROWS // 2]
     ]
-    assert query.examples == episode.examples[EPISODE // 2 :]
+    assert query.examples == episode.examples[EPISODE_ROWS // 2 :]
 
 
 def test_the_arrangement_is_one_stage_of_all_tasks_with_the_episodes_of_its_mixture():
-    stream = skills(
+    stream = generate_skills(
         seed=0, train_size=20, dev_size=2, test_size=2, pretraining_size=0, arrangement="episodes"
     )
     (stage,) = stream.stages
     assert (stage.name, stage.episode, len(stage.train)) == (
         "episodes",
-        EPISODE,
+        EPISODE_ROWS,
         20 * len(stream.tasks),
     )
     columns = {t.name: i for i, t in enumerate(stream.tasks)}
-    tokenizer = byte_bpe([f"{e.instruction} {e.input} {e.outputs[0]}" for e in stage.train])
-    assert Encoder(tokenizer, "plain", 64).task(stage, columns).episode == EPISODE
+    tokenizer = train_byte_bpe([f"{e.instruction} {e.input} {e.outputs[0]}" for e in stage.train])
+    assert Encoder(tokenizer, "plain", 64).task(stage, columns).episode == EPISODE_ROWS
 
 
 def test_meta_training_as_preparation_and_as_a_strategy_are_one_command(keys, tmp_path):
-    prepared, _ = run(tmp_path / "a", keys, "strategy=maml", "stream.arrange=episodes")
-    continual, _ = run(tmp_path / "b", keys, "strategy=maml")
+    prepared, _ = run_in_process(tmp_path / "a", keys, "strategy=maml", "stream.arrange=episodes")
+    continual, _ = run_in_process(tmp_path / "b", keys, "strategy=maml")
     assert prepared.stages == ("base", "episodes")
     assert continual.stages == ("base", *TASKS)
     assert prepared.finished
-    steps = {e["event"]: e.get("steps") for e in lines(tmp_path / "a/events.jsonl")}["stage"]
+    steps = {e["event"]: e.get("steps") for e in load_json_lines(tmp_path / "a/events.jsonl")}[
+        "stage"
+    ]
     assert steps * 3 >= len(TASKS)

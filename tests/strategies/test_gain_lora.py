@@ -28,7 +28,7 @@ from strategies.multitask import MultiTask
 from strategies.per_task import PerTask
 from strategies.replay import Replay
 from tests.support import toy
-from tests.support.models import encoded, run
+from tests.support.models import make_encoded, run_in_process
 
 RANK, ROOM, FEW = 2, 8, 8  # so few examples a task that three tasks leave room in 32 dimensions
 RECIPE = replace(toy.RECIPE, lr=0.02, weight_decay=0.1)
@@ -39,12 +39,12 @@ def trained(
     *indices: int, kind: str = "gpt2", recipe=RECIPE, strategy: Strategy | None = None, **layout
 ):
     """A model in float64 and the strategy after a stage of each of these tasks."""
-    made = toy.model(torch.float64, kind=kind, lora=ROOM, **layout)
+    made = toy.make_model(torch.float64, kind=kind, lora=ROOM, **layout)
     for part in made.net.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
     strategy = GainLoRA(**EXACT) if strategy is None else strategy
-    toy.train(made, strategy, *indices, n=FEW, recipe=recipe)
+    toy.train_stages(made, strategy, *indices, size=FEW, recipe=recipe)
     return made, strategy
 
 
@@ -73,7 +73,7 @@ def merged(strategy: GainLoRA, made: Model, prompt) -> Model:
         for _, b in factors(alone):
             for row, g in gates.items():
                 b[:, row : row + RANK] *= g
-    fresh = toy.model(torch.float64, kind="gpt2")
+    fresh = toy.make_model(torch.float64, kind="gpt2")
     return replace(fresh, net=alone.net.merge_and_unload())
 
 
@@ -86,7 +86,9 @@ def prompt(e):
 
 def test_each_example_s_logits_are_those_of_weights_merged_by_its_gates():
     made, strategy = trained(0, 1, 2)
-    batch = made.batch([*toy.examples(0, 4), *toy.examples(1, 4, seed=5), *toy.examples(3, 3)])
+    batch = made.batch(
+        [*toy.make_examples(0, 4), *toy.make_examples(1, 4, seed=5), *toy.make_examples(3, 3)]
+    )
     found, lowest, highest = forward(made, batch), 1.0, 0.0
     for i, e in enumerate(batch.examples):
         alone = merged(strategy, made, prompt(e))
@@ -102,10 +104,10 @@ def test_prompts_are_answered_together_as_each_is_by_its_merged_weights():
     made, strategy = trained(0, 1)
     asked = [
         replace(e, ids=prompt(e), response=(False,) * len(prompt(e)))
-        for e in (*toy.examples(0, 5), *toy.examples(1, 5), *toy.examples(2, 3))
+        for e in (*toy.make_examples(0, 5), *toy.make_examples(1, 5), *toy.make_examples(2, 3))
     ]
     made = replace(
-        toy.model(torch.float64, kind="gpt2", lora=ROOM), net=made.net
+        toy.make_model(torch.float64, kind="gpt2", lora=ROOM), net=made.net
     )  # as it is when it is built again
     assert made.layout.flat
     (turn,) = strategy.dispatch(made, [e.ids for e in asked])
@@ -119,16 +121,16 @@ def test_prompts_are_answered_together_as_each_is_by_its_merged_weights():
 
 def test_an_encoder_s_gates_hold_for_its_decoder():
     made, strategy = trained(0, 1, kind="t5", decoder_start=1)
-    (e,) = toy.examples(1, 1)
-    apart = [forward(made, made.batch([x])) for x in (e, *toy.examples(0, 3))]
-    together = made.batch([e, *toy.examples(0, 3)])
+    (e,) = toy.make_examples(1, 1)
+    apart = [forward(made, made.batch([x])) for x in (e, *toy.make_examples(0, 3))]
+    together = made.batch([e, *toy.make_examples(0, 3)])
     found = forward(made, together)
     for i, expected in enumerate(apart):
         torch.testing.assert_close(found[together.example == i], expected, rtol=1e-9, atol=1e-10)
     strategy.gates = {
         row: [g * 0 for g in gate] for row, gate in strategy.gates.items()
     }  # all shut
-    base = toy.model(torch.float64, kind="t5", decoder_start=1)
+    base = toy.make_model(torch.float64, kind="t5", decoder_start=1)
     torch.testing.assert_close(
         forward(made, made.batch([e])), forward(base, base.batch([e])), rtol=1e-9, atol=1e-10
     )
@@ -137,9 +139,10 @@ def test_an_encoder_s_gates_hold_for_its_decoder():
 def test_before_the_first_stage_the_base_answers():
     made, strategy = trained()
     [*strategy.dispatch(made, [(3, 4)])]
-    base = toy.model(torch.float64, kind="gpt2")
+    base = toy.make_model(torch.float64, kind="gpt2")
     torch.testing.assert_close(
-        forward(made, made.batch(toy.examples(0))), forward(base, base.batch(toy.examples(0)))
+        forward(made, made.batch(toy.make_examples(0))),
+        forward(base, base.batch(toy.make_examples(0))),
     )
 
 
@@ -151,22 +154,22 @@ def test_before_the_first_stage_the_base_answers():
 )
 def test_with_a_threshold_of_1_nothing_is_said_otherwise_for_a_prompt_of_an_earlier_task(recipe):
     made, strategy = trained(0, recipe=recipe)
-    old = toy.examples(0, FEW)
+    old = toy.make_examples(0, FEW)
     before, seen = forward(made, made.batch(old)).detach(), [snapshot(made)]
     for i in (1, 2):
-        toy.train(made, strategy, i, n=FEW, recipe=recipe)
+        toy.train_stages(made, strategy, i, size=FEW, recipe=recipe)
         seen.append(snapshot(made))
         torch.testing.assert_close(
             forward(made, made.batch(old)).detach(), before, rtol=1e-9, atol=1e-9
         )
         assert strategy.opened(made, old)[:, i * RANK].abs().max() < 1e-10
-        assert strategy.opened(made, toy.examples(i, FEW))[:, i * RANK].mean() > 0.2
-    assert all(not toy.same(a, b) for a, b in pairwise(seen))
+        assert strategy.opened(made, toy.make_examples(i, FEW))[:, i * RANK].mean() > 0.2
+    assert all(not toy.bitwise_equal(a, b) for a, b in pairwise(seen))
 
 
 def test_a_new_gate_is_shut_for_earlier_prompts_at_first_and_at_every_step_in_every_layer():
     made, strategy = trained(0)
-    old, told = toy.examples(0, FEW), []
+    old, told = toy.make_examples(0, FEW), []
     said = pooled(made, old)
     layers = read(strategy.gates[0], said)
 
@@ -178,10 +181,10 @@ def test_a_new_gate_is_shut_for_earlier_prompts_at_first_and_at_every_step_in_ev
         for now, then in zip(read(gate, said), layers, strict=True):
             torch.testing.assert_close(now, then, rtol=1e-10, atol=1e-12)
 
-    strategy.begin(made, toy.task(1, FEW))
+    strategy.begin(made, toy.make_task(1, FEW))
     look(0, None)
     del strategy.gates[RANK]
-    toy.train(made, strategy, 1, n=FEW, recipe=RECIPE, after=look)
+    toy.train_stages(made, strategy, 1, size=FEW, recipe=RECIPE, after=look)
     assert max(shut for _, shut in told) < 1e-11
     assert told[0][0] == [0, 0, 0]
     assert min(told[-1][0]) > 1e-3, "each layer has learned"
@@ -190,7 +193,7 @@ def test_a_new_gate_is_shut_for_earlier_prompts_at_first_and_at_every_step_in_ev
 def test_an_earlier_gate_and_branch_stay_bit_for_bit():
     made, strategy = trained(0)
     gate, branch = [g.clone() for g in strategy.gates[0]], snapshot(made)
-    toy.train(made, strategy, 1, n=FEW, recipe=RECIPE)
+    toy.train_stages(made, strategy, 1, size=FEW, recipe=RECIPE)
     assert all(torch.equal(a, b) for a, b in zip(strategy.gates[0], gate, strict=True))
     for n, w in snapshot(made).items():
         rows, columns = (RANK, None) if "lora_A" in n else (None, RANK)
@@ -201,7 +204,7 @@ def test_below_1_the_threshold_leaves_a_gate_a_little_open_and_room_for_more_tas
     some, strategy = trained(0, 1, strategy=GainLoRA(rank=RANK, threshold=0.9))
     _, exact = trained(0, 1)
     assert strategy.known[0].shape[1] < exact.known[0].shape[1] == 2 * FEW
-    assert 0 < strategy.opened(some, toy.examples(0, FEW))[:, RANK].mean() < 0.5
+    assert 0 < strategy.opened(some, toy.make_examples(0, FEW))[:, RANK].mean() < 0.5
 
 
 @given(st.integers(0, 99), st.integers(1, 6), st.integers(0, 3), st.floats(0.3, 0.999))
@@ -236,10 +239,10 @@ def test_a_threshold_of_1_keeps_no_direction_of_rounding():
 
 def test_the_step_s_direction_for_the_gate_is_that_of_the_loss_by_finite_differences():
     made, strategy = trained(0)
-    toy.train(
-        made, strategy, 1, n=FEW, recipe=replace(RECIPE, steps=2, lr=1e-3)
+    toy.train_stages(
+        made, strategy, 1, size=FEW, recipe=replace(RECIPE, steps=2, lr=1e-3)
     )  # B is not zero, nor is the change
-    task = toy.task(2, FEW)
+    task = toy.make_task(2, FEW)
     strategy.begin(made, task)
     with torch.no_grad():
         for _, b in factors(made):
@@ -262,7 +265,7 @@ def test_the_step_s_direction_for_the_gate_is_that_of_the_loss_by_finite_differe
 
 def test_the_best_epoch_s_gate_comes_back_with_its_weights():
     made, strategy = trained(0)
-    task, seen = replace(toy.task(1, FEW), dev=tuple(toy.examples(1, 5, seed=1))), []
+    task, seen = replace(toy.make_task(1, FEW), dev=tuple(toy.make_examples(1, 5, seed=1))), []
 
     def dev():
         with torch.no_grad():
@@ -285,7 +288,7 @@ def test_the_best_epoch_s_gate_comes_back_with_its_weights():
 def test_replayed_prompts_have_their_own_gates():
     strategy = compose(Replay(capacity=4, share=0.5), GainLoRA(**EXACT))
     made, _ = trained(0, 1, strategy=strategy)
-    mixed = strategy.joined(made.batch(toy.examples(2, 4)))
+    mixed = strategy.joined(made.batch(toy.make_examples(2, 4)))
     assert {e.task for e in mixed.examples} > {2}
     for e, gates in zip(mixed.examples, strategy.opened(made, mixed.examples), strict=True):
         for row, g in by_hand(strategy, made, prompt(e)).items():
@@ -306,19 +309,19 @@ def test_beside_a_strategy_that_projects_the_weights_gradient_the_gate_keeps_its
         made, strategy = trained(
             0, strategy=compose(GainLoRA(**{**EXACT, "threshold": 0.5}), beside_it)
         )
-        strategy.begin(made, toy.task(1, FEW))
+        strategy.begin(made, toy.make_task(1, FEW))
         with torch.no_grad():
             for _, b in factors(made):
                 b[:, strategy.block].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-        strategy.backward(made, made.batch(toy.examples(1, 4)))
+        strategy.backward(made, made.batch(toy.make_examples(1, 4)))
         found.append(strategy.change.grad)
     assert found[0].any()
     torch.testing.assert_close(*found)
 
 
 def test_a_prompt_without_a_response_is_read_to_its_end():
-    made = toy.model()
-    found = pooled(made, [encoded([4, 5], [6]), encoded([4, 5], [])])
+    made = toy.make_model()
+    found = pooled(made, [make_encoded([4, 5], [6]), make_encoded([4, 5], [])])
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(
         found[0], made.net.get_input_embeddings().weight[[4, 5]].mean(0).detach()
@@ -330,7 +333,7 @@ def test_a_prompt_without_a_response_is_read_to_its_end():
 
 def test_prompts_that_no_gate_could_tell_apart_are_refused():
     made, strategy = trained(0)
-    again = replace(toy.task(1, FEW), train=tuple(toy.examples(0, FEW)))
+    again = replace(toy.make_task(1, FEW), train=tuple(toy.make_examples(0, FEW)))
     with pytest.raises(
         ConfigError,
         match=r"the prompts of 'b' lie within what gates have read of earlier tasks.*lower "
@@ -373,7 +376,7 @@ KEYS = (
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(refused, keys, tmp_path):
-    run(tmp_path / "run", keys, *KEYS, "train.steps=2")
+    run_in_process(tmp_path / "run", keys, *KEYS, "train.steps=2")
     told = refused(
         "adapt", *keys, f"adapt.start={tmp_path / 'run'}", "task=loud", f"out={tmp_path / 'new'}"
     )

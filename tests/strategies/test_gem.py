@@ -126,10 +126,10 @@ def test_with_one_other_it_is_avalanche_s_a_gem(seed):
 
 def remembering(kind, dtype=torch.float64, **more):
     """A model and a strategy that remember two tasks, and the batch of a third."""
-    made, strategy = toy.model(dtype), kind(capacity=8, **more)
-    toy.train(made, strategy, 0, 1, n=8)
-    strategy.begin(made, toy.task(2))
-    return made, strategy, made.batch(toy.examples(2, 6))
+    made, strategy = toy.make_model(dtype), kind(capacity=8, **more)
+    toy.train_stages(made, strategy, 0, 1, size=8)
+    strategy.begin(made, toy.make_task(2))
+    return made, strategy, made.batch(toy.make_examples(2, 6))
 
 
 def step(made, strategy, batch) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_gem_s_margin_turns_the_step_towards_earlier_tasks():
 def test_a_gem_holds_the_mean_over_all_it_remembers():
     made, strategy, _ = remembering(AGEM, sample=None)
     r, products = gradient_of(made, strategy.buffer.examples), []
-    for e in toy.examples(2):
+    for e in toy.make_examples(2):
         g = gradient_of(made, [e])
         products.append(g @ r)
         expected = g - min(g @ r, 0) / (r @ r) * r
@@ -184,7 +184,7 @@ def test_steps_of_weights_in_bfloat16_are_projected_as_well(kind):
     made, strategy, _ = remembering(kind, torch.bfloat16)
     others = torch.stack([gradient_of(made, pool).float() for pool in strategy.pools()])
     before, after = [], []
-    for e in toy.examples(2):
+    for e in toy.make_examples(2):
         for found, g in (
             (before, gradient_of(made, [e])),
             (after, step(made, strategy, made.batch([e]))),
@@ -211,10 +211,10 @@ def test_a_sample_larger_than_what_is_remembered_is_all_of_it():
 
 @pytest.mark.parametrize("kind", [GEM, AGEM])
 def test_the_first_task_is_learned_as_if_alone(kind):
-    made = toy.model()
+    made = toy.make_model()
     strategy = kind(capacity=8)
-    strategy.begin(made, toy.task(0))
-    batch = made.batch(toy.examples(0))
+    strategy.begin(made, toy.make_task(0))
+    batch = made.batch(toy.make_examples(0))
     assert torch.allclose(
         step(made, strategy, batch), gradient_of(made, batch.examples), rtol=1e-4, atol=1e-6
     )

@@ -14,30 +14,30 @@ def loss_by_hand(made, e) -> float:
 
 
 def test_an_example_s_loss_is_the_mean_over_its_response_tokens():
-    made = toy.model(torch.float64)
-    assert losses(made, toy.examples(0)) == pytest.approx(
-        {name(e): loss_by_hand(made, e) for e in toy.examples(0)}, rel=1e-9
+    made = toy.make_model(torch.float64)
+    assert losses(made, toy.make_examples(0)) == pytest.approx(
+        {name(e): loss_by_hand(made, e) for e in toy.make_examples(0)}, rel=1e-9
     )
 
 
 def test_by_loss_those_of_each_task_are_kept_that_are_hardest_when_it_has_been_learned():
-    made, strategy = toy.model(), HardReplay(capacity=0.25)
-    toy.train(made, strategy, 0)
-    hardest = sorted(toy.examples(0), key=lambda e: -loss_by_hand(made, e))[:3]
+    made, strategy = toy.make_model(), HardReplay(capacity=0.25)
+    toy.train_stages(made, strategy, 0)
+    hardest = sorted(toy.make_examples(0), key=lambda e: -loss_by_hand(made, e))[:3]
     assert strategy.buffer.tasks["a"] == hardest
-    toy.train(made, strategy, 1)
+    toy.train_stages(made, strategy, 1)
     assert strategy.buffer.tasks["a"] == hardest
     assert (
         strategy.buffer.tasks["b"]
-        == sorted(toy.examples(1), key=lambda e: -loss_by_hand(made, e))[:3]
+        == sorted(toy.make_examples(1), key=lambda e: -loss_by_hand(made, e))[:3]
     )
 
 
 def test_a_full_buffer_gives_up_the_easiest_first():
-    made, strategy = toy.model(), HardReplay(capacity=8)
-    toy.train(made, strategy, 0)
+    made, strategy = toy.make_model(), HardReplay(capacity=8)
+    toy.train_stages(made, strategy, 0)
     before = strategy.buffer.tasks["a"]
-    toy.train(made, strategy, 1)
+    toy.train_stages(made, strategy, 1)
     assert strategy.buffer.tasks["a"] == before[:4]
 
 
@@ -45,11 +45,11 @@ def forgetful(capacity: float = 8, among: int = 2):
     """A model after three stages; which of the first task's examples were kept after it, and their
     losses then.
     """
-    made, strategy = toy.model(), HardReplay(by="forgetting", capacity=capacity, among=among)
-    toy.train(made, strategy, 0)
+    made, strategy = toy.make_model(), HardReplay(by="forgetting", capacity=capacity, among=among)
+    toy.train_stages(made, strategy, 0)
     kept = [*strategy.buffer.tasks["a"]]
     then = {name(e): loss_by_hand(made, e) for e in kept}
-    toy.train(made, strategy, 1)
+    toy.train_stages(made, strategy, 1)
     return made, strategy, kept, then
 
 
@@ -68,7 +68,7 @@ def test_by_forgetting_those_whose_loss_rose_least_give_way():
 
 def test_what_was_forgotten_is_measured_from_when_it_was_learned_and_forgotten_with_its_example():
     made, strategy, _, then = forgetful()
-    toy.train(made, strategy, 2)
+    toy.train_stages(made, strategy, 2)
     assert (
         strategy.learned.keys()
         == strategy.risen.keys()
@@ -102,19 +102,19 @@ def test_more_than_there_are_can_be_recalled():
 
 
 def test_by_forgetting_what_is_kept_at_first_is_a_uniform_sample():
-    made, found = toy.model(), set()
+    made, found = toy.make_model(), set()
     for seed in range(40):
         strategy = HardReplay(by="forgetting", capacity=3, seed=seed)
-        strategy.end(made, toy.task(0))
+        strategy.end(made, toy.make_task(0))
         found |= {e.id for e in strategy.buffer.examples}
-    assert found == {e.id for e in toy.examples(0)}
+    assert found == {e.id for e in toy.make_examples(0)}
 
 
 def test_a_ranked_buffer_keeps_the_first_of_each_task_in_equal_parts():
     buffer = ReplayBuffer(5, "ranked")
-    buffer.add("a", toy.examples(0))
-    buffer.add("b", toy.examples(1))
-    assert buffer.tasks == {"a": toy.examples(0)[:3], "b": toy.examples(1)[:2]}
+    buffer.add("a", toy.make_examples(0))
+    buffer.add("b", toy.make_examples(1))
+    assert buffer.tasks == {"a": toy.make_examples(0)[:3], "b": toy.make_examples(1)[:2]}
 
 
 @pytest.mark.parametrize(

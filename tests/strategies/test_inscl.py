@@ -17,7 +17,7 @@ from continual.data.types import Task
 from continual.strategy.instructions import instructions
 from strategies.inscl import InsCL, distance, transport
 from tests.support import toy
-from tests.support.models import encoded
+from tests.support.models import make_encoded
 
 
 @settings(max_examples=30, deadline=None)
@@ -47,7 +47,7 @@ def test_with_equal_weights_it_is_the_best_assignment(seed):
 
 
 def test_between_single_instructions_it_is_the_cosine_distance_of_their_mean_embeddings():
-    made = toy.model(torch.float64)
+    made = toy.make_model(torch.float64)
     words = made.net.get_input_embeddings().weight
     a, b = words[[2, 3, 4]].mean(0), words[[5, 6]].mean(0)
     found = distance(made, [([2, 3, 4], 7)], [([5, 6], 2)])
@@ -59,7 +59,7 @@ def test_between_single_instructions_it_is_the_cosine_distance_of_their_mean_emb
 
 def rows(task: int, opening: list[int], n: int = 40):
     return [
-        encoded([*opening, 20 + i, 30 + (7 * i) % 29], [9], id=f"{task}/{i}", task=task)
+        make_encoded([*opening, 20 + i, 30 + (7 * i) % 29], [9], id=f"{task}/{i}", task=task)
         for i in range(n)
     ]
 
@@ -71,7 +71,7 @@ def test_what_prompts_have_in_common_is_the_instruction():
 
 
 def test_a_prompt_that_shares_nothing_is_its_own_instruction():
-    alone = [encoded([2 + i, 20], [9], id=str(i)) for i in range(5)]
+    alone = [make_encoded([2 + i, 20], [9], id=str(i)) for i in range(5)]
     assert sorted(instructions(alone)) == [([2 + i, 20], 1) for i in range(5)]
 
 
@@ -82,10 +82,10 @@ def test_of_many_examples_some_from_everywhere_are_looked_at():
 
 
 def prepared():
-    made, strategy = toy.model(), InsCL(capacity=30, share=0.5)
+    made, strategy = toy.make_model(), InsCL(capacity=30, share=0.5)
     for t, opening in enumerate(([*range(2, 12)], [*range(2, 11), 50], [*range(40, 50)])):
-        strategy.end(made, Task(toy.NAMES[t], tuple(rows(t, opening)), columns=toy.NAMES))
-    new = Task("d", tuple(rows(3, [*range(2, 11), 51])), columns=toy.NAMES)
+        strategy.end(made, Task(toy.TASK_NAMES[t], tuple(rows(t, opening)), columns=toy.TASK_NAMES))
+    new = Task("d", tuple(rows(3, [*range(2, 11), 51])), columns=toy.TASK_NAMES)
     strategy.begin(made, new)
     return made, strategy, new
 
@@ -111,8 +111,10 @@ def test_steps_take_of_each_task_what_its_share_says():
 
 
 def test_tasks_with_the_new_one_s_own_instruction_are_all_alike():
-    made, strategy = toy.model(), InsCL(capacity=30)
+    made, strategy = toy.make_model(), InsCL(capacity=30)
     for t in (0, 1):
-        strategy.end(made, Task(toy.NAMES[t], tuple(rows(t, [*range(2, 12)])), columns=toy.NAMES))
-    strategy.begin(made, Task("c", tuple(rows(2, [*range(2, 12)])), columns=toy.NAMES))
+        strategy.end(
+            made, Task(toy.TASK_NAMES[t], tuple(rows(t, [*range(2, 12)])), columns=toy.TASK_NAMES)
+        )
+    strategy.begin(made, Task("c", tuple(rows(2, [*range(2, 12)])), columns=toy.TASK_NAMES))
     assert strategy.shares == pytest.approx({0: 0.5, 1: 0.5})

@@ -55,7 +55,7 @@ def test_a_stage_moves_the_rates_and_then_the_weights_as_algorithm_1_does(second
     net, before, rates, seen = deepcopy(made.net), snapshot(made), strategy.rates.clone(), []
     episodes = strategy.episodes
     strategy.episodes = lambda batch: seen.extend(episodes(batch)) or seen
-    toy.train(made, strategy, 2, recipe=ONE)
+    toy.train_stages(made, strategy, 2, recipe=ONE)
 
     (judges,) = (list(episode.examples) for episode in seen)
     new, old = judges[:12], judges[12:]
@@ -80,8 +80,8 @@ def test_the_new_rates_look_ahead_to_a_lower_loss_and_a_weight_whose_rate_is_not
     seed,
 ):
     made, strategy = looking(0, seed=seed, inner_steps=1, rates_lr=1e-2, clip=None)
-    strategy.begin(made, toy.task(1))
-    chosen, before = toy.examples(1, 6), strategy.rates.detach().clone()
+    strategy.begin(made, toy.make_task(1))
+    chosen, before = toy.make_examples(1, 6), strategy.rates.detach().clone()
     judges = drawn(made, strategy, chosen)
     got, after = flat(step(made, strategy, chosen)), strategy.rates.detach()
     live = weights(made)
@@ -98,14 +98,14 @@ def test_the_new_rates_look_ahead_to_a_lower_loss_and_a_weight_whose_rate_is_not
 
 def test_with_rates_that_are_not_learned_it_is_maml_at_that_rate():
     """The paper's C-MAML."""
-    made, chosen = toy.model(torch.float64), toy.examples(0, 6)
+    made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
     ours, maml = (
         LaMAML(capacity=0, inner_lr=0.2, rates_lr=0.0, inner_steps=1, clip=None),
         MAML(inner_lr=0.2),
     )
-    ours.begin(made, toy.task(0))
+    ours.begin(made, toy.make_task(0))
     maml.split = lambda episode: ([[episode]], episode)
-    assert toy.close(
+    assert toy.all_close(
         step(made, ours, chosen),
         {n: 0.2 * g for n, g in step(made, maml, chosen).items()},
         rtol=1e-8,
@@ -114,11 +114,11 @@ def test_with_rates_that_are_not_learned_it_is_maml_at_that_rate():
 
 def test_a_step_of_its_rule_is_one_of_its_inner_loop_at_the_same_clip():
     made, strategy = looking(0, clip=0.05)
-    before, batch = snapshot(made), made.batch(toy.examples(1, 4))
+    before, batch = snapshot(made), made.batch(toy.make_examples(1, 4))
     loss = nll(made, batch)
     grads = torch.autograd.grad(loss, [*weights(made).values()])
     g = torch.cat([t.flatten() for t in grads])
-    toy.train(made, strategy.rule(), 1, n=4, recipe=ONE)
+    toy.train_stages(made, strategy.rule(), 1, size=4, recipe=ONE)
     taken = flat(before) - flat(snapshot(made))
     torch.testing.assert_close(taken, pace(g, 0.05) * strategy.rates * g, rtol=1e-4, atol=1e-7)
 
@@ -128,7 +128,7 @@ def test_a_step_that_is_passed_over_leaves_the_rates_as_they_were():
     before = strategy.rates.clone()
     strategy.loss = lambda model, batch: nll(model, batch) * math.nan
     with pytest.raises(TrainingError, match="every step"):
-        toy.train(made, strategy, 1, recipe=replace(ONE, on_nonfinite="skip"))
+        toy.train_stages(made, strategy, 1, recipe=replace(ONE, on_nonfinite="skip"))
     assert torch.equal(strategy.rates, before)
 
 

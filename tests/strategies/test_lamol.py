@@ -43,13 +43,13 @@ def rows(task: int, n: int = 16) -> list[Encoded]:
 
 
 def task(index: int, n: int = 16) -> Task[Encoded]:
-    return Task(toy.NAMES[index], tuple(rows(index, n)), columns=toy.NAMES)
+    return Task(toy.TASK_NAMES[index], tuple(rows(index, n)), columns=toy.TASK_NAMES)
 
 
 @pytest.fixture(scope="module")
 def learned():
     """A model that has learned two tasks well, and its strategy before a third."""
-    made, strategy = toy.model(), LAMOL(share=0.5)
+    made, strategy = toy.make_model(), LAMOL(share=0.5)
     for i in (0, 1):
         learn(made, task(i), strategy, LONG, seed=i, log=lambda event: None)
     strategy.begin(made, task(2))
@@ -81,7 +81,7 @@ def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_
         "strategies.lamol.complete",
         lambda model, prompts, room, n, end, *pick: [[end]] * len(prompts),
     )
-    made, strategy = toy.model(), LAMOL()
+    made, strategy = toy.make_model(), LAMOL()
     for t, (often, seldom) in WORDINGS.items():
         worded = [
             replace(
@@ -91,7 +91,7 @@ def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_
             )
             for i, e in enumerate(rows(t, 64))
         ]
-        strategy.fill(made, Task(toy.NAMES[t], tuple(worded), columns=toy.NAMES))
+        strategy.fill(made, Task(toy.TASK_NAMES[t], tuple(worded), columns=toy.TASK_NAMES))
     for t, (often, seldom) in WORDINGS.items():
         written = strategy.written(made, t, 400)
         found = Counter(e.ids[:8] for e in written)
@@ -107,7 +107,7 @@ def test_a_prompt_like_no_other_is_not_kept():
     ]
     for some in (alone, alone[:1]):
         strategy = LAMOL()
-        strategy.fill(toy.model(), Task("a", tuple(some), columns=toy.NAMES))
+        strategy.fill(toy.make_model(), Task("a", tuple(some), columns=toy.TASK_NAMES))
         assert strategy.tasks[0]["begins"] == [([], len(some))]
 
 
@@ -136,9 +136,9 @@ def test_the_share_of_written_examples_in_a_stage_is_gamma_of_the_new_ones(share
 
 
 def test_nothing_of_the_old_data_is_kept_but_how_prompts_begin_and_their_lengths(tmp_path):
-    made, strategy = toy.model(), LAMOL()
+    made, strategy = toy.make_model(), LAMOL()
     learn(made, task(0), strategy, toy.RECIPE, seed=0, log=lambda event: None)
-    checkpoint.save(tmp_path / "one", made, strategy, toy.matrix())
+    checkpoint.save(tmp_path / "one", made, strategy, toy.empty_matrix())
     told = (tmp_path / "one" / "memory.json").read_text("utf-8")
     assert strategy.tasks == {0: {"begins": [([2, 3], 16)], "prompt": 4, "response": 2}}
     assert "example" not in told
@@ -147,7 +147,7 @@ def test_nothing_of_the_old_data_is_kept_but_how_prompts_begin_and_their_lengths
 
 
 def test_the_loss_is_that_of_the_responses_and_of_the_prompts_by_their_weight():
-    made, strategy = toy.model(torch.float64), LAMOL(lm_weight=0.4)
+    made, strategy = toy.make_model(torch.float64), LAMOL(lm_weight=0.4)
     new = rows(0)[:5]
     loss = strategy.backward(made, made.batch(new))
     prompts = [
@@ -160,7 +160,7 @@ def test_the_loss_is_that_of_the_responses_and_of_the_prompts_by_their_weight():
 
 def test_beside_lwf_the_teacher_is_asked_for_the_responses_alone():
     """The prompts to be written are of the same examples, and other tokens."""
-    made, strategy = toy.model(torch.float64), compose(LAMOL(), LwF(strength=3.0))
+    made, strategy = toy.make_model(torch.float64), compose(LAMOL(), LwF(strength=3.0))
     strategy.begin(made, task(0))
     restore(made, {n: w * 1.1 for n, w in snapshot(made).items()})
     batch = made.batch(rows(0)[:5])
@@ -193,8 +193,8 @@ def test_sampling_follows_the_model_s_distribution_over_the_likeliest_tokens():
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_what_is_sampled_behind_one_prompt_does_not_depend_on_the_others(batch_size):
     made, prompts = (
-        toy.model(torch.float64),
-        [unanswered(str(i), 0, e.ids) for i, e in enumerate(toy.examples(0))],
+        toy.make_model(torch.float64),
+        [unanswered(str(i), 0, e.ids) for i, e in enumerate(toy.make_examples(0))],
     )
     draws = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = complete(made, prompts, 6, batch_size, END, sampled(20, draws))
@@ -210,11 +210,11 @@ def test_what_is_sampled_behind_one_prompt_does_not_depend_on_the_others(batch_s
 def test_a_prompt_that_holds_the_mark_is_refused():
     wrong = replace(task(0), train=(Encoded("x", 0, (2, MARK, 4), (False, False, True)),))
     with pytest.raises(DataError, match="a prompt of task 'a' holds the padding token"):
-        LAMOL().begin(toy.model(), wrong)
+        LAMOL().begin(toy.make_model(), wrong)
 
 
 def test_an_encoder_decoder_model_is_refused():
-    made = toy.model()
+    made = toy.make_model()
     made.layout = replace(made.layout, decoder_start=1)
     with pytest.raises(ConfigError, match="choose a causal model"):
         LAMOL().begin(made, task(0))

@@ -37,10 +37,10 @@ def test_earlier_and_later_blocks_stay_bit_for_bit_as_they_are(kind):
         "incremental": IncrementalLoRA(rank=RANK),
         "olora": OLoRA(rank=RANK, lambda_2=0.01),
     }[kind]
-    made = toy.model(lora=ROOM)
+    made = toy.make_model(lora=ROOM)
     states = [snapshot(made)]
     for i in (0, 1, 2):
-        toy.train(made, strategy, i, recipe=RECIPE)
+        toy.train_stages(made, strategy, i, recipe=RECIPE)
         states.append(snapshot(made))
     for i, (before, after) in enumerate(pairwise(states)):
         for n, w in after.items():
@@ -66,19 +66,19 @@ def merged(made, lora: int):
 
 def test_a_task_is_learned_as_by_a_new_lora_of_its_rank_upon_the_merged_earlier_ones():
     """Up to rounding: weights, and what the network says."""
-    made, strategy = toy.model(torch.float64, lora=ROOM), IncrementalLoRA(rank=RANK)
-    toy.train(made, strategy, 0)
+    made, strategy = toy.make_model(torch.float64, lora=ROOM), IncrementalLoRA(rank=RANK)
+    toy.train_stages(made, strategy, 0)
     fresh = {n: block(n, w, 1).clone() for n, w in snapshot(made).items()}
-    other = toy.model(torch.float64, lora=ROOM)
+    other = toy.make_model(torch.float64, lora=ROOM)
     restore(other, snapshot(made))
     other = merged(other, RANK)
     restore(other, fresh)
-    toy.train(made, strategy, 1)
-    toy.train(other, Strategy(), 1)
-    assert toy.close(
+    toy.train_stages(made, strategy, 1)
+    toy.train_stages(other, Strategy(), 1)
+    assert toy.all_close(
         snapshot(other), {n: block(n, w, 1) for n, w in snapshot(made).items()}, 1e-6, 1e-8
     )
-    for e in toy.examples(1):
+    for e in toy.make_examples(1):
         assert torch.allclose(
             toy.log_likelihood(made.net, e), toy.log_likelihood(other.net, e), rtol=1e-6
         )
@@ -87,15 +87,15 @@ def test_a_task_is_learned_as_by_a_new_lora_of_its_rank_upon_the_merged_earlier_
 def test_without_its_terms_o_lora_is_incremental_lora_bit_for_bit():
     found = []
     for strategy in (OLoRA(rank=RANK, lambda_1=0, lambda_2=0), IncrementalLoRA(rank=RANK)):
-        made = toy.model(lora=ROOM)
-        toy.train(made, strategy, 0, 1)
+        made = toy.make_model(lora=ROOM)
+        toy.train_stages(made, strategy, 0, 1)
         found.append(snapshot(made))
-    assert toy.same(*found)
+    assert toy.bitwise_equal(*found)
 
 
 @cache
 def any_lora():
-    return toy.model(torch.float64, lora=ROOM)
+    return toy.make_model(torch.float64, lora=ROOM)
 
 
 @settings(max_examples=15, deadline=None)
@@ -122,11 +122,11 @@ def test_the_terms_are_those_of_a_loop_over_tasks_modules_and_entries(seed, at, 
 
 
 def test_the_step_s_direction_is_that_of_loss_and_terms_by_finite_differences():
-    made, strategy = toy.model(torch.float64, lora=ROOM), OLoRA(rank=RANK, lambda_2=0.3)
-    toy.train(made, strategy, 0)
-    strategy.begin(made, toy.task(1))
+    made, strategy = toy.make_model(torch.float64, lora=ROOM), OLoRA(rank=RANK, lambda_2=0.3)
+    toy.train_stages(made, strategy, 0)
+    strategy.begin(made, toy.make_task(1))
     made.net.zero_grad()
-    strategy.backward(made, made.batch(toy.examples(1)))
+    strategy.backward(made, made.batch(toy.make_examples(1)))
     found, live, name = (
         gradient(made),
         weights(made),
@@ -137,15 +137,15 @@ def test_the_step_s_direction_is_that_of_loss_and_terms_by_finite_differences():
         for shift in (1e-6, -2e-6):
             live[name][RANK, 3] += shift
             terms = sum(strategy.terms(made))
-            values.append(float(terms + toy.mean_loss(made.net, toy.examples(1))))
+            values.append(float(terms + toy.mean_loss(made.net, toy.make_examples(1))))
     assert float(found[name][RANK, 3]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
 
 
 def test_the_penalty_keeps_the_tasks_apart():
     overlap = {}
     for strength in (0.0, 5.0):
-        made = toy.model(lora=ROOM)
-        toy.train(made, OLoRA(rank=RANK, lambda_1=strength), 0, 1)
+        made = toy.make_model(lora=ROOM)
+        toy.train_stages(made, OLoRA(rank=RANK, lambda_1=strength), 0, 1)
         overlap[strength] = sum(
             (a[:RANK] @ a[RANK : 2 * RANK].T).abs().sum().item() for a, _ in factors(made)
         )
@@ -158,7 +158,7 @@ def test_without_a_lora_there_is_nothing_to_work_on(kind):
         ConfigError,
         match=r"works on the factors of a LoRA, and what trains is lm_head.* and \d+ more",
     ):
-        kind().begin(toy.model(), toy.task(0))
+        kind().begin(toy.make_model(), toy.make_task(0))
 
 
 def test_a_lora_without_room_for_the_stream_is_refused_at_its_first_task():
@@ -167,26 +167,28 @@ def test_a_lora_without_room_for_the_stream_is_refused_at_its_first_task():
         match=r"has room for 3 more tasks of rank 2, expected 4; set "
         r"model.adapters.lora.r=8 or more",
     ):
-        IncrementalLoRA(rank=2).begin(toy.model(lora=7), toy.task(0))
-    mixed = Task("all", tuple(e for t in range(4) for e in toy.examples(t, 2)), columns=toy.NAMES)
-    IncrementalLoRA(rank=2).begin(toy.model(lora=3), mixed)  # the only stage of a joint stream
+        IncrementalLoRA(rank=2).begin(toy.make_model(lora=7), toy.make_task(0))
+    mixed = Task(
+        "all", tuple(e for t in range(4) for e in toy.make_examples(t, 2)), columns=toy.TASK_NAMES
+    )
+    IncrementalLoRA(rank=2).begin(toy.make_model(lora=3), mixed)  # the only stage of a joint stream
 
 
 def test_a_lora_whose_blocks_are_all_in_use_has_no_room_for_another_task():
-    made, strategy = toy.model(lora=8), IncrementalLoRA(rank=2)
-    toy.train(made, strategy, 0, 1, 2, 3, n=4)
+    made, strategy = toy.make_model(lora=8), IncrementalLoRA(rank=2)
+    toy.train_stages(made, strategy, 0, 1, 2, 3, size=4)
     with pytest.raises(
         ConfigError, match=r"has room for 0 more tasks of rank 2, expected 1; .*lora.r=10 or more"
     ):
-        strategy.begin(made, toy.task(0))
+        strategy.begin(made, toy.make_task(0))
 
 
 def test_a_new_strategy_goes_on_behind_the_blocks_that_are_in_use():
     """As `adapt` does, which has the weights of a checkpoint and no memory."""
-    made = toy.model(lora=8)
-    toy.train(made, IncrementalLoRA(rank=2), 0, 1)
+    made = toy.make_model(lora=8)
+    toy.train_stages(made, IncrementalLoRA(rank=2), 0, 1)
     again = IncrementalLoRA(rank=2)
-    again.begin(made, toy.task(2))
+    again.begin(made, toy.make_task(2))
     assert again.block == slice(4, 6)
 
 
@@ -203,17 +205,19 @@ def test_a_strategy_that_steps_past_it_is_refused_and_one_behind_it_is_not():
                 w.grad += 1
             return loss
 
-    toy.train(toy.model(lora=8), compose(IncrementalLoRA(rank=2), Past()), 0, n=4)
+    toy.train_stages(toy.make_model(lora=8), compose(IncrementalLoRA(rank=2), Past()), 0, size=4)
     with pytest.raises(
         ConfigError, match="moved other blocks than the task's, for its steps do not end here; list"
     ):
-        toy.train(toy.model(lora=8), compose(Past(), IncrementalLoRA(rank=2)), 0, n=4)
-    made = toy.model(lora=8)
-    toy.train(made, IncrementalLoRA(rank=2), 0, 1, 2, n=4)
+        toy.train_stages(
+            toy.make_model(lora=8), compose(Past(), IncrementalLoRA(rank=2)), 0, size=4
+        )
+    made = toy.make_model(lora=8)
+    toy.train_stages(made, IncrementalLoRA(rank=2), 0, 1, 2, size=4)
     with pytest.raises(
         ConfigError, match="moved other blocks than the task's"
     ):  # there are only earlier ones
-        toy.train(made, compose(Past(), IncrementalLoRA(rank=2)), 3, n=4)
+        toy.train_stages(made, compose(Past(), IncrementalLoRA(rank=2)), 3, size=4)
 
 
 # SLAO
@@ -242,12 +246,12 @@ def test_an_orthonormal_a_is_its_own_basis():
 
 def alone(power: float):
     """What SLAO does, written as a loop over plain stages; the merged factors after each."""
-    made, start, found = toy.model(torch.float64, lora=4), None, []
+    made, start, found = toy.make_model(torch.float64, lora=4), None, []
     before = None
     for i in (0, 1, 2):
         if start:
             restore(made, {n: basis(w) if "lora_A" in n else w for n, w in start.items()})
-        toy.train(made, Strategy(), i)
+        toy.train_stages(made, Strategy(), i)
         start = snapshot(made)
         step = (i + 1) ** -power
         before = {
@@ -260,16 +264,16 @@ def alone(power: float):
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_after_each_task_the_lora_is_the_merge_in_closed_form(power):
-    made, strategy = toy.model(torch.float64, lora=4), SLAO(power=power)
+    made, strategy = toy.make_model(torch.float64, lora=4), SLAO(power=power)
     for i, expected in enumerate(alone(power)):
-        toy.train(made, strategy, i)
-        assert toy.close(snapshot(made), expected, rtol=1e-6, atol=1e-9)
+        toy.train_stages(made, strategy, i)
+        assert toy.all_close(snapshot(made), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_with_power_1_b_is_the_mean_of_all_tasks_own():
-    made, strategy, own = toy.model(torch.float64, lora=4), SLAO(power=1), []
+    made, strategy, own = toy.make_model(torch.float64, lora=4), SLAO(power=1), []
     for i in (0, 1, 2):
-        toy.train(made, strategy, i)
+        toy.train_stages(made, strategy, i)
         own.append([b for _, b in strategy.tuned])
     for k, (_, b) in enumerate(factors(made)):
         assert torch.allclose(b, torch.stack([task[k] for task in own]).mean(0))
@@ -279,4 +283,4 @@ def test_a_lora_of_a_rank_above_its_inputs_has_no_basis():
     with pytest.raises(
         ConfigError, match=r"a LoRA of rank 40 on 32 inputs has no orthonormal basis; set"
     ):
-        SLAO().begin(toy.model(lora=40), toy.task(0))
+        SLAO().begin(toy.make_model(lora=40), toy.make_task(0))

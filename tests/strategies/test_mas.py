@@ -26,22 +26,22 @@ def test_of_a_linear_layer_it_is_its_closed_form():
     """Of |W h|^2 the gradient is 2 W h h^T: summed over an example's positions, then absolute, then
     the mean.
     """
-    made = toy.model(torch.float64)
+    made = toy.make_model(torch.float64)
     made.net.requires_grad_(False)
     head = made.net.lm_head.weight.requires_grad_(True)
     expected = torch.zeros_like(head)
-    for e in toy.examples(0):
+    for e in toy.make_examples(0):
         with torch.no_grad():
             hidden = made.net.model(input_ids=torch.tensor([e.ids])).last_hidden_state[0]
             h = torch.stack([hidden[t - 1] for t in range(1, len(e.ids)) if e.response[t]])
             expected += (2 * head @ h.T @ h).abs() / 12
-    found = sensitivity(made, toy.examples(0))
+    found = sensitivity(made, toy.make_examples(0))
     assert list(found) == ["lm_head.weight"]
     assert torch.allclose(found["lm_head.weight"], expected, rtol=1e-6, atol=1e-9)
 
 
 def test_of_any_weight_it_is_the_mean_absolute_finite_difference_of_each_example():
-    made, few = toy.model(torch.float64, kind="gpt2"), toy.examples(1, 4)
+    made, few = toy.make_model(torch.float64, kind="gpt2"), toy.make_examples(1, 4)
     found, eps = sensitivity(made, few), 1e-6
     for name in (
         "transformer.h.0.attn.c_attn.weight",
@@ -63,9 +63,11 @@ def test_of_any_weight_it_is_the_mean_absolute_finite_difference_of_each_example
 
 
 def test_only_response_positions_count_whatever_the_instruction_weighs_in_the_loss():
-    made = toy.model(torch.float64)
+    made = toy.make_model(torch.float64)
     dual = replace(made, layout=replace(made.layout, instruction_weight=0.7))
-    assert toy.same(sensitivity(dual, toy.examples(0)), sensitivity(made, toy.examples(0)))
+    assert toy.bitwise_equal(
+        sensitivity(dual, toy.make_examples(0)), sensitivity(made, toy.make_examples(0))
+    )
 
 
 @dataclass(kw_only=True)
@@ -80,9 +82,9 @@ class Recording(MAS):
 
 
 def test_importances_of_all_tasks_add_up_around_the_last_weights():
-    made, strategy = toy.model(torch.float64), Recording(examples=4)
-    toy.train(made, strategy, 0, 1, n=6)
-    assert toy.close(strategy.importance, combine(torch.add, *strategy.parts))
-    assert toy.same(strategy.anchor, snapshot(made))
-    last = sensitivity(made, chosen(toy.task(1, 6), 4, "0/2"))
-    assert toy.close(strategy.parts[1], last)
+    made, strategy = toy.make_model(torch.float64), Recording(examples=4)
+    toy.train_stages(made, strategy, 0, 1, size=6)
+    assert toy.all_close(strategy.importance, combine(torch.add, *strategy.parts))
+    assert toy.bitwise_equal(strategy.anchor, snapshot(made))
+    last = sensitivity(made, chosen(toy.make_task(1, 6), 4, "0/2"))
+    assert toy.all_close(strategy.parts[1], last)

@@ -50,10 +50,10 @@ def watched(kind, *tasks: int, **settings):
     """A model after stages of merging, its strategy, where it first began, and what it was after
     each stage.
     """
-    made, strategy = toy.model(torch.float64), compose(kind(**settings), Seen())
+    made, strategy = toy.make_model(torch.float64), compose(kind(**settings), Seen())
     base, merged = snapshot(made), []
     for t in tasks:
-        toy.train(made, strategy, t, n=6)
+        toy.train_stages(made, strategy, t, size=6)
         merged.append(snapshot(made))
     return strategy, base, merged
 
@@ -75,9 +75,9 @@ def merged(strategy, ends: list[torch.Tensor], *shapes: int) -> torch.Tensor:
     model = SimpleNamespace(net=Point(*(shapes or (len(ends[0]),))))
     names = [*snapshot(model)]
     for end in ends:
-        strategy.begin(model, toy.task(0))
+        strategy.begin(model, toy.make_task(0))
         restore(model, dict(zip(names, torch.split(end, [*shapes] or len(end)), strict=True)))
-        strategy.end(model, toy.task(0))
+        strategy.end(model, toy.make_task(0))
     return flat(snapshot(model))
 
 
@@ -93,55 +93,58 @@ def drawn(seed: int, n: int) -> list[torch.Tensor]:
 def test_the_mean_of_all_stages_is_tested_after_each_wherever_they_begin(begin_at):
     strategy, base, tested = watched(Average, 0, 1, 2, begin_at=begin_at)
     for t in range(3):
-        assert toy.close(tested[t], mean(strategy.ended[: t + 1]), rtol=1e-10, atol=1e-14)
+        assert toy.all_close(tested[t], mean(strategy.ended[: t + 1]), rtol=1e-10, atol=1e-14)
     begun = {"merged": tested[:2], "own": strategy.ended[:2], "base": [base, base]}[begin_at]
-    assert all(toy.same(a, b) for a, b in zip(strategy.begun, [base, *begun], strict=True))
+    assert all(toy.bitwise_equal(a, b) for a, b in zip(strategy.begun, [base, *begun], strict=True))
 
 
 def test_half_blended_the_weights_are_between_the_stage_s_own_and_the_merged_ones():
     strategy, _, tested = watched(Average, 0, 1, blend=0.5)
-    assert toy.close(
+    assert toy.all_close(
         tested[1], mean([strategy.ended[1], mean(strategy.ended)]), rtol=1e-10, atol=1e-14
     )
 
 
 def test_with_early_stopping_the_best_weights_are_merged():
-    made, strategy = toy.model(), compose(Average(), Seen())
+    made, strategy = toy.make_model(), compose(Average(), Seen())
     task = toy.Task(
-        "a", tuple(toy.examples(0)), tuple(toy.examples(0, 6, seed=1)), columns=toy.NAMES
+        "a",
+        tuple(toy.make_examples(0)),
+        tuple(toy.make_examples(0, 6, seed=1)),
+        columns=toy.TASK_NAMES,
     )
     recipe = toy.replace(toy.RECIPE, lr=0.1, epochs=6, patience=1)
     learn(made, task, strategy, recipe, seed=0, log=lambda event: None)
     assert len(strategy.steps) < 18
-    assert toy.same(snapshot(made), strategy.ended[0])
-    assert not toy.same(strategy.ended[0], strategy.steps[-1])
+    assert toy.bitwise_equal(snapshot(made), strategy.ended[0])
+    assert not toy.bitwise_equal(strategy.ended[0], strategy.steps[-1])
 
 
 def test_what_is_listed_after_a_merge_sees_the_stage_s_own_weights_and_what_is_before_it_the_merged():
     for parts, own in (((Average(), L2(), Seen()), True), ((L2(), Average(), Seen()), False)):
-        made, strategy = toy.model(), compose(*parts)
-        toy.train(made, strategy, 0, 1, n=6)
-        assert toy.same(strategy.anchor, strategy.ended[1] if own else snapshot(made))
-        assert not toy.same(strategy.ended[1], snapshot(made))
+        made, strategy = toy.make_model(), compose(*parts)
+        toy.train_stages(made, strategy, 0, 1, size=6)
+        assert toy.bitwise_equal(strategy.anchor, strategy.ended[1] if own else snapshot(made))
+        assert not toy.bitwise_equal(strategy.ended[1], snapshot(made))
 
 
 @pytest.mark.parametrize("kind", [Average, FisherMerge, EMA, TaskArithmetic, TIES])
 def test_memory_does_not_grow_with_the_tasks(kind):
-    strategy, made = kind(), toy.model()
-    toy.train(made, strategy, 0, n=6)
+    strategy, made = kind(), toy.make_model()
+    toy.train_stages(made, strategy, 0, size=6)
     one = {n: t.shape for n, t in toy.memory_tensors(strategy).items()}
-    toy.train(made, strategy, 1, 2, n=6)
+    toy.train_stages(made, strategy, 1, 2, size=6)
     assert {n: t.shape for n, t in toy.memory_tensors(strategy).items()} == one
 
 
 def test_weights_in_bfloat16_are_merged_in_float32():
     """In bfloat16 a mean of many would stand still."""
-    made, strategy = toy.model(torch.bfloat16), Average(begin_at="own")
+    made, strategy = toy.make_model(torch.bfloat16), Average(begin_at="own")
     for _ in range(40):
         with torch.no_grad():
             made.net.model.norm.weight += 1 / 16
-        strategy.end(made, toy.task(0))
-        strategy.begin(made, toy.task(0))
+        strategy.end(made, toy.make_task(0))
+        strategy.begin(made, toy.make_task(0))
     kept = strategy.mean["model.norm.weight"]
     assert kept.dtype == torch.float32
     assert kept[0].item() == pytest.approx(1 + 41 / 32, rel=1e-2)
@@ -174,10 +177,10 @@ def test_fisher_merging_leads_to_the_joint_minimum_of_quadratics():
 def test_fisher_merging_weighs_each_stage_by_its_fisher_of_norm_one():
     strategy, _, _ = watched(FisherMerge, 0)
     assert flat(strategy.total).norm().item() == pytest.approx(1)
-    made = toy.model(torch.float64)
+    made = toy.make_model(torch.float64)
     restore(made, strategy.ended[0])
     again = deepcopy(FisherMerge())
-    assert toy.same(again.weigh(made, toy.task(0, 6)), strategy.total)
+    assert toy.bitwise_equal(again.weigh(made, toy.make_task(0, 6)), strategy.total)
 
 
 def test_a_weight_that_matters_to_no_task_is_as_the_last_stage_left_it():
@@ -189,15 +192,15 @@ def test_a_weight_that_matters_to_no_task_is_as_the_last_stage_left_it():
 
 def test_the_moving_average_is_that_of_every_step_and_training_knows_nothing_of_it():
     strategy, base, tested = watched(EMA, 0, 1, decay=0.7)
-    plain, naive = toy.model(torch.float64), compose(Strategy(), Seen())
-    toy.train(plain, naive, 0, 1, n=6)
-    assert all(toy.same(a, b) for a, b in zip(strategy.steps, naive.steps, strict=True))
+    plain, naive = toy.make_model(torch.float64), compose(Strategy(), Seen())
+    toy.train_stages(plain, naive, 0, 1, size=6)
+    assert all(toy.bitwise_equal(a, b) for a, b in zip(strategy.steps, naive.steps, strict=True))
     per_stage = len(strategy.steps) // 2
     expected = base
     for t in (0, 1):
         for after in [*strategy.steps[t * per_stage + 1 : (t + 1) * per_stage], strategy.ended[t]]:
             expected = combine(lambda m, w: 0.7 * m + 0.3 * w, expected, after)
-        assert toy.close(tested[t], expected, rtol=1e-9, atol=1e-13)
+        assert toy.all_close(tested[t], expected, rtol=1e-9, atol=1e-13)
 
 
 @settings(max_examples=25, deadline=None)
@@ -227,8 +230,8 @@ def test_ties_trims_a_vector_as_a_whole_and_not_tensor_by_tensor():
 def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_one_another():
     strategy, base, tested = watched(TaskArithmetic, 0, 1, begin_at="own", scale=0.5)
     expected = combine(lambda o, a, b: o + 0.5 * (a - o) + 0.5 * (b - o), base, *strategy.ended)
-    assert toy.close(tested[1], expected, rtol=1e-9, atol=1e-13)
-    assert toy.same(strategy.begun[1], strategy.ended[0])
+    assert toy.all_close(tested[1], expected, rtol=1e-9, atol=1e-13)
+    assert toy.bitwise_equal(strategy.begun[1], strategy.ended[0])
 
 
 @pytest.mark.parametrize(
@@ -265,8 +268,8 @@ def test_what_cannot_be_merged_is_refused(make, told):
     ],
 )
 def test_it_stores_what_it_says_wherever_stages_begin(kind, begin_at, bytes_a_weight):
-    made, strategy = toy.model(), kind(begin_at=begin_at)
-    toy.train(made, strategy, 0, 1, n=4)
+    made, strategy = toy.make_model(), kind(begin_at=begin_at)
+    toy.train_stages(made, strategy, 0, 1, size=4)
     count = sum(w.numel() for w in snapshot(made).values())
     found = sum(t.nbytes for t in toy.memory_tensors(strategy).values()) / count
     assert found == pytest.approx(

@@ -18,7 +18,7 @@ from tests.support.meta import INNER, halves, looked_ahead, scattered, step
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("second_order", [False, True])
 def test_anil_s_inner_loop_changes_the_head_alone_and_all_is_learned(kind, second_order):
-    made, chosen = toy.model(torch.float64, kind=kind), toy.examples(0, 6)
+    made, chosen = toy.make_model(torch.float64, kind=kind), toy.make_examples(0, 6)
     support, query = halves(chosen)
     rate = {n: torch.full_like(w, INNER) for n, w in head(made).items()}
     expected, _ = looked_ahead(made.net, [support] * 2, query, rate, second_order)
@@ -27,15 +27,15 @@ def test_anil_s_inner_loop_changes_the_head_alone_and_all_is_learned(kind, secon
         MAML(capacity=0, inner_lr=INNER, inner_steps=2, adapts="head", second_order=second_order),
         chosen,
     )
-    assert toy.close(got, expected, rtol=1e-8)
+    assert toy.all_close(got, expected, rtol=1e-8)
 
 
 def test_the_head_is_the_lm_head_s_own_weight_or_what_is_trained_in_the_last_layer():
-    assert list(head(toy.model())) == ["lm_head.weight"]
-    tied = head(toy.model(kind="gpt2"))
+    assert list(head(toy.make_model())) == ["lm_head.weight"]
+    tied = head(toy.make_model(kind="gpt2"))
     assert len(tied) == 12
     assert all(n.startswith("transformer.h.1.") for n in tied)
-    frozen = toy.model(kind="gpt2")
+    frozen = toy.make_model(kind="gpt2")
     frozen.net.transformer.h[1].requires_grad_(False)
     assert all(n.startswith("transformer.h.0.") for n in head(frozen))
 
@@ -44,7 +44,7 @@ def test_the_head_is_the_lm_head_s_own_weight_or_what_is_trained_in_the_last_lay
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
 def test_under_an_adapter_the_head_is_the_last_layer_s_part_of_it():
-    made = toy.model()
+    made = toy.make_model()
     made.net = adapt_with(
         made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False
     )
@@ -53,12 +53,12 @@ def test_under_an_adapter_the_head_is_the_last_layer_s_part_of_it():
 
 
 def test_without_a_trained_head_or_layer_anil_is_refused():
-    made = toy.model()
+    made = toy.make_model()
     made.net.requires_grad_(False).get_input_embeddings().requires_grad_(True)
     with pytest.raises(
         ConfigError, match="adapts=head: no weight of the LM head's own and none of a layer"
     ):
-        step(made, MAML(capacity=0, adapts="head"), toy.examples(0, 4))
+        step(made, MAML(capacity=0, adapts="head"), toy.make_examples(0, 4))
 
 
 # Meta-SGD
@@ -68,7 +68,7 @@ def test_without_a_trained_head_or_layer_anil_is_refused():
 @pytest.mark.parametrize("first_order", [True, False])
 def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_order):
     algorithms = pytest.importorskip("learn2learn.algorithms")
-    made, chosen = toy.model(torch.float64), toy.examples(0, 6)
+    made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
     net, rates = deepcopy(made.net), scattered(made)
     theirs = algorithms.MetaSGD(
         net, lrs=[torch.nn.Parameter(r) for r in rates.values()], first_order=first_order
@@ -79,9 +79,9 @@ def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_ord
             learner.adapt(toy.mean_loss(learner, chosen[:3]))
         toy.mean_loss(learner, chosen[3:]).backward()
     ours = MAML(capacity=0, inner_steps=2, inner="meta_sgd", second_order=not first_order)
-    ours.begin(made, toy.task(0))
+    ours.begin(made, toy.make_task(0))
     ours.rates.data.copy_(flat(rates))
-    assert toy.close(
+    assert toy.all_close(
         step(made, ours, chosen), {n: p.grad for n, p in net.named_parameters()}, rtol=1e-8
     )
     assert torch.allclose(
@@ -90,16 +90,18 @@ def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_ord
 
 
 def test_meta_sgd_begins_as_maml_and_learns_its_rates():
-    made, chosen = toy.model(torch.float64), toy.examples(0, 6)
+    made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
     ours = MAML(capacity=0, inner_lr=INNER, inner="meta_sgd")
-    ours.begin(made, toy.task(0))
+    ours.begin(made, toy.make_task(0))
     assert (ours.rates == INNER).all()
-    assert toy.close(step(made, ours, chosen), step(made, MAML(capacity=0, inner_lr=INNER), chosen))
-    toy.train(made, ours, 0)
+    assert toy.all_close(
+        step(made, ours, chosen), step(made, MAML(capacity=0, inner_lr=INNER), chosen)
+    )
+    toy.train_stages(made, ours, 0)
     moved = (ours.rates - INNER).abs()
     assert (moved > 0).float().mean() > 0.5
     learned = ours.rates.detach().clone()
-    ours.begin(made, toy.task(1))
+    ours.begin(made, toy.make_task(1))
     assert torch.equal(ours.rates, learned)
 
 

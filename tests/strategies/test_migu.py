@@ -55,9 +55,9 @@ def step(made, strategy, chosen) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_loudest_neurons_of_each_layer_have_their_gradient_and_no_others(kind, flat):
-    made = toy.model(torch.float64, kind=kind)
+    made = toy.make_model(torch.float64, kind=kind)
     made.layout = replace(made.layout, flat=flat and made.layout.flat)
-    chosen = toy.examples(1, 5)
+    chosen = toy.make_examples(1, 5)
     plain, masked = step(made, Strategy(), chosen), step(made, later(updated=0.3), chosen)
     layers, names = linear_layers(made), {p: n for n, p in made.net.named_parameters()}
     for name, loud in loudest(made, chosen, 0.3).items():
@@ -73,15 +73,15 @@ def test_the_loudest_neurons_of_each_layer_have_their_gradient_and_no_others(kin
 
 
 def test_an_encoder_s_layers_are_masked_too_and_padding_does_not_count():
-    made = models.model("t5", dtype=torch.float64)
+    made = models.make_text_model("t5", dtype=torch.float64)
     short, long = (
-        models.encoded([5, 6, 7], [8, 9]),
-        models.encoded([9, 8, 7, 6, 5, 4], [3, 2, 9, 4]),
+        models.make_encoded([5, 6, 7], [8, 9]),
+        models.make_encoded([9, 8, 7, 6, 5, 4], [3, 2, 9, 4]),
     )
     made.layout = replace(made.layout, tokens=1)
     apart = step(made, later(), [short, long])
     made.layout = replace(made.layout, tokens=100)
-    assert toy.close(step(made, later(), [short, long]), apart, rtol=1e-7, atol=1e-10)
+    assert toy.all_close(step(made, later(), [short, long]), apart, rtol=1e-7, atol=1e-10)
     for name, layer in linear_layers(made).items():
         if name != "lm_head":
             rows = apart[f"{name}.weight"].any(1).sum()
@@ -89,52 +89,52 @@ def test_an_encoder_s_layers_are_masked_too_and_padding_does_not_count():
 
 
 def test_weights_in_bfloat16_have_gradients_in_bfloat16():
-    found = step(toy.model(torch.bfloat16), later(), toy.examples(1, 5))
+    found = step(toy.make_model(torch.bfloat16), later(), toy.make_examples(1, 5))
     assert {g.dtype for g in found.values()} == {torch.bfloat16}
 
 
 def test_the_first_stage_is_as_if_alone():
-    made, plain, strategy = toy.model(), toy.model(), MIGU()
-    toy.train(made, strategy, 0)
-    toy.train(plain, Strategy(), 0)
-    assert toy.same(toy.everything(made), toy.everything(plain))
-    toy.train(made, strategy, 1)
-    toy.train(plain, Strategy(), 1)
-    assert not toy.same(toy.everything(made), toy.everything(plain))
+    made, plain, strategy = toy.make_model(), toy.make_model(), MIGU()
+    toy.train_stages(made, strategy, 0)
+    toy.train_stages(plain, Strategy(), 0)
+    assert toy.bitwise_equal(toy.copy_parameters(made), toy.copy_parameters(plain))
+    toy.train_stages(made, strategy, 1)
+    toy.train_stages(plain, Strategy(), 1)
+    assert not toy.bitwise_equal(toy.copy_parameters(made), toy.copy_parameters(plain))
 
 
 def test_a_layer_that_is_silent_is_not_masked():
     """A LoRA's B before its first step."""
-    made = toy.model()
+    made = toy.make_model()
     made.net = adapt_with(
         made.net, "lora", {"lora": {"r": 4, "target_modules": ["q_proj"]}}, seq2seq=False
     )
-    found = step(made, later(), toy.examples(1, 5))
+    found = step(made, later(), toy.make_examples(1, 5))
     assert all(g.any(1).all() for n, g in found.items() if "lora_B" in n)
     with torch.no_grad():
         for n, p in made.net.named_parameters():
             if "lora_B" in n:
                 p += torch.rand(p.shape, generator=torch.Generator().manual_seed(0))
-    found = step(made, later(), toy.examples(1, 5))
+    found = step(made, later(), toy.make_examples(1, 5))
     for n, g in found.items():
         assert g.any(1).sum() == round(0.3 * len(g)), n
 
 
 def test_passes_of_other_examples_within_the_loss_are_not_overheard():
     """DER answers remembered examples beside the step's own."""
-    made, chosen = toy.model(torch.float64), toy.examples(1, 5)
+    made, chosen = toy.make_model(torch.float64), toy.make_examples(1, 5)
     strategy = compose(later(), DER(capacity=8, alpha=0.5, minibatch=4))
-    toy.train(made, strategy, 0)
-    strategy.begin(made, toy.task(1))
+    toy.train_stages(made, strategy, 0)
+    strategy.begin(made, toy.make_task(1))
     found = step(made, strategy, chosen)
     for name, loud in loudest(made, chosen, 0.3).items():
         assert set(found[f"{name}.weight"].any(1).nonzero()[:, 0].tolist()) == loud
 
 
 def test_weights_of_tasks_that_are_learned_along_change_no_mask():
-    made, chosen = toy.model(torch.float64), toy.examples(1, 5)
+    made, chosen = toy.make_model(torch.float64), toy.make_examples(1, 5)
     strategy = compose(MIGU(), MultiTask(weighting="uncertainty"))
-    strategy.begin(made, toy.task(1))
+    strategy.begin(made, toy.make_task(1))
     strategy.later = True
     found = step(made, strategy, chosen)
     for name, loud in loudest(made, chosen, 0.3).items():

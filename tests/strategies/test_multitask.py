@@ -23,17 +23,17 @@ SIZES = {0: 4, 1: 12, 2: 8}
 
 def remembering(dtype=torch.float64, share: float = 0.5, **keys):
     """A model, and a strategy that remembers all of tasks 0 and 1 and has begun task 2."""
-    made, strategy = toy.model(dtype), MultiTask(capacity=0.99, share=share, **keys)
+    made, strategy = toy.make_model(dtype), MultiTask(capacity=0.99, share=share, **keys)
     for t in (0, 1):
-        strategy.begin(made, toy.task(t, SIZES[t]))
-        strategy.end(made, toy.task(t, SIZES[t]))
-    strategy.begin(made, toy.task(2, SIZES[2]))
+        strategy.begin(made, toy.make_task(t, SIZES[t]))
+        strategy.end(made, toy.make_task(t, SIZES[t]))
+    strategy.begin(made, toy.make_task(2, SIZES[2]))
     return made, strategy
 
 
 def parts(made, strategy, n: int = 8) -> dict[int, list]:
     """A step's examples by task."""
-    batch = strategy.joined(made.batch(toy.examples(2, n)))
+    batch = strategy.joined(made.batch(toy.make_examples(2, n)))
     return {t: list(part.examples) for t, part in batch.by_task().items()}
 
 
@@ -46,7 +46,7 @@ def by_hand(made, step: dict[int, list], weight: dict[int, float]) -> torch.Tens
 
 def both(made, strategy, weight: dict[int, float]):
     """The loss and gradient of a step, ours and by hand."""
-    batch = strategy.joined(made.batch(toy.examples(2, 8)))
+    batch = strategy.joined(made.batch(toy.make_examples(2, 8)))
     step = {t: list(part.examples) for t, part in batch.by_task().items()}
     assert set(step) == {0, 1, 2}
     found = []
@@ -70,7 +70,7 @@ def both(made, strategy, weight: dict[int, float]):
 def test_the_loss_is_the_weighted_mean_of_the_tasks_mean_losses(keys, weight):
     (ours, gradient_of_ours), (expected, gradient_by_hand) = both(*remembering(**keys), weight)
     assert ours == pytest.approx(expected, rel=1e-6)
-    assert toy.close(gradient_of_ours, gradient_by_hand, rtol=1e-5, atol=1e-7)
+    assert toy.all_close(gradient_of_ours, gradient_by_hand, rtol=1e-5, atol=1e-7)
 
 
 def test_the_weights_of_a_step_are_in_its_notes_by_task():
@@ -80,12 +80,15 @@ def test_the_weights_of_a_step_are_in_its_notes_by_task():
 
 
 def test_a_stage_reports_the_weights_over_time():
-    made, strategy = toy.model(), MultiTask(capacity=8, weighting="uncertainty", uncertainty_lr=0.1)
+    made, strategy = (
+        toy.make_model(),
+        MultiTask(capacity=8, weighting="uncertainty", uncertainty_lr=0.1),
+    )
     told = []
     for t in (0, 1):
         learn(
             made,
-            toy.task(t),
+            toy.make_task(t),
             strategy,
             Recipe(lr=1e-3, epochs=3, batch_size=6, log_every=1),
             seed=t,
@@ -112,7 +115,7 @@ def test_remembered_tasks_are_drawn_in_proportion_to_a_root_of_their_size(temper
 
 def test_with_a_temperature_all_tokens_weigh_the_same():
     made, strategy = remembering(weighting="temperature")
-    batch = strategy.joined(made.batch(toy.examples(2, 8)))
+    batch = strategy.joined(made.batch(toy.make_examples(2, 8)))
     expected = toy.mean_loss(made.net, list(batch.examples))
     assert strategy.loss(made, batch).item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -123,7 +126,7 @@ def test_learned_weights_are_kendall_s_uncertainties():
     s = [0.3, -0.5, 1.2]
     with torch.no_grad():
         strategy.log_variance[:3] = torch.tensor(s)
-    batch = strategy.joined(made.batch(toy.examples(2, 8)))
+    batch = strategy.joined(made.batch(toy.make_examples(2, 8)))
     means = {t: toy.mean_loss(made.net, list(p.examples)) for t, p in batch.by_task().items()}
     expected = sum((torch.tensor(-s[t]).exp() * means[t] + s[t] / 2) / 3 for t in range(3))
     loss = strategy.loss(made, batch)
@@ -140,13 +143,13 @@ def test_learned_weights_change_the_model_s_gradient_by_their_factors():
     factor = {t: float(torch.exp(-strategy.log_variance.detach()[t])) for t in range(3)}
     (_, ours), (_, expected) = both(made, strategy, factor)
     total = sum(factor.values()) / 3  # by hand the weights sum to 1
-    assert toy.close(ours, {n: g * total for n, g in expected.items()}, rtol=1e-5, atol=1e-7)
+    assert toy.all_close(ours, {n: g * total for n, g in expected.items()}, rtol=1e-5, atol=1e-7)
 
 
 def test_the_harder_task_comes_to_weigh_less():
     """exp(-s) tends to 1 / (2 L): the log variance of a loss of 4 rises, its factor falls below 1."""
-    made, strategy = toy.model(), MultiTask(weighting="uncertainty", uncertainty_lr=0.05)
-    toy.train(made, strategy, 0)
+    made, strategy = toy.make_model(), MultiTask(weighting="uncertainty", uncertainty_lr=0.05)
+    toy.train_stages(made, strategy, 0)
     moved, *rest = strategy.log_variance.tolist()
     assert moved > 0.1
     assert rest == [0.0, 0.0, 0.0]
@@ -154,13 +157,13 @@ def test_the_harder_task_comes_to_weigh_less():
 
 
 def test_log_variances_are_in_the_checkpoint_and_learned_on(tmp_path):
-    made, strategy = toy.model(), MultiTask(weighting="uncertainty", capacity=8)
-    toy.train(made, strategy, 0)
-    checkpoint.save(tmp_path / "one", made, strategy, toy.matrix())
+    made, strategy = toy.make_model(), MultiTask(weighting="uncertainty", capacity=8)
+    toy.train_stages(made, strategy, 0)
+    checkpoint.save(tmp_path / "one", made, strategy, toy.empty_matrix())
     again = MultiTask(weighting="uncertainty", capacity=8)
     checkpoint.load(tmp_path / "one", made, again)
     assert torch.equal(again.log_variance, strategy.log_variance.detach())
-    toy.train(made, again, 1)
+    toy.train_stages(made, again, 1)
     assert again.log_variance[1] != 0
     assert again.log_variance[0] != strategy.log_variance[0]
 
@@ -206,10 +209,10 @@ def test_of_two_tasks_neither_opposes_the_other_s_gradient_any_more(seed):
 
 def test_a_step_with_conflicts_projected_is_the_sum_of_the_tasks_gradients_after_surgery():
     made, strategy = remembering(weights={"a": 2.0}, conflicts="project")
-    toy.train(
+    toy.train_stages(
         made, Strategy(), 0, 1, recipe=Recipe(lr=5e-3, epochs=20, batch_size=8)
     )  # and the third opposes them
-    plain, batch = deepcopy(strategy), made.batch(toy.examples(2, 8))
+    plain, batch = deepcopy(strategy), made.batch(toy.make_examples(2, 8))
     step = {t: list(p.examples) for t, p in deepcopy(strategy).joined(batch).by_task().items()}
     each, share = [], {0: 0.5, 1: 0.25, 2: 0.25}
     for t, chosen in step.items():
@@ -237,22 +240,22 @@ def test_learned_weights_have_their_own_gradient_whether_or_not_conflicts_are_pr
     found = []
     for conflicts in ("keep", "project"):
         made, strategy = remembering(weighting="uncertainty", conflicts=conflicts)
-        strategy.backward(made, made.batch(toy.examples(2, 8)))
+        strategy.backward(made, made.batch(toy.make_examples(2, 8)))
         found.append(strategy.log_variance.grad.tolist())
     assert found[0] == pytest.approx(found[1], rel=1e-9)
     assert any(found[0])
 
 
 def test_tasks_of_weight_zero_are_left_out_of_training():
-    made, strategy = toy.model(), MultiTask(weights={"a": 0.0})
-    before = toy.everything(made)
-    toy.train(made, strategy, 0, recipe=Recipe(lr=1e-2))
-    assert toy.same(toy.everything(made), before)
+    made, strategy = toy.make_model(), MultiTask(weights={"a": 0.0})
+    before = toy.copy_parameters(made)
+    toy.train_stages(made, strategy, 0, recipe=Recipe(lr=1e-2))
+    assert toy.bitwise_equal(toy.copy_parameters(made), before)
 
 
 def test_a_weight_for_a_task_that_the_stream_has_not_is_refused():
     with pytest.raises(ConfigError, match=r"unknown task in strategy\.multitask\.weights 'zebra'"):
-        MultiTask(weights={"zebra": 1.0}).begin(toy.model(), toy.task(0))
+        MultiTask(weights={"zebra": 1.0}).begin(toy.make_model(), toy.make_task(0))
 
 
 @pytest.mark.parametrize(

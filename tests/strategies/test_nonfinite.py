@@ -42,17 +42,18 @@ KEEPING = [
 def rows(index: int, bad: tuple[int, ...] = ()) -> Task:
     """The task without the broken token, but in the rows `bad`."""
     whole = [
-        replace(e, ids=tuple(5 if i == BROKEN else i for i in e.ids)) for e in toy.examples(index)
+        replace(e, ids=tuple(5 if i == BROKEN else i for i in e.ids))
+        for e in toy.make_examples(index)
     ]
     return Task(
-        toy.NAMES[index],
+        toy.TASK_NAMES[index],
         tuple(replace(e, ids=(BROKEN, *e.ids[1:])) if n in bad else e for n, e in enumerate(whole)),
-        columns=toy.NAMES,
+        columns=toy.TASK_NAMES,
     )
 
 
 def model():
-    made = toy.model()
+    made = toy.make_model()
     words = made.net.get_input_embeddings().weight.requires_grad_(False)
     words[BROKEN] = torch.inf
     return made
@@ -91,17 +92,17 @@ def test_what_is_measured_is_of_the_other_rows(strategy):
     kept = []
     for train in (rows(0, (3,)).train, rows(0).train[:3] + rows(0).train[4:]):
         own, again = deepcopy(strategy), model()
-        own.begin(again, Task("a", train, columns=toy.NAMES))
-        stage(again, own, Task("a", train, columns=toy.NAMES), replace(SKIP, lr=0.0))
+        own.begin(again, Task("a", train, columns=toy.TASK_NAMES))
+        stage(again, own, Task("a", train, columns=toy.TASK_NAMES), replace(SKIP, lr=0.0))
         kept.append(toy.memory_tensors(own))
-    assert toy.same(*kept)
+    assert toy.bitwise_equal(*kept)
 
 
 def test_a_row_of_another_task_with_the_same_id_is_kept():
     """Ids are unique within a task, and a joint stage has several."""
     made, strategy = model(), Replay(capacity=24)
     both = [replace(e, id=e.id[2:]) for t, bad in ((0, (3,)), (1, ())) for e in rows(t, bad).train]
-    told = stage(made, strategy, Task("all", tuple(both), columns=toy.NAMES))
+    told = stage(made, strategy, Task("all", tuple(both), columns=toy.TASK_NAMES))
     assert {(e.task, e.id) for e in both} - {(e.task, e.id) for e in strategy.buffer.examples} == {
         (0, "3")
     }
@@ -124,7 +125,7 @@ class Steep(torch.autograd.Function):
 
 def test_der_keeps_no_row_whose_loss_is_finite_and_whose_gradient_is_not():
     """It takes rows in before the stage has seen the gradient."""
-    made, strategy = toy.model(), DER(minibatch=4)
+    made, strategy = toy.make_model(), DER(minibatch=4)
     words = made.net.get_input_embeddings()
     words.register_forward_hook(
         lambda _, args, out: Steep.apply(out, (args[0] == BROKEN)[..., None])

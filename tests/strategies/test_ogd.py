@@ -28,16 +28,16 @@ def learned(*tasks: int):
     """A model and a strategy after these tasks, the raw directions of what it keeps, taken at each
     task's end.
     """
-    made, strategy, raw = toy.model(torch.float64), OGD(examples=KEPT), []
+    made, strategy, raw = toy.make_model(torch.float64), OGD(examples=KEPT), []
     for i, t in enumerate(tasks, 1):
-        toy.train(made, strategy, t, n=6)
-        raw += [direction(made, e) for e in chosen(toy.task(t, 6), KEPT, f"0/{i}")]
+        toy.train_stages(made, strategy, t, size=6)
+        raw += [direction(made, e) for e in chosen(toy.make_task(t, 6), KEPT, f"0/{i}")]
     return made, strategy, torch.stack(raw)
 
 
 def step(made, strategy, examples) -> torch.Tensor:
     made.net.zero_grad()
-    strategy.begin(made, toy.task(2))
+    strategy.begin(made, toy.make_task(2))
     strategy.backward(made, made.batch(examples))
     return flat(gradient(made))
 
@@ -45,8 +45,8 @@ def step(made, strategy, examples) -> torch.Tensor:
 def test_a_step_has_no_part_along_any_kept_logit_s_gradient():
     made, strategy, raw = learned(0, 1)
     made.net.zero_grad()
-    toy.mean_loss(made.net, toy.examples(2)).backward()
-    before, after = flat(gradient(made)), step(made, strategy, toy.examples(2))
+    toy.mean_loss(made.net, toy.make_examples(2)).backward()
+    before, after = flat(gradient(made)), step(made, strategy, toy.make_examples(2))
     size = raw.norm(dim=1)
     assert (raw @ before / size).abs().max() > 1e-2 * before.norm()
     assert (raw @ after / size).abs().max() < 1e-9 * before.norm()
@@ -55,16 +55,18 @@ def test_a_step_has_no_part_along_any_kept_logit_s_gradient():
 def test_it_is_the_gradient_less_its_projection_on_the_raw_directions_by_brute_force():
     made, strategy, raw = learned(0, 1)
     made.net.zero_grad()
-    toy.mean_loss(made.net, toy.examples(2)).backward()
+    toy.mean_loss(made.net, toy.make_examples(2)).backward()
     g = flat(gradient(made))
     expected = g - raw.T @ torch.linalg.lstsq(raw.T, g[:, None]).solution[:, 0]
-    assert torch.allclose(step(made, strategy, toy.examples(2)), expected, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(
+        step(made, strategy, toy.make_examples(2)), expected, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_a_small_step_along_it_leaves_the_kept_logits_to_second_order():
     made, strategy, _ = learned(0)
-    kept = chosen(toy.task(0, 6), KEPT, "0/1")
-    g = unflat(step(made, strategy, toy.examples(1)), weights(made))
+    kept = chosen(toy.make_task(0, 6), KEPT, "0/1")
+    g = unflat(step(made, strategy, toy.make_examples(1)), weights(made))
     drift = []
     with torch.no_grad():
         for size in (1e-3, 5e-4):
@@ -116,9 +118,9 @@ def test_directions_that_are_known_already_are_not_kept_twice(seed, fresh, known
 
 
 def test_the_first_task_is_learned_as_if_alone():
-    made, strategy = toy.model(torch.float64), OGD()
+    made, strategy = toy.make_model(torch.float64), OGD()
     expected = torch.autograd.grad(
-        toy.mean_loss(made.net, toy.examples(0)), list(weights(made).values())
+        toy.mean_loss(made.net, toy.make_examples(0)), list(weights(made).values())
     )
-    got = step(made, strategy, toy.examples(0))
+    got = step(made, strategy, toy.make_examples(0))
     assert torch.allclose(got, torch.cat([g.flatten() for g in expected]), rtol=1e-5, atol=1e-8)

@@ -23,11 +23,11 @@ from tests.support import toy
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
 def test_a_step_s_gradient_is_that_of_pefts_osf_for_each_of_its_factors():
-    made = toy.model(torch.float64)
+    made = toy.make_model(torch.float64)
     config = peft.OSFConfig(task_type="CAUSAL_LM", effective_rank=0.5, target_modules="all-linear")
     theirs = replace(made, net=peft.get_peft_model(deepcopy(made.net), config), last=None)
-    batch, strategy = made.batch(toy.examples(0)), OSF()
-    strategy.begin(made, toy.task(0))
+    batch, strategy = made.batch(toy.make_examples(0)), OSF()
+    strategy.begin(made, toy.make_task(0))
     strategy.backward(made, batch)
     nll(theirs, batch).backward()
     layers = {n: m for n, m in theirs.net.named_modules() if hasattr(m, "osf_svd_params")}
@@ -47,9 +47,9 @@ def test_a_step_s_gradient_is_that_of_pefts_osf_for_each_of_its_factors():
 
 
 def test_after_a_stage_of_adamw_the_kept_directions_are_as_they_were():
-    made, strategy = toy.model(torch.float64), OSF()
+    made, strategy = toy.make_model(torch.float64), OSF()
     start = snapshot(made)
-    toy.train(made, strategy, 0, recipe=replace(toy.RECIPE, weight_decay=0.1))
+    toy.train_stages(made, strategy, 0, recipe=replace(toy.RECIPE, weight_decay=0.1))
     for n, w in matrices(made).items():
         u, v = strongest(start[n], 0.5)
         moved = w.detach() - start[n]
@@ -62,10 +62,10 @@ def test_after_a_stage_of_adamw_the_kept_directions_are_as_they_were():
 
 
 def test_without_the_correction_adamw_would_leave_them():
-    made, strategy = toy.model(torch.float64), OSF()
+    made, strategy = toy.make_model(torch.float64), OSF()
     strategy.hold = lambda model: None
     start = snapshot(made)
-    toy.train(made, strategy, 0)
+    toy.train_stages(made, strategy, 0)
     assert (
         max(
             float((strongest(start[n], 0.5)[0].T @ (w.detach() - start[n])).abs().max())
@@ -76,10 +76,10 @@ def test_without_the_correction_adamw_would_leave_them():
 
 
 def test_each_stage_decomposes_the_weights_as_it_finds_them():
-    made, strategy = toy.model(), OSF()
-    toy.train(made, strategy, 0)
+    made, strategy = toy.make_model(), OSF()
+    toy.train_stages(made, strategy, 0)
     assert not strategy.held
-    strategy.begin(made, toy.task(1))
+    strategy.begin(made, toy.make_task(1))
     assert all(torch.equal(start, w) for w, start, *_ in strategy.with_live(made))
 
 
@@ -92,17 +92,17 @@ def test_each_stage_decomposes_the_weights_as_it_finds_them():
     ],
 )
 def test_embeddings_and_vectors_train_freely(kind, names):
-    made = toy.model(kind=kind)
+    made = toy.make_model(kind=kind)
     free = set(weights(made)) - set(matrices(made))
     assert free == {n for n in weights(made) if any(name in n for name in names)}
 
 
 def test_of_a_new_adapter_the_factor_at_zero_trains_freely():
-    made, strategy = toy.model(), OSF()
+    made, strategy = toy.make_model(), OSF()
     made.net = adapt_with(
         made.net, "lora", {"lora": {"r": 4, "target_modules": "all-linear"}}, seq2seq=False
     )
-    strategy.begin(made, toy.task(0))
+    strategy.begin(made, toy.make_task(0))
     assert {(int(u.any(0).sum()), "lora_A" in n) for n, (_, u, _) in strategy.held.items()} == {
         (2, True),
         (0, False),

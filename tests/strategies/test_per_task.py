@@ -21,52 +21,54 @@ from continual.strategy.interface import Strategy
 from strategies.per_task import PerTask
 from strategies.router import Router, beginnings
 from tests.support import toy
-from tests.support.models import TASKS, encoded, lines, run
+from tests.support.models import TASKS, load_json_lines, make_encoded, run_in_process
 
 
 @pytest.mark.parametrize("lora", [0, 4], ids=["whole network", "lora"])
 def test_each_adapter_is_bit_for_bit_the_one_learned_alone(lora):
-    made, strategy = toy.model(lora=lora), PerTask()
-    toy.train(made, strategy, 0, 1, 2)
-    for i, name in enumerate(toy.NAMES[:3]):
-        alone = toy.model(lora=lora)
-        toy.train(alone, Strategy(), i)
-        assert toy.same(strategy.adapters[name], snapshot(alone))
+    made, strategy = toy.make_model(lora=lora), PerTask()
+    toy.train_stages(made, strategy, 0, 1, 2)
+    for i, name in enumerate(toy.TASK_NAMES[:3]):
+        alone = toy.make_model(lora=lora)
+        toy.train_stages(alone, Strategy(), i)
+        assert toy.bitwise_equal(strategy.adapters[name], snapshot(alone))
         strategy.route(made, name)
-        assert toy.same(snapshot(made), snapshot(alone))
+        assert toy.bitwise_equal(snapshot(made), snapshot(alone))
 
 
 def test_begun_at_the_last_one_each_adapter_is_the_sequence_so_far():
-    made, strategy, plain = toy.model(), PerTask(start="last"), toy.model()
-    for i, name in enumerate(toy.NAMES[:3]):
+    made, strategy, plain = toy.make_model(), PerTask(start="last"), toy.make_model()
+    for i, name in enumerate(toy.TASK_NAMES[:3]):
         strategy.route(made, "a")  # whatever was tested last
-        toy.train(made, strategy, i)
-        toy.train(plain, Strategy(), i)
-        assert toy.same(strategy.adapters[name], snapshot(plain))
+        toy.train_stages(made, strategy, i)
+        toy.train_stages(plain, Strategy(), i)
+        assert toy.bitwise_equal(strategy.adapters[name], snapshot(plain))
 
 
 def test_a_task_that_no_stage_learned_is_answered_by_what_its_adapter_would_start_from():
     for start in ("base", "last"):
-        made, strategy = toy.model(), PerTask(start=start)
+        made, strategy = toy.make_model(), PerTask(start=start)
         base = snapshot(made)
         strategy.route(made, "c")
-        assert toy.same(snapshot(made), base)
-        toy.train(made, strategy, 0, 1)
+        assert toy.bitwise_equal(snapshot(made), base)
+        toy.train_stages(made, strategy, 0, 1)
         last = snapshot(made)
         strategy.route(made, "a")
         strategy.route(made, "c")
-        assert toy.same(snapshot(made), base if start == "base" else last)
+        assert toy.bitwise_equal(snapshot(made), base if start == "base" else last)
 
 
 def test_tasks_that_were_learned_in_one_stage_share_its_adapter():
-    made, strategy = toy.model(), PerTask()
-    mixed = Task("mixed", (*toy.examples(0, 4), *toy.examples(2, 4)), columns=toy.NAMES)
+    made, strategy = toy.make_model(), PerTask()
+    mixed = Task(
+        "mixed", (*toy.make_examples(0, 4), *toy.make_examples(2, 4)), columns=toy.TASK_NAMES
+    )
     strategy.begin(made, mixed)
     strategy.end(made, mixed)
     assert strategy.home == {"a": "mixed", "c": "mixed"}
     restore(made, zeros(made))
     strategy.route(made, "c")
-    assert toy.same(snapshot(made), strategy.adapters["mixed"])
+    assert toy.bitwise_equal(snapshot(made), strategy.adapters["mixed"])
 
 
 def test_an_unknown_start_is_refused():
@@ -83,16 +85,16 @@ SAY, COUNT, LOUD = [10, 11, 12, 13, 14], [10, 11, 20, 21, 22], [10, 11, 12]
 
 def task(index: int, *openings: list[int], n: int = 30) -> Task:
     rows = [
-        encoded([*opening, 30 + i % 30, 30 + 7 * i % 29], [9], f"{index}/{i}", index)
+        make_encoded([*opening, 30 + i % 30, 30 + 7 * i % 29], [9], f"{index}/{i}", index)
         for opening in openings
         for i in range(n)
     ]
-    return Task(toy.NAMES[index], tuple(rows), columns=toy.NAMES)
+    return Task(toy.TASK_NAMES[index], tuple(rows), columns=toy.TASK_NAMES)
 
 
 def routed(*tasks: Task) -> tuple:
     """A router after these tasks, whose adapters differ only in what was left there."""
-    made, strategy = toy.model(), Router()
+    made, strategy = toy.make_model(), Router()
     for i, t in enumerate(tasks):
         strategy.begin(made, t)
         restore(made, {n: w + i + 1 for n, w in strategy.base.items()})
@@ -108,7 +110,7 @@ def test_a_prompt_is_answered_by_the_adapter_whose_instruction_it_begins_with():
     for turn in strategy.dispatch(made, prompts):
         turns.append([*turn])
         answering = "a" if 0 in turn else "b"
-        assert toy.same(snapshot(made), strategy.adapters[answering])
+        assert toy.bitwise_equal(snapshot(made), strategy.adapters[answering])
     assert turns == [[0, 2], [1, 3]]
 
 
@@ -150,7 +152,7 @@ def test_the_task_s_name_changes_nothing():
     made, strategy = routed(task(0, SAY), task(1, COUNT))
     before = snapshot(made)
     strategy.route(made, "a")
-    assert toy.same(snapshot(made), before)
+    assert toy.bitwise_equal(snapshot(made), before)
 
 
 @cache
@@ -180,16 +182,18 @@ def test_a_run_that_routes_by_instruction_scores_as_one_that_is_told_the_task(ke
     """Each task of the test stream has one instruction: the two differ on tasks not learned yet
     alone.
     """
-    told, _ = run(tmp_path / "told", keys, "strategy=per_task")
-    found, _ = run(tmp_path / "found", keys, "strategy=router")
+    told, _ = run_in_process(tmp_path / "told", keys, "strategy=per_task")
+    found, _ = run_in_process(tmp_path / "found", keys, "strategy=router")
     assert found.scores[0] == told.scores[0]
     for stage in (1, 2, 3):
         for name in TASKS[:stage]:
             path = f"predictions/stage-0{stage}/{name}.jsonl"
-            assert lines(tmp_path / "found" / path) == lines(tmp_path / "told" / path)
+            assert load_json_lines(tmp_path / "found" / path) == load_json_lines(
+                tmp_path / "told" / path
+            )
     for name in TASKS:  # an adapter never changes, and before there is one the base answers
         rows = [
-            json.dumps(lines(tmp_path / f"told/predictions/stage-0{i}/{name}.jsonl"))
+            json.dumps(load_json_lines(tmp_path / f"told/predictions/stage-0{i}/{name}.jsonl"))
             for i in range(4)
         ]
         begun = TASKS.index(name) + 1
@@ -206,14 +210,14 @@ class Forgetful(Strategy):
 
 def perplexities(prompts: int) -> scoring.Test:
     """A test that takes no decoding."""
-    asked = tuple(encoded([5, 6 + i], [7, 8][: 1 + i % 2], str(i)) for i in range(prompts))
+    asked = tuple(make_encoded([5, 6 + i], [7, 8][: 1 + i % 2], str(i)) for i in range(prompts))
     return scoring.Test(
         "a", "perplexity", [Example(e.id, "a", "Say it.", outputs=("x",)) for e in asked], asked, 3
     )
 
 
 def test_a_strategy_that_leaves_prompts_out_is_told_so():
-    made, test = toy.model(), perplexities(3)
+    made, test = toy.make_model(), perplexities(3)
     with pytest.raises(
         ContinualError,
         match="of the 3 prompts of task 'a' 2 were dispatched, and each must be once",
@@ -222,12 +226,12 @@ def test_a_strategy_that_leaves_prompts_out_is_told_so():
 
 
 def test_a_strategy_sees_of_a_test_what_is_asked_and_no_answer():
-    asked = (encoded([5, 6], [7]), encoded([5, 6, 8], []))
+    asked = (make_encoded([5, 6], [7]), make_encoded([5, 6, 8], []))
     assert scoring.Test("a", "perplexity", asked, asked, 3).prompts == [(5, 6), (5, 6, 8)]
 
 
 def test_the_order_of_turns_does_not_change_the_order_of_answers():
-    made, test = toy.model(), perplexities(5)
+    made, test = toy.make_model(), perplexities(5)
     value, rows = scoring.score(made, test, 8)
     shuffled, again = scoring.score(made, test, 8, iter([[3, 1], [4], [0, 2]]))
     assert [r["id"] for r in again] == [r["id"] for r in rows] == [*"01234"]

@@ -14,14 +14,14 @@ from continual.models.weights import weights
 from continual.strategy.interface import Strategy
 from strategies.progressive_prompts import ProgressivePrompts
 from tests.support import toy
-from tests.support.models import run
+from tests.support.models import run_in_process
 
 RECIPE = replace(toy.RECIPE, lr=0.3)
 
 
 def trained(*indices, **settings):
-    made, strategy = toy.prompted(), ProgressivePrompts(**settings)
-    toy.train(made, strategy, *indices, recipe=RECIPE)
+    made, strategy = toy.make_prompt_model(), ProgressivePrompts(**settings)
+    toy.train_stages(made, strategy, *indices, recipe=RECIPE)
     return made, strategy
 
 
@@ -32,23 +32,23 @@ def live(made):
 
 def logits(made, strategy, index):
     """What the model says of a task's examples, once it is about to be tested."""
-    strategy.route(made, toy.NAMES[index])
+    strategy.route(made, toy.TASK_NAMES[index])
     with torch.no_grad():
-        return forward(made, made.batch(toy.examples(index)))
+        return forward(made, made.batch(toy.make_examples(index)))
 
 
 def test_the_first_stage_is_prompt_tuning():
     made, _ = trained(0)
-    naive = toy.prompted()
-    toy.train(naive, Strategy(), 0, recipe=RECIPE)
+    naive = toy.make_prompt_model()
+    toy.train_stages(naive, Strategy(), 0, recipe=RECIPE)
     assert torch.equal(live(made), live(naive))
 
 
 def test_a_stage_reads_its_own_prompt_then_the_earlier_ones_from_the_newest_to_the_first():
     made, strategy = trained(0, 1)
-    strategy.begin(made, toy.task(2))
+    strategy.begin(made, toy.make_task(2))
     first, second = strategy.prompts
-    e = toy.examples(2)[0]
+    e = toy.make_examples(2)[0]
     words = made.net.get_input_embeddings()(torch.tensor(e.ids))
     read = torch.cat([live(made), second, first, words])
     told = made.net(inputs_embeds=read[None]).logits[0, 6:]
@@ -58,22 +58,22 @@ def test_a_stage_reads_its_own_prompt_then_the_earlier_ones_from_the_newest_to_t
 
 def test_no_prompt_changes_after_its_stage_and_no_other_weight_ever():
     made, strategy = trained(0)
-    base = {n: w for n, w in toy.everything(made).items() if n not in weights(made)}
+    base = {n: w for n, w in toy.copy_parameters(made).items() if n not in weights(made)}
     kept = []
     for i in (1, 2, 3):
         kept.append(strategy.prompts[-1].clone())
-        toy.train(made, strategy, i, recipe=RECIPE)
+        toy.train_stages(made, strategy, i, recipe=RECIPE)
         assert all(torch.equal(p, k) for p, k in zip(strategy.prompts[:i], kept, strict=True))
         assert not torch.equal(strategy.prompts[i], kept[-1])
-    assert toy.same({n: toy.everything(made)[n] for n in base}, base)
+    assert toy.bitwise_equal({n: toy.copy_parameters(made)[n] for n in base}, base)
 
 
 def test_a_learned_task_is_answered_as_it_was_bit_for_bit():
     made, strategy = trained(0)
     before = logits(made, strategy, 0)
-    ask = [replace(e, ids=e.ids[: e.response.index(True)]) for e in toy.examples(0)]
+    ask = [replace(e, ids=e.ids[: e.response.index(True)]) for e in toy.make_examples(0)]
     said = complete(made, ask, 4, 5, 0)
-    toy.train(made, strategy, 1, 2, recipe=RECIPE)
+    toy.train_stages(made, strategy, 1, 2, recipe=RECIPE)
     assert torch.equal(logits(made, strategy, 0), before)
     assert complete(made, ask, 4, 5, 0) == said
 
@@ -82,20 +82,22 @@ def test_a_task_that_is_not_learned_is_answered_behind_all_prompts():
     made, strategy = trained(0, 1)
     told = logits(made, strategy, 3)
     made.behind(strategy.prompts[::-1], live=False)
-    assert torch.equal(forward(made, made.batch(toy.examples(3))), told)
+    assert torch.equal(forward(made, made.batch(toy.make_examples(3))), told)
 
 
 def test_before_the_first_stage_there_is_no_virtual_token():
-    made = toy.prompted()
+    made = toy.make_prompt_model()
     told = logits(made, ProgressivePrompts(), 0)
-    torch.testing.assert_close(told, forward(toy.model(), toy.model().batch(toy.examples(0))))
+    torch.testing.assert_close(
+        told, forward(toy.make_model(), toy.make_model().batch(toy.make_examples(0)))
+    )
 
 
 def test_a_new_prompt_starts_as_words_that_the_seed_draws():
     starts = []
     for seed in (0, 0, 1):
         made, strategy = trained(0, seed=seed)
-        strategy.begin(made, toy.task(1))
+        strategy.begin(made, toy.make_task(1))
         words = made.net.get_input_embeddings().weight
         assert all((words == row).all(1).any() for row in live(made))
         starts.append(live(made))
@@ -106,34 +108,36 @@ def test_a_new_prompt_starts_as_words_that_the_seed_draws():
 def test_the_newest_of_a_full_set_trains_on():
     made, strategy = trained(0, 1, most=2)
     first, second = (p.clone() for p in strategy.prompts)
-    strategy.begin(made, toy.task(2))
+    strategy.begin(made, toy.make_task(2))
     assert torch.equal(live(made), second)
-    toy.train(made, strategy, 2, recipe=RECIPE)
+    toy.train_stages(made, strategy, 2, recipe=RECIPE)
     assert torch.equal(strategy.prompts[0], first)
     assert not torch.equal(strategy.prompts[1], second)
     assert strategy.reach == {"a": 1, "b": 2, "c": 2}
 
 
 def test_a_stage_of_several_tasks_has_one_prompt_for_all_of_them():
-    made, strategy = toy.prompted(), ProgressivePrompts()
-    both = replace(toy.task(0), name="joint", train=(*toy.examples(0), *toy.examples(1)))
+    made, strategy = toy.make_prompt_model(), ProgressivePrompts()
+    both = replace(
+        toy.make_task(0), name="joint", train=(*toy.make_examples(0), *toy.make_examples(1))
+    )
     strategy.begin(made, both)
     strategy.end(made, both)
     assert strategy.reach == {"a": 1, "b": 1}
 
 
 def test_prompts_that_will_leave_no_room_are_refused_before_the_first_stage():
-    made = toy.prompted(tokens=7)
+    made = toy.make_prompt_model(virtual_tokens=7)
     with pytest.raises(
         ConfigError, match=r"stand behind 28 virtual ones, and the model has 32 positions; lower"
     ):
-        ProgressivePrompts().begin(made, toy.task(0))
-    ProgressivePrompts(most=3).begin(made, toy.task(0))
+        ProgressivePrompts().begin(made, toy.make_task(0))
+    ProgressivePrompts(most=3).begin(made, toy.make_task(0))
 
 
 def test_a_model_without_virtual_tokens_is_refused():
     with pytest.raises(ConfigError, match=r"model.adapter=prompt_tuning"):
-        ProgressivePrompts().route(toy.model(), "a")
+        ProgressivePrompts().route(toy.make_model(), "a")
     with pytest.raises(ConfigError, match="most=0: expected at least 1"):
         ProgressivePrompts(most=0)
 
@@ -142,7 +146,7 @@ def test_a_model_without_virtual_tokens_is_refused():
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_the_newest_prompt_alone_is_not_adapted(refused, keys, tmp_path):
-    run(
+    run_in_process(
         tmp_path / "run",
         keys,
         "strategy=progressive_prompts",

@@ -176,12 +176,12 @@ class Counting(Replay):
 
 
 def counted(share: float, batch_size: int, tokens: int = 4096) -> list[tuple[int, int]]:
-    made, strategy = toy.model(tokens=tokens), Counting(capacity=20, share=share)
+    made, strategy = toy.make_model(tokens=tokens), Counting(capacity=20, share=share)
     recipe = Recipe(lr=1e-3, batch_size=batch_size)
-    toy.train(made, strategy, 0, recipe=recipe)
+    toy.train_stages(made, strategy, 0, recipe=recipe)
     assert all(old == 0 for _, old in strategy.steps)
     strategy.steps.clear()
-    toy.train(made, strategy, 1, recipe=recipe)
+    toy.train_stages(made, strategy, 1, recipe=recipe)
     return strategy.steps
 
 
@@ -221,9 +221,9 @@ def test_a_share_that_leaves_no_room_for_new_examples_is_refused(share):
 
 
 def test_the_buffer_can_be_read_in_the_checkpoint(tmp_path):
-    made, strategy = toy.model(), Replay(capacity=4)
-    toy.train(made, strategy, 0, 1)
-    checkpoint.save(tmp_path / "stage-02", made, strategy, toy.matrix())
+    made, strategy = toy.make_model(), Replay(capacity=4)
+    toy.train_stages(made, strategy, 0, 1)
+    checkpoint.save(tmp_path / "stage-02", made, strategy, toy.empty_matrix())
     told = json.loads((tmp_path / "stage-02" / "memory.json").read_text("utf-8"))
     fields = dict(told["dict"])["buffer"]["fields"]
     kept = {
@@ -235,18 +235,18 @@ def test_the_buffer_can_be_read_in_the_checkpoint(tmp_path):
 
 
 def test_a_loaded_buffer_draws_what_the_saved_one_would_have_drawn(tmp_path):
-    made, strategy, again = toy.model(), Replay(capacity=10), Replay(capacity=10)
-    toy.train(made, strategy, 0, 1)
-    checkpoint.save(tmp_path / "stage-02", made, strategy, toy.matrix())
+    made, strategy, again = toy.make_model(), Replay(capacity=10), Replay(capacity=10)
+    toy.train_stages(made, strategy, 0, 1)
+    checkpoint.save(tmp_path / "stage-02", made, strategy, toy.empty_matrix())
     checkpoint.load(tmp_path / "stage-02", made, again)
     assert again.buffer.draw(30) == strategy.buffer.draw(30)
 
 
 def test_a_step_on_new_and_remembered_examples_is_a_step_on_both_together():
-    made, strategy = toy.model(), Replay(capacity=12, share=0.5)
-    strategy.begin(made, toy.task(0))
-    strategy.end(made, toy.task(0))
-    strategy.begin(made, toy.task(1))
-    loss = strategy.backward(made, made.batch(toy.examples(1)))
-    together = toy.mean_loss(made.net, [*toy.examples(0), *toy.examples(1)])
+    made, strategy = toy.make_model(), Replay(capacity=12, share=0.5)
+    strategy.begin(made, toy.make_task(0))
+    strategy.end(made, toy.make_task(0))
+    strategy.begin(made, toy.make_task(1))
+    loss = strategy.backward(made, made.batch(toy.make_examples(1)))
+    together = toy.mean_loss(made.net, [*toy.make_examples(0), *toy.make_examples(1)])
     assert loss.item() == pytest.approx(together.item(), rel=1e-5)

@@ -18,13 +18,13 @@ from continual.packing.layout import turn
 from strategies import sdft
 from strategies.sdft import SDFT, shown_first
 from tests.support import toy
-from tests.support.models import encoded
+from tests.support.models import make_encoded
 
 
 def begun(dtype=torch.float64, **settings):
     """A model and its strategy, before the first step of a stage."""
-    made, strategy = toy.model(dtype), SDFT(**settings)
-    strategy.begin(made, toy.task(0))
+    made, strategy = toy.make_model(dtype), SDFT(**settings)
+    strategy.begin(made, toy.make_task(0))
     return made, strategy
 
 
@@ -35,7 +35,7 @@ def logits_behind(net, prompt, answer) -> torch.Tensor:
 
 def test_the_term_is_the_reverse_divergence_from_the_model_that_saw_the_answer_on_the_model_s_own_answers():
     made, strategy = begun()
-    rows = toy.examples(0, 5)
+    rows = toy.make_examples(0, 5)
     own = strategy.answered(made, rows)
     shown = [shown_first(e, y) for e, y in zip(rows, own, strict=True)]
     found = strategy.divergence(made, numbered(made, own), shown)
@@ -52,7 +52,7 @@ def test_the_term_is_the_reverse_divergence_from_the_model_that_saw_the_answer_o
 
 def test_a_step_s_gradient_is_that_of_both_shares_and_none_goes_through_the_teacher():
     made, strategy = begun(strength=0.3, rate=0.0)
-    rows = toy.examples(0, 5)
+    rows = toy.make_examples(0, 5)
     own = strategy.answered(made, rows)
     strategy.generator.seed(strategy.seed)  # as it was, for the same answers
     made.net.zero_grad()
@@ -68,12 +68,12 @@ def test_a_step_s_gradient_is_that_of_both_shares_and_none_goes_through_the_teac
     )
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert toy.close(found, gradient(made), rtol=1e-6, atol=1e-9)
+    assert toy.all_close(found, gradient(made), rtol=1e-6, atol=1e-9)
 
 
 def test_answers_are_the_model_s_own_and_drawn_anew_by_the_seed():
     made, strategy = begun()
-    rows = toy.examples(0)
+    rows = toy.make_examples(0)
     first, second, again, other = (
         s.answered(made, rows) for s in (strategy, strategy, SDFT(), SDFT(seed=1))
     )
@@ -91,16 +91,16 @@ def test_the_teacher_s_weights_are_a_moving_average_that_begins_with_the_stage()
     expected = snapshot(made)
     for _ in range(3):
         restore(made, {n: w + 1 for n, w in snapshot(made).items()})
-        strategy.backward(made, made.batch(toy.examples(0, 2)))
+        strategy.backward(made, made.batch(toy.make_examples(0, 2)))
         expected = {
             n: 0.9 * t + 0.1 * w
             for (n, t), w in zip(expected.items(), snapshot(made).values(), strict=True)
         }
-    assert toy.close(strategy.teacher, expected)
-    strategy.end(made, toy.task(0))
+    assert toy.all_close(strategy.teacher, expected)
+    strategy.end(made, toy.make_task(0))
     assert strategy.teacher == {}
-    strategy.begin(made, toy.task(1))
-    assert toy.same(strategy.teacher, snapshot(made))
+    strategy.begin(made, toy.make_task(1))
+    assert toy.bitwise_equal(strategy.teacher, snapshot(made))
 
 
 def test_the_teacher_of_weights_in_bfloat16_comes_after_them():
@@ -111,8 +111,8 @@ def test_the_teacher_of_weights_in_bfloat16_comes_after_them():
     moved = {n: w.float() - start[n].float() for n, w in snapshot(made).items()}
     for _ in range(5):
         made.net.zero_grad()
-        strategy.backward(made, made.batch(toy.examples(0, 1)))
-    assert toy.close(
+        strategy.backward(made, made.batch(toy.make_examples(0, 1)))
+    assert toy.all_close(
         strategy.teacher,
         {n: w.float() + (1 - 0.99**5) * moved[n] for n, w in start.items()},
         1e-4,
@@ -162,14 +162,14 @@ def test_a_model_that_learns_in_context_learns_the_answers_without_being_trained
     learned.
     """
     monkeypatch.setattr(sdft, "complete", one_token)
-    rows = [encoded([a], [(a + 5) % 9 + 1], str(a)) for a in range(2, 10)]
+    rows = [make_encoded([a], [(a + 5) % 9 + 1], str(a)) for a in range(2, 10)]
     found = []
     for demonstrated in (True, False):
         made = Model(
             Inductive(), SimpleNamespace(eos_token_id=0), Layout(pad=0, device=torch.device("cpu"))
         )
         strategy = SDFT(strength=1.0)
-        strategy.begin(made, replace(toy.task(0), train=tuple(rows)))
+        strategy.begin(made, replace(toy.make_task(0), train=tuple(rows)))
         if not demonstrated:
             monkeypatch.setattr(sdft, "shown_first", lambda example, own: own)
         optimizer = torch.optim.Adam(made.net.parameters(), lr=0.1)
@@ -186,11 +186,11 @@ def test_a_model_that_learns_in_context_learns_the_answers_without_being_trained
 
 
 def test_an_example_that_does_not_fit_behind_its_demonstration_is_refused():
-    long = encoded([*range(2, 20)], [3], "long")
+    long = make_encoded([*range(2, 20)], [3], "long")
     with pytest.raises(
         DataError, match=r"behind its demonstration takes 38 tokens, and the model has 32; .*=16"
     ):
-        SDFT().begin(toy.model(), replace(toy.task(0), train=(long,)))
+        SDFT().begin(toy.make_model(), replace(toy.make_task(0), train=(long,)))
 
 
 @pytest.mark.parametrize("wrong", [{"strength": 1.5}, {"rate": -0.1}])

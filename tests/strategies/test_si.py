@@ -120,12 +120,12 @@ def test_the_path_integrals_of_all_weights_add_up_to_the_fall_of_the_task_s_own_
     """Zenke et al. 2017, eq. 3, for small steps; in the second task beside a pull that holds it
     back.
     """
-    made, strategy = toy.model(torch.float64), Recording(strength=50.0, damping=1e-3)
+    made, strategy = toy.make_model(torch.float64), Recording(strength=50.0, damping=1e-3)
     small = Recipe(lr=2e-4, epochs=40, batch_size=12, schedule="constant", clip=0.01)
     for t in (0, 1):
-        before = toy.mean_loss(made.net, toy.examples(t)).item()
-        toy.train(made, strategy, t, recipe=small)
-        fall = before - toy.mean_loss(made.net, toy.examples(t)).item()
+        before = toy.mean_loss(made.net, toy.make_examples(t)).item()
+        toy.train_stages(made, strategy, t, recipe=small)
+        fall = before - toy.mean_loss(made.net, toy.make_examples(t)).item()
         assert fall > 0.01
         assert strategy.totals[t] == pytest.approx(fall, rel=0.05)
 
@@ -152,15 +152,15 @@ class Exact(SI):
 
 def test_of_weights_in_bfloat16_the_path_is_added_up_in_float32():
     strategy = Exact()
-    toy.train(
-        toy.model(torch.bfloat16), strategy, 0, recipe=Recipe(lr=1e-3, steps=60, batch_size=4)
+    toy.train_stages(
+        toy.make_model(torch.bfloat16), strategy, 0, recipe=Recipe(lr=1e-3, steps=60, batch_size=4)
     )
     assert 0 < strategy.off < 1e-3
 
 
 def test_no_part_of_a_finished_path_is_kept():
-    made, strategy = toy.model(), RWalk()
-    toy.train(made, strategy, 0, n=6)
+    made, strategy = toy.make_model(), RWalk()
+    toy.train_stages(made, strategy, 0, size=6)
     assert not any(
         (strategy.omega, strategy.start, strategy.before, strategy.slope, strategy.score)
     )
@@ -216,17 +216,17 @@ def test_rwalk_is_its_equations_on_a_quadratic(monkeypatch):
 
 
 def test_rwalk_measures_the_fisher_of_the_step_s_own_examples_one_by_one():
-    made, strategy = toy.model(torch.float64), RWalk(every=2)
-    strategy.begin(made, toy.task(0))
-    strategy.backward(made, made.batch(toy.examples(0, 5)))
-    assert toy.close(strategy.running, fisher(made, toy.examples(0, 5)))
-    strategy.backward(made, made.batch(toy.examples(1, 5)))
-    assert toy.close(strategy.running, fisher(made, toy.examples(0, 5)))
+    made, strategy = toy.make_model(torch.float64), RWalk(every=2)
+    strategy.begin(made, toy.make_task(0))
+    strategy.backward(made, made.batch(toy.make_examples(0, 5)))
+    assert toy.all_close(strategy.running, fisher(made, toy.make_examples(0, 5)))
+    strategy.backward(made, made.batch(toy.make_examples(1, 5)))
+    assert toy.all_close(strategy.running, fisher(made, toy.make_examples(0, 5)))
 
 
 def test_rwalk_s_importance_lies_between_0_and_2():
-    made, strategy = toy.model(), RWalk(every=2)
-    toy.train(made, strategy, 0, 1, n=6)
+    made, strategy = toy.make_model(), RWalk(every=2)
+    toy.train_stages(made, strategy, 0, 1, size=6)
     values = torch.cat([i.flatten() for i in strategy.importance.values()])
     assert values.min() >= 0
     assert values.max() <= 2
@@ -237,8 +237,8 @@ def test_rwalk_s_importance_lies_between_0_and_2():
 def test_a_merge_that_is_listed_behind_is_no_step_of_the_path_and_its_outcome_is_the_anchor(kind):
     alone, merged = kind(), compose(kind(), TaskArithmetic())
     for strategy in (alone, merged):
-        made = toy.model(torch.float64)
-        toy.train(made, strategy, 0)
-    assert toy.same(merged.importance, alone.importance)
-    assert toy.close(merged.anchor, snapshot(made))
-    assert not toy.close(merged.anchor, alone.anchor)
+        made = toy.make_model(torch.float64)
+        toy.train_stages(made, strategy, 0)
+    assert toy.bitwise_equal(merged.importance, alone.importance)
+    assert toy.all_close(merged.anchor, snapshot(made))
+    assert not toy.all_close(merged.anchor, alone.anchor)

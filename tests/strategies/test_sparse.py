@@ -15,7 +15,7 @@ DECAYING = toy.replace(toy.RECIPE, weight_decay=0.1)
 def moved(made, strategy, task: int, recipe=DECAYING) -> torch.Tensor:
     """(P,) which weights a stage has changed."""
     before = snapshot(made)
-    toy.train(made, strategy, task, recipe=recipe)
+    toy.train_stages(made, strategy, task, recipe=recipe)
     return flat(snapshot(made)) != flat(before)
 
 
@@ -27,27 +27,27 @@ def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def test_only_the_weights_with_the_largest_fisher_information_move_under_momentum_and_weight_decay():
-    made, strategy = toy.model(torch.float64), Sparse(fraction=0.02)
+    made, strategy = toy.make_model(torch.float64), Sparse(fraction=0.02)
     for t in (0, 1):  # and each task has weights of its own
-        f = flat(fisher(made, toy.examples(t)))
+        f = flat(fisher(made, toy.make_examples(t)))
         expected = largest(f, int(0.02 * len(f)))
         assert torch.equal(moved(made, strategy, t), expected)
 
 
 def test_the_masks_of_different_tasks_differ():
-    made, strategy = toy.model(torch.float64), Sparse(fraction=0.02)
+    made, strategy = toy.make_model(torch.float64), Sparse(fraction=0.02)
     assert not torch.equal(moved(made, strategy, 0), moved(made, strategy, 1))
 
 
 def test_what_matters_most_to_earlier_tasks_can_be_avoided():
-    made, strategy = toy.model(torch.float64), Sparse(fraction=0.05, avoid=0.3)
+    made, strategy = toy.make_model(torch.float64), Sparse(fraction=0.05, avoid=0.3)
     moved(made, strategy, 0)
-    needed = flat(fisher(made, toy.examples(0)))
+    needed = flat(fisher(made, toy.make_examples(0)))
     spared = largest(needed, int(0.3 * len(needed)))
-    free = flat(fisher(made, toy.examples(1))).masked_fill(spared, -1)
+    free = flat(fisher(made, toy.make_examples(1))).masked_fill(spared, -1)
     found = moved(made, strategy, 1)
     assert torch.equal(found, largest(free, int(0.05 * len(free))))
-    needed += flat(fisher(made, toy.examples(1)))
+    needed += flat(fisher(made, toy.make_examples(1)))
     assert torch.allclose(flat(strategy.needed), needed, rtol=1e-9)
 
 
@@ -60,28 +60,28 @@ def test_a_frozen_weight_stays_in_every_step_s_forward_pass():
             seen.append(flat(weights(model)).detach().clone())
             return super().loss(model, batch)
 
-    made, strategy = toy.model(), Looking(fraction=0.02)
+    made, strategy = toy.make_model(), Looking(fraction=0.02)
     frozen = ~moved(made, strategy, 0)
     assert len(seen) > 3
     assert all(torch.equal(w[frozen], seen[0][frozen]) for w in seen)
 
 
 def test_the_mask_is_of_the_model_without_dropout_and_leaves_its_mode_alone():
-    made, strategy = toy.model(torch.float64), Sparse(fraction=0.02)
+    made, strategy = toy.make_model(torch.float64), Sparse(fraction=0.02)
     for layer in made.net.model.layers:
         layer.self_attn.attention_dropout = 0.9
     made.net.train()
-    strategy.begin(made, toy.task(0))
+    strategy.begin(made, toy.make_task(0))
     assert made.net.training
     made.net.eval()
-    f = flat(fisher(made, toy.examples(0)))
+    f = flat(fisher(made, toy.make_examples(0)))
     assert torch.equal(flat(strategy.mask), largest(f, int(0.02 * len(f))))
 
 
 def test_after_a_stage_only_what_later_ones_avoid_is_kept():
     for avoid, kept in ((0.0, set()), (0.2, {"needed"})):
-        made, strategy = toy.model(), Sparse(fraction=0.1, avoid=avoid)
-        toy.train(made, strategy, 0, n=6)
+        made, strategy = toy.make_model(), Sparse(fraction=0.1, avoid=avoid)
+        toy.train_stages(made, strategy, 0, size=6)
         assert {path.split("/")[1] for path in toy.memory_tensors(strategy)} == kept
 
 

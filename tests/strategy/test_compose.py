@@ -59,9 +59,9 @@ class Second(Says):
 
 
 def weights_after(strategy: Strategy):
-    made = toy.model()
-    toy.train(made, strategy, 0, 1, 2)
-    return toy.everything(made)
+    made = toy.make_model()
+    toy.train_stages(made, strategy, 0, 1, 2)
+    return toy.copy_parameters(made)
 
 
 REPLAY, PULL = (
@@ -74,7 +74,7 @@ def test_replay_and_ewc_compose_to_the_class_that_inherits_from_both():
     composed = compose(Replay(**REPLAY), EWC(**PULL))
     by_hand = ReplayEWC(**{**REPLAY, **PULL})
     assert type(composed).__mro__[1:] == ReplayEWC.__mro__[1:]
-    assert toy.same(weights_after(composed), weights_after(by_hand))
+    assert toy.bitwise_equal(weights_after(composed), weights_after(by_hand))
 
 
 def test_it_has_the_memory_and_the_terms_of_both():
@@ -87,11 +87,11 @@ def test_it_has_the_memory_and_the_terms_of_both():
 
 
 def test_one_part_switched_off_leaves_the_other():
-    assert toy.same(
+    assert toy.bitwise_equal(
         weights_after(compose(Replay(**REPLAY), EWC(strength=0, seed=3))),
         weights_after(Replay(**REPLAY)),
     )
-    assert toy.same(
+    assert toy.bitwise_equal(
         weights_after(compose(Replay(capacity=0, seed=3), EWC(**PULL))), weights_after(EWC(**PULL))
     )
 
@@ -102,7 +102,7 @@ def test_the_moments_come_in_the_order_of_the_list():
         ((Second(), First()), ["second", "first"]),
     ):
         strategy = compose(*parts)
-        strategy.end(toy.model(), toy.task(0))
+        strategy.end(toy.make_model(), toy.make_task(0))
         assert strategy.said == order
 
 
@@ -120,7 +120,7 @@ def test_a_base_beside_its_own_subclass_is_that_subclass(parts):
     composed = compose(*parts)
     assert type(composed) is MultiTask
     assert composed.capacity == 8
-    assert toy.same(weights_after(composed), weights_after(MultiTask(capacity=8)))
+    assert toy.bitwise_equal(weights_after(composed), weights_after(MultiTask(capacity=8)))
 
 
 def test_one_strategy_composed_with_nothing_keeps_its_settings():
@@ -158,7 +158,7 @@ def test_no_order_of_the_list_loses_the_pull(others):
         made = [k(strength=strength, examples=5) if k is EWC else k() for k in others]
         return weights_after(compose(*made))
 
-    assert not toy.same(after(500.0), after(0.0))
+    assert not toy.bitwise_equal(after(500.0), after(0.0))
 
 
 def test_maml_composes_with_weighted_tasks():
@@ -235,10 +235,13 @@ def test_a_list_in_which_one_would_lose_a_method_to_another_is_refused(parts, to
 
 
 def test_the_other_order_composes_where_it_says_so():
-    made, strategy = toy.model(), compose(GEM(capacity=8, share=0.5), MAML(capacity=8, share=0.5))
-    toy.train(made, strategy, 0, 1, 2)
+    made, strategy = (
+        toy.make_model(),
+        compose(GEM(capacity=8, share=0.5), MAML(capacity=8, share=0.5)),
+    )
+    toy.train_stages(made, strategy, 0, 1, 2)
     made.net.zero_grad()
-    strategy.backward(made, made.batch(toy.examples(3, 4)))
+    strategy.backward(made, made.batch(toy.make_examples(3, 4)))
     own = flat(gradient(made))
     for pool in strategy.pools():
         assert flat(gradient_of(nll, made, made.batch(pool))) @ own > -1e-4
@@ -263,7 +266,7 @@ def test_a_method_that_is_marked_counts_as_one_that_never_calls_the_others():
     ):
         compose(Alone(), First())
     strategy = compose(First(), Alone())
-    strategy.end(toy.model(), toy.task(0))
+    strategy.end(toy.make_model(), toy.make_task(0))
     assert strategy.said == ["first"]
 
 

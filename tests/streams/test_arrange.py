@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, DataError
-from streams.arrange import arrange, choose
+from streams.arrange import arrange, choose_tasks
 
 ORDERS = {"backwards": ["c", "b", "a"], "short": ["c", "a"]}
 
@@ -87,15 +87,20 @@ def test_listed_tasks_overrule_the_order_named_default():
 @given(st.integers(0, 50))
 def test_random_order_is_the_seeds_and_keeps_every_task(seed):
     many = [str(i) for i in range(12)]
-    drawn = choose(many, orders={}, tasks=None, order="random", seed=seed)
-    assert drawn == choose(many, orders={}, tasks=None, order="random", seed=seed)
+    drawn = choose_tasks(many, orders={}, tasks=None, order="random", seed=seed)
+    assert drawn == choose_tasks(many, orders={}, tasks=None, order="random", seed=seed)
     assert sorted(drawn) == sorted(many)
 
 
 def test_random_orders_differ_between_seeds():
     many = [str(i) for i in range(12)]
     assert (
-        len({tuple(choose(many, orders={}, tasks=None, order="random", seed=s)) for s in range(5)})
+        len(
+            {
+                tuple(choose_tasks(many, orders={}, tasks=None, order="random", seed=s))
+                for s in range(5)
+            }
+        )
         == 5
     )
 

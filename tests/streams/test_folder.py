@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from continual.data.types import Message
 from continual.errors import ConfigError, DataError, MissingError
-from streams.folder import folder
-from streams.rows import read_jsonl, read_row
+from streams.folder import load_folder
+from streams.rows import load_jsonl, parse_row
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "long15"
 ROW = {"instruction": "Say it.", "input": "hello", "output": "HELLO"}
@@ -37,7 +37,7 @@ def lines(path: Path, *texts: str | bytes) -> Path:
 
 
 def read(row, id="t/0"):
-    return read_row(row, task="t", id=id, where="f.jsonl:3")
+    return parse_row(row, task="t", id=id, where="f.jsonl:3")
 
 
 def fault(row) -> str:
@@ -195,7 +195,7 @@ def test_rows_written_are_the_rows_read(tmp_path_factory, rows, ascii_only):
     file = tmp_path_factory.mktemp("rows") / "dev.jsonl"
     text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
     file.write_bytes(text.encode())
-    examples = read_jsonl(file, "t")
+    examples = load_jsonl(file, "t")
     assert [(e.instruction, e.input) for e in examples] == [
         (r["instruction"], r.get("input", "")) for r in rows
     ]
@@ -209,7 +209,7 @@ def test_each_row_knows_its_file_and_line_and_blank_lines_count(tmp_path):
     file = lines(
         tmp_path / "train.jsonl", json.dumps(ROW), "", "  ", json.dumps({**ROW, "id": "mine"}), ""
     )
-    assert [(e.id, e.where) for e in read_jsonl(file, "t")] == [
+    assert [(e.id, e.where) for e in load_jsonl(file, "t")] == [
         ("t/train/0", f"{file}:1"),
         ("mine", f"{file}:4"),
     ]
@@ -220,7 +220,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     file.write_bytes(
         b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(ROW).encode() for _ in range(2)) + b"\r\n"
     )
-    assert len(read_jsonl(file, "t")) == 2
+    assert len(load_jsonl(file, "t")) == 2
 
 
 def test_every_bad_line_of_a_file_is_told_at_once_with_its_place(tmp_path):
@@ -234,7 +234,7 @@ def test_every_bad_line_of_a_file_is_told_at_once_with_its_place(tmp_path):
         '{"instruction": 1, "output": 2}',
     )
     with pytest.raises(DataError) as caught:
-        read_jsonl(file, "t")
+        load_jsonl(file, "t")
     told = str(caught.value).split("\n")
     assert [line.removeprefix(f"{file}:").split(" ")[0] for line in told] == [
         "1:32:",
@@ -259,7 +259,7 @@ def test_an_escape_that_is_no_character_is_refused(tmp_path):
         DataError,
         match=r"^[^\n]*:2: found half of a surrogate pair .*'.ud83d'.*, expected characters",
     ):
-        read_jsonl(file, "t")
+        load_jsonl(file, "t")
 
 
 def test_an_id_used_twice_is_refused_with_both_lines(tmp_path):
@@ -269,12 +269,12 @@ def test_an_id_used_twice_is_refused_with_both_lines(tmp_path):
     with pytest.raises(
         DataError, match=r"(?s):3: found the id 'a' again.*on line 1.*:4: found the id '7' again"
     ):
-        read_jsonl(file, "t")
+        load_jsonl(file, "t")
 
 
 def test_an_id_that_is_no_name_is_refused(tmp_path):
     with pytest.raises(DataError, match="found a list as 'id', expected text"):
-        read_jsonl(lines(tmp_path / "train.jsonl", json.dumps({**ROW, "id": [1]})), "t")
+        load_jsonl(lines(tmp_path / "train.jsonl", json.dumps({**ROW, "id": [1]})), "t")
 
 
 # Folders
@@ -293,7 +293,7 @@ def test_a_folder_is_read_with_its_metadata_and_the_splits_it_has(tmp_path):
         }
     ]
     (tmp_path / "stream.json").write_text(json.dumps({"stream": "shout", "tasks": tasks}))
-    stream = folder(path=str(tmp_path), seed=0)
+    stream = load_folder(path=str(tmp_path), seed=0)
     (task,) = stream.tasks
     assert (stream.name, task.name, task.metric, task.labels, task.category) == (
         "shout",
@@ -307,7 +307,7 @@ def test_a_folder_is_read_with_its_metadata_and_the_splits_it_has(tmp_path):
 
 
 def test_metric_and_name_have_defaults(tmp_path):
-    stream = folder(path=str(write(tmp_path / "mine", {"up": {"train": [ROW]}})), seed=0)
+    stream = load_folder(path=str(write(tmp_path / "mine", {"up": {"train": [ROW]}})), seed=0)
     assert (stream.name, stream.tasks[0].metric) == ("mine", "exact_match")
 
 
@@ -317,30 +317,34 @@ def test_order_limit_and_arrangement_apply(tmp_path):
         {"a": {"train": [ROW] * 3}, "b": {"train": [ROW] * 3}},
         orders={"back": ["b", "a"]},
     )
-    stream = folder(path=str(tmp_path), seed=0, order="back", limit=2, arrangement="cumulative")
+    stream = load_folder(
+        path=str(tmp_path), seed=0, order="back", max_train_rows=2, arrangement="cumulative"
+    )
     assert stream.order == "back"
     assert [(stage.name, len(stage.train)) for stage in stream.stages] == [("b", 2), ("a", 4)]
 
 
 def test_only_the_tasks_asked_for_are_read(tmp_path):
     write(tmp_path, {"good": {"train": [ROW]}, "bad": {"train": [{}]}}, orders={"one": ["good"]})
-    assert [t.name for t in folder(path=str(tmp_path), seed=0, order="one").tasks] == ["good"]
-    assert [t.name for t in folder(path=str(tmp_path), seed=0, tasks=["good"]).tasks] == ["good"]
+    assert [t.name for t in load_folder(path=str(tmp_path), seed=0, order="one").tasks] == ["good"]
+    assert [t.name for t in load_folder(path=str(tmp_path), seed=0, tasks=["good"]).tasks] == [
+        "good"
+    ]
     with pytest.raises(DataError, match=r"bad.train.jsonl:1: found the columns none"):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 def test_a_task_without_train_rows_cannot_be_learned(tmp_path):
     write(tmp_path, {"a": {"train": [ROW]}, "b": {"dev": [ROW]}})
     with pytest.raises(DataError, match=r"no train rows in task 'b'.*stream.tasks=\[a\]"):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 def test_a_missing_folder_is_told(tmp_path):
     with pytest.raises(
         MissingError, match=r"found no folder .*nowhere .*expected a stream folder; set stream.path"
     ):
-        folder(path=str(tmp_path / "nowhere"), seed=0)
+        load_folder(path=str(tmp_path / "nowhere"), seed=0)
 
 
 def test_a_folder_of_streams_names_the_streams_in_it(tmp_path):
@@ -348,7 +352,7 @@ def test_a_folder_of_streams_names_the_streams_in_it(tmp_path):
     with pytest.raises(
         MissingError, match=r"found no .*stream.json, expected.*set stream.path to .*mine"
     ):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 def test_broken_json_in_the_index_is_told_with_its_place(tmp_path):
@@ -356,13 +360,13 @@ def test_broken_json_in_the_index_is_told_with_its_place(tmp_path):
     with pytest.raises(
         DataError, match=r"stream.json:2:11: found broken JSON \(.*\), expected one object"
     ):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 def test_an_index_that_is_not_utf8_is_told(tmp_path):
     lines(tmp_path / "stream.json", b'{"stream": "\xe9"}')
     with pytest.raises(DataError, match=r"stream.json:1:13: found the byte 0xe9, expected UTF-8"):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +405,7 @@ def test_an_index_that_is_not_utf8_is_told(tmp_path):
 def test_a_wrong_index_is_refused_by_what_is_wrong(tmp_path, index, message):
     (tmp_path / "stream.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match=f"stream.json: {message}"):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 def test_all_faults_of_an_index_are_told_at_once(tmp_path):
@@ -409,17 +413,17 @@ def test_all_faults_of_an_index_are_told_at_once(tmp_path):
         json.dumps({"tasks": [{}, {"name": "a"}], "orders": {"o": ["x", "y"]}})
     )
     with pytest.raises(DataError, match=r"(?s)no name in task 1.*'x'.*'y'"):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 def test_an_unknown_order_or_task_is_refused_with_the_nearest(tmp_path):
     write(tmp_path, {"agnews": {"train": [ROW]}}, orders={"order1": ["agnews"]})
     with pytest.raises(ConfigError, match=r"unknown stream.order 'ordr1'; did you mean 'order1'"):
-        folder(path=str(tmp_path), seed=0, order="ordr1")
+        load_folder(path=str(tmp_path), seed=0, order="ordr1")
     with pytest.raises(
         ConfigError, match=r"unknown task in stream.tasks 'agnew'; did you mean 'agnews'"
     ):
-        folder(path=str(tmp_path), seed=0, tasks=["agnew"])
+        load_folder(path=str(tmp_path), seed=0, tasks=["agnew"])
 
 
 def test_all_missing_task_folders_are_told_at_once(tmp_path):
@@ -431,7 +435,7 @@ def test_all_missing_task_folders_are_told_at_once(tmp_path):
     with pytest.raises(
         MissingError, match=r"(?s)for task 'b'.*\(folders there: a\).*cc for task 'c'"
     ):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 def test_a_task_folder_without_rows_is_told(tmp_path):
@@ -439,7 +443,7 @@ def test_a_task_folder_without_rows_is_told(tmp_path):
     with pytest.raises(
         MissingError, match=r"found none of train.jsonl, dev.jsonl, test.jsonl in .*a, expected"
     ):
-        folder(path=str(tmp_path), seed=0)
+        load_folder(path=str(tmp_path), seed=0)
 
 
 @pytest.mark.parametrize("way", ["..", "absolute", "link"])
@@ -453,7 +457,7 @@ def test_a_task_may_not_lie_outside_the_folder(tmp_path, way):
         DataError,
         match=r"stream.json: found dir '.*' of task 'a', expected a folder inside .*; move",
     ):
-        folder(path=str(root), seed=0)
+        load_folder(path=str(root), seed=0)
 
 
 # Real data
@@ -470,7 +474,7 @@ def test_a_task_may_not_lie_outside_the_folder(tmp_path, way):
     ],
 )
 def test_the_published_orders_of_long15_are_read(order, names):
-    stream = folder(path=str(REAL), seed=0, order=order)
+    stream = load_folder(path=str(REAL), seed=0, order=order)
     assert [task.name for task in stream.stages] == names
     assert {(len(task.train), len(task.dev)) for task in stream.tasks} == {(1000, 200)}
     dbpedia = stream.tasks[names.index("dbpedia")]

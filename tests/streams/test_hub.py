@@ -8,7 +8,7 @@ import pytest
 datasets = pytest.importorskip("datasets")
 
 from continual.errors import ConfigError, DataError, MissingError  # noqa: E402
-from streams.hub import hub  # noqa: E402
+from streams.hub import load_hub  # noqa: E402
 
 ROWS = [{"text": f"word {i}", "label": i % 3} for i in range(10)]
 MAPPED = {"instruction_text": "Which class?", "columns": {"input": "text", "output": "label"}}
@@ -40,12 +40,12 @@ def jsonl(path: Path, rows) -> dict:
 
 def one(entry, **settings):
     """The one task of an entry."""
-    return hub(datasets={"t": entry}, seed=0, **settings).tasks[0]
+    return load_hub(datasets={"t": entry}, seed=0, **settings).tasks[0]
 
 
 def fault(entry, kind=ConfigError) -> str:
     with pytest.raises(kind) as caught:
-        hub(datasets={"t": entry}, seed=0)
+        load_hub(datasets={"t": entry}, seed=0)
     return str(caught.value)
 
 
@@ -106,7 +106,7 @@ def test_files_by_split_need_no_splits(tmp_path):
 
 def test_rows_without_a_mapping_are_read_in_every_form_of_a_stream_folder(tmp_path):
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    stream = hub(
+    stream = load_hub(
         seed=0,
         datasets={
             "lists": jsonl(
@@ -156,13 +156,13 @@ def test_order_tasks_limit_and_arrangement_mean_what_they_mean_elsewhere(tmp_pat
     entries = {
         name: {**parquet(tmp_path / f"{name}.parquet", names=NAMES), **MAPPED} for name in "abc"
     }
-    stream = hub(
+    stream = load_hub(
         datasets=entries,
         orders={"back": ["c", "b", "a"]},
         seed=0,
         tasks=["a", "c"],
         order="back",
-        limit=2,
+        max_train_rows=2,
         arrangement="cumulative",
         name="mine",
     )
@@ -179,11 +179,11 @@ def test_only_the_tasks_asked_for_are_loaded(tmp_path):
             "splits": {"train": "train"},
         },
     }
-    assert len(hub(datasets=entries, seed=0, tasks=["good"]).tasks) == 1
+    assert len(load_hub(datasets=entries, seed=0, tasks=["good"]).tasks) == 1
     with pytest.raises(
         MissingError, match=r"stream.datasets.gone: .*gone.csv \[train\]: found no data, expected"
     ):
-        hub(datasets=entries, seed=0)
+        load_hub(datasets=entries, seed=0)
 
 
 def test_a_dataset_that_cannot_be_reached_is_told():
@@ -313,4 +313,4 @@ def test_the_faults_of_all_entries_are_told_at_once():
     with pytest.raises(
         ConfigError, match=r"(?s)datasets.a: found no path.*datasets.b: found no path"
     ):
-        hub(datasets={"a": {}, "b": {}}, seed=0)
+        load_hub(datasets={"a": {}, "b": {}}, seed=0)

@@ -18,31 +18,35 @@ from tests.support.strategy_table import TABLE, make, network
 RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=5, patience=2, log_every=1)
 
 
-def learned(entry, ready=lambda made: None) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_two_stages(
+    entry, prepare=lambda made: None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The loss of each step of two stages, and all weights and memory after them."""
     made, strategy, losses = network(entry[0], torch.float64), make(*entry), []
-    ready(made)
+    prepare(made)
 
     def log(event):
         losses.extend([event["loss"]] if event["event"] == "step" else [])
 
     for i in (0, 1):
         task = toy.Task(
-            toy.NAMES[i],
-            tuple(toy.examples(i, 8)),
-            tuple(toy.examples(i, 5, seed=1)),
-            columns=toy.NAMES,
+            toy.TASK_NAMES[i],
+            tuple(toy.make_examples(i, 8)),
+            tuple(toy.make_examples(i, 5, seed=1)),
+            columns=toy.TASK_NAMES,
         )
         learn(made, task, strategy, RECIPE, seed=i, log=log)
     kept = {f"memory{path}": t for path, t in toy.memory_tensors(strategy).items()}
-    return losses, {n: whole(t).contiguous() for n, t in {**toy.everything(made), **kept}.items()}
+    return losses, {
+        n: whole(t).contiguous() for n, t in {**toy.copy_parameters(made), **kept}.items()
+    }
 
 
-def learn_all(out: Path) -> None:
+def train_all_strategies(out: Path) -> None:
     """Each process writes what it came to, so that a test can see that they are alike."""
     with processes.joined("cpu"):
         for i, entry in enumerate(TABLE):
-            losses, tensors = learned(entry)
+            losses, tensors = train_two_stages(entry)
             save_file(
                 {n: t.detach().clone() for n, t in tensors.items()},
                 out / f"{i}-{processes.rank()}.safetensors",

@@ -12,17 +12,17 @@ from continual.io.atomic import file_name
 from continual.results.matrix import Matrix
 
 SKILLS = ("reverse", "third_word", "first_and_third", "swap_ends", "maximum", "count_vowels")
-FALL = {
+FORGETTING = {
     "naive": 0.75,
     "ewc": 0.4,
     "replay": 0.12,
     "multitask": 0.1,
     "maml": 0.16,
 }  # of what is above chance, a stage
-EXAMPLES = 20  # of each task's test
+TEST_SIZE = 20  # of each task's test
 
 
-def fake_matrix(
+def make_fake_matrix(
     strategy="naive", seed=0, tasks=SKILLS, finished=True, joint=False, order="default"
 ):
     rng = random.Random(f"{strategy}{seed}{joint}")
@@ -35,18 +35,18 @@ def fake_matrix(
         stages=(),
         scores=(),
         metrics=dict.fromkeys(tasks, "exact_match"),
-        counts=(EXAMPLES,) * len(tasks),
+        counts=(TEST_SIZE,) * len(tasks),
     )
     scores = {task: rng.uniform(0, 0.1) for task in tasks}
-    matrix = matrix.with_row("base", list(map(_of_examples, scores.values())))
+    matrix = matrix.with_row("base", list(map(_round_to_examples, scores.values())))
     for stage in ["joint"] if joint else tasks[: len(tasks) if finished else 3]:
         for task in tasks:
-            kept = 1 - FALL.get(strategy, 0.3) * rng.uniform(0.6, 1.2)
+            kept = 1 - FORGETTING.get(strategy, 0.3) * rng.uniform(0.6, 1.2)
             learned = task == stage or joint
             scores[task] = (
                 rng.uniform(0.93, 1) if learned else 0.04 + max(0, scores[task] - 0.04) * kept
             )
-        matrix = matrix.with_row(stage, list(map(_of_examples, scores.values())))
+        matrix = matrix.with_row(stage, list(map(_round_to_examples, scores.values())))
     steps = 95 * (len(matrix.stages) - 1)
     return Matrix(
         **{
@@ -63,18 +63,18 @@ def fake_matrix(
     )
 
 
-def _of_examples(score):
+def _round_to_examples(score):
     """The nearest score that so many examples can have."""
-    return round(EXAMPLES * score) / EXAMPLES
+    return round(TEST_SIZE * score) / TEST_SIZE
 
 
-def fake_run(
-    folder, strategy="naive", seed=0, settings=None, notes=False, says="last first", **more
+def write_fake_run(
+    folder, strategy="naive", seed=0, settings=None, notes=False, wrong_text="last first", **more
 ):
     """Write a run folder; `says` is part of every wrong answer and prompt, to see what a report
     does with it.
     """
-    matrix = fake_matrix(strategy, seed, **more)
+    matrix = make_fake_matrix(strategy, seed, **more)
     folder.mkdir(parents=True)
     matrix.save(folder / "matrix.json")
     config = {
@@ -86,14 +86,16 @@ def fake_run(
     }
     (folder / "config.yaml").write_text(json.dumps(config, indent=1))  # JSON is YAML
     (folder / "events.jsonl").write_text(
-        "".join(json.dumps(e) + "\n" for e in _events(matrix, notes))
+        "".join(json.dumps(e) + "\n" for e in _fake_events(matrix, notes))
     )
     for number, stage in enumerate(matrix.stages):
-        _predictions(folder / "predictions" / f"stage-{number:02d}", matrix, stage, says)
+        _write_predictions(
+            folder / "predictions" / f"stage-{number:02d}", matrix, stage, wrong_text
+        )
     return folder
 
 
-def _events(matrix, notes):
+def _fake_events(matrix, notes):
     rng = random.Random(matrix.seed)
     yield {"event": "data", "time": 0, "task": matrix.tasks[0], "skipped": 2, "shortened": 7}
     yield {"event": "score", "time": 0, "stage": 0, "seconds": 3.2, "scores": {}}
@@ -135,10 +137,10 @@ def _events(matrix, notes):
         yield {"event": "score", "time": 99, "stage": i, "seconds": 3.4, "scores": {}}
 
 
-def _predictions(folder, matrix, stage, says):
+def _write_predictions(folder, matrix, stage, says):
     folder.mkdir(parents=True)
     for j, task in enumerate(matrix.tasks):
-        right = round(EXAMPLES * matrix.scores[matrix.stages.index(stage)][j])
+        right = round(TEST_SIZE * matrix.scores[matrix.stages.index(stage)][j])
         rows = [
             {
                 "id": f"{task}/test/{i}",
@@ -147,14 +149,14 @@ def _predictions(folder, matrix, stage, says):
                 "references": [f"blue {i} red"],
                 "score": float(i < right),
             }
-            for i in range(EXAMPLES)
+            for i in range(TEST_SIZE)
         ]
         (folder / f"{file_name(task)}.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows)
         )
 
 
-def fake_adapt(folder, start="base", rate=0.02):
+def write_fake_adaptation(folder, start="base", rate=0.02):
     """Write an adapt folder whose score rises with steps and shots."""
     folder.mkdir(parents=True)
     points = [

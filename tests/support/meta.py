@@ -23,10 +23,13 @@ def step(made, strategy, chosen: list) -> dict[str, torch.Tensor]:
 
 def remembering(kind, *tasks: int, **keys):
     """A strategy that has all of these small tasks in memory."""
-    made, strategy = toy.model(torch.float64, kind="gpt2"), kind(capacity=4.0 * len(tasks), **keys)
+    made, strategy = (
+        toy.make_model(torch.float64, kind="gpt2"),
+        kind(capacity=4.0 * len(tasks), **keys),
+    )
     for t in tasks:
-        strategy.begin(made, toy.task(t, 4))
-        strategy.end(made, toy.task(t, 4))
+        strategy.begin(made, toy.make_task(t, 4))
+        strategy.end(made, toy.make_task(t, 4))
     return made, strategy
 
 

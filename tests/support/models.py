@@ -13,16 +13,16 @@ import torch
 
 from continual.data.types import Encoded, Example
 from continual.models.loading import assemble
-from continual.testing.toy import llama
+from continual.testing.toy import make_llama
 
 WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "plum")
 TASKS = ("first", "last", "loud")
-CHATML = (
+CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # As Qwen3's: the last answer begins with what was thought, be it nothing, and earlier ones do not.
-THINKING = (
+THINKING_TEMPLATE = (
     "{% set last = namespace(user=0) %}{% for m in messages if m.role == 'user' %}{% set "
     "last.user = m %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role "
     "== 'assistant' and messages[loop.index0 - 1] == last.user and not '</think>' in m.content "
@@ -33,11 +33,11 @@ THINKING = (
 )
 
 
-def answer(task: str, words: list[str]) -> str:
+def expected_answer(task: str, words: list[str]) -> str:
     return {"first": words[0], "last": words[-1], "loud": words[0].upper()}[task]
 
 
-def rows(task: str, n: int, offset: int = 0) -> list[dict[str, str]]:
+def make_rows(task: str, n: int, offset: int = 0) -> list[dict[str, str]]:
     found = []
     for i in range(offset, offset + n):
         words = [WORDS[i % 8], WORDS[(i * 3 + i // 8 + 1) % 8]]
@@ -45,15 +45,15 @@ def rows(task: str, n: int, offset: int = 0) -> list[dict[str, str]]:
             {
                 "instruction": f"Give the {task} word.",
                 "input": " ".join(words),
-                "output": answer(task, words),
+                "output": expected_answer(task, words),
             }
         )
     return found
 
 
-def write_rows(path: Path, found: list) -> None:
+def write_rows(path: Path, rows: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def write_stream(root: Path, tasks: tuple[str, ...] = TASKS, metric: str = "exact_match") -> Path:
@@ -62,7 +62,7 @@ def write_stream(root: Path, tasks: tuple[str, ...] = TASKS, metric: str = "exac
     """
     for task in tasks:
         for split, n, offset in (("train", 12, 0), ("dev", 4, 12), ("test", 4, 16)):
-            write_rows(root / task / f"{split}.jsonl", rows(task, n, offset))
+            write_rows(root / task / f"{split}.jsonl", make_rows(task, n, offset))
     index = {
         "tasks": [{"name": t, "metric": metric} for t in tasks],
         "orders": {"given": list(tasks), "back": list(tasks[::-1])},
@@ -71,7 +71,7 @@ def write_stream(root: Path, tasks: tuple[str, ...] = TASKS, metric: str = "exac
     return root
 
 
-def example(
+def make_example(
     instruction: str = "Give the first word.", input: str = "", output="red", **more
 ) -> Example:
     outputs = (output,) if isinstance(output, str) else tuple(output)
@@ -86,11 +86,11 @@ def example(
     )
 
 
-def encoded(prompt: list[int], response: list[int], id: str = "e", task: int = 0) -> Encoded:
+def make_encoded(prompt: list[int], response: list[int], id: str = "e", task: int = 0) -> Encoded:
     return Encoded(id, task, (*prompt, *response), (False,) * len(prompt) + (True,) * len(response))
 
 
-def byte_bpe(
+def train_byte_bpe(
     texts=(),
     size: int = 400,
     split_words: bool = True,
@@ -98,7 +98,7 @@ def byte_bpe(
     pad: str | None = "<pad>",
     bos: str | None = None,
     chat_template: str | None = None,
-    close: bool = False,
+    append_eos: bool = False,
 ):
     """A byte-level BPE; without `split_words` merges may cross from one word or line to the next.
 
@@ -121,8 +121,8 @@ def byte_bpe(
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    if bos or close:
-        single = f"{bos + ' ' if bos else ''}$A{' ' + eos if close else ''}"
+    if bos or append_eos:
+        single = f"{bos + ' ' if bos else ''}$A{' ' + eos if append_eos else ''}"
         bpe.post_processor = processors.TemplateProcessing(
             single=single, special_tokens=[(t, bpe.token_to_id(t)) for t in (bos, eos) if t]
         )
@@ -136,10 +136,12 @@ def byte_bpe(
 
 
 def stream_text() -> list[str]:
-    return [f"{r['instruction']}\n{r['input']}\n{r['output']}" for t in TASKS for r in rows(t, 20)]
+    return [
+        f"{r['instruction']}\n{r['input']}\n{r['output']}" for t in TASKS for r in make_rows(t, 20)
+    ]
 
 
-def network(kind: str, vocabulary: int, context: int = 128, seed: int = 0):
+def make_network(kind: str, vocabulary: int, context: int = 128, seed: int = 0):
     """A random network of a transformers architecture, a few thousand weights large."""
     import transformers as tf
 
@@ -155,7 +157,7 @@ def network(kind: str, vocabulary: int, context: int = 128, seed: int = 0):
         "pad_token_id": 1,
     }
     if kind == "llama":
-        return llama(vocabulary, context, seed)
+        return make_llama(vocabulary, context, seed)
     if kind == "qwen3":
         return tf.Qwen3ForCausalLM(
             tf.Qwen3Config(**shape, intermediate_size=64, num_key_value_heads=1, head_dim=16)
@@ -192,21 +194,21 @@ def network(kind: str, vocabulary: int, context: int = 128, seed: int = 0):
 
 def write_model(folder: Path, kind: str = "llama", tokenizer=None, **more) -> Path:
     """A local Hugging Face folder of a random network of this kind and its tokenizer."""
-    tokenizer = tokenizer or byte_bpe(stream_text(), close=kind == "t5")
-    network(kind, len(tokenizer), **more).save_pretrained(folder)
+    tokenizer = tokenizer or train_byte_bpe(stream_text(), append_eos=kind == "t5")
+    make_network(kind, len(tokenizer), **more).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def model(kind: str = "llama", tokenizer=None, dtype=torch.float32, **more):
+def make_text_model(kind: str = "llama", tokenizer=None, dtype=torch.float32, **more):
     """A Model on the CPU, its dropout off."""
-    tokenizer = tokenizer or byte_bpe(stream_text(), close=kind == "t5")
-    made = assemble(network(kind, len(tokenizer)).to(dtype), tokenizer, device="cpu", **more)
+    tokenizer = tokenizer or train_byte_bpe(stream_text(), append_eos=kind == "t5")
+    made = assemble(make_network(kind, len(tokenizer)).to(dtype), tokenizer, device="cpu", **more)
     made.net.eval()
     return made
 
 
-def run(out: Path, keys, *more: str):
+def run_in_process(out: Path, keys, *more: str):
     """A run in this process; returns its matrix and all that it printed."""
     from rich.console import Console
 
@@ -214,14 +216,14 @@ def run(out: Path, keys, *more: str):
     from continual.runs.run import run
     from continual.tracking import events
 
-    events.quiet()
+    events.silence_libraries()
     said = io.StringIO()
     return run(
-        main.configure("run", [*keys, *more, f"out={out}"]), Console(file=said, width=400)
+        main.compose_config("run", [*keys, *more, f"out={out}"]), Console(file=said, width=400)
     ), said.getvalue()
 
 
-def lines(path: Path) -> list[dict]:
+def load_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
@@ -232,4 +234,4 @@ def some(n: int, seed: int = 0, tasks: int = 1):
     def ids(most):
         return [rng.randrange(5, 250) for _ in range(rng.randint(1, most))]
 
-    return [encoded(ids(20), ids(12), f"e{i}", rng.randrange(tasks)) for i in range(n)]
+    return [make_encoded(ids(20), ids(12), f"e{i}", rng.randrange(tasks)) for i in range(n)]

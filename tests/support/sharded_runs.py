@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from continual.cli.main import configure
+from continual.cli.main import compose_config
 from continual.distributed import processes
 from continual.models import sharding
 from continual.models.loading import adapt_with
@@ -21,37 +21,40 @@ from continual.training import checkpoint
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
 from tests.support import toy
-from tests.support.all_strategies import learned
+from tests.support.all_strategies import train_two_stages
 from tests.support.strategy_table import CONFIGS, make, sized
 
 # Every strategy that can as it is configured, two together, one with parameters of its own, and two
 # with an adapter.
-MORE = [
+EXTRA_CASES = [
     (("lwf,der",), False),
     (("multitask", "multitask.weighting=uncertainty", "multitask.capacity=0.5"), False),
     (("naive",), True),
     (("der",), True),
 ]
-SHARDED = [*((entry, False) for entry in map(sized, CONFIGS) if make(*entry).shardable), *MORE]
+SHARDED_CASES = [
+    *((entry, False) for entry in map(sized, CONFIGS) if make(*entry).shardable),
+    *EXTRA_CASES,
+]
 RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=4, patience=1)
-CUT = 3  # the step at which a stage is kept
+CHECKPOINT_STEP = 3  # the step at which a stage is kept
 
 
-def with_lora(made) -> None:
+def add_lora(made) -> None:
     made.net = adapt_with(
         made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False
     )
 
 
-def in_shards(made) -> None:
+def shard_model(made) -> None:
     sharding.shard(made, torch.device("cpu"))
 
 
-def entries(out: Path) -> None:
+def train_cases(out: Path) -> None:
     """Two stages of each strategy that can."""
-    for i, (entry, lora) in enumerate(SHARDED):
-        losses, tensors = learned(
-            entry, lambda made, lora=lora: (lora and with_lora(made), in_shards(made))
+    for i, (entry, lora) in enumerate(SHARDED_CASES):
+        losses, tensors = train_two_stages(
+            entry, lambda made, lora=lora: (lora and add_lora(made), shard_model(made))
         )
         save_file(
             {n: t.detach().clone() for n, t in tensors.items()},
@@ -60,23 +63,26 @@ def entries(out: Path) -> None:
         )
 
 
-def stage(
-    kept: Path | None = None, begun: Path | None = None, ready=lambda made: None
+def train_stage(
+    save_to: Path | None = None, resume_from: Path | None = None, prepare=lambda made: None
 ) -> dict[str, torch.Tensor]:
     """The weights after a stage that is kept at one step, or that goes on from where it was kept."""
-    made, strategy = toy.model(torch.float64), make("replay")
-    ready(made)
+    made, strategy = toy.make_model(torch.float64), make("replay")
+    prepare(made)
 
     def after(step, progress):
-        if kept and step == CUT:
-            checkpoint.save(kept, made, strategy, toy.matrix(), progress())
+        if save_to and step == CHECKPOINT_STEP:
+            checkpoint.save(save_to, made, strategy, toy.empty_matrix(), progress())
 
     def go_on():
-        checkpoint.load(begun, made, strategy)
-        return checkpoint.progress(begun, made)
+        checkpoint.load(resume_from, made, strategy)
+        return checkpoint.progress(resume_from, made)
 
     task = toy.Task(
-        "a", tuple(toy.examples(0, 20)), tuple(toy.examples(0, 5, seed=1)), columns=toy.NAMES
+        "a",
+        tuple(toy.make_examples(0, 20)),
+        tuple(toy.make_examples(0, 5, seed=1)),
+        columns=toy.TASK_NAMES,
     )
     learn(
         made,
@@ -86,33 +92,33 @@ def stage(
         seed=0,
         log=lambda event: None,
         after=after,
-        progress=go_on if begun else None,
+        progress=go_on if resume_from else None,
     )
-    return {n: sharding.whole(t) for n, t in toy.everything(made).items()}
+    return {n: sharding.whole(t) for n, t in toy.copy_parameters(made).items()}
 
 
-def command(verb: str, out: Path, *words: str) -> None:
+def run_verb(verb: str, out: Path, *words: str) -> None:
     """A verb of the command line, in a group of processes that is there already."""
     said = Console(file=io.StringIO())
-    {"run": run, "adapt": adapt}[verb](configure(verb, [*words, f"out={out}"]), said)
+    {"run": run, "adapt": adapt}[verb](compose_config(verb, [*words, f"out={out}"]), said)
 
 
-def main(out: Path, keys: list[str]) -> None:
+def run_all_cases(out: Path, keys: list[str]) -> None:
     """All of it."""
-    events.quiet()
+    events.silence_libraries()
     with processes.joined("cpu"):
-        entries(out)
-        weights = stage(kept=out / "sharded", ready=in_shards)
-        again = stage(begun=out / "whole", ready=in_shards)
+        train_cases(out)
+        weights = train_stage(save_to=out / "sharded", prepare=shard_model)
+        again = train_stage(resume_from=out / "whole", prepare=shard_model)
         if processes.leads():
             save_file(weights, out / "weights.safetensors")
             save_file(again, out / "again.safetensors")
-        command("run", out / "run", *keys)
+        run_verb("run", out / "run", *keys)
         for shard in ("true", "false"):
-            command("adapt", out / f"adapt-{shard}", *adapted(keys, shard))
+            run_verb("adapt", out / f"adapt-{shard}", *to_adapt_keys(keys, shard))
 
 
-def adapted(keys: list[str], shard: str) -> list[str]:
+def to_adapt_keys(keys: list[str], shard: str) -> list[str]:
     """The keys of a run as those of an adaptation to one of its tasks."""
     left = [k for k in keys if not k.startswith(("checkpoint.", "train.shard=", "score.during="))]
     return [

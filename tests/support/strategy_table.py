@@ -142,7 +142,7 @@ TABLE = [*map(sized, CONFIGS), *VARIANTS]
 
 
 def make(names: str, *keys: str) -> Strategy:
-    return toy.configured(
+    return toy.strategy_from_config(
         names, *(f"+strategy.{k[1:]}" if k.startswith("+") else f"strategy.{k}" for k in keys)
     )
 
@@ -159,9 +159,9 @@ def of_kind(kind: str, dtype: torch.dtype = torch.float32) -> Model:
         "gpt2" if dtype == torch.float64 else "llama"
     )  # which norms in float32 whatever its dtype
     made = (
-        toy.prompted(dtype, kind=base)
+        toy.make_prompt_model(dtype, kind=base)
         if kind == "prompts"
-        else toy.model(dtype, kind=base, lora=12 if kind == "lora" else 0)
+        else toy.make_model(dtype, kind=base, lora=12 if kind == "lora" else 0)
     )
     for (
         part

@@ -10,10 +10,10 @@ import socket
 import sys
 from pathlib import Path
 
-LIMIT = 900  # seconds, after which something hangs
+TIMEOUT_SECONDS = 900  # seconds, after which something hangs
 
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
     [
         "continual.cli.main",
         "continual.runs.run",
@@ -34,26 +34,26 @@ context.set_forkserver_preload(
 )
 
 
-class Apart:
+class Subprocess:
     """A process that does `work(*args)`, a function of a module, in this environment; what it says
     goes to a file.
     """
 
-    def __init__(self, said: Path, work, *args, **environment: str) -> None:
-        self.said = said
-        self.process = context.Process(target=_do, args=(said, environment, work, args))
+    def __init__(self, log: Path, work, *args, **environment: str) -> None:
+        self.log = log
+        self.process = forkserver.Process(target=_child_main, args=(log, environment, work, args))
         self.process.start()
 
-    def ended(self) -> tuple[int, str]:
+    def wait(self) -> tuple[int, str]:
         """Wait for it: its exit code, negative where a signal ended it, and what it said."""
-        self.process.join(LIMIT)
+        self.process.join(TIMEOUT_SECONDS)
         if self.process.exitcode is None:
             self.process.kill()
-            raise TimeoutError(self.said.read_text())
-        return self.process.exitcode, self.said.read_text()
+            raise TimeoutError(self.log.read_text())
+        return self.process.exitcode, self.log.read_text()
 
 
-def _do(said: Path, environment: dict[str, str], work, args) -> None:
+def _child_main(said: Path, environment: dict[str, str], work, args) -> None:
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -61,7 +61,7 @@ def _do(said: Path, environment: dict[str, str], work, args) -> None:
     work(*args)
 
 
-def command(*words) -> None:
+def run_command(*words) -> None:
     """The command line."""
     from continual.cli.main import main
 
@@ -69,13 +69,13 @@ def command(*words) -> None:
     main()
 
 
-def two(folder: Path, work, *args) -> list[Apart]:
+def start_two_ranks(folder: Path, work, *args) -> list[Subprocess]:
     """Two processes that share the work, as torchrun starts them; what they say goes to the folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     return [
-        Apart(
+        Subprocess(
             folder / f"said-{rank}",
             work,
             *args,

@@ -20,59 +20,63 @@ from continual.runs.rehearse import Ghosts, Stage, rehearse
 from continual.strategy.interface import Strategy
 from continual.testing import toy
 from continual.testing.toy import (
-    NAMES,
     RECIPE,
-    SHORT,
-    VOCABULARY,
-    close,
-    everything,
-    examples,
-    gradients,
-    in_micro_batches,
-    matrix,
+    SHORT_TASK_SIZE,
+    TASK_NAMES,
+    VOCAB_SIZE,
+    all_close,
+    bitwise_equal,
+    copy_gradients,
+    copy_parameters,
+    empty_matrix,
+    limit_micro_batch,
+    make_examples,
+    make_task,
     memory_tensors,
-    same,
-    task,
-    train,
+    train_stages,
 )
 from continual.training.recipe import Recipe
-from tests.support.models import network
+from tests.support.models import make_network
 
 __all__ = [
-    "NAMES",
     "RECIPE",
-    "SHORT",
-    "VOCABULARY",
+    "SHORT_TASK_SIZE",
+    "TASK_NAMES",
+    "VOCAB_SIZE",
     "Task",
-    "close",
-    "everything",
-    "examples",
-    "gradients",
-    "in_micro_batches",
-    "matrix",
+    "all_close",
+    "bitwise_equal",
+    "copy_gradients",
+    "copy_parameters",
+    "empty_matrix",
+    "limit_micro_batch",
+    "make_examples",
+    "make_task",
     "memory_tensors",
     "replace",
-    "same",
-    "task",
-    "train",
+    "train_stages",
 ]
-CONF = Path(__file__).parents[2] / "conf" / "strategy"
+STRATEGY_CONF = Path(__file__).parents[2] / "conf" / "strategy"
 
 
-def model(dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", **more) -> Model:
+def make_model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, kind: str = "llama", **more
+) -> Model:
     """A network of two layers, hidden 32, of this architecture."""
-    return toy.model(dtype, net=network(kind, VOCABULARY, context=toy.CONTEXT, seed=seed), **more)
+    return toy.make_model(
+        dtype, net=make_network(kind, VOCAB_SIZE, context=toy.CONTEXT_LENGTH, seed=seed), **more
+    )
 
 
-def prompted(
-    dtype: torch.dtype = torch.float32, tokens: int = 2, kind: str = "llama", **layout
+def make_prompt_model(
+    dtype: torch.dtype = torch.float32, virtual_tokens: int = 2, kind: str = "llama", **layout
 ) -> Model:
     """The same model with so many virtual tokens, which alone train."""
-    return toy.prompted(model(dtype, kind=kind, **layout), tokens)
+    return toy.add_virtual_tokens(make_model(dtype, kind=kind, **layout), virtual_tokens)
 
 
 @cache
-def config(*overrides: str) -> DictConfig:
+def compose_run_config(*overrides: str) -> DictConfig:
     """The configuration of `continual run` on a stream folder that no one opens; Hydra's global
     state stays clean.
     """
@@ -80,26 +84,27 @@ def config(*overrides: str) -> DictConfig:
         return compose_config("run", ["stream=folder", "stream.path=x", "out=x", *overrides])
 
 
-def configured(names: str, *overrides: str) -> Strategy:
+def strategy_from_config(names: str, *overrides: str) -> Strategy:
     """The strategy of these configs, such as "replay" or "replay,ewc"; their files alone are read,
     which is quick.
     """
     made = OmegaConf.create({"seed": 0, "strategy": {}})
     for name in names.split(","):
-        made.strategy.merge_with(OmegaConf.load(CONF / f"{name}.yaml"))
+        made.strategy.merge_with(OmegaConf.load(STRATEGY_CONF / f"{name}.yaml"))
     for told in OverridesParser.create().parse_overrides(list(overrides)):
         OmegaConf.update(made, told.key_or_group, told.value(), force_add=told.is_add())
     return build.strategy(made)
 
 
-def rehearsed(network, strategy: Strategy, recipe: Recipe, stages: int = 2) -> list[Stage]:
+def rehearse_stages(network, strategy: Strategy, recipe: Recipe, stages: int = 2) -> list[Stage]:
     """Stages without numbers, of at most two steps each, on the model that `network` makes."""
     ghosts = Ghosts()
     with ghosts.shapes():
         made = network()
     ghosts.haunt(made.net)
     return [
-        rehearse(ghosts, made, task(i), strategy, recipe, steps=2, seed=i) for i in range(stages)
+        rehearse(ghosts, made, make_task(i), strategy, recipe, steps=2, seed=i)
+        for i in range(stages)
     ]
 
 
@@ -111,9 +116,9 @@ def log_likelihood(net, e: Encoded) -> torch.Tensor:
     )
 
 
-def mean_loss(net, chosen: list[Encoded]) -> torch.Tensor:
+def mean_loss(net, examples: list[Encoded]) -> torch.Tensor:
     """The mean over the response tokens of all of them, one example at a time; a scalar."""
-    return -sum(log_likelihood(net, e) for e in chosen) / sum(sum(e.response) for e in chosen)
+    return -sum(log_likelihood(net, e) for e in examples) / sum(sum(e.response) for e in examples)
 
 
 @contextmanager

@@ -217,16 +217,16 @@ def test_a_broken_strategy_is_refused_by_the_rule_that_it_breaks(kind):
 
 
 def test_what_keeps_to_the_rules_passes():
-    check_strategy(L2(strength=0.5), off=L2(strength=0))
+    check_strategy(L2(strength=0.5), disabled=L2(strength=0))
 
 
 def test_a_strategy_that_is_not_off_where_it_should_be_is_refused():
     with pytest.raises(ContractError, match="L2: the rule 'switched off it is naive' is broken"):
-        check_strategy(L2(strength=0.5), off=L2(strength=0.5))
+        check_strategy(L2(strength=0.5), disabled=L2(strength=0.5))
 
 
 def test_moments_that_mean_to_may_move_the_weights():
-    check_strategy(MovesAtItsEnd(), moves=["end"])
+    check_strategy(MovesAtItsEnd(), weight_setters=["end"])
 
 
 def test_the_strategy_itself_is_left_as_it_was():

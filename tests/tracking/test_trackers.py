@@ -12,7 +12,7 @@ import pytest
 from continual.results.matrix import Matrix
 from continual.tracking import trackers
 from continual.tracking.trackers import TRACKERS, Tracker
-from tests.support.models import TASKS, lines, run
+from tests.support.models import TASKS, load_json_lines, run_in_process
 
 SHORT = ("train.epochs=1", "stream.tasks=[first,last]")
 
@@ -52,11 +52,11 @@ def series(sink, name):
 def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(
     keys, tmp_path, sinks
 ):
-    matrix, _ = run(tmp_path / "a/b", keys, *SHORT, "track=tensorboard")
+    matrix, _ = run_in_process(tmp_path / "a/b", keys, *SHORT, "track=tensorboard")
     (sink,) = sinks
     assert (sink.name, sink.closed) == ("a/b", True)
     assert sink.settings["train.epochs"] == 1
-    steps = [e for e in lines(tmp_path / "a/b/events.jsonl") if e["event"] == "step"]
+    steps = [e for e in load_json_lines(tmp_path / "a/b/events.jsonl") if e["event"] == "step"]
     assert [x for x, _ in series(sink, "train/loss")] == [1, 2, 3, 4]
     assert [y for _, y in series(sink, "train/loss")] == [e["loss"] for e in steps]
     assert series(sink, "score/first") == [
@@ -68,10 +68,10 @@ def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(
 
 
 def test_a_resumed_run_goes_on_in_the_trackers_same_run_and_on_the_same_axis(keys, tmp_path, sinks):
-    run(tmp_path, keys, *SHORT, "track=tensorboard")
+    run_in_process(tmp_path, keys, *SHORT, "track=tensorboard")
     (tmp_path / "finished").unlink()
     shutil.rmtree(tmp_path / "checkpoints/stage-02")
-    run(tmp_path, keys, *SHORT, "track=tensorboard")
+    run_in_process(tmp_path, keys, *SHORT, "track=tensorboard")
     assert sinks[0].id == sinks[1].id
     assert [x for x, _ in series(sinks[1], "train/loss")] == [3, 4]
 
@@ -79,18 +79,18 @@ def test_a_resumed_run_goes_on_in_the_trackers_same_run_and_on_the_same_axis(key
 def test_a_tracker_that_fails_is_left_out_and_the_run_ends_as_it_would_have(
     keys, tmp_path, sinks, monkeypatch
 ):
-    plain, _ = run(tmp_path / "plain", keys, *SHORT)
+    plain, _ = run_in_process(tmp_path / "plain", keys, *SHORT)
     monkeypatch.setattr(Sink, "log", lambda self, values, step: 1 / 0)
-    tracked, said = run(tmp_path / "tracked", keys, *SHORT, "track=tensorboard")
+    tracked, said = run_in_process(tmp_path / "tracked", keys, *SHORT, "track=tensorboard")
     assert said.count("the tracker failed, and the run goes on without it: division by zero") == 1
     assert tracked.scores == plain.scores
 
 
 def test_another_tracker_is_no_other_run(keys, tmp_path, sinks):
-    run(tmp_path, keys, *SHORT)
+    run_in_process(tmp_path, keys, *SHORT)
     (tmp_path / "finished").unlink()
     shutil.rmtree(tmp_path / "checkpoints/stage-02")
-    run(tmp_path, keys, *SHORT, "track=tensorboard")
+    run_in_process(tmp_path, keys, *SHORT, "track=tensorboard")
     assert Matrix.load(tmp_path / "matrix.json").finished
 
 
@@ -160,7 +160,7 @@ def test_a_tracker_that_cannot_begin_is_told_before_training(
 def test_tensorboard_reads_the_run_back(keys, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    matrix, _ = run(tmp_path, keys, *SHORT, "track=tensorboard")
+    matrix, _ = run_in_process(tmp_path, keys, *SHORT, "track=tensorboard")
     told = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in told.Scalars("train/loss")] == [1, 2, 3, 4]
     assert told.Scalars("score/last")[-1].value == pytest.approx(matrix.scores[2][1])
@@ -170,7 +170,7 @@ def test_tensorboard_reads_the_run_back(keys, tmp_path):
 def test_weights_and_biases_keeps_the_run_offline(keys, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run(tmp_path / "run", keys, *SHORT, "track=wandb")
+    run_in_process(tmp_path / "run", keys, *SHORT, "track=wandb")
     (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert kept.stem == f"run-{json.loads((tmp_path / 'run/track.json').read_text())['id']}"
     assert b"score/first" in kept.read_bytes()
@@ -182,7 +182,7 @@ def test_mlflow_has_the_run_in_its_store(keys, tmp_path, monkeypatch):
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    matrix, _ = run(tmp_path / "run", keys, *SHORT, "track=mlflow")
+    matrix, _ = run_in_process(tmp_path / "run", keys, *SHORT, "track=mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (told,) = client.search_runs([client.get_experiment_by_name("continual").experiment_id])
     assert told.data.params["train.epochs"] == "1"
@@ -196,7 +196,7 @@ def test_trackio_has_the_run_in_its_folder(keys, tmp_path, monkeypatch):
     monkeypatch.setenv(
         "TRACKIO_DIR", str(tmp_path / "trackio")
     )  # which it reads when it is imported
-    matrix, said = run(tmp_path / "run", keys, *SHORT, "track=trackio")
+    matrix, said = run_in_process(tmp_path / "run", keys, *SHORT, "track=trackio")
     assert "tracker failed" not in said
     with sqlite3.connect(tmp_path / "trackio/continual.db") as kept:
         told = [
@@ -210,5 +210,5 @@ def test_trackio_has_the_run_in_its_folder(keys, tmp_path, monkeypatch):
 
 
 def test_names_that_mlflow_does_not_take_are_rewritten():
-    assert trackers._name("score/a|b é") == "score/a_b é"
+    assert trackers._mlflow_name("score/a|b é") == "score/a_b é"
     assert len(TASKS) == 3

@@ -10,7 +10,7 @@ from continual.errors import ConfigError, DataError
 from continual.results.matrix import Matrix
 from continual.training import precision
 from tests.support import toy
-from tests.support.models import run
+from tests.support.models import run_in_process
 
 AUTO = ("train.precision=auto", "train.steps=2", "stream.tasks=[first,last]")
 
@@ -35,9 +35,9 @@ def clock(monkeypatch):
 )
 def test_bf16_is_chosen_where_it_is_clearly_faster(clock, tmp_path, ratio, chosen):
     clock(ratio)
-    said, model = [], toy.model()
+    said, model = [], toy.make_model()
     precision.settle(
-        "auto", tmp_path / "precision.json", model, lambda n: toy.examples(0, n), said.append
+        "auto", tmp_path / "precision.json", model, lambda n: toy.make_examples(0, n), said.append
     )
     assert model.bf16 == (chosen == "bf16")
     assert said == [
@@ -50,9 +50,9 @@ def test_bf16_is_chosen_where_it_is_clearly_faster(clock, tmp_path, ratio, chose
 
 
 def test_measuring_leaves_the_model_as_it_was():
-    model = toy.model()
+    model = toy.make_model()
     before = {n: w.clone() for n, w in model.net.state_dict().items()}
-    assert precision.measure(model, toy.examples(0)) > 0
+    assert precision.measure(model, toy.make_examples(0)) > 0
     assert all(torch.equal(w, before[n]) for n, w in model.net.state_dict().items())
     assert all(p.grad is None for p in model.net.parameters())
     assert not model.bf16
@@ -62,12 +62,12 @@ def test_measuring_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(("ratio", "name"), [(0.5, "fp32"), (2.0, "bf16")])
 def test_a_run_is_the_one_that_asked_for_what_was_chosen(clock, keys, tmp_path, ratio, name):
     clock(ratio)
-    chosen, said = run(tmp_path / "auto", keys, *AUTO)
+    chosen, said = run_in_process(tmp_path / "auto", keys, *AUTO)
     assert (
         said.count(f"train.precision=auto: {name}; bf16 is {ratio:.2f} times as fast as fp32 here")
         == 1
     )
-    asked, _ = run(tmp_path / "asked", keys, *AUTO, f"train.precision={name}")
+    asked, _ = run_in_process(tmp_path / "asked", keys, *AUTO, f"train.precision={name}")
     assert chosen.scores == asked.scores
     one, other = (
         (tmp_path / out / "checkpoints/stage-02/weights.safetensors").read_bytes()
@@ -82,12 +82,12 @@ def test_a_resumed_run_keeps_the_choice_whatever_would_be_measured_now(
 ):
     clock(ratio)
     out = tmp_path / "run"
-    run(out, keys, *AUTO)
+    run_in_process(out, keys, *AUTO)
     weights = (out / "checkpoints/stage-02/weights.safetensors").read_bytes()
     (out / "finished").unlink()
     shutil.rmtree(out / "checkpoints/stage-02")
     clock(1 / ratio)
-    _, said = run(out, keys, *AUTO)
+    _, said = run_in_process(out, keys, *AUTO)
     assert f"train.precision=auto: {'bf16' if ratio > 1 else 'fp32'}, as this run began" in said
     assert (out / "checkpoints/stage-02/weights.safetensors").read_bytes() == weights
     assert Matrix.load(out / "matrix.json").finished
@@ -101,11 +101,11 @@ def test_a_choice_that_cannot_be_read_is_refused_with_its_mend(tmp_path, content
         DataError,
         match=r'does not say in which precision the run began; write {"precision": "fp32"}',
     ):
-        precision.settle("auto", path, toy.model(), toy.examples, print)
+        precision.settle("auto", path, toy.make_model(), toy.make_examples, print)
 
 
 def test_what_is_asked_for_by_name_is_not_measured(tmp_path, keys):
-    _, said = run(tmp_path, keys, "train.steps=1", "stream.tasks=[first]")
+    _, said = run_in_process(tmp_path, keys, "train.steps=1", "stream.tasks=[first]")
     assert "train.precision" not in said
     assert not (tmp_path / "precision.json").exists()
 
@@ -114,7 +114,7 @@ def test_another_name_is_refused_with_the_three(keys, tmp_path):
     with pytest.raises(
         ConfigError, match=r"unknown train.precision 'half'.* Known: auto, bf16, fp32"
     ):
-        run(tmp_path, keys, "train.precision=half")
+        run_in_process(tmp_path, keys, "train.precision=half")
 
 
 def test_few_rows_are_enough_where_each_takes_long(monkeypatch):
@@ -122,5 +122,5 @@ def test_few_rows_are_enough_where_each_takes_long(monkeypatch):
     monkeypatch.setattr(
         precision, "seconds", lambda model, rows, bf16: taken.append(len(rows)) or 10.0
     )
-    assert precision.measure(toy.model(), toy.examples(0)) == 1.0
+    assert precision.measure(toy.make_model(), toy.make_examples(0)) == 1.0
     assert set(taken) == {1}

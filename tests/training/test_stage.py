@@ -20,7 +20,7 @@ from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
 from tests.support import toy
-from tests.support.models import encoded, model, some
+from tests.support.models import make_encoded, make_text_model, some
 
 ROWS = some(12, seed=5)
 TASK = Task("colours", ROWS, dev=some(4, seed=6))
@@ -28,7 +28,7 @@ TASK = Task("colours", ROWS, dev=some(4, seed=6))
 
 def train(net=None, task=TASK, strategy=None, seed=0, after=None, **recipe):
     """The trained model and the events of its stage."""
-    net, events = net or model(), []
+    net, events = net or make_text_model(), []
     learn(
         net,
         task,
@@ -54,7 +54,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
-    nets = [model(kind, dtype=torch.float64) for _ in range(2)]
+    nets = [make_text_model(kind, dtype=torch.float64) for _ in range(2)]
     nets[1].layout = replace(nets[1].layout, tokens=1)
     for net in nets:
         train(net, batch_size=6, epochs=2)
@@ -63,7 +63,7 @@ def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
 
 
 def test_sgd_moves_each_weight_by_the_rate_times_its_gradient_and_its_decay():
-    net = model(dtype=torch.float64)
+    net = make_text_model(dtype=torch.float64)
     before, batch = snapshot(net), net.batch(ROWS)
     nll(net, batch).backward()
     expected = {n: w.detach() - 0.1 * (w.grad + 0.01 * w.detach()) for n, w in weights(net).items()}
@@ -96,7 +96,7 @@ class Starved(Strategy):
 
 
 def test_out_of_memory_halves_the_tokens_of_a_forward_pass_once_and_goes_on_to_the_same_weights():
-    nets = [model(dtype=torch.float64) for _ in range(2)]
+    nets = [make_text_model(dtype=torch.float64) for _ in range(2)]
     for net in nets:
         net.layout = replace(net.layout, tokens=60)
     _, events = train(nets[0], strategy=Starved(room=3), batch_size=4, epochs=2)
@@ -206,7 +206,7 @@ def test_a_stage_takes_its_epochs_or_its_steps(recipe, expected):
 
 
 def test_early_stopping_waits_its_patience_and_keeps_the_weights_of_the_best_epoch():
-    net, seen = model(), []
+    net, seen = make_text_model(), []
 
     def dev():
         with torch.no_grad():
@@ -232,10 +232,10 @@ def test_early_stopping_without_dev_rows_is_refused():
 
 
 def test_a_loss_that_is_not_finite_ends_the_stage_and_names_the_examples():
-    net = model()
+    net = make_text_model()
     with torch.no_grad():
         net.net.model.norm.weight.fill_(math.nan)
-    few = Task("colours", [encoded([7], [8], "row-a"), encoded([7], [9], "row-b")])
+    few = Task("colours", [make_encoded([7], [8], "row-a"), make_encoded([7], [9], "row-b")])
     told = "the loss is nan at step 1 of task 'colours', on the examples row-., row-."
     with pytest.raises(TrainingError, match=told):
         train(net, few)
@@ -245,12 +245,12 @@ def test_a_loss_that_is_not_finite_ends_the_stage_and_names_the_examples():
 
 
 def with_dropout():
-    net = model("gpt2")
+    net = make_text_model("gpt2")
     assert any(m.p > 0 for m in net.net.modules() if isinstance(m, torch.nn.Dropout))
     return net
 
 
-@pytest.mark.parametrize("make", [model, with_dropout])
+@pytest.mark.parametrize("make", [make_text_model, with_dropout])
 def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(make):
     a, b, c = (train(make(), seed=seed, mask_instruction_tokens=0.3)[0] for seed in (1, 1, 2))
     assert same(a, b)
@@ -268,7 +268,7 @@ def test_training_does_not_depend_on_what_was_random_before():
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_fp32():
-    net, kinds = model(), set()
+    net, kinds = make_text_model(), set()
     net.bf16 = True
     hook = net.net.get_output_embeddings().register_forward_hook(
         lambda m, args, out: kinds.add(out.dtype)
@@ -282,9 +282,9 @@ def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_fp32():
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_in_bf16_the_loss_is_that_of_the_logits_in_fp32(how):
-    made = toy.model(torch.bfloat16 if how == "weights" else torch.float32)
+    made = toy.make_model(torch.bfloat16 if how == "weights" else torch.float32)
     made.bf16 = how == "autocast"
-    batch = made.batch(toy.examples(0))
+    batch = made.batch(toy.make_examples(0))
     with overheard(made, batch) as logits:
         found = token_nll(made, batch)
         heard = logits()
@@ -368,7 +368,7 @@ class Overflowing(Strategy):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_stage_and_names_the_examples():
-    net = model()
+    net = make_text_model()
     before = snapshot(net)
     with pytest.raises(
         TrainingError,

@@ -17,7 +17,7 @@ from continual.evaluation.probes.base import Ask, Found, Look, Probe
 from continual.io.atomic import write_whole
 from continual.io.untrusted import is_number, json_file
 from continual.results.matrix import Matrix
-from continual.tracking.events import Events
+from continual.tracking.events import EventLog
 
 FILE = "probes.json"
 
@@ -28,7 +28,7 @@ def record(
     probes: Mapping[str, Probe],
     ask: Ask,
     matrix: Matrix,
-    events: Events,
+    events: EventLog,
 ) -> None:
     """Measure what is not measured yet after the matrix's last stage, and write RUN/probes.json.
 
@@ -38,13 +38,13 @@ def record(
     began, kept = time.perf_counter(), folders[-1] / FILE
     base, found = agreed(read(folders[0] / FILE)), agreed(read(kept))
     for done, (name, probe) in enumerate(probes.items()):
-        events.bar("probing", len(probes), done, name)
+        events.update_bar("probing", len(probes), done, name)
         if not set(probe.entries) <= set(found):
             before = base if len(folders) > 1 and set(probe.entries) <= set(base) else None
             found |= probe.measure(Look(ask, matrix, before))
             if leads():
                 write_whole(kept, json.dumps(found, indent=1, allow_nan=False))
-    events.clear()
+    events.clear_bar()
     if leads():
         write_whole(
             out / FILE,
@@ -56,7 +56,7 @@ def record(
         )
     events({"event": "probe", "seconds": time.perf_counter() - began, "probes": found})
     for entry, series in found.items():
-        events.say(
+        events.print_line(
             f"  {entry}: "
             + ", ".join(
                 f"{label} {value:.3f}"
