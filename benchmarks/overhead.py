@@ -45,8 +45,8 @@ EXAMPLES, NEW = 32, 24  # of a step, and those of them that replay leaves to the
 GROWN = (2, 16, 64)
 ROWS = 15  # of each of these tasks
 GROWING: Mapping[str, Callable[[], Strategy]] = {
-    "ewc": lambda: EWC(examples=4),
-    "online_ewc": lambda: OnlineEWC(examples=4),
+    "ewc": lambda: EWC(num_examples=4),
+    "online_ewc": lambda: OnlineEWC(num_examples=4),
     "replay": lambda: Replay(capacity=2 * ROWS),
 }
 
@@ -78,7 +78,10 @@ def against_naive(
     new = NEW if isinstance(strategy, Replay) else EXAMPLES
     batches = [batch for batch, _ in zip(cycled(tasks[2].train, new), range(64), strict=False)]
     twin = copy.deepcopy(strategy)  # draws what the strategy will draw
-    same = [twin.joined(ours.batch(b)).examples if isinstance(twin, Replay) else b for b in batches]
+    same = [
+        twin.add_replay_examples(ours.batch(b)).examples if isinstance(twin, Replay) else b
+        for b in batches
+    ]
     spent = interleaved(
         {
             name: stepper(ours, strategy, tasks[2], batches),

@@ -47,7 +47,7 @@ SHAPES = {
 STRATEGIES: Mapping[str, Callable[[], Strategy]] = {
     "naive": Strategy,
     "replay": lambda: Replay(capacity=0.5),
-    "ewc": lambda: EWC(examples=8),
+    "ewc": lambda: EWC(num_examples=8),
 }
 STAGES, STEPS, ROWS, MANY = 3, 2, 24, 330
 RECIPE = Recipe(lr=1e-3, steps=STEPS, batch_size=12)

@@ -35,7 +35,7 @@ RESULT = Path(__file__).parent / "results" / "soak-cpu.md"
 STRATEGIES = {
     "naive": [],
     "replay": ["strategy.replay.capacity=64"],
-    "online_ewc": ["strategy.online_ewc.examples=8"],
+    "online_ewc": ["strategy.online_ewc.num_examples=8"],
 }
 SCORED = 8
 EARLY = 20  # what the last task is compared with: by then all code has run

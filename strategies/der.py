@@ -20,7 +20,7 @@ from continual.models.sharding import clip
 from continual.models.weights import weights
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
-from continual.strategy.replay_buffer import reservoir
+from continual.strategy.replay_buffer import update_reservoir
 
 
 @dataclass(kw_only=True)
@@ -45,8 +45,8 @@ class DER(Strategy):
     capacity: int = 500
     alpha: float = 0.1
     beta: float = 1.0
-    minibatch: int = 8
-    top: int = 1024
+    minibatch_size: int = 8
+    top_logits: int = 1024
     seed: int = 0
     kept: list[dict[str, Any]] = memory(
         list
@@ -59,12 +59,12 @@ class DER(Strategy):
         super().__post_init__()
         if (
             self.capacity < 0
-            or self.minibatch < 1
-            or self.top < 1
+            or self.minibatch_size < 1
+            or self.top_logits < 1
             or min(self.alpha, self.beta) < 0
         ):
             raise ConfigError(
-                f"DER with capacity {self.capacity}, minibatch {self.minibatch}, top {self.top}, "
+                f"DER with capacity {self.capacity}, minibatch {self.minibatch_size}, top {self.top_logits}, "
                 f"alpha {self.alpha} and beta {self.beta}: expected minibatch and top of at "
                 "least 1, and no number below 0"
             )
@@ -76,40 +76,40 @@ class DER(Strategy):
         """
         total = super().backward(model, batch)
         if self.kept and self.alpha:
-            drawn = self.draw()
+            drawn = self.draw_records()
             far = accumulate(
-                lambda model, part: self.alpha * distance(model, part, drawn),
+                lambda model, part: self.alpha * logit_distance(model, part, drawn),
                 model,
                 numbered(model, [r["example"] for r in drawn]).micro_batches(),
             )
             total, self.notes["logits"] = total + far, float(far)
         if self.kept and self.beta:
-            again = numbered(model, [r["example"] for r in self.draw()])
+            again = numbered(model, [r["example"] for r in self.draw_records()])
             total = total + accumulate(
                 lambda *at: self.beta * nll(*at), model, again.micro_batches()
             )
         if torch.isfinite(
             total + clip([*weights(model).values()], math.inf)
         ):  # else the step is not taken
-            self.remember(model, batch)
+            self.store_logits(model, batch)
         return total
 
-    def draw(self) -> list[dict[str, Any]]:
+    def draw_records(self) -> list[dict[str, Any]]:
         """Remembered examples, none twice."""
-        return self.rng.sample(self.kept, min(self.minibatch, len(self.kept)))
+        return self.rng.sample(self.kept, min(self.minibatch_size, len(self.kept)))
 
-    def remember(self, model: Model, batch: Batch) -> None:
+    def store_logits(self, model: Model, batch: Batch) -> None:
         """Offer the examples to the reservoir; those it takes are kept with the logits they have
         now.
         """
         arrivals: list[dict[str, Any]] = [{"example": e} for e in batch.examples]
         kept, rng = [*self.kept], copy(self.rng)
-        reservoir(kept, arrivals, self.capacity, self.seen, rng)
+        update_reservoir(kept, arrivals, self.capacity, self.seen, rng)
         new = [r for r in kept if "logits" not in r]
         for i, _, logits in responses(model, [r["example"] for r in new]):
             columns = None
-            if self.top < logits.shape[1]:
-                logits, columns = logits.topk(self.top)
+            if self.top_logits < logits.shape[1]:
+                logits, columns = logits.topk(self.top_logits)
             new[i]["logits"] = logits.half().cpu().clone()
             new[i]["columns"] = None if columns is None else columns.int().cpu().clone()
         # Together, and last: where memory runs out before, the step is tried again, and offers its
@@ -117,11 +117,12 @@ class DER(Strategy):
         self.kept, self.rng, self.seen = kept, rng, self.seen + len(arrivals)
 
 
-def distance(model: Model, batch: Batch, kept: list[dict[str, Any]]) -> Tensor:
+def logit_distance(model: Model, batch: Batch, records: list[dict[str, Any]]) -> Tensor:
     """The mean squared distance between the batch's logits and those kept; an example's id is its
     place in `kept`.
     """
-    ours, records = forward(model, batch), [kept[int(e.id)] for e in batch.examples]
+    ours = forward(model, batch)
+    records = [records[int(e.id)] for e in batch.examples]
     theirs = torch.cat([r["logits"] for r in records]).to(ours)
     if records[0]["columns"] is not None:
         ours = ours.gather(1, torch.cat([r["columns"] for r in records]).to(ours.device).long())

@@ -18,17 +18,17 @@ from continual.models.model import Model
 from continual.models.weights import Weights, combine, portion, snapshot, weights, wide
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
-from continual.strategy.replay_buffer import chosen
+from continual.strategy.replay_buffer import sample_task_examples
 
 
 def task_fisher(
-    model: Model, task: Task[Encoded], examples: int, labels: str, seed: str
+    model: Model, task: Task[Encoded], num_examples: int, labels: str, seed: str
 ) -> Weights:
     """The diagonal Fisher information of some of a task's training examples; a resumed run draws
     the same.
     """
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-    return fisher(model, chosen(task, examples, seed), labels, generator)
+    return fisher(model, sample_task_examples(task, num_examples, seed), labels, generator)
 
 
 @dataclass(kw_only=True)
@@ -78,15 +78,15 @@ class L2(Strategy):
         """Measure the importance of each weight and anchor it where it is."""
         super().end(model, task)
         if self.strength:
-            self.consolidate(wide(snapshot(model)), wide(self.measure(model, task)))
+            self.consolidate(wide(snapshot(model)), wide(self.measure_importance(model, task)))
 
-    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+    def measure_importance(self, model: Model, task: Task[Encoded]) -> Weights:
         """How much each weight matters to the task that was just learned."""
         return {n: torch.ones_like(w) for n, w in snapshot(model).items()}
 
-    def consolidate(self, here: Weights, measured: Weights) -> None:
+    def consolidate(self, end_weights: Weights, task_importance: Weights) -> None:
         """Only the last anchor counts."""
-        self.anchor, self.importance = here, measured
+        self.anchor, self.importance = end_weights, task_importance
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,7 @@ class EWC(L2):
     """
 
     strength: float = 1000.0
-    examples: int = 100
+    num_examples: int = 100
     labels: str = "empirical"
     seed: int = 0
     constant: float = memory(float)
@@ -111,19 +111,21 @@ class EWC(L2):
         """The sum of all tasks' penalties, exactly; a scalar."""
         return super().penalty(model) + self.strength / 2 * self.constant
 
-    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+    def measure_importance(self, model: Model, task: Task[Encoded]) -> Weights:
         """The diagonal Fisher information of the task, at its end."""
         self.stages += 1
-        return task_fisher(model, task, self.examples, self.labels, f"{self.seed}/{self.stages}")
+        return task_fisher(
+            model, task, self.num_examples, self.labels, f"{self.seed}/{self.stages}"
+        )
 
-    def consolidate(self, here: Weights, measured: Weights) -> None:
+    def consolidate(self, end_weights: Weights, task_importance: Weights) -> None:
         """Complete the square: fold the new penalty into the one that stands for the earlier ones."""
         if not self.anchor:
-            self.anchor, self.importance = here, measured
+            self.anchor, self.importance = end_weights, task_importance
             return
-        total = combine(torch.add, self.importance, measured)
-        part = portion(measured, total)
-        apart = combine(torch.sub, here, self.anchor)
+        total = combine(torch.add, self.importance, task_importance)
+        part = portion(task_importance, total)
+        apart = combine(torch.sub, end_weights, self.anchor)
         left_over = combine(
             lambda s, p, d: (s * p * d.square()).sum(), self.importance, part, apart
         )
@@ -144,26 +146,26 @@ class OnlineEWC(EWC):
 
     decay: float = 0.9
 
-    def consolidate(self, here: Weights, measured: Weights) -> None:
+    def consolidate(self, end_weights: Weights, task_importance: Weights) -> None:
         """Forget a part of the earlier importance; move the anchor here. What is kept is decay F*."""
-        kept = self.importance or combine(torch.zeros_like, measured)
-        self.importance = combine(lambda old, new: self.decay * (old + new), kept, measured)
-        self.anchor = here
+        kept = self.importance or combine(torch.zeros_like, task_importance)
+        self.importance = combine(lambda old, new: self.decay * (old + new), kept, task_importance)
+        self.anchor = end_weights
 
 
 @dataclass(kw_only=True)
-class Summed(L2):
+class SummedImportance(L2):
     """One pull to the last weights, with the importance of all tasks added up."""
 
-    def consolidate(self, here: Weights, measured: Weights) -> None:
+    def consolidate(self, end_weights: Weights, task_importance: Weights) -> None:
         """Add the task's importance, move the anchor here; no weight is pushed away."""
-        kept = self.importance or combine(torch.zeros_like, measured)
-        self.importance = combine(lambda old, new: (old + new).clamp(min=0), kept, measured)
-        self.anchor = here
+        kept = self.importance or combine(torch.zeros_like, task_importance)
+        self.importance = combine(lambda old, new: (old + new).clamp(min=0), kept, task_importance)
+        self.anchor = end_weights
 
 
 @dataclass(kw_only=True)
-class MAS(Summed):
+class MAS(SummedImportance):
     """Memory aware synapses (Aljundi et al. 2018, eq. 3-4): how much each weight changes what the
     model says.
 
@@ -172,11 +174,13 @@ class MAS(Summed):
     """
 
     strength: float = 2.0
-    examples: int = 100
+    num_examples: int = 100
     seed: int = 0
     stages: int = memory(int)
 
-    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+    def measure_importance(self, model: Model, task: Task[Encoded]) -> Weights:
         """The logits' sensitivity to each weight, at the task's end."""
         self.stages += 1
-        return sensitivity(model, chosen(task, self.examples, f"{self.seed}/{self.stages}"))
+        return sensitivity(
+            model, sample_task_examples(task, self.num_examples, f"{self.seed}/{self.stages}")
+        )

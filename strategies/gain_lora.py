@@ -18,11 +18,11 @@ from continual.models.lora import factors
 from continual.models.model import Model
 from continual.models.weights import weights
 from continual.packing.layout import turn
-from continual.strategy.interface import groups, memory
+from continual.strategy.interface import memory, to_param_groups
 from strategies.incremental_lora import IncrementalLoRA
 
 Gate = list[Tensor]  # G_1 (H, D), G_2 (D, H) and G_3 (1, D); D of an embedding, H hidden
-SLOPE = (
+GATE_SLOPE = (
     4.0  # of a gate at 0, over the cosine: the authors' code, where the paper has G_3 p_2 itself
 )
 
@@ -52,8 +52,8 @@ class GainLoRA(IncrementalLoRA):
 
     stores: ClassVar[str] = "T gates, and the directions of what one read"
     costs: ClassVar[str] = "1, with no shared prefix"
-    whole = False
-    hidden: int = 100  # the authors' mlp_hidden_dim
+    weights_are_complete = False
+    hidden_size: int = 100  # the authors' mlp_hidden_dim
     threshold: float = 0.995  # the authors' transthreshold
     seed: int = 0
     gates: dict[int, Gate] = memory(dict)  # by the first row of the branch in A
@@ -67,9 +67,9 @@ class GainLoRA(IncrementalLoRA):
     def __post_init__(self) -> None:
         """Refuse a gate without hidden units, and what is no share."""
         super().__post_init__()
-        if self.hidden < 1 or not 0 < self.threshold <= 1:
+        if self.hidden_size < 1 or not 0 < self.threshold <= 1:
             raise ConfigError(
-                f"found hidden={self.hidden} and threshold={self.threshold} for gain_lora; "
+                f"found hidden={self.hidden_size} and threshold={self.threshold} for gain_lora; "
                 "expected at least 1 unit, and a share of more than 0, up to 1"
             )
 
@@ -80,41 +80,41 @@ class GainLoRA(IncrementalLoRA):
         trained = super().begin(model, task)
         if not self.rank:
             return trained
-        if self.first in self.gates and not len(self.change):  # it has ended
+        if self.first_row in self.gates and not len(self.change):  # it has ended
             raise ConfigError(
-                f"the branch from row {self.first} of the LoRA on has the gate of an earlier "
+                f"the branch from row {self.first_row} of the LoRA on has the gate of an earlier "
                 "stage, and its B is zero: that stage changed nothing, or a strategy that is "
                 "listed beside gain_lora put the weights back; raise train.lr, or leave that "
                 "strategy out"
             )
-        self.ready(model)
-        self.gates[self.first] = gate = self.started(model, task)
+        self.install_gates(model)
+        self.gates[self.first_row] = gate = self.init_gate(model, task)
         self.known = self.known or [g.new_zeros(g.shape[1], 0) for g in gate]
         self.change = Parameter(gate[0].new_zeros(sum(g.numel() for g in gate)))
-        return [*groups(trained), {"params": [self.change], "weight_decay": 0.0}]
+        return [*to_param_groups(trained), {"params": [self.change], "weight_decay": 0.0}]
 
-    def ready(self, model: Model) -> None:
+    def install_gates(self, model: Model) -> None:
         """Let the model read each example with its gates, from padded rows."""
-        model.layout, model.around = replace(model.layout, flat=False), self.gated
+        model.layout, model.around = replace(model.layout, flat=False), self.apply_gates
 
     @torch.no_grad()
-    def started(self, model: Model, task: Task[Encoded]) -> Gate:
+    def init_gate(self, model: Model, task: Task[Encoded]) -> Gate:
         """The new gate: G_3 points to where most of what the task's prompts give is beside what is
         known.
 
         So does the authors' code. G_1 and G_2 of a first one are drawn as `nn.Linear` does.
         """
-        said = pooled(model, task.train)
+        said = mean_prompt_embeddings(model, task.train)
         if self.gates:
             front = [*self.gates.values()][-1][:-1]
         else:
             rng = torch.Generator().manual_seed(self.seed)
-            shapes = ((self.hidden, said.shape[1]), (said.shape[1], self.hidden))
+            shapes = ((self.hidden_size, said.shape[1]), (said.shape[1], self.hidden_size))
             front = [
                 ((2 * torch.rand(s, generator=rng) - 1) / s[1] ** 0.5).to(said) for s in shapes
             ]
-        told = read([*front, said], said)[-1].double()
-        left = beside(told, self.known[-1].double()) if self.known else told
+        told = gate_layer_inputs([*front, said], said)[-1].double()
+        left = project_out(told, self.known[-1].double()) if self.known else told
         if not left.norm() > 1e-6 * told.norm():
             raise ConfigError(
                 f"the prompts of {task.name!r} lie within what gates have read of earlier tasks, "
@@ -123,32 +123,32 @@ class GainLoRA(IncrementalLoRA):
             )
         return [*front, torch.linalg.eigh(left.T @ left)[1][:, -1:].T.to(said)]
 
-    def now(self) -> dict[int, Gate]:
+    def current_gates(self) -> dict[int, Gate]:
         """The gates as they are, the one that learns with what it has learned."""
         if not len(self.change):
             return self.gates
-        gate = self.gates[self.first]
+        gate = self.gates[self.first_row]
         free = torch.split(self.change, [g.numel() for g in gate])
         return self.gates | {
-            self.first: [
-                g + beside(f.view_as(g), k)  # eq. 12
+            self.first_row: [
+                g + project_out(f.view_as(g), k)  # eq. 12
                 for g, f, k in zip(gate, free, self.known, strict=True)
             ]
         }
 
-    def opened(self, model: Model, examples: Sequence[Encoded]) -> Tensor:
+    def gate_values(self, model: Model, examples: Sequence[Encoded]) -> Tensor:
         """(E, R) of each example the gate of each row of A: 1 for a branch that has none."""
-        said = pooled(model, examples)
+        said = mean_prompt_embeddings(model, examples)
         found = said.new_ones(len(said), max(len(a) for a, _ in factors(model)))
-        for row, gate in self.now().items():
-            b = SLOPE * F.cosine_similarity(gate[-1], read(gate, said)[-1])
+        for row, gate in self.current_gates().items():
+            b = GATE_SLOPE * F.cosine_similarity(gate[-1], gate_layer_inputs(gate, said)[-1])
             found[:, row : row + self.rank] = (2 * b.sigmoid() - 1).abs()[:, None]  # eq. 8
         return found
 
     @contextmanager
-    def gated(self, model: Model, examples: Sequence[Encoded]) -> Iterator[None]:
+    def apply_gates(self, model: Model, examples: Sequence[Encoded]) -> Iterator[None]:
         """Within it each example's row goes through the branches by its gates: B_i g_i A_i x."""
-        opened = self.opened(model, examples)[:, None]
+        opened = self.gate_values(model, examples)[:, None]
 
         def turned(_: nn.Module, __: Any, out: Tensor) -> Tensor:
             if out.ndim != 3 or len(out) != len(opened):
@@ -173,22 +173,26 @@ class GainLoRA(IncrementalLoRA):
         """Keep the gate, and what it reads of the task's prompts."""
         super().end(model, task)
         if self.rank:
-            gate = [g.detach().clone() for g in self.now()[self.first]]
-            self.gates[self.first], self.change = gate, torch.zeros(0)
+            gate = [g.detach().clone() for g in self.current_gates()[self.first_row]]
+            self.gates[self.first_row], self.change = gate, torch.zeros(0)
             self.known = [
-                grown(k, p, self.threshold)
-                for k, p in zip(self.known, read(gate, pooled(model, task.train)), strict=True)
+                extend_basis(k, p, self.threshold)
+                for k, p in zip(
+                    self.known,
+                    gate_layer_inputs(gate, mean_prompt_embeddings(model, task.train)),
+                    strict=True,
+                )
             ]
 
     def dispatch(self, model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
         """All prompts at once, each with its own gates."""
         if self.rank:
-            self.ready(model)
+            self.install_gates(model)
         yield from super().dispatch(model, prompts)
 
 
 @torch.no_grad()
-def pooled(model: Model, examples: Sequence[Encoded]) -> Tensor:
+def mean_prompt_embeddings(model: Model, examples: Sequence[Encoded]) -> Tensor:
     """(E, D) the mean of each prompt's input embeddings, p_0, in float32 at least.
 
     A prompt is what stands before the first token that is learned: of a conversation that is
@@ -205,32 +209,32 @@ def pooled(model: Model, examples: Sequence[Encoded]) -> Tensor:
     )
 
 
-def read(gate: Sequence[Tensor], said: Tensor) -> list[Tensor]:
+def gate_layer_inputs(gate: Sequence[Tensor], prompt_embeddings: Tensor) -> list[Tensor]:
     """What each layer of a gate reads, (E, n): p_0, p_1 and p_2, where p_l = SiLU(G_l p_l-1)."""
-    found = [said]
+    found = [prompt_embeddings]
     for g in gate[:-1]:
         found.append(F.silu(found[-1] @ g.T))
     return found
 
 
-def beside(rows: Tensor, known: Tensor) -> Tensor:
+def project_out(rows: Tensor, basis: Tensor) -> Tensor:
     """The part of each row (..., n) that is orthogonal to the orthonormal columns of `known` (n,
     k).
     """
-    return rows - rows @ known @ known.T
+    return rows - rows @ basis @ basis.T
 
 
-def grown(known: Tensor, rows: Tensor, threshold: float) -> Tensor:
+def extend_basis(basis: Tensor, rows: Tensor, threshold: float) -> Tensor:
     """The basis `known` (n, k) with the fewest more columns that hold this share of the squares of
     `rows` (E, n).
 
     GPM (Saha et al. 2021), as in appendix A.1, eq. 15 and 16.
     """
-    left = beside(rows.double(), known.double())
+    left = project_out(rows.double(), basis.double())
     energy, along = (t.flip(-1) for t in torch.linalg.eigh(left.T @ left))
     total = rows.double().square().sum()
     missing = energy.sum() - (1 - threshold) * total
     new = (energy.cumsum(0) - energy < missing) & (
         energy > total * len(energy) * torch.finfo(energy.dtype).eps
     )
-    return torch.cat([known, along[:, : int(new.sum())].to(known)], 1)
+    return torch.cat([basis, along[:, : int(new.sum())].to(basis)], 1)

@@ -32,7 +32,7 @@ class GEM(Replay):
 
     costs: ClassVar[str] = "1 + T sample / batch + O(T P)"
     share: float = 0.0
-    sample: int | None = None
+    sample_size: int | None = None
     margin: float = 0.5
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
@@ -42,22 +42,26 @@ class GEM(Replay):
             own = gradient(model)
             others = [
                 flat(wide(gradient_of(nll, model, batch.of(chosen))))
-                for chosen in self.remembered()
+                for chosen in self.draw_reference_examples()
             ]
             set_gradient(
-                model, unflat(project(flat(wide(own)), torch.stack(others), self.margin), own)
+                model,
+                unflat(project_gradient(flat(wide(own)), torch.stack(others), self.margin), own),
             )
         return loss
 
-    def pools(self) -> list[list[Encoded]]:
+    def reference_pools(self) -> list[list[Encoded]]:
         """The remembered examples, a list for each gradient that the step must not oppose."""
-        return list(self.buffer.by_task.values())
+        return list(self.buffer.examples_by_task.values())
 
-    def remembered(self) -> list[Sequence[Encoded]]:
+    def draw_reference_examples(self) -> list[Sequence[Encoded]]:
         """What this step takes those gradients of."""
-        if self.sample is None:
-            return [*self.pools()]
-        return [self.buffer.draw(min(self.sample, len(pool)), pool) for pool in self.pools()]
+        if self.sample_size is None:
+            return [*self.reference_pools()]
+        return [
+            self.buffer.draw(min(self.sample_size, len(pool)), pool)
+            for pool in self.reference_pools()
+        ]
 
 
 @dataclass(kw_only=True)
@@ -70,15 +74,15 @@ class AGEM(GEM):
     """
 
     costs: ClassVar[str] = "1 + sample / batch + O(P)"
-    sample: int | None = 256
+    sample_size: int | None = 256
     margin: float = field(init=False, default=0.0)
 
-    def pools(self) -> list[list[Encoded]]:
+    def reference_pools(self) -> list[list[Encoded]]:
         """All in one."""
         return [self.buffer.examples]
 
 
-def project(g: Tensor, others: Tensor, margin: float = 0.0) -> Tensor:
+def project_gradient(gradient: Tensor, others: Tensor, margin: float = 0.0) -> Tensor:
     """The vector nearest to g (P,) that has no negative product with any row of `others` (K, P); g
     where g has none.
 
@@ -86,16 +90,16 @@ def project(g: Tensor, others: Tensor, margin: float = 0.0) -> Tensor:
     Ranzato 2017, eq. 11), with K variables. The paper adds the margin to v; its authors' code, as
     here, bounds v by it.
     """
-    products = others @ g
+    products = others @ gradient
     if not products.isfinite().all():
-        return g + products.sum()  # for the stage to see
+        return gradient + products.sum()  # for the stage to see
     if not (products < 0).any():
-        return g
+        return gradient
     from scipy.optimize import nnls
 
     q, r = torch.linalg.qr(
         others.T
     )  # |g + v others| is |r v + q^T g|, but for what lies outside of the rows' span
     least = torch.full_like(products, margin)
-    above, _ = nnls(r.double().tolist(), (-(q.T @ g + r @ least)).double().tolist())
-    return g + (torch.tensor(above).to(least) + least) @ others
+    above, _ = nnls(r.double().tolist(), (-(q.T @ gradient + r @ least)).double().tolist())
+    return gradient + (torch.tensor(above).to(least) + least) @ others

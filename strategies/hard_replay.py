@@ -12,11 +12,11 @@ from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, unknown
 from continual.models.loss import responses
 from continual.models.model import Model
-from continual.strategy.interface import instead, memory
+from continual.strategy.interface import memory, replaces_super
 from continual.strategy.replay_buffer import ReplayBuffer
 from strategies.replay import Rehearsal
 
-CHOICES = ("loss", "forgetting")
+CRITERIA = ("loss", "forgetting")
 
 
 @dataclass(kw_only=True)
@@ -35,8 +35,8 @@ class HardReplay(Rehearsal):
     shardable = True
     stores: ClassVar[str] = "E examples; by forgetting also 2 numbers each"
     capacity: float = 0.1
-    by: str = "loss"
-    among: int = 2
+    criterion: str = "loss"
+    candidates: int = 2
     learned: dict[str, float] = memory(
         dict
     )  # the loss of what is kept when its task had been learned
@@ -45,50 +45,55 @@ class HardReplay(Rehearsal):
     def __post_init__(self) -> None:
         """Refuse a choice that does not exist; make the buffer."""
         super().__post_init__()
-        if self.by not in CHOICES:
-            raise ConfigError(unknown("hard examples by", self.by, CHOICES))
-        if self.among < 1:
+        if self.criterion not in CRITERIA:
+            raise ConfigError(unknown("hard examples by", self.criterion, CRITERIA))
+        if self.candidates < 1:
             raise ConfigError(
-                f"hard examples among {self.among} times as many: expected at least 1"
+                f"hard examples among {self.candidates} times as many: expected at least 1"
             )
         self.buffer = ReplayBuffer(self.capacity, "ranked", self.seed)
 
-    @instead
-    def recall(self, n: int) -> Sequence[Encoded]:
+    @replaces_super
+    def draw_replay_examples(self, n: int) -> Sequence[Encoded]:
         """By forgetting, the most forgotten of several times as many as are needed, or of all there
         are.
         """
-        if self.by == "loss":
-            return super().recall(n)
-        drawn = self.buffer.draw(max(n, min(self.among * n, len(self.buffer))))
-        return sorted(drawn, key=lambda e: -self.risen[name(e)])[:n]
+        if self.criterion == "loss":
+            return super().draw_replay_examples(n)
+        drawn = self.buffer.draw(max(n, min(self.candidates * n, len(self.buffer))))
+        return sorted(drawn, key=lambda e: -self.risen[example_key(e)])[:n]
 
-    def fill(self, model: Model, task: Task[Encoded]) -> None:
+    def update_buffer(self, model: Model, task: Task[Encoded]) -> None:
         """Rank the new examples, and by forgetting the earlier ones too; keep the first of each
         task.
         """
-        if self.by == "loss":
-            new = losses(model, task.train)
-            self.buffer.add(task.name, sorted(task.train, key=lambda e: -new[name(e)]))
+        if self.criterion == "loss":
+            new = mean_example_losses(model, task.train)
+            self.buffer.add(task.name, sorted(task.train, key=lambda e: -new[example_key(e)]))
             return
-        now = losses(model, self.buffer.examples)
+        now = mean_example_losses(model, self.buffer.examples)
         self.buffer.tasks = {
-            t: sorted(kept, key=lambda e: self.learned[name(e)] - now[name(e)])
+            t: sorted(kept, key=lambda e: self.learned[example_key(e)] - now[example_key(e)])
             for t, kept in self.buffer.tasks.items()
         }
         self.buffer.add(task.name, self.buffer.rng.sample(list(task.train), len(task.train)))
-        now |= losses(model, [e for e in self.buffer.examples if name(e) not in now])
-        self.learned = {k: self.learned.get(k, now[k]) for k in map(name, self.buffer.examples)}
+        now |= mean_example_losses(
+            model, [e for e in self.buffer.examples if example_key(e) not in now]
+        )
+        self.learned = {
+            k: self.learned.get(k, now[k]) for k in map(example_key, self.buffer.examples)
+        }
         self.risen = {k: now[k] - loss for k, loss in self.learned.items()}
 
 
-def name(e: Encoded) -> str:
+def example_key(e: Encoded) -> str:
     """Ids are unique within a task."""
     return f"{e.task} {e.id}"
 
 
-def losses(model: Model, examples: Sequence[Encoded]) -> dict[str, float]:
+def mean_example_losses(model: Model, examples: Sequence[Encoded]) -> dict[str, float]:
     """Each example's mean negative log-likelihood of a response token, in nats, by name."""
     return {
-        name(examples[i]): float(F.cross_entropy(z, y)) for i, y, z in responses(model, examples)
+        example_key(examples[i]): float(F.cross_entropy(z, y))
+        for i, y, z in responses(model, examples)
     }

@@ -15,7 +15,7 @@ from continual.errors import ConfigError
 from continual.models.lora import factors
 from continual.models.model import Model
 from continual.packing.batch import Batch
-from continual.strategy.interface import Strategy, groups
+from continual.strategy.interface import Strategy, to_param_groups
 
 
 @dataclass(kw_only=True)
@@ -31,10 +31,10 @@ class IncrementalLoRA(Strategy):
     """
 
     rank: int = 8  # the authors' lora_dim
-    first: int = field(
+    first_row: int = field(
         init=False, repr=False, default=0
     )  # row of A where the task's block begins; `begin` finds it
-    earlier: list[Tensor] = field(
+    frozen_blocks: list[Tensor] = field(
         init=False, repr=False, default_factory=list
     )  # the blocks before it, as they were
 
@@ -55,34 +55,34 @@ class IncrementalLoRA(Strategy):
         if not self.rank:
             return trained
         pairs = factors(model)
-        used = max(_in_use(b) for _, b in pairs)
-        self.first = -(-used // self.rank) * self.rank
-        left = (min(len(a) for a, _ in pairs) - self.first) // self.rank
+        used = max(_count_used_columns(b) for _, b in pairs)
+        self.first_row = -(-used // self.rank) * self.rank
+        left = (min(len(a) for a, _ in pairs) - self.first_row) // self.rank
         wanted = (
             1 if used else 1 + len(set(range(len(task.columns))) - {e.task for e in task.train})
         )
         if left < wanted:
             raise ConfigError(
                 f"the LoRA has room for {left} more tasks of rank {self.rank}, expected "
-                f"{wanted}; set model.adapters.lora.r={self.first + wanted * self.rank} or more "
+                f"{wanted}; set model.adapters.lora.r={self.first_row + wanted * self.rank} or more "
                 "(its lora_alpha in proportion, for a LoRA's scale is lora_alpha / r), or a "
                 "lower rank for each task"
             )
-        self.earlier = [t.clone() for t in self.before(model)]
-        return [{**group, "weight_decay": 0.0} for group in groups(trained)]
+        self.frozen_blocks = [t.clone() for t in self.earlier_blocks(model)]
+        return [{**group, "weight_decay": 0.0} for group in to_param_groups(trained)]
 
-    def before(self, model: Model) -> list[Tensor]:
+    def earlier_blocks(self, model: Model) -> list[Tensor]:
         """What each factor has of the blocks before the task's."""
         return [
             t
             for a, b in factors(model)
-            for t in (a.detach()[: self.first], b.detach()[:, : self.first])
+            for t in (a.detach()[: self.first_row], b.detach()[:, : self.first_row])
         ]
 
     @property
     def block(self) -> slice:
         """The rows of A and the columns of B that the task learns."""
-        return slice(self.first, self.first + self.rank)
+        return slice(self.first_row, self.first_row + self.rank)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Leave a direction for the task's block alone."""
@@ -99,9 +99,9 @@ class IncrementalLoRA(Strategy):
         """See that no step moved another block: earlier ones stand still, and later ones would be
         in use.
         """
-        before = zip(self.earlier, self.before(model), strict=True)
+        before = zip(self.frozen_blocks, self.earlier_blocks(model), strict=True)
         if self.rank and (
-            max(_in_use(b) for _, b in factors(model)) > self.block.stop
+            max(_count_used_columns(b) for _, b in factors(model)) > self.block.stop
             or not all((was == now).all() for was, now in before)
         ):
             raise ConfigError(
@@ -111,7 +111,7 @@ class IncrementalLoRA(Strategy):
         super().end(model, task)
 
 
-def _in_use(b: Tensor) -> int:
+def _count_used_columns(b: Tensor) -> int:
     """The columns of B (out, R) up to the last one that is not zero."""
     there = b.detach().transpose(0, 1).flatten(1).any(1)
     return int((there * torch.arange(1, len(there) + 1, device=b.device)).max())

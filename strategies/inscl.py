@@ -14,8 +14,8 @@ from torch import Tensor
 
 from continual.data.types import Encoded, Task
 from continual.models.model import Model
-from continual.strategy.instructions import Instructions, instructions
-from continual.strategy.interface import instead, memory
+from continual.strategy.instructions import InstructionCounts, extract_instructions
+from continual.strategy.interface import memory, replaces_super
 from strategies.replay import Replay
 
 
@@ -33,35 +33,43 @@ class InsCL(Replay):
     """
 
     stores: ClassVar[str] = "E examples and at most 128 T instructions"
-    instructions: dict[int, Instructions] = memory(dict)  # of each remembered task
-    shares: dict[int, float] = field(
+    instructions: dict[int, InstructionCounts] = memory(dict)  # of each remembered task
+    task_shares: dict[int, float] = field(
         init=False, repr=False, default_factory=dict
     )  # what `begin` makes
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Measure how far each remembered task is from the new one."""
-        trained, new = super().begin(model, task), instructions(task.train)
-        there = self.buffer.by_task
-        far = {t: distance(model, old, new) for t, old in self.instructions.items() if t in there}
+        trained, new = super().begin(model, task), extract_instructions(task.train)
+        there = self.buffer.examples_by_task
+        far = {
+            t: instruction_distance(model, old, new)
+            for t, old in self.instructions.items()
+            if t in there
+        }
         total = sum(far.values())
-        self.shares = {t: d / total if total > 1e-9 else 1 / len(far) for t, d in far.items()}
-        self.notes |= {f"share/{task.columns[t]}": share for t, share in self.shares.items()}
+        self.task_shares = {t: d / total if total > 1e-9 else 1 / len(far) for t, d in far.items()}
+        self.notes |= {f"share/{task.columns[t]}": share for t, share in self.task_shares.items()}
         return trained
 
-    @instead
-    def recall(self, n: int) -> Sequence[Encoded]:
+    @replaces_super
+    def draw_replay_examples(self, n: int) -> Sequence[Encoded]:
         """Each task by its share."""
-        return self.buffer.draw_by_task(n, self.shares) if self.shares else super().recall(n)
+        return (
+            self.buffer.draw_by_task(n, self.task_shares)
+            if self.task_shares
+            else super().draw_replay_examples(n)
+        )
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Remember what the task's instructions were."""
         super().end(model, task)
         for t in {e.task for e in task.train}:
-            self.instructions[t] = instructions([e for e in task.train if e.task == t])
+            self.instructions[t] = extract_instructions([e for e in task.train if e.task == t])
 
 
 @torch.no_grad()
-def distance(model: Model, old: Instructions, new: Instructions) -> float:
+def instruction_distance(model: Model, old: InstructionCounts, new: InstructionCounts) -> float:
     """The Wasserstein distance between the embedded instructions of two tasks, with cosine distance
     as the cost.
     """
@@ -70,10 +78,12 @@ def distance(model: Model, old: Instructions, new: Instructions) -> float:
         F.normalize(torch.stack([words[ids].mean(0) for ids, _ in side]).double(), dim=1)
         for side in (old, new)
     )
-    return transport((1 - a @ b.T).clamp(min=0), *([n for _, n in side] for side in (old, new)))
+    return optimal_transport_cost(
+        (1 - a @ b.T).clamp(min=0), *([n for _, n in side] for side in (old, new))
+    )
 
 
-def transport(cost: Tensor, a: Sequence[float], b: Sequence[float]) -> float:
+def optimal_transport_cost(cost: Tensor, a: Sequence[float], b: Sequence[float]) -> float:
     """The least of `cost` (I, J) that moves I weights a onto J weights b, each scaled to sum 1: a
     linear programme.
     """

@@ -46,36 +46,36 @@ class LaMAML(MAML):
 
     stores: ClassVar[str] = "E examples, 4 P"
     costs: ClassVar[str] = "1 + 1 / (1 - share)"
-    sgd_only = True
+    requires_sgd = True
     inner_lr: float = 0.03
     inner_steps: int = 2
     rates_lr: float = 0.25
     clip: float | None = 4.0
     share: float = 0.5
     buffer_kind: str = "reservoir"
-    inner: str = field(init=False, default="meta_sgd")
-    adapts: str = field(init=False, default="all")
-    new: int = field(
+    inner_optimizer: str = field(init=False, default="meta_sgd")
+    inner_scope: str = field(init=False, default="all")
+    num_new: int = field(
         init=False, repr=False, default=0
     )  # so many of the step's examples, the first ones
 
-    def recall(self, n: int) -> Sequence[Encoded]:
+    def draw_replay_examples(self, n: int) -> Sequence[Encoded]:
         """Of all that is remembered: Sample(R)."""
         return self.buffer.draw(n)
 
     def episodes(self, batch: Batch) -> list[Batch]:
         """The step is one."""
-        self.new = len(batch.examples)
-        return [self.joined(batch)]
+        self.num_new = len(batch.examples)
+        return [self.add_replay_examples(batch)]
 
-    def split(self, episode: Batch) -> tuple[list[list[Batch]], Batch]:
+    def split_episode(self, episode: Batch) -> tuple[list[list[Batch]], Batch]:
         """The new examples, dealt to the inner steps, and all, to judge."""
-        k = min(self.inner_steps, self.new)
-        return [episode.pick(range(i, self.new, k)).micro_batches() for i in range(k)], episode
+        k = min(self.inner_steps, self.num_new)
+        return [episode.pick(range(i, self.num_new, k)).micro_batches() for i in range(k)], episode
 
-    def pace(self, g: Weights) -> float | Tensor:
+    def gradient_scale(self, gradient: Weights) -> float | Tensor:
         """No inner gradient is of a larger norm than `clip`."""
-        norm = get_total_norm([t.detach() for t in g.values()])
+        norm = get_total_norm([t.detach() for t in gradient.values()])
         return 1.0 if self.clip is None else (self.clip / (norm + 1e-6)).clamp(max=1)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:

@@ -17,12 +17,12 @@ from continual.models.generation import complete, sampled
 from continual.models.model import Model
 from continual.packing.batch import Batch
 from continual.packing.layout import turn
-from continual.strategy.instructions import beginnings
+from continual.strategy.instructions import extract_prompt_prefixes
 from continual.strategy.interface import memory
 from continual.strategy.replay_buffer import ReplayBuffer
 from strategies.replay import Rehearsal
 
-TOGETHER = 128  # prompts written or answered at a time
+GENERATION_BATCH_SIZE = 128  # prompts written or answered at a time
 
 
 @dataclass(kw_only=True)
@@ -79,7 +79,7 @@ class LAMOL(Rehearsal):
         wanted = round(len(task.train) * self.share / (1 - self.share))
         with model.evaluating():
             self.buffer.tasks = {
-                task.columns[t]: self.written(model, t, -(-wanted // len(self.tasks)))
+                task.columns[t]: self.generate_examples(model, t, -(-wanted // len(self.tasks)))
                 for t in self.tasks
                 if wanted
             }
@@ -87,7 +87,7 @@ class LAMOL(Rehearsal):
             self.notes["pseudo"] = len(self.buffer)
         return trained
 
-    def written(self, model: Model, index: int, n: int) -> list[Encoded]:
+    def generate_examples(self, model: Model, index: int, n: int) -> list[Encoded]:
         """What is usable of `n` examples of a task that the model writes."""
         told, mark, end = self.tasks[index], model.layout.pad, model.tokenizer.eos_token_id
         generator = torch.Generator().manual_seed(self.buffer.rng.getrandbits(63))
@@ -97,30 +97,32 @@ class LAMOL(Rehearsal):
             Counter(self.buffer.rng.choices(range(len(begins)), counts, k=n)).items()
         ):
             starts, room = (
-                [unanswered("", index, [mark, *begins[i]])] * many,
+                [make_prompt("", index, [mark, *begins[i]])] * many,
                 told["prompt"] - len(begins[i]) + 1,
             )
             draws = torch.rand(many, room, dtype=torch.float64, generator=generator)
-            said = complete(model, starts, room, TOGETHER, mark, sampled(self.top_k, draws))
+            said = complete(
+                model, starts, room, GENERATION_BATCH_SIZE, mark, sampled(self.top_k, draws)
+            )
             prompts += [[*begins[i], *ids[:-1]] for ids in said if ids[-1] == mark]
         asked = [
-            unanswered(f"pseudo/{index}/{i}", index, ids) for i, ids in enumerate(prompts) if ids
+            make_prompt(f"pseudo/{index}/{i}", index, ids) for i, ids in enumerate(prompts) if ids
         ]
-        answers = complete(model, asked, told["response"], TOGETHER, end)
+        answers = complete(model, asked, told["response"], GENERATION_BATCH_SIZE, end)
         return [
             replace(
                 e,
                 ids=(*e.ids, *ids),
-                text=read(model, [*e.ids, *ids]),
+                text=decode_text(model, [*e.ids, *ids]),
                 response=(*e.response, *(True,) * len(ids)),
             )
             for e, ids in zip(asked, answers, strict=True)
             if ids[-1] == end
         ]
 
-    def joined(self, batch: Batch) -> Batch:
+    def add_replay_examples(self, batch: Batch) -> Batch:
         """New and self-written examples, and the prompts of both to be written."""
-        batch = super().joined(batch)
+        batch = super().add_replay_examples(batch)
         if not self.lm_weight:
             return batch
         mark = batch.layout.pad
@@ -137,23 +139,23 @@ class LAMOL(Rehearsal):
         answers = batch.scale or (1.0,) * len(batch.examples)
         return batch.of([*batch.examples, *prompts], [*answers, *(weight,) * len(prompts)])
 
-    def fill(self, model: Model, task: Task[Encoded]) -> None:
+    def update_buffer(self, model: Model, task: Task[Encoded]) -> None:
         """Forget what was written; remember each task's instructions and its lengths."""
         for t in {e.task for e in task.train}:
             rows = [e for e in task.train if e.task == t]
             self.tasks[t] = {
-                "begins": beginnings(rows),
+                "begins": extract_prompt_prefixes(rows),
                 "prompt": max(map(turn, rows)),
                 "response": max(len(e.ids) - turn(e) for e in rows),
             }
         self.buffer = ReplayBuffer(0, seed=self.seed + len(self.tasks))
 
 
-def unanswered(id: str, task: int, ids: Sequence[int]) -> Encoded:
+def make_prompt(id: str, task: int, ids: Sequence[int]) -> Encoded:
     """A prompt."""
     return Encoded(id, task, tuple(ids), (False,) * len(ids))
 
 
-def read(model: Model, ids: Sequence[int]) -> str:
+def decode_text(model: Model, ids: Sequence[int]) -> str:
     """The text, for people who inspect a checkpoint."""
     return str(model.tokenizer.decode(ids, skip_special_tokens=True))

@@ -20,7 +20,7 @@ from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
 
 TEACHERS = ("previous", "base")
-Taught = tuple[
+TeacherOutput = tuple[
     Tensor, Tensor | None
 ]  # log-probabilities (S, K), and of fewer than all their columns (S, K - 1)
 
@@ -50,10 +50,10 @@ class LwF(Strategy):
     strength: float = 1.0
     temperature: float = 2.0
     teacher: str = "previous"
-    top: int = 1024
-    dynamic: bool = False
+    top_logits: int = 1024
+    weight_by_probability: bool = False
     base: Weights = memory(dict)
-    told: dict[tuple[int, str], Taught] = field(
+    teacher_outputs: dict[tuple[int, str], TeacherOutput] = field(
         init=False, repr=False, default_factory=dict
     )  # what `begin` makes
 
@@ -62,10 +62,10 @@ class LwF(Strategy):
         super().__post_init__()
         if self.teacher not in TEACHERS:
             raise ConfigError(unknown("teacher", self.teacher, TEACHERS))
-        if self.strength < 0 or not self.temperature > 0 or self.top < 1:
+        if self.strength < 0 or not self.temperature > 0 or self.top_logits < 1:
             raise ConfigError(
                 f"LwF with strength {self.strength}, temperature {self.temperature} and top "
-                f"{self.top}: expected a strength of at least 0, a temperature above it and a "
+                f"{self.top_logits}: expected a strength of at least 0, a temperature above it and a "
                 "top of at least 1"
             )
         self.shardable = (
@@ -75,52 +75,58 @@ class LwF(Strategy):
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Ask the teacher for every example of the task."""
         trained = super().begin(model, task)
-        self.told = {}
+        self.teacher_outputs = {}
         if self.strength:
             if self.teacher == "base":
                 self.base = self.base or snapshot(model)
             for i, _, logits in responses(model, task.train, self.base or None):
-                self.told[task.train[i].task, task.train[i].id] = self.asked(logits)
+                self.teacher_outputs[task.train[i].task, task.train[i].id] = self.soften_logits(
+                    logits
+                )
         return trained
 
-    def asked(self, logits: Tensor) -> Taught:
+    def soften_logits(self, logits: Tensor) -> TeacherOutput:
         """The softened distribution of logits (S, V), with the rest as the last of its columns
         where it is cut.
         """
         whole = (logits / self.temperature).log_softmax(-1)
-        if self.top >= whole.shape[1]:
+        if self.top_logits >= whole.shape[1]:
             return whole.clone(), None
-        kept, columns = whole.topk(self.top)
-        return with_rest(kept), columns.int()
+        kept, columns = whole.topk(self.top_logits)
+        return append_rest(kept), columns.int()
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The task's loss and the divergence from the teacher."""
-        if not self.told and not self.dynamic:
+        if not self.teacher_outputs and not self.weight_by_probability:
             return super().loss(model, batch)
         with overheard(model, batch) as logits:
             loss = super().loss(model, batch)
-        if self.dynamic:
-            loss = loss + damped(batch, logits())
-        return loss + self.strength * self.divergence(batch, logits()) if self.told else loss
+        if self.weight_by_probability:
+            loss = loss + dynamic_loss_correction(batch, logits())
+        return (
+            loss + self.strength * self.divergence(batch, logits())
+            if self.teacher_outputs
+            else loss
+        )
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
         """KL(teacher || model), a scalar: summed over the response tokens that were taught, by the
         step's tokens.
         """
         keys = [(e.task, e.id) for e in batch.examples]
-        known = torch.tensor([k in self.told for k in keys], device=logits.device)
+        known = torch.tensor([k in self.teacher_outputs for k in keys], device=logits.device)
         at = batch.response & known[batch.example]
         if not at.any():
             return logits.new_zeros(())
-        taught = [self.told[k] for k in keys if k in self.told]
+        taught = [self.teacher_outputs[k] for k in keys if k in self.teacher_outputs]
         p = torch.cat([t for t, _ in taught])
         q = (logits[at] / self.temperature).log_softmax(-1)
         if taught[0][1] is not None:
-            q = with_rest(q.gather(1, torch.cat([c for _, c in taught if c is not None]).long()))
+            q = append_rest(q.gather(1, torch.cat([c for _, c in taught if c is not None]).long()))
         return ((p.exp() * (p - q)).sum(-1) * batch.weight[at]).sum() / batch.tokens
 
 
-def damped(batch: Batch, logits: Tensor) -> Tensor:
+def dynamic_loss_correction(batch: Batch, logits: Tensor) -> Tensor:
     """What weighing each token's loss by its probability p changes of the mean: that of (p - 1)
     times it, a scalar.
     """
@@ -128,7 +134,7 @@ def damped(batch: Batch, logits: Tensor) -> Tensor:
     return (((-loss.detach()).exp() - 1) * loss * batch.weight).sum() / batch.tokens
 
 
-def with_rest(log_p: Tensor) -> Tensor:
+def append_rest(log_p: Tensor) -> Tensor:
     """Log-probabilities (S, K) and, as one more, that of everything else."""
     rest = 1 - log_p.exp().sum(-1, keepdim=True)
     return torch.cat([log_p, rest.clamp(min=torch.finfo(log_p.dtype).eps).log()], -1)
@@ -146,4 +152,4 @@ class ASFT(LwF):
     strength: float = 0.05
     temperature: float = 1.0
     teacher: str = "base"
-    dynamic: bool = True
+    weight_by_probability: bool = True

@@ -24,11 +24,13 @@ from continual.models.loss import accumulate, evaluated_at, nll
 from continual.models.model import Model
 from continual.models.weights import Weights, combine, flat, unflat, weights
 from continual.packing.batch import Batch
-from continual.strategy.interface import Strategy, groups, instead, memory
+from continual.strategy.interface import Strategy, memory, replaces_super, to_param_groups
 from strategies.replay import Replay
 
-ADAPTS, INNER = ("all", "head"), ("sgd", "meta_sgd")
-GRAPH = 3  # so many times what a forward pass leaves behind, a gradient's own graph is
+INNER_SCOPES, INNER_OPTIMIZERS = ("all", "head"), ("sgd", "meta_sgd")
+GRAPH_MEMORY_FACTOR = (
+    3  # so many times what a forward pass leaves behind, a gradient's own graph is
+)
 
 
 @dataclass(kw_only=True)
@@ -42,16 +44,16 @@ class Episodic(Replay):
     inner_lr: float = 0.01
     inner_steps: int = 1
 
-    def recall(self, n: int) -> Sequence[Encoded]:
+    def draw_replay_examples(self, n: int) -> Sequence[Encoded]:
         """All from one remembered task, for an episode needs several examples of it."""
-        pools = list(self.buffer.by_task.values())
+        pools = list(self.buffer.examples_by_task.values())
         return self.buffer.draw(n, self.buffer.rng.choice(pools)) if pools and n else []
 
     def episodes(self, batch: Batch) -> list[Batch]:
         """The step's examples, task by task."""
-        return list(self.joined(batch).by_task().values())
+        return list(self.add_replay_examples(batch).by_task().values())
 
-    @instead
+    @replaces_super
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """The sum over episodes of what each leaves, by its share of the step's supervised tokens."""
         if not self.inner_steps:
@@ -61,30 +63,30 @@ class Episodic(Replay):
         with summed(model.trained or list(weights(model).values()), total):
             for episode in dealt(episodes, [e.length for e in episodes]):
                 with apart():
-                    total += self.episode(model, episode, episode.tokens / tokens)
+                    total += self.backward_episode(model, episode, episode.tokens / tokens)
         return total
 
-    def episode(self, model: Model, episode: Batch, share: float) -> Tensor:
+    def backward_episode(self, model: Model, episode: Batch, share: float) -> Tensor:
         """Add `share` of one episode's direction to every `.grad`; that share of its loss."""
         raise NotImplementedError
 
-    def changed(self, model: Model) -> Weights:
+    def inner_weights(self, model: Model) -> Weights:
         """The live weights that the inner loop changes."""
         return weights(model)
 
-    def rate(self, changed: Weights) -> Weights:
+    def inner_rates(self, inner_weights: Weights) -> Weights:
         """The inner loop's learning rate of each of them."""
-        return {n: w.new_full((), self.inner_lr) for n, w in changed.items()}
+        return {n: w.new_full((), self.inner_lr) for n, w in inner_weights.items()}
 
-    def pace(self, g: Weights) -> float | Tensor:
+    def gradient_scale(self, gradient: Weights) -> float | Tensor:
         """What an inner step's gradient `g` is multiplied by, for which nothing is differentiated."""
         return 1.0
 
-    def rule(self) -> Strategy:
+    def inner_loop(self) -> Strategy:
         """The inner loop, if there is one."""
-        return InnerLoop(of=self) if self.inner_steps else super().rule()
+        return InnerLoop(meta_strategy=self) if self.inner_steps else super().inner_loop()
 
-    def judged(self, model: Model, at: Weights, batch: Batch, share: float) -> Tensor:
+    def backward_at(self, model: Model, at: Weights, batch: Batch, share: float) -> Tensor:
         """Back-propagate `share` of the loss at the weights `at` to them, by micro-batches; that
         share of it.
 
@@ -103,17 +105,20 @@ class InnerLoop(Strategy):
     its own.
     """
 
-    of: Episodic
+    meta_strategy: Episodic
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Only what the inner loop changes is trained."""
-        return list(self.of.changed(model).values())
+        return list(self.meta_strategy.inner_weights(model).values())
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """The gradient at its pace, each part times its rate."""
-        loss, changed = super().backward(model, batch), self.of.changed(model)
+        loss, changed = super().backward(model, batch), self.meta_strategy.inner_weights(model)
         found = {n: w.grad for n, w in changed.items() if w.grad is not None}
-        pace, rate = self.of.pace(found), self.of.rate(changed)
+        pace, rate = (
+            self.meta_strategy.gradient_scale(found),
+            self.meta_strategy.inner_rates(changed),
+        )
         for n, g in found.items():
             g.mul_(pace * rate[n])
         return loss
@@ -149,8 +154,8 @@ class MAML(Episodic):
     stores: ClassVar[str] = "E examples; 4 P more with learned rates"
     costs: ClassVar[str] = "(1 + inner_steps) / 2 / (1 - share)"
     second_order: bool = False
-    adapts: str = "all"
-    inner: str = "sgd"
+    inner_scope: str = "all"
+    inner_optimizer: str = "sgd"
     rates_lr: float = 1e-3
     rates: Tensor = memory(
         lambda: torch.zeros(0)
@@ -159,88 +164,99 @@ class MAML(Episodic):
     def __post_init__(self) -> None:
         """Refuse what cannot be an inner loop."""
         super().__post_init__()
-        for key, known in (("adapts", ADAPTS), ("inner", INNER)):
+        for key, known in (("adapts", INNER_SCOPES), ("inner", INNER_OPTIMIZERS)):
             if getattr(self, key) not in known:
                 raise ConfigError(unknown(key, getattr(self, key), known))
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Hand the rates to the optimizer, if they are learned."""
         trained = super().begin(model, task)
-        if self.inner == "sgd" or not self.inner_steps:
+        if self.inner_optimizer == "sgd" or not self.inner_steps:
             return trained
         start = self.rates.detach()
         if not len(start):
             start = flat(
-                {n: torch.full_like(w, self.inner_lr) for n, w in self.changed(model).items()}
+                {n: torch.full_like(w, self.inner_lr) for n, w in self.inner_weights(model).items()}
             )
         self.rates = Parameter(start.to(model.layout.device))
-        return [*groups(trained), {"params": [self.rates], "lr": self.rates_lr, "weight_decay": 0}]
+        return [
+            *to_param_groups(trained),
+            {"params": [self.rates], "lr": self.rates_lr, "weight_decay": 0},
+        ]
 
-    def changed(self, model: Model) -> Weights:
+    def inner_weights(self, model: Model) -> Weights:
         """The live weights that the inner loop changes."""
-        return super().changed(model) if self.adapts == "all" else head(model)
+        return super().inner_weights(model) if self.inner_scope == "all" else head_weights(model)
 
-    def rate(self, changed: Weights) -> Weights:
+    def inner_rates(self, inner_weights: Weights) -> Weights:
         """The one rate of all, or the learned ones."""
-        return unflat(self.rates.detach(), changed) if len(self.rates) else super().rate(changed)
+        return (
+            unflat(self.rates.detach(), inner_weights)
+            if len(self.rates)
+            else super().inner_rates(inner_weights)
+        )
 
-    def episode(self, model: Model, episode: Batch, share: float) -> Tensor:
+    def backward_episode(self, model: Model, episode: Batch, share: float) -> Tensor:
         """The gradient of the query loss at the fast weights, as a function of the weights before
         them.
         """
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if self.second_order else nullcontext():
-            return self.through(model, *self.split(episode), share)
+            return self.backward_through_steps(model, *self.split_episode(episode), share)
 
-    def split(self, episode: Batch) -> tuple[list[list[Batch]], Batch]:
+    def split_episode(self, episode: Batch) -> tuple[list[list[Batch]], Batch]:
         """What each inner step learns from, in micro-batches, and what then judges."""
         n = len(episode.examples)
         half = (n + 1) // 2
         support, query = episode.pick(range(half)), episode.pick(range(half if n > 1 else 0, n))
         return [support.micro_batches()] * self.inner_steps, query
 
-    def through(
+    def backward_through_steps(
         self, model: Model, steps: Sequence[Sequence[Batch]], query: Batch, share: float
     ) -> Tensor:
         """Add `share` of the query loss's gradient through these inner steps; that share of the
         loss.
         """
-        changed, path = self.changed(model), []
+        changed, path = self.inner_weights(model), []
         still = {n: w.detach() for n, w in weights(model).items() if n not in changed}
-        rate = self.rate(changed)
-        seed, at = int(torch.randint(2**62, ())), leaves(changed)
+        rate = self.inner_rates(changed)
+        seed, at = int(torch.randint(2**62, ())), clone_as_leaves(changed)
         for i, parts in enumerate(steps):
             torch.manual_seed(seed + i)
-            left = GRAPH * sum(part.length for later in steps[i:] for part in later)
+            left = GRAPH_MEMORY_FACTOR * sum(part.length for later in steps[i:] for part in later)
             if (
                 held := self.second_order
                 and left <= model.layout.tokens
                 and any(part.tokens for part in parts)
             ):
-                g = slope(model, at, parts)
+                g = differentiable_gradient(model, at, parts)
             else:
                 accumulate(partial(nll, at=still | at), model, parts)
-                g = taken(at)
-            c = self.pace(g)
+                g = pop_gradients(at)
+            c = self.gradient_scale(g)
             if self.second_order or len(self.rates):
                 path.append((seed + i, parts, at, g, held, c))
-            at = leaves(combine(lambda w, r, g, c=c: w - c * r * g, at, rate, g))
-        loss = self.judged(model, at, query, share)
-        v = taken(at)
+            at = clone_as_leaves(combine(lambda w, r, g, c=c: w - c * r * g, at, rate, g))
+        loss = self.backward_at(model, at, query, share)
+        v = pop_gradients(at)
         while path:  # so that a graph is free once it has been gone through
             again, parts, before, g, held, c = path.pop()
             if len(self.rates):
-                self.learn(combine(lambda g, v, c=c: -c * g * v, g, v))
+                self.add_rate_gradient(combine(lambda g, v, c=c: -c * g * v, g, v))
             if self.second_order:
                 torch.manual_seed(
                     again
                 )  # what was dropped out on the way there is so on the way back
                 turn = combine(lambda r, v, c=c: -c * r * v, rate, v)
-                v = combine(torch.add, v, bent(model, before, parts, turn, g if held else None))
-        add(changed, v)
+                v = combine(
+                    torch.add,
+                    v,
+                    hessian_vector_product(model, before, parts, turn, g if held else None),
+                )
+        add_gradients(changed, v)
         return loss
 
-    def learn(self, g: Weights) -> None:
+    def add_rate_gradient(self, g: Weights) -> None:
         """Add to the rates' gradient."""
         row = flat(g)
         self.rates.grad = row if self.rates.grad is None else self.rates.grad + row
@@ -258,24 +274,24 @@ class Reptile(Episodic):
 
     inner_steps: int = 4
 
-    def episode(self, model: Model, episode: Batch, share: float) -> Tensor:
+    def backward_episode(self, model: Model, episode: Batch, share: float) -> Tensor:
         """Walk the inner loop and add up its gradients; the mean loss on the way."""
-        n, at = len(episode.examples), leaves(weights(model))
+        n, at = len(episode.examples), clone_as_leaves(weights(model))
         k, total = min(self.inner_steps, n), torch.zeros((), device=episode.layout.device)
         for i in range(k):
-            total += self.judged(model, at, episode.pick(range(i, n, k)), share)
-            g = taken(at)
-            add(weights(model), g)
-            at = leaves(combine(lambda w, g: w - self.inner_lr / share * g, at, g))
+            total += self.backward_at(model, at, episode.pick(range(i, n, k)), share)
+            g = pop_gradients(at)
+            add_gradients(weights(model), g)
+            at = clone_as_leaves(combine(lambda w, g: w - self.inner_lr / share * g, at, g))
         return total / k
 
 
-def leaves(w: Weights) -> Weights:
+def clone_as_leaves(w: Weights) -> Weights:
     """Weights of the same values, to which gradients can flow."""
     return {n: t.detach().clone().requires_grad_() for n, t in w.items()}
 
 
-def taken(at: Weights) -> Weights:
+def pop_gradients(at: Weights) -> Weights:
     """The leaves' gradients, zero where there is none; the leaves have none any more."""
     found = {
         n: torch.zeros_like(w, requires_grad=False) if w.grad is None else w.grad
@@ -286,13 +302,13 @@ def taken(at: Weights) -> Weights:
     return found
 
 
-def add(live: Weights, g: Weights) -> None:
+def add_gradients(live: Weights, g: Weights) -> None:
     """Add to every weight's gradient."""
     for n, w in live.items():
         w.grad = g[n] if w.grad is None else w.grad.add_(g[n])
 
 
-def slope(model: Model, at: Weights, parts: Sequence[Batch]) -> Weights:
+def differentiable_gradient(model: Model, at: Weights, parts: Sequence[Batch]) -> Weights:
     """The gradient of the parts' mean loss at the leaves `at`, to go back through."""
     tokens = sum(part.tokens for part in parts)
     loss = torch.stack(
@@ -302,7 +318,7 @@ def slope(model: Model, at: Weights, parts: Sequence[Batch]) -> Weights:
     return dict(zip(at, found, strict=True))
 
 
-def bent(
+def hessian_vector_product(
     model: Model, at: Weights, parts: Sequence[Batch], v: Weights, g: Weights | None
 ) -> Weights:
     """H v, where H is the Hessian of the parts' mean loss at the leaves `at`, from the gradient `g`
@@ -316,13 +332,15 @@ def bent(
         return torch.stack([(d * v[n]).sum() for n, d in g.items()]).sum()
 
     if g is None:
-        accumulate(lambda model, part: along(slope(model, at, [part])), model, parts)
+        accumulate(
+            lambda model, part: along(differentiable_gradient(model, at, [part])), model, parts
+        )
     else:
         along(g).backward()  # type: ignore[no-untyped-call]
-    return taken(at)
+    return pop_gradients(at)
 
 
-def head(model: Model) -> Weights:
+def head_weights(model: Model) -> Weights:
     """The LM head's live weights, if they are trained and its own, or else those of the last layer
     that has some.
 

@@ -26,7 +26,7 @@ from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
 from strategies.ewc import task_fisher
 
-BEGINNINGS = ("merged", "own", "base")
+INIT_SOURCES = ("merged", "own", "base")
 
 
 @dataclass(kw_only=True)
@@ -44,28 +44,28 @@ class Merge(Strategy):
     their product is not what merging the products would give.
     """
 
-    blend: float = 1.0
-    begin_at: str = "merged"
+    interpolation: float = 1.0
+    init_from: str = "merged"
     own: Weights = memory(dict)
     origin: Weights = memory(dict)
 
     def __post_init__(self) -> None:
         """Refuse a beginning that does not exist."""
         super().__post_init__()
-        if self.begin_at not in BEGINNINGS:
-            raise ConfigError(unknown("begin_at", self.begin_at, BEGINNINGS))
-        if not 0 <= self.blend <= 1:
+        if self.init_from not in INIT_SOURCES:
+            raise ConfigError(unknown("begin_at", self.init_from, INIT_SOURCES))
+        if not 0 <= self.interpolation <= 1:
             raise ConfigError(
-                f"merging with blend {self.blend}: expected 0 (the stage's own weights) to 1 "
+                f"merging with blend {self.interpolation}: expected 0 (the stage's own weights) to 1 "
                 "(merged)"
             )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Go to where this stage begins."""
-        if self.blend:
-            if self.begin_at == "base":
+        if self.interpolation:
+            if self.init_from == "base":
                 self.origin = self.origin or snapshot(model)
-            if there := {"own": self.own, "base": self.origin}.get(self.begin_at):
+            if there := {"own": self.own, "base": self.origin}.get(self.init_from):
                 restore(model, there)
         return super().begin(model, task)
 
@@ -74,15 +74,17 @@ class Merge(Strategy):
         before it the new.
         """
         super().end(model, task)
-        if not self.blend:
+        if not self.interpolation:
             return
         here = snapshot(model)
-        if self.begin_at == "own":
+        if self.init_from == "own":
             self.own = here
         merged = self.merge(model, task, wide(here))
-        restore(model, combine(lambda w, m: w.lerp(m.to(w.dtype), self.blend), here, merged))
+        restore(
+            model, combine(lambda w, m: w.lerp(m.to(w.dtype), self.interpolation), here, merged)
+        )
 
-    def merge(self, model: Model, task: Task[Encoded], here: Weights) -> Weights:
+    def merge(self, model: Model, task: Task[Encoded], stage_weights: Weights) -> Weights:
         """What this stage's weights, `here`, and those of all stages before it are merged into."""
         raise NotImplementedError
 
@@ -101,14 +103,16 @@ class Average(Merge):
     mean: Weights = memory(dict)
     total: Weights = memory(dict)  # of what the stages' weights were weighted by
 
-    def merge(self, model: Model, task: Task[Encoded], here: Weights) -> Weights:
+    def merge(self, model: Model, task: Task[Encoded], stage_weights: Weights) -> Weights:
         """Move the mean by this stage's portion of all that was measured."""
-        measured = self.weigh(model, task)
+        measured = self.merge_coefficients(model, task)
         self.total = combine(torch.add, self.total, measured) if self.total else measured
-        self.mean = combine(torch.lerp, self.mean or here, here, portion(measured, self.total))
+        self.mean = combine(
+            torch.lerp, self.mean or stage_weights, stage_weights, portion(measured, self.total)
+        )
         return self.mean
 
-    def weigh(self, model: Model, task: Task[Encoded]) -> Weights:
+    def merge_coefficients(self, model: Model, task: Task[Encoded]) -> Weights:
         """How much each of the stage's weights counts: a number, or one for every weight."""
         return wide(
             {n: torch.ones((), dtype=w.dtype, device=w.device) for n, w in weights(model).items()}
@@ -129,15 +133,15 @@ class FisherMerge(Average):
 
     stores: ClassVar[str] = "8 P; 12 P where stages begin elsewhere"
     costs: ClassVar[str] = "1; a Fisher a stage"
-    examples: int = 100
+    num_examples: int = 100
     labels: str = "sampled"
     seed: int = 0
     merges: int = memory(int)
 
-    def weigh(self, model: Model, task: Task[Encoded]) -> Weights:
+    def merge_coefficients(self, model: Model, task: Task[Encoded]) -> Weights:
         """The diagonal Fisher information at the stage's own weights, of norm 1."""
         self.merges += 1
-        f = task_fisher(model, task, self.examples, self.labels, f"{self.seed}/{self.merges}")
+        f = task_fisher(model, task, self.num_examples, self.labels, f"{self.seed}/{self.merges}")
         norm = flat(f).norm().clamp(min=torch.finfo(torch.float32).tiny)
         return combine(lambda t: t / norm, f)
 
@@ -154,7 +158,7 @@ class EMA(Merge):
 
     stores: ClassVar[str] = "8 P; 4 P with begin_at=merged"
     costs: ClassVar[str] = "1 + O(P)"
-    begin_at: str = "own"
+    init_from: str = "own"
     decay: float = 0.99
     mean: Weights = memory(dict)
     taken: int = memory(int)  # steps of this stage, the one under way included
@@ -177,22 +181,24 @@ class EMA(Merge):
         """Take in what the step before this one came to."""
         loss = super().backward(model, batch)
         if self.taken:
-            self.fold(snapshot(model))
+            self.update_average(snapshot(model))
         self.taken += 1
         return loss
 
-    def merge(self, model: Model, task: Task[Encoded], here: Weights) -> Weights:
+    def merge(self, model: Model, task: Task[Encoded], stage_weights: Weights) -> Weights:
         """Take in the last step."""
-        self.fold(here)
+        self.update_average(stage_weights)
         return self.mean
 
-    def fold(self, here: Weights) -> None:
+    def update_average(self, step_weights: Weights) -> None:
         """One step of the average."""
-        self.mean = combine(lambda m, w: m.lerp(w.to(m.dtype), 1 - self.decay), self.mean, here)
+        self.mean = combine(
+            lambda m, w: m.lerp(w.to(m.dtype), 1 - self.decay), self.mean, step_weights
+        )
 
 
 @dataclass(kw_only=True)
-class Vectors(Merge):
+class TaskVectors(Merge):
     """Where the first stage began plus `scale` times what the stages' task vectors, their ways from
     there, join into.
 
@@ -200,13 +206,13 @@ class Vectors(Merge):
     weights it cannot begin: each vector would hold the ones before it once more.
     """
 
-    begin_at: str = "base"
+    init_from: str = "base"
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse to count a vector twice."""
         super().__post_init__()
-        if self.begin_at == "merged":
+        if self.init_from == "merged":
             raise ConfigError(
                 "task vectors with begin_at=merged: each would hold the ones before it once "
                 "more; give base (every task alone) or own (one after another)"
@@ -217,18 +223,18 @@ class Vectors(Merge):
         self.origin = self.origin or snapshot(model)
         return super().begin(model, task)
 
-    def merge(self, model: Model, task: Task[Encoded], here: Weights) -> Weights:
+    def merge(self, model: Model, task: Task[Encoded], stage_weights: Weights) -> Weights:
         """Join this stage's vector to those before it."""
-        joined = self.join(combine(torch.sub, here, wide(self.origin)))
+        joined = self.merge_vector(combine(torch.sub, stage_weights, wide(self.origin)))
         return combine(lambda o, v: o + self.scale * v, wide(self.origin), joined)
 
-    def join(self, vector: Weights) -> Weights:
+    def merge_vector(self, vector: Weights) -> Weights:
         """One vector for all, with this one among them."""
         raise NotImplementedError
 
 
 @dataclass(kw_only=True)
-class TaskArithmetic(Vectors):
+class TaskArithmetic(TaskVectors):
     """Task arithmetic (Ilharco et al. 2023, section 4): the sum of the task vectors, scaled.
 
     0.4 is what Yadav et al. (2023) take from the authors for when there is nothing to tune it on.
@@ -238,14 +244,14 @@ class TaskArithmetic(Vectors):
     scale: float = 0.4
     total: Weights = memory(dict)
 
-    def join(self, vector: Weights) -> Weights:
+    def merge_vector(self, vector: Weights) -> Weights:
         """The sum."""
         self.total = combine(torch.add, self.total, vector) if self.total else vector
         return self.total
 
 
 @dataclass(kw_only=True)
-class TIES(Vectors):
+class TIES(TaskVectors):
     """TIES-merging (Yadav et al. 2023, algorithm 1): trim, elect a sign, and average what has it.
 
     Of each vector the `density` largest values are kept; a weight's sign is that of their sum; its
@@ -269,7 +275,7 @@ class TIES(Vectors):
         if not 0 < self.density <= 1:
             raise ConfigError(f"TIES with density {self.density}: expected more than 0, up to 1")
 
-    def join(self, vector: Weights) -> Weights:
+    def merge_vector(self, vector: Weights) -> Weights:
         """The disjoint mean of all vectors so far."""
         if not self.up:
             self.up = self.down = combine(torch.zeros_like, vector)

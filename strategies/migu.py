@@ -37,44 +37,49 @@ class MIGU(Strategy):
 
     stores: ClassVar[str] = "one flag"
     costs: ClassVar[str] = "1 + O(P)"
-    updated: float = 0.3
+    neuron_share: float = 0.3
     later: bool = memory(bool)  # a stage is over
-    sums: dict[str, Tensor] = field(
+    magnitude_sums: dict[str, Tensor] = field(
         init=False, repr=False, default_factory=dict
     )  # of the step under way
 
     def __post_init__(self) -> None:
         """Refuse a part that is none."""
         super().__post_init__()
-        if not 0 < self.updated <= 1:
+        if not 0 < self.neuron_share <= 1:
             raise ConfigError(
-                f"MIGU with updated {self.updated}: expected more than 0, up to 1 (no mask)"
+                f"MIGU with updated {self.neuron_share}: expected more than 0, up to 1 (no mask)"
             )
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Leave the gradient of each layer's loudest neurons."""
-        layers = linear_layers(model) if self.later and self.updated < 1 else {}
-        self.sums = {
+        layers = trained_linear_layers(model) if self.later and self.neuron_share < 1 else {}
+        self.magnitude_sums = {
             n: torch.zeros(
-                neurons(m),
+                count_neurons(m),
                 dtype=torch.promote_types(m.weight.dtype, torch.float32),
                 device=m.weight.device,
             )
             for n, m in layers.items()
         }
         loss = super().backward(model, batch)
-        add_up([*self.sums.values()])
+        add_up([*self.magnitude_sums.values()])
         for n, m in layers.items():
-            if self.sums[n].any():
-                keep(m, self.sums[n].topk(max(1, round(self.updated * neurons(m)))).indices)
-        self.sums = {}
+            if self.magnitude_sums[n].any():
+                mask_gradient(
+                    m,
+                    self.magnitude_sums[n]
+                    .topk(max(1, round(self.neuron_share * count_neurons(m))))
+                    .indices,
+                )
+        self.magnitude_sums = {}
         return loss
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The task's loss, overheard."""
-        if not self.sums:
+        if not self.magnitude_sums:
             return super().loss(model, batch)
-        with listening(model, batch, self.sums):
+        with record_magnitudes(model, batch, self.magnitude_sums):
             return super().loss(model, batch)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
@@ -83,22 +88,22 @@ class MIGU(Strategy):
         self.later = True
 
 
-def linear_layers(model: Model) -> dict[str, Any]:
+def trained_linear_layers(model: Model) -> dict[str, Any]:
     """Those whose weights are trained, by name."""
     return {n: m for n, m in model.net.named_modules() if linear(m) and m.weight.requires_grad}
 
 
-def neurons(layer: Any) -> int:
+def count_neurons(layer: Any) -> int:
     """How many outputs it has; GPT-2's layers are transposed."""
     return int(layer.weight.shape[0 if isinstance(layer, nn.Linear) else 1])
 
 
-def keep(layer: nn.Module, loud: Tensor) -> None:
+def mask_gradient(layer: nn.Module, neurons: Tensor) -> None:
     """Only these neurons keep their gradient: rows of a weight, or a transposed one's columns, and
     of a bias.
     """
-    heard = torch.zeros(neurons(layer), dtype=torch.bool, device=loud.device).index_fill_(
-        0, loud, True
+    heard = torch.zeros(count_neurons(layer), dtype=torch.bool, device=neurons.device).index_fill_(
+        0, neurons, True
     )
     for p in layer.parameters(recurse=False):
         if p.grad is not None:
@@ -107,7 +112,7 @@ def keep(layer: nn.Module, loud: Tensor) -> None:
 
 
 @contextmanager
-def listening(model: Model, batch: Batch, sums: dict[str, Tensor]) -> Iterator[None]:
+def record_magnitudes(model: Model, batch: Batch, sums: dict[str, Tensor]) -> Iterator[None]:
     """Within it the forward passes of this very batch add their outputs' magnitudes to the layers'
     `sums`.
     """
@@ -120,7 +125,9 @@ def listening(model: Model, batch: Batch, sums: dict[str, Tensor]) -> Iterator[N
     def hear(name: str, encoder: bool) -> Callable[[nn.Module, Any, Tensor], None]:
         def see(_: nn.Module, __: Any, out: Tensor) -> None:
             if own:
-                heard = spoken(batch, out.detach(), encoder).to(sums[name].dtype).abs()
+                heard = (
+                    select_token_outputs(batch, out.detach(), encoder).to(sums[name].dtype).abs()
+                )
                 sums[name] += (
                     heard / heard.sum(-1, keepdim=True).clamp(min=torch.finfo(heard.dtype).tiny)
                 ).sum(0)
@@ -130,12 +137,12 @@ def listening(model: Model, batch: Batch, sums: dict[str, Tensor]) -> Iterator[N
     inside = {*model.net.get_encoder().modules()} if batch.layout.seq2seq else set()
     with ExitStack() as stack:
         stack.enter_context(model.net.register_forward_pre_hook(come, with_kwargs=True))
-        for n, m in linear_layers(model).items():
+        for n, m in trained_linear_layers(model).items():
             stack.enter_context(m.register_forward_hook(hear(n, m in inside)))
         yield
 
 
-def spoken(batch: Batch, out: Tensor, encoder: bool) -> Tensor:
+def select_token_outputs(batch: Batch, out: Tensor, encoder: bool) -> Tensor:
     """Of a layer's output (..., D) what it says at the tokens that count: (S, D), or for an
     encoder's (all tokens, D).
 

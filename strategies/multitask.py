@@ -16,7 +16,7 @@ from continual.models.loss import gradient_of
 from continual.models.model import Model
 from continual.models.weights import flat, gradient, set_gradient, unflat
 from continual.packing.batch import Batch
-from continual.strategy.interface import groups, memory
+from continual.strategy.interface import memory, to_param_groups
 from strategies.replay import Replay
 
 WEIGHTINGS = ("fixed", "size", "temperature", "uncertainty")
@@ -49,7 +49,7 @@ class MultiTask(Replay):
     sizes: dict[int, int] = memory(dict)
     columns: list[str] = memory(list)
     log_variance: Tensor = memory(lambda: torch.zeros(0))
-    step: list[Batch] = field(
+    task_batches: list[Batch] = field(
         init=False, repr=False, default_factory=list
     )  # its examples, a batch for each task
 
@@ -85,7 +85,7 @@ class MultiTask(Replay):
         )
         self.log_variance = torch.nn.Parameter(start.to(model.layout.device))
         return [
-            *groups(trained),
+            *to_param_groups(trained),
             {"params": [self.log_variance], "lr": self.uncertainty_lr, "weight_decay": 0},
         ]
 
@@ -96,7 +96,7 @@ class MultiTask(Replay):
         loss = super().backward(model, batch)
         if (
             self.conflicts == "project"
-            and len(parts := [part for part in self.step if part.tokens]) > 1
+            and len(parts := [part for part in self.task_batches if part.tokens]) > 1
         ):
             own = gradient(model)
             tokens = sum(part.tokens for part in parts)
@@ -104,42 +104,43 @@ class MultiTask(Replay):
                 [part.tokens / tokens * flat(gradient_of(self.loss, model, part)) for part in parts]
             )
             set_gradient(
-                model, unflat(flat(own) + (surgery(each, self.buffer.rng) - each).sum(0), own)
+                model,
+                unflat(flat(own) + (project_conflicts(each, self.buffer.rng) - each).sum(0), own),
             )
         return loss
 
-    def joined(self, batch: Batch) -> Batch:
+    def add_replay_examples(self, batch: Batch) -> Batch:
         """New and remembered examples, each scaled so that the tasks' token means get their
         weights.
         """
-        batch = super().joined(batch)
+        batch = super().add_replay_examples(batch)
         tokens = {t: part.tokens for t, part in batch.by_task().items()}
         if self.weighting == "temperature":
             share = {t: n / batch.tokens for t, n in tokens.items()}
         else:
-            raw = {t: self._weight(t) for t in tokens}
+            raw = {t: self._unnormalized_weight(t) for t in tokens}
             share = {t: w / (sum(raw.values()) or 1) for t, w in raw.items()}
-        self._note(share)
+        self._log_task_weights(share)
         scale = {t: share[t] * batch.tokens / n for t, n in tokens.items()}
         batch = batch.of(batch.examples, [scale[e.task] for e in batch.examples])
-        self.step = list(batch.by_task().values())
+        self.task_batches = list(batch.by_task().values())
         return batch
 
-    def _weight(self, task: int) -> float:
+    def _unnormalized_weight(self, task: int) -> float:
         if self.weighting == "fixed":
             return (self.weights or {}).get(self.columns[task], 1.0)
         return float(self.sizes[task]) if self.weighting == "size" else 1.0
 
-    def _note(self, share: Mapping[int, float]) -> None:
+    def _log_task_weights(self, share: Mapping[int, float]) -> None:
         factor = torch.exp(-self.log_variance.detach()).tolist() if len(self.log_variance) else None
         self.notes = {
             f"weight/{self.columns[t]}": w * (factor[t] if factor else 1) for t, w in share.items()
         }
 
-    def recall(self, n: int) -> Sequence[Encoded]:
+    def draw_replay_examples(self, n: int) -> Sequence[Encoded]:
         """With a temperature, the remembered tasks are drawn first, then an example of each."""
         if self.weighting != "temperature":
-            return super().recall(n)
+            return super().draw_replay_examples(n)
         return self.buffer.draw_by_task(
             n, {t: size ** (1 / self.temperature) for t, size in self.sizes.items()}
         )
@@ -153,7 +154,7 @@ class MultiTask(Replay):
         return super().loss(model, batch.times(torch.exp(-s))) + own
 
 
-def surgery(gradients: Tensor, rng: random.Random) -> Tensor:
+def project_conflicts(gradients: Tensor, rng: random.Random) -> Tensor:
     """Each row of (T, P), less what of it goes against any other row, taken in a random order."""
     freed = gradients.clone()
     for i, g in enumerate(freed):

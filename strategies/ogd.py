@@ -14,7 +14,7 @@ from continual.models.model import Model
 from continual.models.weights import flat, gradient, set_gradient, unflat
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
-from continual.strategy.replay_buffer import chosen
+from continual.strategy.replay_buffer import sample_task_examples
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class OGD(Strategy):
 
     stores: ClassVar[str] = "4 P examples T"
     costs: ClassVar[str] = "1 + O(P examples T)"
-    examples: int = 200
+    num_examples: int = 200
     seed: int = 0
     turns: int = memory(int)  # stages that are over
     basis: Tensor = memory(lambda: torch.zeros(0, 0))  # (K, P): orthonormal directions
@@ -40,34 +40,34 @@ class OGD(Strategy):
         loss = super().backward(model, batch)
         if len(self.basis):
             g = gradient(model)
-            set_gradient(model, unflat(apart(flat(g), self.basis), g))
+            set_gradient(model, unflat(project_out(flat(g), self.basis), g))
         return loss
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Keep the directions of some of the task's examples."""
         super().end(model, task)
         self.turns += 1
-        kept = chosen(task, self.examples, f"{self.seed}/{self.turns}")
-        for g in by_example(model, kept, _ground_truth):
-            self.basis = extended(self.basis, flat(g))
+        kept = sample_task_examples(task, self.num_examples, f"{self.seed}/{self.turns}")
+        for g in by_example(model, kept, _sum_target_logits):
+            self.basis = extend_basis(self.basis, flat(g))
 
 
-def _ground_truth(logits: Tensor, batch: Batch) -> Tensor:
+def _sum_target_logits(logits: Tensor, batch: Batch) -> Tensor:
     """The logits (S, V) of the right tokens, summed."""
     return logits.gather(1, batch.targets[:, None]).sum()
 
 
-def apart(g: Tensor, basis: Tensor) -> Tensor:
+def project_out(g: Tensor, basis: Tensor) -> Tensor:
     """g (P,) less its projection on an orthonormal basis (K, P): algorithm 1, line 5."""
     return g - (basis @ g) @ basis
 
 
-def extended(basis: Tensor, u: Tensor) -> Tensor:
+def extend_basis(basis: Tensor, u: Tensor) -> Tensor:
     """An orthonormal basis (K, P) with one more direction u (P,), unless it spans that already.
 
     Gram-Schmidt, twice: once loses orthogonality to rounding (Giraud et al. 2005).
     """
-    left = apart(apart(u, basis), basis) if len(basis) else u
+    left = project_out(project_out(u, basis), basis) if len(basis) else u
     if left.norm() <= 1e-4 * u.norm():
         return basis
     row = (left / left.norm())[None]

@@ -34,14 +34,14 @@ class OLoRA(IncrementalLoRA):
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The task's loss and the two terms."""
-        loss, terms = super().loss(model, batch), self.terms(model) if self.rank else []
+        loss, terms = super().loss(model, batch), self.penalty_terms(model) if self.rank else []
         return loss + torch.stack(terms).sum() if terms else loss
 
-    def terms(self, model: Model) -> list[Tensor]:
+    def penalty_terms(self, model: Model) -> list[Tensor]:
         """What each module adds; none where nothing does."""
         told = []
         for a, b in factors(model):
-            new, old = a[self.block].flatten(1), a[: self.first].flatten(1).detach()
+            new, old = a[self.block].flatten(1), a[: self.first_row].flatten(1).detach()
             if self.lambda_1 and len(old):
                 told.append(self.lambda_1 * (old @ new.T).abs().sum())
             if self.lambda_2:

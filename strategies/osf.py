@@ -39,65 +39,65 @@ class OSF(Strategy):
 
     stores: ClassVar[str] = "nothing"
     costs: ClassVar[str] = "1 + two projections of each matrix; an SVD a stage"
-    keep: float = 0.5
-    held: dict[str, tuple[Tensor, Tensor, Tensor]] = field(
+    rank_share: float = 0.5
+    frozen_subspaces: dict[str, tuple[Tensor, Tensor, Tensor]] = field(
         init=False, repr=False, default_factory=dict
     )
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
         super().__post_init__()
-        if not 0 <= self.keep <= 1:
+        if not 0 <= self.rank_share <= 1:
             raise ConfigError(
-                f"osf with keep {self.keep}: expected a share from 0 to 1 of each matrix's "
+                f"osf with keep {self.rank_share}: expected a share from 0 to 1 of each matrix's "
                 "directions"
             )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Decompose the matrices as they are now."""
         trained = super().begin(model, task)
-        self.held = (
+        self.frozen_subspaces = (
             {
-                n: (w.detach().clone(), *strongest(w.detach(), self.keep))
-                for n, w in matrices(model).items()
+                n: (w.detach().clone(), *top_singular_vectors(w.detach(), self.rank_share))
+                for n, w in trained_matrices(model).items()
             }
-            if self.keep
+            if self.rank_share
             else {}
         )
         return trained
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Leave the projected gradient, at weights whose change is projected."""
-        self.hold(model)
+        self.restore_frozen(model)
         loss = super().backward(model, batch)
-        for w, _, u, v in self.with_live(model):
+        for w, _, u, v in self.frozen_with_weights(model):
             if w.grad is not None:
-                w.grad = beside(w.grad, u, v)
+                w.grad = project_off_subspaces(w.grad, u, v)
         return loss
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Project the last step too."""
-        self.hold(model)
-        self.held = {}
+        self.restore_frozen(model)
+        self.frozen_subspaces = {}
         super().end(model, task)
 
     @torch.no_grad()
-    def hold(self, model: Model) -> None:
+    def restore_frozen(self, model: Model) -> None:
         """Take from the stage's change so far what lies in the kept directions; exactly nothing,
         where nothing does.
         """
-        for w, start, u, v in self.with_live(model):
-            w.copy_(start + beside(w - start, u, v))
+        for w, start, u, v in self.frozen_with_weights(model):
+            w.copy_(start + project_off_subspaces(w - start, u, v))
 
-    def with_live(self, model: Model) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def frozen_with_weights(self, model: Model) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Each live matrix (M, N) with its start (M, N) and what is kept of it, U (M, k) and V (N,
         k).
         """
         live = weights(model)
-        return [(live[n], *kept) for n, kept in self.held.items()]
+        return [(live[n], *kept) for n, kept in self.frozen_subspaces.items()]
 
 
-def matrices(model: Model) -> Weights:
+def trained_matrices(model: Model) -> Weights:
     """The live trainable weights with two dimensions, but for embeddings, of words or positions,
     and the head.
     """
@@ -109,7 +109,7 @@ def matrices(model: Model) -> Weights:
     return {n: w for n, w in weights(model).items() if w.ndim == 2 and id(w) not in free}
 
 
-def strongest(w: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def top_singular_vectors(w: Tensor, rank_share: float) -> tuple[Tensor, Tensor]:
     """U (M, k) and V (N, k): the left and right singular vectors of w (M, N) with the largest
     singular values.
 
@@ -120,11 +120,11 @@ def strongest(w: Tensor, share: float) -> tuple[Tensor, Tensor]:
         w.to(torch.promote_types(w.dtype, torch.float32)), full_matrices=False
     )
     there = s > s[0] * max(w.shape) * torch.finfo(s.dtype).eps  # as torch.linalg.matrix_rank
-    k = int(min(w.shape) * share)
+    k = int(min(w.shape) * rank_share)
     return (u * there)[:, :k].to(w.dtype), (vt.T * there)[:, :k].to(w.dtype)
 
 
-def beside(d: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def project_off_subspaces(d: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """The part of d (M, N) that is orthogonal to the columns of u (M, k) on the left and of v (N,
     k) on the right.
     """

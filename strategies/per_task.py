@@ -11,11 +11,11 @@ from continual.models.model import Model
 from continual.models.weights import Weights, restore, snapshot
 from continual.strategy.interface import Strategy, memory
 
-STARTS = ("base", "last")
+ADAPTER_INITS = ("base", "last")
 
 
 @dataclass(kw_only=True)
-class Adapters(Strategy):
+class TaskAdapters(Strategy):
     """Each stage's weights are kept, all that trains: a LoRA or other adapter, or the whole
     network.
 
@@ -26,7 +26,7 @@ class Adapters(Strategy):
     """
 
     stores: ClassVar[str] = "4 P (T + 1)"
-    start: str = "base"
+    adapter_init: str = "base"
     base: Weights = memory(dict)  # before the first stage
     adapters: dict[str, Weights] = memory(dict)  # by stage
     home: dict[str, str] = memory(dict)  # of each task the last stage that had examples of it
@@ -34,20 +34,20 @@ class Adapters(Strategy):
     def __post_init__(self) -> None:
         """Refuse an unknown start."""
         super().__post_init__()
-        if self.start not in STARTS:
-            raise ConfigError(unknown("start of an adapter", self.start, STARTS))
+        if self.adapter_init not in ADAPTER_INITS:
+            raise ConfigError(unknown("start of an adapter", self.adapter_init, ADAPTER_INITS))
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """A new adapter."""
         self.base = self.base or snapshot(model)
-        restore(model, self.untaught())
+        restore(model, self.initial_adapter())
         return super().begin(model, task)
 
-    def untaught(self) -> Weights:
+    def initial_adapter(self) -> Weights:
         """What a new adapter starts from, which is also the best there is for a task that has none."""
         return (
             self.base
-            if self.start == "base" or not self.adapters
+            if self.adapter_init == "base" or not self.adapters
             else [*self.adapters.values()][-1]
         )
 
@@ -59,7 +59,7 @@ class Adapters(Strategy):
 
 
 @dataclass(kw_only=True)
-class PerTask(Adapters):
+class PerTask(TaskAdapters):
     """One adapter a task, chosen by the task's name: the ceiling that methods without it are held
     against.
 
@@ -71,4 +71,7 @@ class PerTask(Adapters):
     def route(self, model: Model, task: str) -> None:
         """Give the model the task's adapter."""
         if self.adapters:
-            restore(model, self.adapters[self.home[task]] if task in self.home else self.untaught())
+            restore(
+                model,
+                self.adapters[self.home[task]] if task in self.home else self.initial_adapter(),
+            )

@@ -36,8 +36,8 @@ class ProgressivePrompts(Strategy):
 
     stores: ClassVar[str] = "4 P T"
     costs: ClassVar[str] = "1 + T virtual prompts to read"
-    whole = False
-    most: int | None = None
+    weights_are_complete = False
+    max_prompts: int | None = None
     seed: int = 0
     prompts: list[Tensor] = memory(list)  # P_1, P_2, ...: (n, H) each
     reach: dict[str, int] = memory(dict)  # of each learned task, how many of them it has
@@ -45,26 +45,26 @@ class ProgressivePrompts(Strategy):
     def __post_init__(self) -> None:
         """Refuse a number of prompts that cannot be."""
         super().__post_init__()
-        if self.most is not None and self.most < 1:
+        if self.max_prompts is not None and self.max_prompts < 1:
             raise ConfigError(
-                f"progressive prompts with most={self.most}: expected at least 1, or null"
+                f"progressive prompts with most={self.max_prompts}: expected at least 1, or null"
             )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """The earlier prompts stand still, and a new one starts."""
-        still = self.still()
+        still = self.frozen_prompts()
         model.behind(still[::-1])
         if still and len(still) == len(self.prompts):
-            restore(model, self.drawn(model, f"{self.seed}/{len(still)}"))
-        self.refuse_overflow(model, task)
+            restore(model, self.draw_prompt(model, f"{self.seed}/{len(still)}"))
+        self.check_prompts_fit(model, task)
         return super().begin(model, task)  # last: a part of a composition may look at the model
 
-    def still(self) -> list[Tensor]:
+    def frozen_prompts(self) -> list[Tensor]:
         """The prompts that the stage does not change."""
-        return self.prompts if self.most is None else self.prompts[: self.most - 1]
+        return self.prompts if self.max_prompts is None else self.prompts[: self.max_prompts - 1]
 
     @torch.no_grad()
-    def drawn(self, model: Model, seed: str) -> dict[str, Tensor]:
+    def draw_prompt(self, model: Model, seed: str) -> dict[str, Tensor]:
         """A prompt (n, H) of random words, each as likely, under its name among the weights."""
         words, rng = model.net.get_input_embeddings(), random.Random(seed)
         return {
@@ -74,20 +74,20 @@ class ProgressivePrompts(Strategy):
             for name, w in weights(model).items()
         }
 
-    def refuse_overflow(self, model: Model, task: Task[Encoded]) -> None:
+    def check_prompts_fit(self, model: Model, task: Task[Encoded]) -> None:
         """Raise ConfigError now where the prompts of all tasks to come would leave no room for
         examples like these.
         """
-        coming = len(set(task.columns) - learned(task) - self.reach.keys())
-        count = min(len(self.still()) + 1 + coming, self.most or len(task.columns))
+        coming = len(set(task.columns) - stage_task_names(task) - self.reach.keys())
+        count = min(len(self.frozen_prompts()) + 1 + coming, self.max_prompts or len(task.columns))
         n = sum(len(w) for w in weights(model).values())
         model.fit(max(len(e.ids) for e in task.train) - 1, count * n)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Keep the prompt."""
         super().end(model, task)
-        self.prompts = [*self.still(), *snapshot(model).values()]
-        self.reach |= dict.fromkeys(learned(task), len(self.prompts))
+        self.prompts = [*self.frozen_prompts(), *snapshot(model).values()]
+        self.reach |= dict.fromkeys(stage_task_names(task), len(self.prompts))
 
     def route(self, model: Model, task: str) -> None:
         """Behind the task's own prompt and those before it; behind all where it has none."""
@@ -95,6 +95,6 @@ class ProgressivePrompts(Strategy):
         model.behind(self.prompts[: self.reach.get(task)][::-1], live=False)
 
 
-def learned(task: Task[Encoded]) -> set[str]:
+def stage_task_names(task: Task[Encoded]) -> set[str]:
     """The names of the tasks that a stage's examples are of."""
     return {task.columns[e.task] for e in task.train}

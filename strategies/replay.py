@@ -31,7 +31,7 @@ class Rehearsal(Strategy):
     share: float = 0.25
     seed: int = 0
     buffer: ReplayBuffer = memory(lambda: ReplayBuffer(0))
-    owed: float = memory(float)
+    fractional_carry: float = memory(float)
 
     def __post_init__(self) -> None:
         """Refuse a share that leaves no room for new examples."""
@@ -44,32 +44,32 @@ class Rehearsal(Strategy):
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Nothing is owed from an earlier stage."""
-        self.owed = 0.0
+        self.fractional_carry = 0.0
         return super().begin(model, task)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """One step on new and remembered examples together."""
-        return super().backward(model, self.joined(batch))
+        return super().backward(model, self.add_replay_examples(batch))
 
-    def joined(self, batch: Batch) -> Batch:
+    def add_replay_examples(self, batch: Batch) -> Batch:
         """The step's new examples and the remembered ones beside them."""
         if not len(self.buffer):
             return batch
-        self.owed += len(batch.examples) * self.share / (1 - self.share)
-        n = int(self.owed + 1e-9)
-        self.owed -= n
-        return batch.of([*batch.examples, *self.recall(n)])
+        self.fractional_carry += len(batch.examples) * self.share / (1 - self.share)
+        n = int(self.fractional_carry + 1e-9)
+        self.fractional_carry -= n
+        return batch.of([*batch.examples, *self.draw_replay_examples(n)])
 
-    def recall(self, n: int) -> Sequence[Encoded]:
+    def draw_replay_examples(self, n: int) -> Sequence[Encoded]:
         """The `n` remembered examples of this step."""
         return self.buffer.draw(n)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Remember the task."""
         super().end(model, task)
-        self.fill(model, task)
+        self.update_buffer(model, task)
 
-    def fill(self, model: Model, task: Task[Encoded]) -> None:
+    def update_buffer(self, model: Model, task: Task[Encoded]) -> None:
         """What of a task that was just learned is remembered. Only one of composed strategies can
         say.
         """
@@ -91,6 +91,6 @@ class Replay(Rehearsal):
         super().__post_init__()
         self.buffer = ReplayBuffer(self.capacity, self.buffer_kind, self.seed)
 
-    def fill(self, model: Model, task: Task[Encoded]) -> None:
+    def update_buffer(self, model: Model, task: Task[Encoded]) -> None:
         """Offer the task's examples to the buffer."""
         self.buffer.add(task.name, task.train)

@@ -24,8 +24,8 @@ from continual.packing.batch import Batch
 from continual.packing.layout import turn
 from continual.strategy.interface import Strategy, memory
 
-TOGETHER = 128  # prompts answered at a time
-WHOLE = 2**31  # of the vocabulary
+GENERATION_BATCH_SIZE = 128  # prompts answered at a time
+ALL_TOKENS = 2**31  # of the vocabulary
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class SDFT(Strategy):
     stores: ClassVar[str] = "a generator; 4 P within a stage"
     costs: ClassVar[str] = "3 and answering its prompts"
     strength: float = 0.1
-    rate: float = 0.01
+    ema_rate: float = 0.01
     seed: int = 0
     teacher: Weights = memory(dict)
     generator: random.Random = memory(random.Random)
@@ -56,9 +56,9 @@ class SDFT(Strategy):
     def __post_init__(self) -> None:
         """Refuse shares that are none; seed the generator."""
         super().__post_init__()
-        if not (0 <= self.strength <= 1 and 0 <= self.rate <= 1):
+        if not (0 <= self.strength <= 1 and 0 <= self.ema_rate <= 1):
             raise ConfigError(
-                f"SDFT with strength {self.strength} and rate {self.rate}: expected shares from "
+                f"SDFT with strength {self.strength} and rate {self.ema_rate}: expected shares from "
                 "0 to 1"
             )
         self.generator.seed(self.seed)
@@ -70,7 +70,7 @@ class SDFT(Strategy):
         trained = super().begin(model, task)
         if self.strength:
             self.teacher = wide(snapshot(model))
-            longest = max(len(e.ids) + turn(e) for e in task.train) + room(task.train)
+            longest = max(len(e.ids) + turn(e) for e in task.train) + longest_response(task.train)
             if model.context and longest > model.context:
                 raise DataError(
                     f"an example of task {task.name!r} behind its demonstration takes {longest} "
@@ -92,12 +92,12 @@ class SDFT(Strategy):
             return total
         here = weights(model)
         self.teacher = combine(
-            lambda w, t: self.rate * w.to(t.dtype) + (1 - self.rate) * t,
+            lambda w, t: self.ema_rate * w.to(t.dtype) + (1 - self.ema_rate) * t,
             here,
             self.teacher or wide(here),
         )
-        own = self.answered(model, batch.examples)
-        shown = [shown_first(e, y) for e, y in zip(batch.examples, own, strict=True)]
+        own = self.sample_answers(model, batch.examples)
+        shown = [prepend_demonstration(e, y) for e, y in zip(batch.examples, own, strict=True)]
         far = accumulate(
             lambda model, part: self.strength * self.divergence(model, part, shown),
             model,
@@ -106,14 +106,14 @@ class SDFT(Strategy):
         self.notes["divergence"] = float(far) / self.strength
         return total + far
 
-    def answered(self, model: Model, examples: Sequence[Encoded]) -> list[Encoded]:
+    def sample_answers(self, model: Model, examples: Sequence[Encoded]) -> list[Encoded]:
         """The prompts, with answers sampled from the model as responses; several processes answer a
         part each.
         """
         prompts = [
             replace(e, ids=e.ids[: turn(e)], response=e.response[: turn(e)]) for e in examples
         ]
-        most = room(examples)
+        most = longest_response(examples)
         generator = torch.Generator().manual_seed(self.generator.getrandbits(63))
         draws = torch.rand(len(prompts), most, dtype=torch.float64, generator=generator)
         mine = deal([len(p.ids) for p in prompts])
@@ -123,9 +123,9 @@ class SDFT(Strategy):
                     model,
                     [prompts[i] for i in mine],
                     most,
-                    TOGETHER,
+                    GENERATION_BATCH_SIZE,
                     model.tokenizer.eos_token_id,
-                    sampled(WHOLE, draws[mine]),
+                    sampled(ALL_TOKENS, draws[mine]),
                 )
                 if mine
                 else []
@@ -136,14 +136,17 @@ class SDFT(Strategy):
             for i, p in enumerate(prompts)
         ]
 
-    def divergence(self, model: Model, batch: Batch, shown: Sequence[Encoded]) -> Tensor:
+    def divergence(self, model: Model, batch: Batch, teacher_examples: Sequence[Encoded]) -> Tensor:
         """KL(model || teacher), a mean over the batch's tokens. The teacher sees `shown`, where ids
         say which stand.
         """
         q = forward(model, batch).log_softmax(-1)
         at = combine(lambda w, t: t.to(w.dtype), weights(model), self.teacher)
         told = {
-            i: z for i, _, z in responses(model, [shown[int(e.id)] for e in batch.examples], at)
+            i: z
+            for i, _, z in responses(
+                model, [teacher_examples[int(e.id)] for e in batch.examples], at
+            )
         }
         p = torch.cat([told[i] for i in range(len(told))]).log_softmax(-1)
         return ((q.exp() * (q - p)).sum(-1) * batch.weight).sum() / batch.tokens
@@ -154,13 +157,15 @@ class SDFT(Strategy):
         self.teacher = {}
 
 
-def room(examples: Sequence[Encoded]) -> int:
+def longest_response(examples: Sequence[Encoded]) -> int:
     """The tokens of the longest response."""
     return max(len(e.ids) - turn(e) for e in examples)
 
 
-def shown_first(example: Encoded, own: Encoded) -> Encoded:
+def prepend_demonstration(example: Encoded, own_answer: Encoded) -> Encoded:
     """The example, and after it its prompt again with an answer of the model's own, the response."""
     return replace(
-        own, ids=(*example.ids, *own.ids), response=(*(False,) * len(example.ids), *own.response)
+        own_answer,
+        ids=(*example.ids, *own_answer.ids),
+        response=(*(False,) * len(example.ids), *own_answer.response),
     )

@@ -23,11 +23,11 @@ from continual.models.weights import (
 )
 from continual.packing.batch import Batch
 from continual.strategy.interface import memory
-from strategies.ewc import Summed
+from strategies.ewc import SummedImportance
 
 
 @dataclass(kw_only=True)
-class SI(Summed):
+class SI(SummedImportance):
     """Synaptic intelligence (Zenke et al. 2017, eq. 3-5).
 
     omega_i sums -g_i * (the step of weight i) over the stage, g the gradient of the task's own
@@ -45,7 +45,7 @@ class SI(Summed):
     start: Weights = memory(dict)  # where omega began
     before: Weights = memory(dict)  # the weights at the last step's begin, and the gradient there
     slope: Weights = memory(dict)
-    found: Weights = field(
+    path_importance: Weights = field(
         init=False, repr=False, default_factory=dict
     )  # the importance, once the path is over
 
@@ -65,11 +65,11 @@ class SI(Summed):
         """Add what the last step did; note where this one begins."""
         loss = super().backward(model, batch)
         if self.strength:
-            self.walk(model)
-            self.before, self.slope = snapshot(model), self.unpulled(model)
+            self.add_path_integral(model)
+            self.before, self.slope = snapshot(model), self.gradient_without_penalty(model)
         return loss
 
-    def walk(self, model: Model) -> None:
+    def add_path_integral(self, model: Model) -> None:
         """Add the last step's part of the integral. A weight that stood still adds nothing,
         whatever its gradient.
         """
@@ -82,7 +82,7 @@ class SI(Summed):
                 moved,
             )
 
-    def unpulled(self, model: Model) -> Weights:
+    def gradient_without_penalty(self, model: Model) -> Weights:
         """The gradient without the penalty's part, strength * importance * (w - anchor)."""
         g = gradient(model)
         if not self.anchor:
@@ -100,17 +100,17 @@ class SI(Summed):
         weights is no step.
         """
         if self.strength:
-            self.walk(model)
-            self.found = self.importance_here(model)
+            self.add_path_integral(model)
+            self.path_importance = self.compute_path_importance(model)
             self.omega, self.start, self.before, self.slope = {}, {}, {}, {}
         super().end(model, task)
 
-    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+    def measure_importance(self, model: Model, task: Task[Encoded]) -> Weights:
         """The task's importance, of its path alone."""
-        found, self.found = self.found, {}
+        found, self.path_importance = self.path_importance, {}
         return found
 
-    def importance_here(self, model: Model) -> Weights:
+    def compute_path_importance(self, model: Model) -> Weights:
         """Of the path from its start to here."""
         return combine(
             lambda o, w, s: o / ((w - s).square() + self.damping),
@@ -137,7 +137,7 @@ class RWalk(SI):
     strength: float = 2.0
     damping: float = 1e-3
     alpha: float = 0.9
-    every: int = 10
+    every_steps: int = 10
     running: Weights = memory(dict)  # the Fisher information
     score: Weights = memory(dict)  # of the stage
     scores: Weights = memory(dict)  # of the stages before
@@ -154,9 +154,9 @@ class RWalk(SI):
         """Now and then, score the path walked since and move the running Fisher on."""
         loss = super().backward(model, batch)
         # A step that is not finite is not taken.
-        if self.strength and (self.steps % self.every or finite({"": loss, **self.slope})):
-            if self.steps % self.every == 0:
-                self.close(model)
+        if self.strength and (self.steps % self.every_steps or finite({"": loss, **self.slope})):
+            if self.steps % self.every_steps == 0:
+                self.update_score(model)
                 now = fisher(model, batch.examples)
                 self.running = combine(
                     lambda n, f: self.alpha * n + (1 - self.alpha) * f, now, self.running or now
@@ -164,7 +164,7 @@ class RWalk(SI):
             self.steps += 1
         return loss
 
-    def close(self, model: Model) -> None:
+    def update_score(self, model: Model) -> None:
         """Add the walked path's part to the score, and begin another here."""
         part = combine(
             lambda o, f, w, s: (o / (f / 2 * (w - s).square() + self.damping)).clamp(min=0),
@@ -176,21 +176,23 @@ class RWalk(SI):
         self.score = combine(torch.add, self.score, part)
         self.omega, self.start = wide(zeros(model)), snapshot(model)
 
-    def importance_here(self, model: Model) -> Weights:
+    def compute_path_importance(self, model: Model) -> Weights:
         """Of the whole stage, and the earlier ones."""
-        self.close(model)
+        self.update_score(model)
         self.scores = combine(
             lambda old, new: (old + new) / 2, self.scores or self.score, self.score
         )
         self.score = {}
-        return combine(torch.add, to_one(self.running or zeros(model)), to_one(self.scores))
+        return combine(
+            torch.add, scale_to_unit(self.running or zeros(model)), scale_to_unit(self.scores)
+        )
 
-    def consolidate(self, here: Weights, measured: Weights) -> None:
+    def consolidate(self, end_weights: Weights, task_importance: Weights) -> None:
         """It stands for all tasks already."""
-        self.anchor, self.importance = here, measured
+        self.anchor, self.importance = end_weights, task_importance
 
 
-def to_one(w: Weights) -> Weights:
+def scale_to_unit(w: Weights) -> Weights:
     """Divided by the largest of all values, none of which is negative, so that they lie between 0
     and 1.
     """

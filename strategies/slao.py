@@ -33,7 +33,7 @@ class SLAO(Strategy):
 
     stores: ClassVar[str] = "at most 8 P"
     power: float = 0.5
-    orthogonal: bool = True
+    orthogonal_init: bool = True
     tuned: list[list[Tensor]] = memory(list)  # of each module the last task's A and B
     merged: list[Tensor] = memory(list)  # of each module B_merge
     merges: int = memory(int)
@@ -43,15 +43,17 @@ class SLAO(Strategy):
         trains, or too wide.
         """
         pairs = factors(model)
-        if self.orthogonal and (high := [a for a, _ in pairs if len(a) > a[0].numel()]):
+        if self.orthogonal_init and (high := [a for a, _ in pairs if len(a) > a[0].numel()]):
             raise ConfigError(
                 f"a LoRA of rank {len(high[0])} on {high[0][0].numel()} inputs has no "
                 "orthonormal basis; set model.adapters.lora.r lower, or "
-                "strategy.slao.orthogonal=false"
+                "strategy.slao.orthogonal_init=false"
             )
         with torch.no_grad():
             for (a, b), (last_a, last_b) in zip(pairs, self.tuned or pairs, strict=True):
-                a.copy_(basis(last_a) if self.orthogonal and self.tuned else last_a)
+                a.copy_(
+                    orthonormal_basis(last_a) if self.orthogonal_init and self.tuned else last_a
+                )
                 b.copy_(last_b)
         return super().begin(model, task)
 
@@ -71,7 +73,7 @@ class SLAO(Strategy):
                 b.copy_(m)
 
 
-def basis(a: Tensor) -> Tensor:
+def orthonormal_basis(a: Tensor) -> Tensor:
     """An orthonormal basis of the space that the rows of A (R, in) span, of A's shape; R is at most
     `in`.
     """

@@ -36,8 +36,8 @@ class Sparse(Strategy):
     stores: ClassVar[str] = "a count; 4 P with avoid; 5 P more within a stage"
     costs: ClassVar[str] = "1 + O(P); a Fisher a stage"
     fraction: float = 0.005
-    avoid: float = 0.0
-    examples: int = 1024
+    protected_fraction: float = 0.0
+    num_examples: int = 1024
     labels: str = "empirical"
     seed: int = 0
     past: int = memory(int)  # stages
@@ -52,11 +52,11 @@ class Sparse(Strategy):
         super().__post_init__()
         if not (
             0 < self.fraction <= 1
-            and self.avoid >= 0
-            and (self.avoid == 0 or self.fraction + self.avoid <= 1)
+            and self.protected_fraction >= 0
+            and (self.protected_fraction == 0 or self.fraction + self.protected_fraction <= 1)
         ):
             raise ConfigError(
-                f"sparse fine-tuning of a fraction {self.fraction} that avoids {self.avoid}: "
+                f"sparse fine-tuning of a fraction {self.fraction} that avoids {self.protected_fraction}: "
                 "expected a fraction above 0 and both together at most 1"
             )
 
@@ -65,24 +65,29 @@ class Sparse(Strategy):
         trained = super().begin(model, task)
         if self.fraction < 1:
             with model.evaluating():
-                self.held, self.mask = snapshot(model), self.choose(self.measure(model, task))
+                self.held, self.mask = (
+                    snapshot(model),
+                    self.select_mask(self.measure_importance(model, task)),
+                )
         return trained
 
-    def measure(self, model: Model, task: Task[Encoded]) -> Weights:
+    def measure_importance(self, model: Model, task: Task[Encoded]) -> Weights:
         """How much each weight matters to the task."""
-        return task_fisher(model, task, self.examples, self.labels, f"{self.seed}/{self.past}")
+        return task_fisher(model, task, self.num_examples, self.labels, f"{self.seed}/{self.past}")
 
-    def choose(self, measured: Weights) -> Weights:
+    def select_mask(self, importance: Weights) -> Weights:
         """True for the weights that matter most, but for those to be avoided."""
         if self.needed:
-            measured = combine(
-                lambda f, old: f.masked_fill(old, -1), measured, top(self.needed, self.avoid)
+            importance = combine(
+                lambda f, old: f.masked_fill(old, -1),
+                importance,
+                top(self.needed, self.protected_fraction),
             )
-        return top(measured, self.fraction)
+        return top(importance, self.fraction)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Leave the gradient of the chosen weights."""
-        self.hold(model)
+        self.restore_frozen(model)
         loss = super().backward(model, batch)
         for n, w in weights(model).items() if self.mask else ():
             if w.grad is not None:
@@ -90,7 +95,7 @@ class Sparse(Strategy):
         return loss
 
     @torch.no_grad()
-    def hold(self, model: Model) -> None:
+    def restore_frozen(self, model: Model) -> None:
         """Give the other weights back what weight decay took from them."""
         for n, w in weights(model).items() if self.mask else ():
             w.copy_(torch.where(self.mask[n], w, self.held[n]))
@@ -99,10 +104,10 @@ class Sparse(Strategy):
         """The mask was this stage's; what matters to its task is kept where later ones are to avoid
         it.
         """
-        self.hold(model)
+        self.restore_frozen(model)
         super().end(model, task)
         self.mask, self.held = {}, {}
         self.past += 1
-        if self.avoid:
-            found = self.measure(model, task)
+        if self.protected_fraction:
+            found = self.measure_importance(model, task)
             self.needed = combine(torch.add, self.needed, found) if self.needed else found

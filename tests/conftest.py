@@ -84,13 +84,13 @@ def run_cli(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def cli_error(cli):
+def cli_error(run_cli):
     """What the command line says of what it refuses: exit code 2, one message, no traceback,
     nothing else.
     """
 
     def command(*words):
-        code, out, err = cli(*words)
+        code, out, err = run_cli(*words)
         assert code == 2, (out, err)
         assert err.startswith("error: ")
         assert err.count("error: ") == 1

@@ -54,11 +54,11 @@ def test_the_guide_s_strategy_keeps_to_every_rule(first):
     check_strategy(first(), disabled=first(strength=0))
 
 
-def test_the_guide_s_strategy_runs_by_its_name(first, keys, tmp_path):
+def test_the_guide_s_strategy_runs_by_its_name(first, run_keys, tmp_path):
     words = ("train.epochs=1", "stream.tasks=[first,loud]")
     far, _ = run_in_process(
         tmp_path / "far",
-        keys,
+        run_keys,
         *words,
         "strategy=first",
         "strategy.first.strength=1e6",

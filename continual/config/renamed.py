@@ -27,6 +27,52 @@ MODULES = {
     "streams.skills": "streams.skills.stream",
 }
 
+# Key -> key, of the command line and of config.yaml.
+KEYS = {
+    "strategy.agem.sample": "strategy.agem.sample_size",
+    "strategy.anil.adapts": "strategy.anil.inner_scope",
+    "strategy.anil.inner": "strategy.anil.inner_optimizer",
+    "strategy.asft.dynamic": "strategy.asft.weight_by_probability",
+    "strategy.asft.top": "strategy.asft.top_logits",
+    "strategy.average.begin_at": "strategy.average.init_from",
+    "strategy.average.blend": "strategy.average.interpolation",
+    "strategy.der.minibatch": "strategy.der.minibatch_size",
+    "strategy.der.top": "strategy.der.top_logits",
+    "strategy.ema.begin_at": "strategy.ema.init_from",
+    "strategy.ema.blend": "strategy.ema.interpolation",
+    "strategy.ewc.examples": "strategy.ewc.num_examples",
+    "strategy.fisher_merge.begin_at": "strategy.fisher_merge.init_from",
+    "strategy.fisher_merge.blend": "strategy.fisher_merge.interpolation",
+    "strategy.fisher_merge.examples": "strategy.fisher_merge.num_examples",
+    "strategy.gain_lora.hidden": "strategy.gain_lora.hidden_size",
+    "strategy.gem.sample": "strategy.gem.sample_size",
+    "strategy.hard_replay.among": "strategy.hard_replay.candidates",
+    "strategy.hard_replay.by": "strategy.hard_replay.criterion",
+    "strategy.lwf.dynamic": "strategy.lwf.weight_by_probability",
+    "strategy.lwf.top": "strategy.lwf.top_logits",
+    "strategy.maml.adapts": "strategy.maml.inner_scope",
+    "strategy.maml.inner": "strategy.maml.inner_optimizer",
+    "strategy.mas.examples": "strategy.mas.num_examples",
+    "strategy.meta_sgd.adapts": "strategy.meta_sgd.inner_scope",
+    "strategy.meta_sgd.inner": "strategy.meta_sgd.inner_optimizer",
+    "strategy.migu.updated": "strategy.migu.neuron_share",
+    "strategy.ogd.examples": "strategy.ogd.num_examples",
+    "strategy.online_ewc.examples": "strategy.online_ewc.num_examples",
+    "strategy.osf.keep": "strategy.osf.rank_share",
+    "strategy.per_task.start": "strategy.per_task.adapter_init",
+    "strategy.progressive_prompts.most": "strategy.progressive_prompts.max_prompts",
+    "strategy.router.start": "strategy.router.adapter_init",
+    "strategy.rwalk.every": "strategy.rwalk.every_steps",
+    "strategy.sdft.rate": "strategy.sdft.ema_rate",
+    "strategy.slao.orthogonal": "strategy.slao.orthogonal_init",
+    "strategy.sparse.avoid": "strategy.sparse.protected_fraction",
+    "strategy.sparse.examples": "strategy.sparse.num_examples",
+    "strategy.task_arithmetic.begin_at": "strategy.task_arithmetic.init_from",
+    "strategy.task_arithmetic.blend": "strategy.task_arithmetic.interpolation",
+    "strategy.ties.begin_at": "strategy.ties.init_from",
+    "strategy.ties.blend": "strategy.ties.interpolation",
+}
+
 
 def current_target(target: str) -> str:
     """Return the dotted path under which a constructor lives now, for a path of now or of earlier."""

@@ -28,27 +28,27 @@ from continual.models.model import Model
 from continual.models.weights import weights
 
 PROMPT, RESPONSE = 1, 2  # what a token is; padding is 0
-NONE = -100  # in y: there is nothing to predict
-SEQUENCES: Mapping[str, Any] = {"list": list, "tuple": tuple, "set": set}
+IGNORE_INDEX = -100  # in y: there is nothing to predict
+SEQUENCE_TYPES: Mapping[str, Any] = {"list": list, "tuple": tuple, "set": set}
 
 
-def tensors(examples: Sequence[Encoded], causal: bool, longest: int = 0) -> list[Tensor]:
+def to_tensors(examples: Sequence[Encoded], causal: bool, min_width: int = 0) -> list[Tensor]:
     """[x (E, 2, T), y (E, T), t (E,)] of examples, padded to the longest of them, or to `longest`."""
-    width = max([longest, *(len(e.ids) for e in examples)])
+    width = max([min_width, *(len(e.ids) for e in examples)])
     x, y = (
         torch.zeros(len(examples), 2, width, dtype=torch.long),
-        torch.full((len(examples), width), NONE),
+        torch.full((len(examples), width), IGNORE_INDEX),
     )
     for i, e in enumerate(examples):
         ids, response = torch.tensor(e.ids), torch.tensor(e.response)
         x[i, 0, : len(ids)], x[i, 1, : len(ids)] = ids, torch.where(response, RESPONSE, PROMPT)
-        y[i, : len(ids)] = torch.where(response, ids, NONE)
+        y[i, : len(ids)] = torch.where(response, ids, IGNORE_INDEX)
     if causal:
-        y[:, 0] = NONE  # a causal model predicts nothing for a first token
+        y[:, 0] = IGNORE_INDEX  # a causal model predicts nothing for a first token
     return [x, y, torch.tensor([e.task for e in examples])]
 
 
-def examples(x: Tensor) -> list[Encoded]:
+def to_examples(x: Tensor) -> list[Encoded]:
     """The examples that x (E, 2, T) holds."""
     return [
         Encoded(
@@ -58,7 +58,7 @@ def examples(x: Tensor) -> list[Encoded]:
     ]
 
 
-class Shown(Module):
+class AvalancheModel(Module):
     """A model as Avalanche sees one: x (E, 2, T) to logits (S, V), and trainable parameters alone,
     by our names.
     """
@@ -69,7 +69,7 @@ class Shown(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits that predict the responses, example after example."""
-        return forward(self.model, numbered(self.model, examples(x)))
+        return forward(self.model, numbered(self.model, to_examples(x)))
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -77,7 +77,7 @@ class Shown(Module):
         """What is trained, under the names that checkpoints have."""
         yield from ((n, w) for n, w in weights(self.model).items() if isinstance(w, Parameter))
 
-    def train(self, mode: bool = True) -> Shown:
+    def train(self, mode: bool = True) -> AvalancheModel:
         """With or without dropout."""
         self.model.net.train(mode)
         super().train(mode)
@@ -89,18 +89,18 @@ class Criterion(CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Of y (E, T), or of its S targets alone."""
-        return super().forward(input, target[target != NONE])
+        return super().forward(input, target[target != IGNORE_INDEX])
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class EncodedDataset:
     """Examples as a data set for torch's loaders; `flat` leaves of y the targets alone, as
     Avalanche's metrics need.
     """
 
     examples: Sequence[Encoded]
     causal: bool
-    flat: bool = False
+    flat_targets: bool = False
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -110,16 +110,16 @@ class Rows:
 
     def collate_fn(self, rows: Sequence[Encoded]) -> list[Tensor]:
         """A batch, of one width for all of the data set: what is kept of several can be joined."""
-        x, y, t = tensors(rows, self.causal, self.longest)
-        return [x, y[y != NONE] if self.flat else y, t]
+        x, y, t = to_tensors(rows, self.causal, self.max_tokens)
+        return [x, y[y != IGNORE_INDEX] if self.flat_targets else y, t]
 
     @cached_property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         """The tokens of the longest example."""
         return max(len(e.ids) for e in self.examples)
 
 
-def benchmark(stream: Stream, encoder: Encoder, split: str = "test") -> Any:
+def make_benchmark(stream: Stream, encoder: Encoder, split: str = "test") -> Any:
     """An Avalanche benchmark: an experience a stage in `train_stream`, an experience a task in
     `test_stream`.
 
@@ -132,33 +132,35 @@ def benchmark(stream: Stream, encoder: Encoder, split: str = "test") -> Any:
     def rows(task: Task[Example], part: str) -> Sequence[Encoded]:
         return encoder.all(task.split(part), lambda e: encoder.train(e, index[e.task]))
 
-    return experiences(
+    return make_benchmark_from_examples(
         not encoder.seq2seq,
         train=[rows(s, "train") for s in stream.stages],
         test=[rows(t, split) for t in stream.tasks],
     )
 
 
-def experiences(causal: bool, **streams: Sequence[Sequence[Encoded]]) -> Any:
+def make_benchmark_from_examples(causal: bool, **streams: Sequence[Sequence[Encoded]]) -> Any:
     """An Avalanche benchmark of these streams, each of some experiences' examples; their tasks are
     task labels.
     """
     dataset, attribute = (
-        the("benchmarks.utils.AvalancheDataset"),
-        the("benchmarks.utils.DataAttribute"),
+        import_avalanche("benchmarks.utils.AvalancheDataset"),
+        import_avalanche("benchmarks.utils.DataAttribute"),
     )
 
     def experience(examples: Sequence[Encoded]) -> Any:
-        rows = Rows(examples, causal, flat=True)
+        rows = EncodedDataset(examples, causal, flat_targets=True)
         tasks = attribute([e.task for e in examples], "targets_task_labels")
         return dataset([rows], data_attributes=[tasks], collate_fn=rows.collate_fn)
 
     made = {name: [experience(examples) for examples in parts] for name, parts in streams.items()}
-    return the("benchmarks.with_task_labels")(the("benchmarks.benchmark_from_datasets")(**made))
+    return import_avalanche("benchmarks.with_task_labels")(
+        import_avalanche("benchmarks.benchmark_from_datasets")(**made)
+    )
 
 
 @cache
-def the(path: str) -> Any:
+def import_avalanche(path: str) -> Any:
     """Something of Avalanche's; raises ConfigError where it is not installed."""
     try:
         # It makes a logger where it is imported, and refuses that to all of several processes but
@@ -171,28 +173,28 @@ def the(path: str) -> Any:
         ) from e
 
 
-def apart(value: Any, live: Iterable[Tensor]) -> Any:
+def copy_shared_tensors(value: Any, live: Iterable[Tensor]) -> Any:
     """The value with copies of tensors that share their memory with `live` ones; dicts, lists,
     ParamData in place.
     """
-    return _apart(value, {t.untyped_storage().data_ptr() for t in live})
+    return _copy_shared_tensors(value, {t.untyped_storage().data_ptr() for t in live})
 
 
-def _apart(value: Any, taken: set[int]) -> Any:
+def _copy_shared_tensors(value: Any, storages: set[int]) -> Any:
     if isinstance(value, Tensor):
-        return value.clone() if value.untyped_storage().data_ptr() in taken else value
-    if isinstance(value, the("training.utils.ParamData")):
-        value.data = _apart(value.data, taken)
+        return value.clone() if value.untyped_storage().data_ptr() in storages else value
+    if isinstance(value, import_avalanche("training.utils.ParamData")):
+        value.data = _copy_shared_tensors(value.data, storages)
     elif isinstance(value, dict):
-        value.update({k: _apart(v, taken) for k, v in value.items()})
+        value.update({k: _copy_shared_tensors(v, storages) for k, v in value.items()})
     elif isinstance(value, list):
-        value[:] = [_apart(v, taken) for v in value]
+        value[:] = [_copy_shared_tensors(v, storages) for v in value]
     elif isinstance(value, tuple):
-        return tuple(_apart(v, taken) for v in value)
+        return tuple(_copy_shared_tensors(v, storages) for v in value)
     return value
 
 
-def kept(value: Any, name: str) -> Any:
+def serialize_state(value: Any, name: str) -> Any:
     """What a plugin keeps under this name, as values of a checkpoint; raises ConfigError for what
     none can hold.
     """
@@ -201,7 +203,7 @@ def kept(value: Any, name: str) -> Any:
         return value
     if isinstance(value, Tensor):
         return {"kind": "Tensor", "data": value.detach(), "device": str(value.device)}
-    if isinstance(value, the("training.utils.ParamData")):
+    if isinstance(value, import_avalanche("training.utils.ParamData")):
         return {
             "kind": kind,
             "name": value.name,
@@ -211,28 +213,36 @@ def kept(value: Any, name: str) -> Any:
     if kind == "dict":
         return {
             "kind": kind,
-            "items": [[kept(k, name), kept(v, f"{name}.{k}")] for k, v in value.items()],
+            "items": [
+                [serialize_state(k, name), serialize_state(v, f"{name}.{k}")]
+                for k, v in value.items()
+            ],
         }
-    if kind in SEQUENCES:
+    if kind in SEQUENCE_TYPES:
         items = sorted(value, key=repr) if kind == "set" else value
-        return {"kind": kind, "items": [kept(v, f"{name}[{i}]") for i, v in enumerate(items)]}
+        return {
+            "kind": kind,
+            "items": [serialize_state(v, f"{name}[{i}]") for i, v in enumerate(items)],
+        }
     raise ConfigError(
         f"{name} is a {kind}, which no checkpoint can hold, and so a run could not go on with "
         "it; a plugin may keep tensors, ParamData, numbers and texts, in lists, sets and dicts"
     )
 
 
-def again(value: Any) -> Any:
+def deserialize_state(value: Any) -> Any:
     """What `kept` was given."""
     if not isinstance(value, dict):
         return value
-    if value["kind"] in SEQUENCES:
-        return SEQUENCES[value["kind"]](again(v) for v in value["items"])
+    if value["kind"] in SEQUENCE_TYPES:
+        return SEQUENCE_TYPES[value["kind"]](deserialize_state(v) for v in value["items"])
     if value["kind"] == "dict":
-        return {again(k): again(v) for k, v in value["items"]}
+        return {deserialize_state(k): deserialize_state(v) for k, v in value["items"]}
     data = value["data"].to(value["device"])
     return (
         data
         if value["kind"] == "Tensor"
-        else the("training.utils.ParamData")(value["name"], init_tensor=data, device=data.device)
+        else import_avalanche("training.utils.ParamData")(
+            value["name"], init_tensor=data, device=data.device
+        )
     )

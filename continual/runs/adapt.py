@@ -137,7 +137,7 @@ def start_of(config: DictConfig) -> Path | None:
         if wrong := foreign(theirs, source / "config.yaml"):
             raise ConfigError(gathered(wrong))
         config.strategy = theirs.strategy
-        build.strategy(config).rule()  # refused before anything that takes long
+        build.strategy(config).inner_loop()  # refused before anything that takes long
     return folder
 
 
@@ -190,7 +190,7 @@ def _learner(bench: Bench) -> tuple[Strategy, Recipe]:
     """What takes the steps: the configured strategy and optimizer, or the start's own inner loop."""
     if bench.config.adapt.rule == "train":
         return build.strategy(bench.config), bench.recipe
-    return bench.strategy.rule(), replace(bench.recipe, optimizer="sgd", lr=1.0, schedule="constant", warmup=0.0,
+    return bench.strategy.inner_loop(), replace(bench.recipe, optimizer="sgd", lr=1.0, schedule="constant", warmup=0.0,
                                           weight_decay=0.0, clip=None)
 
 

@@ -24,7 +24,7 @@ def compose(*parts: Strategy, names: Sequence[str] = ()) -> Strategy:
     bases = tuple(k for k in kinds if not any(o is not k and issubclass(o, k) for o in kinds))
     name, says = "".join(b.__name__ for b in bases), {"shardable": True}  # if all of them are
     kind = bases[0] if len(bases) == 1 else dataclass(kw_only=True)(type(name, bases, says))
-    for reason in (*_lost(kind, kinds), *_mixed(kinds)):
+    for reason in (*_shadowed_methods(kind, kinds), *_field_conflicts(kinds)):
         raise ConfigError(reason)
     settings: dict[str, tuple[Any, str]] = {}
     for part, called in zip(parts, names or [type(p).__name__ for p in parts], strict=True):
@@ -40,16 +40,16 @@ def compose(*parts: Strategy, names: Sequence[str] = ()) -> Strategy:
     return composed
 
 
-def _mixed(listed: Sequence[type[Strategy]]) -> Iterator[str]:
+def _field_conflicts(kinds: Sequence[type[Strategy]]) -> Iterator[str]:
     """The names of fields that two listed classes have, each its own; a setting may be both's, if
     its values agree.
     """
-    for a, b in combinations(listed, 2):
+    for a, b in combinations(kinds, 2):
         settings = {f.name for f in fields(a) if f.init} & {f.name for f in fields(b) if f.init}
         for name in dict.fromkeys(
             f.name for kind in (a, b) for f in fields(kind) if f.name not in settings
         ):
-            first, second = _origin(a, name), _origin(b, name)
+            first, second = _defining_class(a, name), _defining_class(b, name)
             if first and second and first is not second:
                 yield (
                     f"{a.__name__} and {b.__name__} cannot be composed: each has a {name!r} of "
@@ -57,7 +57,7 @@ def _mixed(listed: Sequence[type[Strategy]]) -> Iterator[str]:
                 )
 
 
-def _origin(kind: type[Strategy], name: str) -> type | None:
+def _defining_class(kind: type[Strategy], name: str) -> type | None:
     """The class, of all that `kind` inherits from, that had the field or method first."""
     had = (
         k
@@ -67,7 +67,7 @@ def _origin(kind: type[Strategy], name: str) -> type | None:
     return next(had, None)
 
 
-def _lost(kind: type[Strategy], listed: Sequence[type[Strategy]]) -> Iterator[str]:
+def _shadowed_methods(kind: type[Strategy], kinds: Sequence[type[Strategy]]) -> Iterator[str]:
     """What a listed class has and nothing in the composed `kind` would ever call, one sentence
     each.
 
@@ -76,18 +76,24 @@ def _lost(kind: type[Strategy], listed: Sequence[type[Strategy]]) -> Iterator[st
     names = dict.fromkeys(n for k in kind.__mro__ for n, f in vars(k).items() if isfunction(f))
     for name in (n for n in names if n == "__post_init__" or not n.startswith("__")):
         owners = [k for k in kind.__mro__ if isfunction(vars(k).get(name))]
-        first = next((i for i, k in enumerate(owners) if _alone(vars(k)[name])), len(owners))
+        first = next(
+            (i for i, k in enumerate(owners) if _ignores_super(vars(k)[name])), len(owners)
+        )
         for owner in owners[first + 1 :]:
-            if owner is not Strategy and (owner in listed or not issubclass(owners[first], owner)):
+            if owner is not Strategy and (owner in kinds or not issubclass(owners[first], owner)):
                 by, lost = (
-                    next(k for k in listed if issubclass(k, o)).__name__
+                    next(k for k in kinds if issubclass(k, o)).__name__
                     for o in (owners[first], owner)
                 )
-                mend = "choose one of them" if _alone(vars(owner)[name]) else f"list {lost} first"
+                mend = (
+                    "choose one of them"
+                    if _ignores_super(vars(owner)[name])
+                    else f"list {lost} first"
+                )
                 yield f"{by} and {lost} cannot be composed so: {by}'s {name!r} takes the place of {lost}'s; {mend}"
 
 
-def _alone(method: Any) -> bool:
+def _ignores_super(method: Any) -> bool:
     """Whether a method leaves nothing to its bases': it is marked so, or there is no `super()` in
     it.
     """

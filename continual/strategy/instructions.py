@@ -8,31 +8,31 @@ from collections.abc import Sequence
 from continual.data.types import Encoded
 from continual.packing.layout import common_prefix, grouped, turn
 
-SAMPLE = 128  # examples of a task whose instructions are looked at
+MAX_EXAMPLES = 128  # examples of a task whose instructions are looked at
 
-Instructions = list[tuple[list[int], int]]  # token ids, and how many examples have them
+InstructionCounts = list[tuple[list[int], int]]  # token ids, and how many examples have them
 
 
-def instructions(examples: Sequence[Encoded]) -> Instructions:
+def extract_instructions(examples: Sequence[Encoded]) -> InstructionCounts:
     """What the prompts begin with together, and how many each; evenly from all examples.
 
     A prompt that shares nothing with others is its own instruction.
     """
-    chosen = _some(examples)
+    chosen = _subsample(examples)
     found: Counter[tuple[int, ...]] = Counter()
     for prefix, members in grouped(chosen):
         found.update(chosen[i].ids[: prefix or max(1, turn(chosen[i]))] for i in members)
     return [(list(ids), count) for ids, count in found.items()]
 
 
-def beginnings(examples: Sequence[Encoded]) -> Instructions:
+def extract_prompt_prefixes(examples: Sequence[Encoded]) -> InstructionCounts:
     """The same, but nothing that one prompt alone holds: of those that share no instruction, what
     all have in common.
 
     Where that is nothing they are left out; where it is nothing of all, there is one beginning,
     without a token.
     """
-    chosen = _some(examples)
+    chosen = _subsample(examples)
     found: Counter[tuple[int, ...]] = Counter()
     for prefix, members in grouped(chosen):
         prompts = sorted(chosen[i].ids[: turn(chosen[i])] for i in members)
@@ -41,5 +41,5 @@ def beginnings(examples: Sequence[Encoded]) -> Instructions:
     return [(list(ids), count) for ids, count in found.items() if ids] or [([], len(chosen))]
 
 
-def _some(examples: Sequence[Encoded]) -> Sequence[Encoded]:
-    return examples[:: -(-len(examples) // SAMPLE)]
+def _subsample(examples: Sequence[Encoded]) -> Sequence[Encoded]:
+    return examples[:: -(-len(examples) // MAX_EXAMPLES)]

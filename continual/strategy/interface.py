@@ -44,9 +44,9 @@ class Strategy:
         init=False, repr=False, default_factory=dict
     )  # shown beside the step's loss
 
-    whole = True  # a checkpoint's weights are, without the strategy's memory, a model that answered in the run
+    weights_are_complete = True  # a checkpoint's weights are, without the strategy's memory, a model that answered in the run
     shardable = True  # it asks a model for losses, answers and gradients' sums only, whose weights may be in shards
-    sgd_only = False  # what it leaves in `.grad` is a step of plain SGD, and under another optimizer another method
+    requires_sgd = False  # what it leaves in `.grad` is a step of plain SGD, and under another optimizer another method
 
     def __init_subclass__(cls, **more: Any) -> None:
         """A method whose class does not say itself that it is shardable is taken not to be."""
@@ -89,7 +89,7 @@ class Strategy:
         """
         yield range(len(prompts))
 
-    def rule(self) -> Strategy:
+    def inner_loop(self) -> Strategy:
         """What learns a new task in the steps that this one has prepared the weights for, under
         plain SGD at lr 1.
 
@@ -116,15 +116,15 @@ class Strategy:
                 setattr(self, name, state[name])
 
 
-def groups(trained: Sequence[Any]) -> list[dict[str, Any]]:
+def to_param_groups(parameters: Sequence[Any]) -> list[dict[str, Any]]:
     """What `begin` returned, as optimizer parameter groups alone: one for all parameters that were
     in none.
     """
-    given = [g for g in trained if isinstance(g, dict)]
-    return [*given, {"params": [p for p in trained if not isinstance(p, dict)]}]
+    given = [g for g in parameters if isinstance(g, dict)]
+    return [*given, {"params": [p for p in parameters if not isinstance(p, dict)]}]
 
 
-def instead(method: Method) -> Method:
+def replaces_super(method: Method) -> Method:
     """Mark a method that does all of its moment itself, and calls `super()`'s where it is switched
     off at most.
 

@@ -11,25 +11,25 @@ from typing import TypeVar
 from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, unknown
 
-KINDS = ("balanced", "reservoir", "ranked")
+BUFFER_KINDS = ("balanced", "reservoir", "ranked")
 T = TypeVar("T")
 
 
-def reservoir(
-    kept: list[T], arrivals: Sequence[T], capacity: int, seen: int, rng: random.Random
+def update_reservoir(
+    sample: list[T], arrivals: Sequence[T], capacity: int, seen: int, rng: random.Random
 ) -> None:
     """Algorithm R (Vitter 1985): after it, `kept` is a uniform sample of all that was ever seen.
 
     `seen` is how many examples had passed before `arrivals`.
     """
     for n, example in enumerate(arrivals, seen + 1):
-        if len(kept) < capacity:
-            kept.append(example)
+        if len(sample) < capacity:
+            sample.append(example)
         elif (place := rng.randrange(n)) < capacity:
-            kept[place] = example
+            sample[place] = example
 
 
-def chosen(task: Task[Encoded], n: int, seed: str) -> list[Encoded]:
+def sample_task_examples(task: Task[Encoded], n: int, seed: str) -> list[Encoded]:
     """`n` of a task's training examples, or all where it has fewer; the same ones for the same
     seed.
     """
@@ -61,8 +61,8 @@ class ReplayBuffer:
         """Refuse a kind or capacity that does not exist; seed a generator where none is given, as a
         checkpoint does.
         """
-        if self.kind not in KINDS:
-            raise ConfigError(unknown("replay buffer", self.kind, KINDS))
+        if self.kind not in BUFFER_KINDS:
+            raise ConfigError(unknown("replay buffer", self.kind, BUFFER_KINDS))
         if self.capacity < 0 or (self.capacity > 1 and self.capacity % 1):
             raise ConfigError(
                 f"a replay buffer of capacity {self.capacity}: give a whole number of examples, "
@@ -82,7 +82,7 @@ class ReplayBuffer:
     def add(self, task: str, examples: Sequence[Encoded]) -> None:
         """Offer a finished task's training examples to the buffer."""
         if self.kind == "reservoir" and self.capacity >= 1:
-            reservoir(
+            update_reservoir(
                 self.tasks.setdefault("all", []), examples, int(self.capacity), self.seen, self.rng
             )
         else:
@@ -107,10 +107,10 @@ class ReplayBuffer:
         self.tasks.pop(task, None)
         self.tasks[task] = [*examples[:quota]] if self.kind == "ranked" else []
         if self.kind != "ranked":
-            reservoir(self.tasks[task], examples, quota, 0, self.rng)
+            update_reservoir(self.tasks[task], examples, quota, 0, self.rng)
 
     @property
-    def by_task(self) -> dict[int, list[Encoded]]:
+    def examples_by_task(self) -> dict[int, list[Encoded]]:
         """All that is kept, by task index, also where one reservoir serves every task."""
         pools: dict[int, list[Encoded]] = {}
         for example in self.examples:
@@ -127,12 +127,14 @@ class ReplayBuffer:
             drawn += self.rng.sample(pool, min(n - len(drawn), len(pool)))
         return drawn
 
-    def draw_by_task(self, n: int, odds: Mapping[int, float]) -> list[Encoded]:
+    def draw_by_task(self, n: int, task_weights: Mapping[int, float]) -> list[Encoded]:
         """`n` examples: first their tasks are drawn, by these odds of each task index (none: 0),
         then theirs.
         """
-        pools = self.by_task
+        pools = self.examples_by_task
         times = Counter(
-            self.rng.choices(list(pools), [odds.get(t, 0.0) for t in pools], k=n) if pools else ()
+            self.rng.choices(list(pools), [task_weights.get(t, 0.0) for t in pools], k=n)
+            if pools
+            else ()
         )
         return [e for t, k in times.items() for e in self.draw(k, pools[t])]

@@ -399,8 +399,8 @@ def leaky(tmp_path):
     return folder
 
 
-def test_the_command_says_what_it_finds_and_writes_nothing(cli, leaky, tmp_path):
-    code, out, err = cli("audit", "stream=folder", f"stream.path={leaky}")
+def test_the_command_says_what_it_finds_and_writes_nothing(run_cli, leaky, tmp_path):
+    code, out, err = run_cli("audit", "stream=folder", f"stream.path={leaky}")
     assert (code, err) == (0, "")
     assert (
         "first: 1 of 4 test prompts stand in training rows, 1 with the same answers, such as "
@@ -416,8 +416,11 @@ def test_the_command_says_what_it_finds_and_writes_nothing(cli, leaky, tmp_path)
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_a_clean_stream_is_said_to_be_clean(cli, stream_folder):
-    assert "nothing found amiss" in cli("audit", "stream=folder", f"stream.path={stream_folder}")[1]
+def test_a_clean_stream_is_said_to_be_clean(run_cli, stream_folder):
+    assert (
+        "nothing found amiss"
+        in run_cli("audit", "stream=folder", f"stream.path={stream_folder}")[1]
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -454,9 +457,11 @@ def test_a_model_from_scratch_is_not_built_to_count_its_tokens(leaky, tmp_path, 
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_run_audits_once_and_shows_it_in_the_terminal_the_log_and_the_page(keys, leaky, tmp_path):
+def test_a_run_audits_once_and_shows_it_in_the_terminal_the_log_and_the_page(
+    run_keys, leaky, tmp_path
+):
     more = (f"stream.path={leaky}", "train.epochs=1")
-    _, said = run_in_process(tmp_path / "run", keys, *more)
+    _, said = run_in_process(tmp_path / "run", run_keys, *more)
     assert "first: 1 of 4 test prompts stand in training rows" in said
     (event,) = [e for e in load_json_lines(tmp_path / "run/events.jsonl") if e["event"] == "audit"]
     told = json.loads((tmp_path / "run/audit.json").read_text())
@@ -464,20 +469,20 @@ def test_a_run_audits_once_and_shows_it_in_the_terminal_the_log_and_the_page(key
     assert told["findings"][0]["kind"] == "leaked"
     assert "1 of 4 test prompts stand in training rows" in page(tmp_path / "run").text
     (tmp_path / "run/finished").unlink()
-    _, again = run_in_process(tmp_path / "run", keys, *more)
+    _, again = run_in_process(tmp_path / "run", run_keys, *more)
     assert "stage 3/3" in again
     assert "stand in training rows" not in again
     assert sum(e["event"] == "audit" for e in load_json_lines(tmp_path / "run/events.jsonl")) == 1
 
 
 def test_the_audit_is_shown_before_the_weights_are_read_and_kept_once_the_run_begins(
-    keys, leaky, tmp_path
+    run_keys, leaky, tmp_path
 ):
     folder = write_model(tmp_path / "model")
     weights = folder / "model.safetensors"
     aside, said = weights.rename(tmp_path / "weights"), io.StringIO()
     told = (
-        *keys,
+        *run_keys,
         f"stream.path={leaky}",
         f"model.name={folder}",
         "train.epochs=1",
@@ -492,23 +497,23 @@ def test_the_audit_is_shown_before_the_weights_are_read_and_kept_once_the_run_be
     assert (tmp_path / "run/audit.json").exists()
 
 
-def test_what_is_wrong_with_the_rows_is_told_before_the_weights_are_read(keys, leaky, tmp_path):
+def test_what_is_wrong_with_the_rows_is_told_before_the_weights_are_read(run_keys, leaky, tmp_path):
     folder = write_model(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     write_rows(leaky / "loud/train.jsonl", [{"instruction": "Say it.", "output": " "}])
     with pytest.raises(DataError, match="the response is empty"):
-        run_in_process(tmp_path / "run", keys, f"stream.path={leaky}", f"model.name={folder}")
+        run_in_process(tmp_path / "run", run_keys, f"stream.path={leaky}", f"model.name={folder}")
 
 
-def test_runs_of_one_comparison_say_the_same_audit_once(keys, leaky, tmp_path):
+def test_runs_of_one_comparison_say_the_same_audit_once(run_keys, leaky, tmp_path):
     more = (f"stream.path={leaky}", "train.epochs=1", "stream.tasks=[first]")
-    assert "stand in training rows" in run_in_process(tmp_path / "a", keys, *more)[1]
-    said = run_in_process(tmp_path / "b", keys, *more, "seed=1")[1]
+    assert "stand in training rows" in run_in_process(tmp_path / "a", run_keys, *more)[1]
+    said = run_in_process(tmp_path / "b", run_keys, *more, "seed=1")[1]
     assert "audit of stream: as above, 1 findings" in said
     assert "stand in training rows" not in said
 
 
-def test_an_audit_agrees_with_what_the_run_counts(keys, tmp_path):
+def test_an_audit_agrees_with_what_the_run_counts(run_keys, tmp_path):
     folder = write_stream(tmp_path / "stream", ("first",))
     long = {"instruction": "Say it.", "input": "q" * 300, "output": "q"}
     unfit = {"instruction": "w" * 200, "output": "x"}
@@ -518,7 +523,7 @@ def test_an_audit_agrees_with_what_the_run_counts(keys, tmp_path):
             [*make_rows("first", 4, len(split)), long, unfit, {**long, "id": "b"}],
         )
     more = (f"stream.path={folder}", "data.on_unfit=skip", "train.epochs=1")
-    _, said = run_in_process(tmp_path / "run", keys, *more)
+    _, said = run_in_process(tmp_path / "run", run_keys, *more)
     assert "inputs shortened to fit: 4; examples skipped: 2" in said
     told = json.loads((tmp_path / "run/audit.json").read_text())
     assert told["tasks"]["first"]["tokens"]["shortened"] == 2
@@ -530,13 +535,13 @@ def test_an_audit_agrees_with_what_the_run_counts(keys, tmp_path):
     }
     assert (
         json.loads(
-            json.dumps(alone(cli_config(*keys, *more), Console(file=io.StringIO())).to_json())
+            json.dumps(alone(cli_config(*run_keys, *more), Console(file=io.StringIO())).to_json())
         )
         == told
     )
 
 
-def test_a_task_that_the_base_solves_is_told_once_it_is_scored(keys, tmp_path, monkeypatch):
+def test_a_task_that_the_base_solves_is_told_once_it_is_scored(run_keys, tmp_path, monkeypatch):
     from continual.runs import run as module
 
     def score(model, test, batch_size, turns):
@@ -545,7 +550,7 @@ def test_a_task_that_the_base_solves_is_told_once_it_is_scored(keys, tmp_path, m
         ]
 
     monkeypatch.setattr(module, "score", score)
-    _, said = run_in_process(tmp_path / "run", keys, "stream.tasks=[loud]", "train.epochs=1")
+    _, said = run_in_process(tmp_path / "run", run_keys, "stream.tasks=[loud]", "train.epochs=1")
     assert (
         said.count("loud: the base already solves it, with 100.0; there is little left to learn")
         == 1
@@ -553,19 +558,19 @@ def test_a_task_that_the_base_solves_is_told_once_it_is_scored(keys, tmp_path, m
     assert "the base already solves it" in page(tmp_path / "run").text
 
 
-def test_a_pages_audit_shows_every_text_as_text(keys, tmp_path):
+def test_a_pages_audit_shows_every_text_as_text(run_keys, tmp_path):
     folder = write_stream(tmp_path / "stream", ("first",))
     write_rows(
         folder / "first/train.jsonl",
         [{"id": f"{EVIL}{i}", "instruction": "x", "output": "y"} for i in "ab"],
     )
-    run_in_process(tmp_path / "run", keys, f"stream.path={folder}", "train.epochs=1")
+    run_in_process(tmp_path / "run", run_keys, f"stream.path={folder}", "train.epochs=1")
     assert EVIL in page(tmp_path / "run").text
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"schema": 2}', '{"schema": 1, "tasks": {"a": 3}}'])
-def test_a_damaged_audit_is_named_by_the_report(keys, tmp_path, damage):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]", "train.epochs=1")
+def test_a_damaged_audit_is_named_by_the_report(run_keys, tmp_path, damage):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]", "train.epochs=1")
     (tmp_path / "run/audit.json").write_text(damage)
     with pytest.raises(
         DataError, match=r"audit\.json.*(found broken JSON|no audit of schema 1 .*remove it)"

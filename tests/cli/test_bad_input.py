@@ -28,10 +28,10 @@ def stream(tmp_path):
 
 
 @pytest.fixture
-def said(refused, keys, tmp_path, stream):
+def said(cli_error, run_keys, tmp_path, stream):
     """What a run over the spoiled stream is refused with."""
-    return lambda *words: refused(
-        "run", *keys, f"stream.path={stream}", *words, f"out={tmp_path / 'run'}"
+    return lambda *words: cli_error(
+        "run", *run_keys, f"stream.path={stream}", *words, f"out={tmp_path / 'run'}"
     )
 
 
@@ -109,15 +109,15 @@ def test_the_rows_that_cannot_be_learned_are_told_for_all_stages_at_once_and_bef
 
 
 def test_a_run_refused_for_its_rows_may_be_given_again_with_more_room_or_skipping(
-    said, cli, keys, stream, tmp_path
+    said, run_cli, run_keys, stream, tmp_path
 ):
     write_rows(
         stream / "first/train.jsonl",
         [*make_rows("first", 4), {"instruction": "Say it.", "output": " "}],
     )
     said()
-    code, _, err = cli(
-        "run", *keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}"
+    code, _, err = run_cli(
+        "run", *run_keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}"
     )
     assert code == 0, err
 
@@ -135,7 +135,7 @@ def test_a_test_prompt_longer_than_the_models_context_is_named_before_any_traini
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_all_bad_rows_may_be_skipped(cli, keys, stream, tmp_path):
+def test_all_bad_rows_may_be_skipped(run_cli, run_keys, stream, tmp_path):
     write_rows(
         stream / "loud/train.jsonl",
         [
@@ -144,8 +144,8 @@ def test_all_bad_rows_may_be_skipped(cli, keys, stream, tmp_path):
             {"instruction": "Say it.", "output": " "},
         ],
     )
-    code, _, err = cli(
-        "run", *keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}"
+    code, _, err = run_cli(
+        "run", *run_keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}"
     )
     assert code == 0
     assert "examples skipped: 2 (loud/train/6, loud/train/7 ...)" in err
@@ -155,11 +155,11 @@ def test_all_bad_rows_may_be_skipped(cli, keys, stream, tmp_path):
 
 
 def test_early_stopping_without_dev_rows_is_refused_before_anything_is_scored(
-    cli, keys, stream, tmp_path
+    run_cli, run_keys, stream, tmp_path
 ):
     (stream / "last/dev.jsonl").unlink()
-    code, _, err = cli(
-        "run", *keys, f"stream.path={stream}", "train.patience=1", f"out={tmp_path / 'run'}"
+    code, _, err = run_cli(
+        "run", *run_keys, f"stream.path={stream}", "train.patience=1", f"out={tmp_path / 'run'}"
     )
     assert (
         code,
@@ -213,11 +213,13 @@ def test_an_unknown_metric_of_a_task_names_the_nearest(said, stream):
 # Models
 
 
-def test_a_tokenizer_without_end_of_sequence_or_padding_is_no_error(keys, tmp_path):
+def test_a_tokenizer_without_end_of_sequence_or_padding_is_no_error(run_keys, tmp_path):
     bare = write_model(
         tmp_path / "model", tokenizer=train_byte_bpe(stream_text(), eos=None, pad=None)
     )
-    matrix, _ = run_in_process(tmp_path / "run", keys, f"model.name={bare}", "stream.tasks=[first]")
+    matrix, _ = run_in_process(
+        tmp_path / "run", run_keys, f"model.name={bare}", "stream.tasks=[first]"
+    )
     assert matrix.finished
 
 
@@ -228,14 +230,14 @@ def test_a_folder_that_holds_no_model_is_refused(said, tmp_path):
     assert "Give a local folder with config.json" in message
 
 
-def test_a_checkpoint_of_another_model_is_refused(refused, keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
+def test_a_checkpoint_of_another_model_is_refused(cli_error, run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]")
     other = write_model(tmp_path / "other", "gpt2")
     config = tmp_path / "run/config.yaml"
-    name = next(k for k in keys if k.startswith("model.name")).partition("=")[2]
+    name = next(k for k in run_keys if k.startswith("model.name")).partition("=")[2]
     config.write_text(config.read_text().replace(name, str(other)))
     start = ("stream.tasks=[last]", f"adapt.start={tmp_path / 'run'}")
-    message = refused("adapt", *keys, *start, f"out={tmp_path / 'new'}")
+    message = cli_error("adapt", *run_keys, *start, f"out={tmp_path / 'new'}")
     assert "its weights are of another model or adapter than the one configured" in message
 
 
@@ -249,21 +251,21 @@ def test_a_checkpoint_of_another_model_is_refused(refused, keys, tmp_path):
         ("config.yaml", "config.yaml cannot be read"),
     ],
 )
-def test_a_damaged_file_of_a_run_folder_is_named(refused, keys, tmp_path, file, told):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
+def test_a_damaged_file_of_a_run_folder_is_named(cli_error, run_keys, tmp_path, file, told):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]")
     (tmp_path / "run" / file).write_text("{ [")
-    assert told in refused("run", *keys, "stream.tasks=[first]", f"out={tmp_path / 'run'}")
+    assert told in cli_error("run", *run_keys, "stream.tasks=[first]", f"out={tmp_path / 'run'}")
 
 
-def test_a_report_of_a_damaged_matrix_names_it(refused, keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
+def test_a_report_of_a_damaged_matrix_names_it(cli_error, run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]")
     (tmp_path / "run/matrix.json").write_text('{"schema": 1}')
-    assert refused("report", tmp_path / "run").startswith(f"{tmp_path / 'run/matrix.json'}:")
+    assert cli_error("report", tmp_path / "run").startswith(f"{tmp_path / 'run/matrix.json'}:")
 
 
-def test_a_damaged_configuration_to_adapt_from_is_named(refused, keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
+def test_a_damaged_configuration_to_adapt_from_is_named(cli_error, run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]")
     (tmp_path / "run/config.yaml").write_text("{ [")
     start = ("stream.tasks=[last]", f"adapt.start={tmp_path / 'run'}")
-    message = refused("adapt", *keys, *start, f"out={tmp_path / 'new'}")
+    message = cli_error("adapt", *run_keys, *start, f"out={tmp_path / 'new'}")
     assert f"{tmp_path / 'run/config.yaml'} cannot be read" in message

@@ -30,15 +30,15 @@ def names(group):
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "help", None])
-def test_help_names_every_command(cli, word):
-    code, out, err = cli(*([word] if word else []))
+def test_help_names_every_command(run_cli, word):
+    code, out, err = run_cli(*([word] if word else []))
     assert (code, err) == (0, "")
     assert all(f"continual {verb}" in out for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_command_shows_examples(cli, verb):
-    code, out, _ = cli(verb, "--help")
+def test_every_command_shows_examples(run_cli, verb):
+    code, out, _ = run_cli(verb, "--help")
     assert code == 0
     assert out.count(f"continual {verb}") >= 2
 
@@ -73,8 +73,8 @@ def test_the_examples_of_the_help_compose(line):
     )
 
 
-def test_list_names_all_there_is_each_with_a_line(cli):
-    code, out, _ = cli("list")
+def test_list_names_all_there_is_each_with_a_line(run_cli):
+    code, out, _ = run_cli("list")
     assert code == 0
     shown = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     for group in ("strategy", "stream", "model"):
@@ -82,16 +82,16 @@ def test_list_names_all_there_is_each_with_a_line(cli):
             assert len(shown[name]) > 2, name
 
 
-def test_list_of_one_group_names_no_other(cli):
-    _, out, _ = cli("list", "streams")
+def test_list_of_one_group_names_no_other(run_cli):
+    _, out, _ = run_cli("list", "streams")
     assert "folder" in out
     assert "replay" not in out
 
 
-def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
+def test_cfg_shows_the_whole_configuration_and_does_nothing(run_cli, tmp_path):
     from omegaconf import OmegaConf
 
-    code, out, _ = cli(
+    code, out, _ = run_cli(
         "run", "strategy=[replay,ewc]", "train.lr=0.25", f"out={tmp_path / 'run'}", "--cfg"
     )
     config = OmegaConf.create(out)
@@ -152,7 +152,10 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
             "in quotes: \"device='123'\"\ncheckpoint=None: expected its keys, as in checkpoint.KEY=VALUE",
         ),
         (["run", "lr=1"], "unknown key 'lr'; did you mean 'train.lr'?"),
-        (["run", "strategy=maml", "strategy.inner=meta_sgd"], "did you mean 'strategy.maml.inner'"),
+        (
+            ["run", "strategy=maml", "strategy.inner=meta_sgd"],
+            "did you mean 'strategy.maml.inner_optimizer'",
+        ),
         (
             ["run", "strategy=avalanche", "strategy.plugin=EWCPlugin"],
             "did you mean 'strategy.avalanche.plugin'",
@@ -169,8 +172,8 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(cli, tmp_path):
         (["export", "runs/x", "--cfg"], "continual export has no configuration"),
     ],
 )
-def test_a_name_that_is_not_there_is_refused_with_the_nearest(refused, words, told):
-    assert told in refused(*words)
+def test_a_name_that_is_not_there_is_refused_with_the_nearest(cli_error, words, told):
+    assert told in cli_error(*words)
 
 
 @pytest.mark.parametrize(
@@ -236,23 +239,23 @@ def test_a_name_that_is_not_there_is_refused_with_the_nearest(refused, words, to
         ),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(refused, keys, tmp_path, words, told):
-    assert told in refused("run", *keys, *words, f"out={tmp_path}")
+def test_a_value_that_cannot_be_is_refused(cli_error, run_keys, tmp_path, words, told):
+    assert told in cli_error("run", *run_keys, *words, f"out={tmp_path}")
 
 
-def test_the_traceback_is_there_for_those_who_ask(cli, monkeypatch):
+def test_the_traceback_is_there_for_those_who_ask(run_cli, monkeypatch):
     from continual.errors import ConfigError
 
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ConfigError):
-        cli("rn")
+        run_cli("rn")
 
 
 # run
 
 
-def test_run_trains_composed_strategies_and_shows_the_matrix(cli, keys, tmp_path):
-    code, out, err = cli("run", *keys, "strategy=[replay,ewc]", f"out={tmp_path}")
+def test_run_trains_composed_strategies_and_shows_the_matrix(run_cli, run_keys, tmp_path):
+    code, out, err = run_cli("run", *run_keys, "strategy=[replay,ewc]", f"out={tmp_path}")
     assert code == 0
     assert all(task in out for task in TASKS)
     assert "stage 3/3 loud: average" in err
@@ -263,12 +266,12 @@ def test_run_trains_composed_strategies_and_shows_the_matrix(cli, keys, tmp_path
 
 
 @pytest.fixture(scope="module")
-def compared(keys, tmp_path_factory):
+def compared(run_keys, tmp_path_factory):
     """Two strategies, two seeds."""
     from continual.cli.main import main
 
     out = tmp_path_factory.mktemp("compared") / "it"
-    main(["compare", *keys, "strategy=naive,[replay,ewc]", "seed=0,1", f"out={out}"])
+    main(["compare", *run_keys, "strategy=naive,[replay,ewc]", "seed=0,1", f"out={out}"])
     return out
 
 
@@ -286,8 +289,8 @@ def test_compare_leaves_a_run_folder_for_each_combination_and_one_page(compared)
     }
 
 
-def test_a_comparisons_runs_are_those_of_run(compared, keys, tmp_path):
-    alone, _ = run_in_process(tmp_path, keys, "strategy=[replay,ewc]", "seed=1")
+def test_a_comparisons_runs_are_those_of_run(compared, run_keys, tmp_path):
+    alone, _ = run_in_process(tmp_path, run_keys, "strategy=[replay,ewc]", "seed=1")
     (same,) = [
         m
         for p in compared.glob("*/matrix.json")
@@ -297,10 +300,12 @@ def test_a_comparisons_runs_are_those_of_run(compared, keys, tmp_path):
     assert same.stages == alone.stages
 
 
-def test_the_same_comparison_again_is_finished_and_another_seed_is_added(cli, compared, keys):
+def test_the_same_comparison_again_is_finished_and_another_seed_is_added(
+    run_cli, compared, run_keys
+):
     before = {p: p.stat().st_mtime_ns for p in compared.glob("*/predictions/*/*")}
-    code, _, err = cli(
-        "compare", *keys, "strategy=naive,[replay,ewc]", "seed=0,1,2", f"out={compared}"
+    code, _, err = run_cli(
+        "compare", *run_keys, "strategy=naive,[replay,ewc]", "seed=0,1,2", f"out={compared}"
     )
     assert code == 0, err
     assert " ".join(err.split()).count("is finished") == 4
@@ -308,12 +313,12 @@ def test_the_same_comparison_again_is_finished_and_another_seed_is_added(cli, co
     assert len(list(compared.glob("*/matrix.json"))) == 6
 
 
-def test_a_comparison_of_one_seed_grows_by_others(cli, keys, tmp_path):
+def test_a_comparison_of_one_seed_grows_by_others(run_cli, run_keys, tmp_path):
     for seeds in ([], ["seed=0,1"]):
         assert (
-            cli(
+            run_cli(
                 "compare",
-                *keys,
+                *run_keys,
                 "strategy=naive",
                 "train.epochs=1",
                 *seeds,
@@ -324,9 +329,13 @@ def test_a_comparison_of_one_seed_grows_by_others(cli, keys, tmp_path):
     assert sorted(Matrix.load(p).seed for p in (tmp_path / "it").glob("*/matrix.json")) == [0, 1]
 
 
-def test_compare_runs_every_default_strategy_and_the_joint_arm(cli, keys, tmp_path):
-    code, out, err = cli(
-        "compare", *keys, "train.epochs=1", "stream.tasks=[first,loud]", f"out={tmp_path / 'all'}"
+def test_compare_runs_every_default_strategy_and_the_joint_arm(run_cli, run_keys, tmp_path):
+    code, out, err = run_cli(
+        "compare",
+        *run_keys,
+        "train.epochs=1",
+        "stream.tasks=[first,loud]",
+        f"out={tmp_path / 'all'}",
     )
     assert code == 0, err
     ran = {Matrix.load(p).strategy for p in (tmp_path / "all").glob("*/matrix.json")}
@@ -334,9 +343,11 @@ def test_compare_runs_every_default_strategy_and_the_joint_arm(cli, keys, tmp_pa
     assert all(name in out for name in ran)
 
 
-def test_a_run_that_fails_leaves_the_others_whole_and_is_told_at_the_end(cli, keys, tmp_path):
-    code, _, err = cli(
-        "compare", *keys, "strategy=naive", "stream.order=nope,given", f"out={tmp_path / 'it'}"
+def test_a_run_that_fails_leaves_the_others_whole_and_is_told_at_the_end(
+    run_cli, run_keys, tmp_path
+):
+    code, _, err = run_cli(
+        "compare", *run_keys, "strategy=naive", "stream.order=nope,given", f"out={tmp_path / 'it'}"
     )
     assert code == 2
     assert "Traceback" not in err
@@ -348,9 +359,9 @@ def test_a_run_that_fails_leaves_the_others_whole_and_is_told_at_the_end(cli, ke
     assert (tmp_path / "it/comparison.json").is_file()
 
 
-def test_training_that_diverges_in_one_run_leaves_the_others_whole(cli, keys, tmp_path):
+def test_training_that_diverges_in_one_run_leaves_the_others_whole(run_cli, run_keys, tmp_path):
     broken = ("strategy=naive", "train.weight_decay=0.0,1e30", "train.epochs=4")
-    code, _, err = cli("compare", *keys, *broken, f"out={tmp_path / 'it'}")
+    code, _, err = run_cli("compare", *run_keys, *broken, f"out={tmp_path / 'it'}")
     assert code == 2
     assert "the last checkpoint is kept. Lower train.lr" in err
     assert sum(Matrix.load(p).finished for p in (tmp_path / "it").glob("*/matrix.json")) == 1
@@ -359,25 +370,25 @@ def test_training_that_diverges_in_one_run_leaves_the_others_whole(cli, keys, tm
 # report
 
 
-def test_report_writes_the_pages_again(cli, compared):
+def test_report_writes_the_pages_again(run_cli, compared):
     (compared / "report.html").unlink()
-    code, out, _ = cli("report", compared)
+    code, out, _ = run_cli("report", compared)
     assert code == 0
     assert f"wrote {compared / 'report.html'}" in out.replace("\n", "")
     assert (compared / "report.html").is_file()
 
 
-def test_report_sets_several_folders_side_by_side(cli, compared, tmp_path):
+def test_report_sets_several_folders_side_by_side(run_cli, compared, tmp_path):
     some = sorted(p.parent for p in compared.glob("*/matrix.json"))[:2]
-    code, _, _ = cli("report", *some, f"out={tmp_path / 'both'}")
+    code, _, _ = run_cli("report", *some, f"out={tmp_path / 'both'}")
     assert code == 0
     assert json.loads((tmp_path / "both/comparison.json").read_text())
     assert (tmp_path / "both/report.html").is_file()
 
 
-def test_report_of_several_folders_needs_a_place(refused, compared):
+def test_report_of_several_folders_needs_a_place(cli_error, compared):
     some = sorted(p.parent for p in compared.glob("*/matrix.json"))[:2]
-    assert "out=DIR" in refused("report", *some)
+    assert "out=DIR" in cli_error("report", *some)
 
 
 # adapt
@@ -395,10 +406,14 @@ ADAPT = (
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 @pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_adapt_from_a_run_writes_its_curve_and_a_model_that_loads(cli, keys, tmp_path, adapter):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first,last]", f"model.adapter={adapter}")
-    code, out, err = cli(
-        "adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
+def test_adapt_from_a_run_writes_its_curve_and_a_model_that_loads(
+    run_cli, run_keys, tmp_path, adapter
+):
+    run_in_process(
+        tmp_path / "run", run_keys, "stream.tasks=[first,last]", f"model.adapter={adapter}"
+    )
+    code, out, err = run_cli(
+        "adapt", *run_keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
     )
     assert code == 0, err
     curve = json.loads((tmp_path / "new/curve.json").read_text())
@@ -412,7 +427,7 @@ def test_adapt_from_a_run_writes_its_curve_and_a_model_that_loads(cli, keys, tmp
     )
     assert "loud" in out
     assert (tmp_path / "new/report.html").is_file()
-    assert loads(tmp_path / "new/model", keys, adapter)
+    assert loads(tmp_path / "new/model", run_keys, adapter)
 
 
 def loads(folder, keys, adapter):
@@ -435,11 +450,13 @@ def loads(folder, keys, adapter):
     return not torch.equal(net(ids).logits, before)
 
 
-def test_adapt_from_the_base_and_from_one_checkpoint(cli, keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first,last]")
+def test_adapt_from_the_base_and_from_one_checkpoint(run_cli, run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first,last]")
     starts = {"base": "base", "one": str(tmp_path / "run/checkpoints/stage-01")}
     for name, start in starts.items():
-        code, _, err = cli("adapt", *keys, *ADAPT, f"adapt.start={start}", f"out={tmp_path / name}")
+        code, _, err = run_cli(
+            "adapt", *run_keys, *ADAPT, f"adapt.start={start}", f"out={tmp_path / name}"
+        )
         assert code == 0, err
         assert json.loads((tmp_path / name / "curve.json").read_text())["start"] == start
         told = [
@@ -448,15 +465,15 @@ def test_adapt_from_the_base_and_from_one_checkpoint(cli, keys, tmp_path):
         assert len(told) == 8
 
 
-def test_adapt_again_in_the_same_folder_says_that_it_is_finished(cli, keys, tmp_path):
+def test_adapt_again_in_the_same_folder_says_that_it_is_finished(run_cli, run_keys, tmp_path):
     for _ in range(2):
-        code, _, err = cli("adapt", *keys, *ADAPT, f"out={tmp_path}")
+        code, _, err = run_cli("adapt", *run_keys, *ADAPT, f"out={tmp_path}")
         assert code == 0
     assert f"{tmp_path} is finished" in err.replace("\n", "")
 
 
-def test_adapt_learns_one_task_only(refused, keys, tmp_path):
-    told = refused("adapt", *keys, f"out={tmp_path}")
+def test_adapt_learns_one_task_only(cli_error, run_keys, tmp_path):
+    told = cli_error("adapt", *run_keys, f"out={tmp_path}")
     assert "adapt learns one task, and this stream has 3: first, last, loud" in told
     assert "pick one, such as stream.tasks=[first]" in told
 
@@ -473,21 +490,23 @@ def test_adapt_learns_one_task_only(refused, keys, tmp_path):
         ("adapt.steps=0", "adapt.steps=0: expected a whole number of at least 1"),
     ],
 )
-def test_adapt_refuses_steps_and_shots_that_cannot_be(refused, keys, tmp_path, words, told):
-    assert told in refused("adapt", *keys, "stream.tasks=[loud]", words, f"out={tmp_path}")
+def test_adapt_refuses_steps_and_shots_that_cannot_be(cli_error, run_keys, tmp_path, words, told):
+    assert told in cli_error("adapt", *run_keys, "stream.tasks=[loud]", words, f"out={tmp_path}")
 
 
-def test_adapt_needs_a_checkpoint_to_start_from(refused, keys, tmp_path):
-    told = refused("adapt", *keys, *ADAPT, f"adapt.start={tmp_path}", f"out={tmp_path / 'new'}")
+def test_adapt_needs_a_checkpoint_to_start_from(cli_error, run_keys, tmp_path):
+    told = cli_error(
+        "adapt", *run_keys, *ADAPT, f"adapt.start={tmp_path}", f"out={tmp_path / 'new'}"
+    )
     assert "is neither a run folder with a checkpoint nor one of its checkpoints" in told
 
 
-def test_adapt_builds_nothing_but_our_own_from_a_run_folder(refused, keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]")
+def test_adapt_builds_nothing_but_our_own_from_a_run_folder(cli_error, run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]")
     config = tmp_path / "run/config.yaml"
     config.write_text(config.read_text().replace("continual.models.loading.hf", "os.system"))
-    told = refused(
-        "adapt", *keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
+    told = cli_error(
+        "adapt", *run_keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
     )
     assert "asks for model._target_='os.system', which is not one of continual's" in told
 

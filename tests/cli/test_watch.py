@@ -153,9 +153,9 @@ def test_nothing_is_learned_before_the_first_stage_and_a_joint_run_is_over_at_on
 # What is shown
 
 
-def test_a_real_run_is_followed_to_its_end(keys, tmp_path):
+def test_a_real_run_is_followed_to_its_end(run_keys, tmp_path):
     matrix, _ = run_in_process(
-        tmp_path / "run", keys, "train.epochs=1", "stream.tasks=[first,last]"
+        tmp_path / "run", run_keys, "train.epochs=1", "stream.tasks=[first,last]"
     )
     out = shown(tmp_path / "run")
     assert "finished" in out
@@ -189,9 +189,11 @@ def test_a_screen_without_room_shows_the_runs_that_do_something_and_counts_the_o
     assert (told.row_count, told.caption) == (1, "29 finished")
 
 
-def test_a_run_that_stopped_or_failed_says_so(cli, keys, tmp_path):
+def test_a_run_that_stopped_or_failed_says_so(run_cli, run_keys, tmp_path):
     assert (
-        cli("run", *keys, "train.weight_decay=1e30", "train.epochs=4", f"out={tmp_path / 'it'}")[0]
+        run_cli(
+            "run", *run_keys, "train.weight_decay=1e30", "train.epochs=4", f"out={tmp_path / 'it'}"
+        )[0]
         == 2
     )
     assert "stopped" in shown(tmp_path / "it")
@@ -227,8 +229,10 @@ def test_a_hundred_runs_are_looked_at_without_reading_a_line_twice(tmp_path):
     assert {run.tail.path: run.tail.at for run in runs.values()} == before
 
 
-def test_what_cannot_be_watched_is_refused(refused, tmp_path):
-    assert "there is no such folder" in refused("watch", tmp_path / "nowhere")
-    assert "continual watch needs a folder" in refused("watch")
-    assert "unknown key 'onse'; did you mean 'once'" in refused("watch", tmp_path, "onse=true")
-    assert "every=0: expected a whole number of at least 1" in refused("watch", tmp_path, "every=0")
+def test_what_cannot_be_watched_is_refused(cli_error, tmp_path):
+    assert "there is no such folder" in cli_error("watch", tmp_path / "nowhere")
+    assert "continual watch needs a folder" in cli_error("watch")
+    assert "unknown key 'onse'; did you mean 'once'" in cli_error("watch", tmp_path, "onse=true")
+    assert "every=0: expected a whole number of at least 1" in cli_error(
+        "watch", tmp_path, "every=0"
+    )

@@ -129,8 +129,8 @@ def test_every_model_config_names_a_constructor_and_its_keys(name):
     assert {"adapter", "adapters"} <= set(section)
 
 
-def test_the_hf_config_makes_its_model(model_folder, keys):
-    made = build.model(composed("run", *keys), None)
+def test_the_hf_config_makes_its_model(model_folder, run_keys):
+    made = build.model(composed("run", *run_keys), None)
     assert made.layout.tokens == 4096
 
 

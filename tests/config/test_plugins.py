@@ -74,9 +74,9 @@ def package(tmp_path, monkeypatch):
         assert name.removesuffix(".yaml") in POINTS
 
 
-def test_it_is_listed_with_its_source_moments_and_what_it_stores(package, cli):
+def test_it_is_listed_with_its_source_moments_and_what_it_stores(package, run_cli):
     package()
-    _, out, _ = cli("list", "strategies", "json=true")
+    _, out, _ = run_cli("list", "strategies", "json=true")
     told = {c["name"]: c for c in json.loads(out)["strategies"]}
     assert told["held"] == {
         "name": "held",
@@ -121,11 +121,11 @@ def test_its_name_is_a_strategy_and_its_defaults_are_the_configuration(package):
     assert compose_config("run", ["strategy=held"]).strategy.held.strength == 0.1
 
 
-def test_a_run_and_a_comparison_take_it_as_any_other(package, cli, keys, tmp_path):
+def test_a_run_and_a_comparison_take_it_as_any_other(package, run_cli, run_keys, tmp_path):
     package()
-    code, out, err = cli(
+    code, out, err = run_cli(
         "compare",
-        *keys,
+        *run_keys,
         "train.epochs=1",
         "stream.tasks=[first,loud]",
         "strategy=naive,held",
@@ -137,10 +137,10 @@ def test_a_run_and_a_comparison_take_it_as_any_other(package, cli, keys, tmp_pat
     assert sorted(m.strategy for m in made.values()) == ["held", "naive"]
 
 
-def test_a_name_that_is_mistyped_is_told_the_outside_ones_too(package, refused):
+def test_a_name_that_is_mistyped_is_told_the_outside_ones_too(package, cli_error):
     package()
-    assert "unknown strategy 'hedl'; did you mean 'held'" in refused("run", "strategy=hedl")
-    assert "did you mean 'strategy.held.strength'" in refused(
+    assert "unknown strategy 'hedl'; did you mean 'held'" in cli_error("run", "strategy=hedl")
+    assert "did you mean 'strategy.held.strength'" in cli_error(
         "run", "strategy=held", "strategy.held.strenght=1"
     )
 
@@ -156,13 +156,13 @@ def test_a_name_that_is_mistyped_is_told_the_outside_ones_too(package, refused):
         ),
     ],
 )
-def test_what_cannot_be_had_is_one_clear_error_and_breaks_no_list(package, refused, points, told):
+def test_what_cannot_be_had_is_one_clear_error_and_breaks_no_list(package, cli_error, points, told):
     package(points)
-    assert told in refused("run", "strategy=held")
+    assert told in cli_error("run", "strategy=held")
     assert {c.name for c in catalogue.choices("strategy")} > {"held", "naive"}
 
 
-def test_two_packages_with_one_name_are_refused(package, refused):
+def test_two_packages_with_one_name_are_refused(package, cli_error):
     package({"held": "their_own_package:Held"})
     package({"held": "their_own_package:HeldReplay"}, name="others")
     with pytest.raises(ConfigError, match="are both called 'held'"):

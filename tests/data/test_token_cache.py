@@ -92,16 +92,16 @@ def test_some_rows_are_from_all_over_the_stream_and_not_counted(tmp_path):
     assert not encoder.shortened
 
 
-def test_a_row_is_tokenised_once_however_many_stages_hold_it(keys, tmp_path, monkeypatch):
+def test_a_row_is_tokenised_once_however_many_stages_hold_it(run_keys, tmp_path, monkeypatch):
     calls, train = [], Encoder.train
     monkeypatch.setattr(
         Encoder, "train", lambda self, e, i: calls.append(e.id) or train(self, e, i)
     )
-    run_in_process(tmp_path, keys, "stream.arrangement=cumulative", "train.steps=1")
+    run_in_process(tmp_path, run_keys, "stream.arrangement=cumulative", "train.steps=1")
     assert sorted(calls) == sorted(f"{task}/train/{i}" for task in TASKS for i in range(12))
 
 
-def test_a_resumed_run_tokenises_nothing_and_counts_as_before(keys, tmp_path, monkeypatch):
+def test_a_resumed_run_tokenises_nothing_and_counts_as_before(run_keys, tmp_path, monkeypatch):
     long = {"instruction": "Say it.", "input": "q" * 300, "output": "q"}
     folder = write_stream(tmp_path / "stream", TASKS[:2])
     for task in TASKS[:2]:
@@ -109,7 +109,7 @@ def test_a_resumed_run_tokenises_nothing_and_counts_as_before(keys, tmp_path, mo
             folder / task / "train.jsonl",
             [*make_rows(task, 6), long, {"instruction": "Say.", "output": ""}],
         )
-    told = (*keys, f"stream.path={folder}", "data.on_unfit=skip")
+    told = (*run_keys, f"stream.path={folder}", "data.on_unfit=skip")
     out = tmp_path / "run"
     whole, _ = run_in_process(out, told)
     (out / "finished").unlink()
@@ -225,12 +225,14 @@ def test_all_unfit_rows_of_all_stages_are_named_together(tmp_path):
     assert not (tmp_path / "tokens").exists()
 
 
-def test_every_task_of_which_nothing_is_left_is_refused_before_the_first_is_learned(keys, tmp_path):
+def test_every_task_of_which_nothing_is_left_is_refused_before_the_first_is_learned(
+    run_keys, tmp_path
+):
     folder = write_stream(tmp_path / "stream")
     for task in TASKS[1:]:
         write_rows(folder / task / "train.jsonl", [{"instruction": "Say.", "output": ""}])
     with pytest.raises(DataError) as caught:
-        run_in_process(tmp_path / "run", keys, f"stream.path={folder}", "data.on_unfit=skip")
+        run_in_process(tmp_path / "run", run_keys, f"stream.path={folder}", "data.on_unfit=skip")
     assert [line.split(" has no train rows left")[0] for line in str(caught.value).split("\n")] == [
         "task 'last'",
         "task 'loud'",

@@ -28,7 +28,7 @@ BOTH = (
     "strategy=[replay,ewc]",
     "strategy.ewc.strength=10",
     "strategy.replay.capacity=6",
-    "strategy.ewc.examples=6",
+    "strategy.ewc.num_examples=6",
     "checkpoint.every_steps=1",
     "probe=[shots]",
     "probe.shots.k=[0,1]",
@@ -105,10 +105,10 @@ def assert_alike(out, whole):
 
 
 @pytest.fixture(scope="module")
-def whole(keys, tmp_path_factory):
+def whole(run_keys, tmp_path_factory):
     """A run of one process."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run_in_process(out, keys, *BOTH)
+    run_in_process(out, run_keys, *BOTH)
     return out
 
 
@@ -178,7 +178,7 @@ def forked(folder, *words):
         ),
     ],
 )
-def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(launch, whole, keys, tmp_path):
+def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(launch, whole, run_keys, tmp_path):
     out = shutil.copytree(whole, tmp_path / "two")
     (out / "finished").unlink()
     for path in (
@@ -189,7 +189,7 @@ def test_a_run_of_one_process_goes_on_in_two_to_the_same_end(launch, whole, keys
         "checkpoints/stage-03",
     ):
         shutil.rmtree(out / path)
-    code, said = launch(tmp_path, "run", *keys, *BOTH, f"out={out}")
+    code, said = launch(tmp_path, "run", *run_keys, *BOTH, f"out={out}")
     assert code == 0, said
     assert said.count("resuming") == 1, "one process speaks"
     assert said.count("Learning accuracy") == 1
@@ -215,40 +215,40 @@ def die(step: int, *words: str) -> None:
 
 
 def test_a_lost_process_ends_the_others_and_one_alone_goes_on_to_the_same_end(
-    whole, keys, tmp_path
+    whole, run_keys, tmp_path
 ):
     out = tmp_path / "lost"
     told = [
         process.wait()
         for process in subprocesses.start_two_ranks(
-            tmp_path, die, 6, "run", *keys, *BOTH, f"out={out}"
+            tmp_path, die, 6, "run", *run_keys, *BOTH, f"out={out}"
         )
     ]
     assert [code for code, _ in told] == [2, -signal.SIGKILL], told
     assert "error: another of the 2 processes is lost" in told[0][1]
     assert "goes on after the last checkpoint, also with another number of processes" in told[0][1]
-    _, said = run_in_process(out, keys, *BOTH)
+    _, said = run_in_process(out, run_keys, *BOTH)
     assert f"resuming {out} from stage-02-step-" in said
     assert_alike(out, whole)
 
 
-def test_several_processes_are_refused_what_is_the_work_of_one(refused, monkeypatch):
+def test_several_processes_are_refused_what_is_the_work_of_one(cli_error, monkeypatch):
     monkeypatch.setattr(processes, "GRACE", 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert refused("compare") == (
+    assert cli_error("compare") == (
         "continual compare is the work of one process, and 2 were started; several can share "
         "continual run or adapt"
     )
 
 
-def test_half_an_environment_is_told(refused, keys, monkeypatch, tmp_path):
+def test_half_an_environment_is_told(cli_error, run_keys, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     for name in processes.NEEDED:
         monkeypatch.delenv(name, raising=False)
-    assert "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun" in refused(
-        "run", *keys, f"out={tmp_path}"
+    assert "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun" in cli_error(
+        "run", *run_keys, f"out={tmp_path}"
     )
 
 

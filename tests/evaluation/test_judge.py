@@ -211,14 +211,16 @@ def test_loading_a_judge_draws_nothing_from_the_run_s_random_numbers(dull):
         ("batch_size=null", "score.judge.batch_size=None: expected a whole number"),
     ],
 )
-def test_a_judge_that_cannot_be_is_refused_before_training(keys, refused, tmp_path, key, said):
-    assert said in refused(
-        "run", *keys, "score.judge.name=x", f"score.judge.{key}", f"out={tmp_path / 'no'}"
+def test_a_judge_that_cannot_be_is_refused_before_training(
+    run_keys, cli_error, tmp_path, key, said
+):
+    assert said in cli_error(
+        "run", *run_keys, "score.judge.name=x", f"score.judge.{key}", f"out={tmp_path / 'no'}"
     )
 
 
-def test_without_a_judge_the_metric_is_refused(keys, refused, tmp_path):
-    said = refused("run", *keys, "score.metric=relevance_judged", f"out={tmp_path / 'no'}")
+def test_without_a_judge_the_metric_is_refused(run_keys, cli_error, tmp_path):
+    said = cli_error("run", *run_keys, "score.metric=relevance_judged", f"out={tmp_path / 'no'}")
     assert (
         "found no judge, expected a model that grades for the metric relevance_judged; name one by"
         in said

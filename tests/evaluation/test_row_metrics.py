@@ -404,8 +404,10 @@ def test_predictions_of_one_level_or_none_show_nothing(ran, tmp_path):
     assert measures._adherence([{"score": 1.0, "strict": "yes", "loose": [1]}]) == {}
 
 
-def test_a_metric_for_rows_without_what_it_marks_is_refused_before_training(ran, refused, tmp_path):
-    said = refused("run", *ran[1], "score.metric=constraint_check", f"out={tmp_path / 'no'}")
+def test_a_metric_for_rows_without_what_it_marks_is_refused_before_training(
+    ran, cli_error, tmp_path
+):
+    said = cli_error("run", *ran[1], "score.metric=constraint_check", f"out={tmp_path / 'no'}")
     assert (
         "first/test.jsonl:1: found no constraints, expected them for the metric constraint_check"
         in said

@@ -14,21 +14,21 @@ SHORT = ("stream.tasks=[first,last]", "score.max_new_tokens=6", "train.lr=0.01",
 
 
 @pytest.fixture(scope="module")
-def done(keys, tmp_path_factory):
+def done(run_keys, tmp_path_factory):
     """A finished run over two tasks."""
     out = tmp_path_factory.mktemp("runs") / "done"
-    run_in_process(out, keys, *SHORT)
+    run_in_process(out, run_keys, *SHORT)
     return out
 
 
 @pytest.fixture
-def say(cli, monkeypatch):
+def say(run_cli, monkeypatch):
     """What `continual chat` prints for these lines of a pipe, each as it stands there."""
 
     def typed(path, *told, words=("max_new_tokens=6", "device=cpu")):
         monkeypatch.setenv("COLUMNS", "300")
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in told)))
-        code, out, err = cli("chat", path, *words)
+        code, out, err = run_cli("chat", path, *words)
         assert code == 0, err
         return out.splitlines()
 
@@ -75,8 +75,8 @@ def test_compare_asks_the_last_prompt_of_several_stages_side_by_side_and_goes_ba
     assert out[-1].startswith("*  2 last  average ")
 
 
-def test_compare_of_all_stages_has_a_row_for_each(say, keys, tmp_path):
-    run_in_process(tmp_path, keys, "score.max_new_tokens=6", "train.epochs=1")
+def test_compare_of_all_stages_has_a_row_for_each(say, run_keys, tmp_path):
+    run_in_process(tmp_path, run_keys, "score.max_new_tokens=6", "train.epochs=1")
     out = "\n".join(say(tmp_path, "/task loud", "/example", "/compare"))
     rows = out[out.index("after stage", out.index("/compare")) :]
     assert [name for name in ("base", "first", "last", "loud") if name in rows] == [
@@ -130,9 +130,9 @@ def test_quit_ends_it(say, done):
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 @pytest.mark.parametrize("strategy", ["per_task", "router", "gain_lora"])
-def test_a_strategy_that_chooses_weights_chooses_them_here_too(say, keys, tmp_path, strategy):
+def test_a_strategy_that_chooses_weights_chooses_them_here_too(say, run_keys, tmp_path, strategy):
     rank = ("strategy.gain_lora.rank=2",) if strategy == "gain_lora" else ()
-    run_in_process(tmp_path, keys, *SHORT, f"strategy={strategy}", *rank, "model.adapter=lora")
+    run_in_process(tmp_path, run_keys, *SHORT, f"strategy={strategy}", *rank, "model.adapter=lora")
     out = say(tmp_path, "red blue", "/task first", "/example")
     assert ("has other weights for each task, and none is named" in " ".join(out)) == (
         strategy == "per_task"
@@ -140,7 +140,7 @@ def test_a_strategy_that_chooses_weights_chooses_them_here_too(say, keys, tmp_pa
     assert out[-2] == first_answer(tmp_path, 2, "first")
 
 
-def test_an_adapted_model_answers_as_it_did_when_it_was_scored(say, cli, keys, tmp_path):
+def test_an_adapted_model_answers_as_it_did_when_it_was_scored(say, run_cli, run_keys, tmp_path):
     words = (
         "stream.tasks=[loud]",
         "adapt.steps=20",
@@ -150,7 +150,7 @@ def test_an_adapted_model_answers_as_it_did_when_it_was_scored(say, cli, keys, t
         "train.lr=0.02",
         f"out={tmp_path / 'new'}",
     )
-    assert cli("adapt", *keys, *words)[0] == 0
+    assert run_cli("adapt", *run_keys, *words)[0] == 0
     (point,) = json.loads((tmp_path / "new/curve.json").read_text())["points"]
     out = say(tmp_path / "new", "/task loud", *["/example"] * 4, "/stages")
     right = [
@@ -171,10 +171,10 @@ def test_an_unfinished_run_begins_at_its_newest_stage(say, done, tmp_path):
     assert "after stage first." in say(copy, "/quit")[0]
 
 
-def test_a_stream_that_is_gone_leaves_whole_prompts(say, done, keys, tmp_path):
+def test_a_stream_that_is_gone_leaves_whole_prompts(say, done, run_keys, tmp_path):
     copy = shutil.copytree(done, tmp_path / "copy")
     config = (copy / "config.yaml").read_text()
-    old = next(k for k in keys if k.startswith("stream.path=")).partition("=")[2]
+    old = next(k for k in run_keys if k.startswith("stream.path=")).partition("=")[2]
     (copy / "config.yaml").write_text(config.replace(old, str(tmp_path / "gone")))
     out = say(copy, "/task first", "Give the first word.")
     assert "found no folder" in " ".join(out)
@@ -188,6 +188,8 @@ def test_an_answer_cannot_command_the_terminal(say, done, monkeypatch):
     assert say(done, "hello")[-1] == "\\x1b[2J\\x07 [red]gone[/red] \\u202e"
 
 
-def test_a_folder_that_is_no_run_is_refused(refused, tmp_path):
-    assert "there is no such folder" in refused("chat", tmp_path / "nowhere")
-    assert "expected the folder of one run, and 2 are named" in refused("chat", tmp_path, tmp_path)
+def test_a_folder_that_is_no_run_is_refused(cli_error, tmp_path):
+    assert "there is no such folder" in cli_error("chat", tmp_path / "nowhere")
+    assert "expected the folder of one run, and 2 are named" in cli_error(
+        "chat", tmp_path, tmp_path
+    )

@@ -41,14 +41,14 @@ SHORT = ("stream.tasks=[first,last]", "score.max_new_tokens=6", "train.lr=0.01",
 
 
 @pytest.fixture(scope="module")
-def made(keys, tmp_path_factory):
+def made(run_keys, tmp_path_factory):
     """A finished run of each of these kinds, made when it is first asked for."""
     runs = {}
 
     def of(*more):
         if more not in runs:
             runs[more] = tmp_path_factory.mktemp("runs") / "run"
-            run_in_process(runs[more], keys, *SHORT, *more)
+            run_in_process(runs[more], run_keys, *SHORT, *more)
         return runs[more]
 
     return of
@@ -128,17 +128,17 @@ VIRTUAL = ("model.adapter=prompt_tuning", "train.lr=0.3")
     ids=str,
 )
 def test_an_exported_model_answers_every_test_prompt_as_the_run_did(
-    made, keys, tmp_path, more, stage, options
+    made, run_keys, tmp_path, more, stage, options
 ):
     path = made(*more)
     number = {"last": 2, "base": 0, "1": 1, "first": 1}[stage]
     made_folder = exported(path, tmp_path / "out", stage=stage, **options).path
     for task in [options["task"]] if "task" in options else ["first", "last"]:
-        assert answers(made_folder, asked(keys, task)) == told(path, number, task)
+        assert answers(made_folder, asked(run_keys, task)) == told(path, number, task)
 
 
 def test_an_encoder_decoder_asked_by_its_tokenizers_own_template_answers_as_the_run_did(
-    keys, tmp_path
+    run_keys, tmp_path
 ):
     folder = write_model(
         tmp_path / "model",
@@ -147,25 +147,25 @@ def test_an_encoder_decoder_asked_by_its_tokenizers_own_template_answers_as_the_
     )
     run_in_process(
         tmp_path / "run",
-        keys,
+        run_keys,
         *SHORT,
         f"model.name={folder}",
         "data.template=chat",
         "stream.tasks=[first]",
     )
     exported(tmp_path / "run", tmp_path / "out")
-    assert answers(tmp_path / "out", asked(keys, "first")) == told(tmp_path / "run", 1, "first")
+    assert answers(tmp_path / "out", asked(run_keys, "first")) == told(tmp_path / "run", 1, "first")
 
 
-def test_an_adapter_is_saved_for_its_base_and_is_far_smaller(made, keys, tmp_path):
+def test_an_adapter_is_saved_for_its_base_and_is_far_smaller(made, run_keys, tmp_path):
     exported(made(*LORA), tmp_path / "out", merged=False)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert f"model.name={config['base_model_name_or_path']}" in keys
+    assert f"model.name={config['base_model_name_or_path']}" in run_keys
     assert not (tmp_path / "out/model.safetensors").exists()
     assert card(tmp_path / "out")[0]["library_name"] == "peft"
 
 
-def test_an_adapter_of_a_base_that_only_this_run_has_brings_it_along(keys, tmp_path):
+def test_an_adapter_of_a_base_that_only_this_run_has_brings_it_along(run_keys, tmp_path):
     words = (
         "model=scratch",
         "model.hidden=32",
@@ -176,19 +176,19 @@ def test_an_adapter_of_a_base_that_only_this_run_has_brings_it_along(keys, tmp_p
         "model.adapter=lora",
         *SHORT,
     )
-    run_in_process(tmp_path / "run", [k for k in keys if not k.startswith("model")], *words)
+    run_in_process(tmp_path / "run", [k for k in run_keys if not k.startswith("model")], *words)
     exported(tmp_path / "run", tmp_path / "out", merged=False)
-    assert answers(tmp_path / "out", asked(keys, "first")) == told(tmp_path / "run", 2, "first")
+    assert answers(tmp_path / "out", asked(run_keys, "first")) == told(tmp_path / "run", 2, "first")
     assert (
         json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"]
         == "base"
     )
 
 
-def test_the_adapted_model_of_an_adaptation_is_exported(cli, made, keys, tmp_path):
+def test_the_adapted_model_of_an_adaptation_is_exported(run_cli, made, run_keys, tmp_path):
     words = ("stream.tasks=[loud]", "adapt.steps=2", "adapt.at=[]", f"adapt.start={made(*LORA)}")
-    assert cli("adapt", *keys, *words, f"out={tmp_path / 'new'}")[0] == 0
-    code, out, err = cli("export", tmp_path / "new", "merged=false")
+    assert run_cli("adapt", *run_keys, *words, f"out={tmp_path / 'new'}")[0] == 0
+    code, out, err = run_cli("export", tmp_path / "new", "merged=false")
     assert code == 0, err
     assert f"wrote {tmp_path / 'new/export/adapted'}" in out
     theirs, ours = (
@@ -237,11 +237,11 @@ def test_the_hubs_own_reader_takes_the_card(made, tmp_path):
     ],
 )
 def test_the_licence_is_that_of_the_data_where_the_stream_tells_it(
-    made, keys, tmp_path, licences, expected
+    made, run_keys, tmp_path, licences, expected
 ):
     copy = shutil.copytree(made(), tmp_path / "run")
     config = (copy / "config.yaml").read_text()
-    old = next(k for k in keys if k.startswith("stream.path=")).partition("=")[2]
+    old = next(k for k in run_keys if k.startswith("stream.path=")).partition("=")[2]
     index = {
         "tasks": [{"name": t, "licence": lic} for t, lic in zip(TASKS, licences, strict=False)]
     }
@@ -336,9 +336,9 @@ def test_the_saved_template_writes_every_prompt_as_the_run_did(
 # What cannot be exported
 
 
-def test_a_folder_that_is_there_is_left_alone(refused, made, tmp_path):
+def test_a_folder_that_is_there_is_left_alone(cli_error, made, tmp_path):
     (tmp_path / "out").mkdir()
-    assert f"{tmp_path / 'out'} is there already; remove it, or give another out=" in refused(
+    assert f"{tmp_path / 'out'} is there already; remove it, or give another out=" in cli_error(
         "export", made(), f"out={tmp_path / 'out'}"
     )
 
@@ -362,32 +362,32 @@ def test_a_folder_that_is_there_is_left_alone(refused, made, tmp_path):
     ids=str,
 )
 def test_what_cannot_be_exported_is_refused_with_the_reason(
-    refused, made, tmp_path, more, words, expected
+    cli_error, made, tmp_path, more, words, expected
 ):
-    assert expected in refused("export", made(*more), *words, f"out={tmp_path / 'out'}")
+    assert expected in cli_error("export", made(*more), *words, f"out={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_strategy_that_chooses_by_each_prompt_is_no_one_model(refused, spoiled):
+def test_a_strategy_that_chooses_by_each_prompt_is_no_one_model(cli_error, spoiled):
     config = spoiled / "config.yaml"
     config.write_text(
         config.read_text().replace(
             "continual.strategy.interface.Strategy", "strategies.router.Router"
         )
     )
-    told = refused("export", spoiled)
+    told = cli_error("export", spoiled)
     assert (
         "chooses other weights for each prompt, which no one model holds; talk to it with "
         "continual chat" in told
     )
 
 
-def test_an_unfinished_run_has_no_last_stage_but_those_that_it_has(refused, spoiled, tmp_path):
+def test_an_unfinished_run_has_no_last_stage_but_those_that_it_has(cli_error, spoiled, tmp_path):
     matrix = json.loads((spoiled / "matrix.json").read_text())
     matrix["stages"].pop()
     matrix["scores"].pop()
     (spoiled / "matrix.json").write_text(json.dumps(matrix))
-    told = refused("export", spoiled, f"out={tmp_path / 'out'}")
+    told = cli_error("export", spoiled, f"out={tmp_path / 'out'}")
     assert (
         "is not finished, and has no last stage yet; finish it, or name a stage that it has: "
         "base, first" in told
@@ -395,16 +395,16 @@ def test_an_unfinished_run_has_no_last_stage_but_those_that_it_has(refused, spoi
     assert exported(spoiled, tmp_path / "out", stage="first").path.is_dir()
 
 
-def test_a_stage_whose_weights_were_not_kept_says_which_are(refused, spoiled):
+def test_a_stage_whose_weights_were_not_kept_says_which_are(cli_error, spoiled):
     shutil.rmtree(spoiled / "checkpoints/stage-01")
-    told = refused("export", spoiled, "stage=first")
+    told = cli_error("export", spoiled, "stage=first")
     assert "the weights after stage 'first' are not there (checkpoint.keep=N" in told
     assert told.endswith("choose of base, last")
 
 
-def test_a_full_disk_leaves_nothing_behind(refused, made, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind(cli_error, made, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(2**20))
-    told = refused("export", made(), f"out={tmp_path / 'new/out'}")
+    told = cli_error("export", made(), f"out={tmp_path / 'new/out'}")
     assert "MB left; see to the space there, or give another out=" in told
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -430,14 +430,14 @@ def test_a_full_disk_leaves_nothing_behind(refused, made, tmp_path, monkeypatch)
         ("trust_remote_code: false", "trust_remote_code: true", "asks to run code that the model"),
     ],
 )
-def test_nothing_is_built_from_a_run_folder_but_our_own(refused, spoiled, old, new, expected):
+def test_nothing_is_built_from_a_run_folder_but_our_own(cli_error, spoiled, old, new, expected):
     config = spoiled / "config.yaml"
     assert old in config.read_text()
     config.write_text(config.read_text().replace(old, new))
-    assert expected in refused("export", spoiled)
+    assert expected in cli_error("export", spoiled)
 
 
-def test_a_damaged_checkpoint_is_not_exported(refused, spoiled):
+def test_a_damaged_checkpoint_is_not_exported(cli_error, spoiled):
     path = spoiled / "checkpoints/stage-02/weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert "weights.safetensors is not as it was written" in refused("export", spoiled)
+    assert "weights.safetensors is not as it was written" in cli_error("export", spoiled)

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from continual.data.template import Encoder
 from continual.interop import avalanche
-from continual.interop.avalanche import Criterion, Rows, Shown, benchmark, examples, tensors
+from continual.interop.avalanche import (
+    AvalancheModel,
+    Criterion,
+    EncodedDataset,
+    make_benchmark,
+    to_examples,
+    to_tensors,
+)
 from continual.models.loss import forward, nll, numbered
 from continual.models.weights import gradient, snapshot
 from continual.results.matrix import Matrix
@@ -28,10 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 @pytest.mark.parametrize("causal", [True, False])
 def test_examples_are_what_their_tensors_hold(causal):
     rows = toy.make_examples(2, 5)
-    x, y, t = tensors(rows, causal, longest=20)
+    x, y, t = to_tensors(rows, causal, min_width=20)
     assert x.shape == (5, 2, 20)
-    assert [(e.ids, e.response) for e in examples(x)] == [(e.ids, e.response) for e in rows]
-    assert y[y != avalanche.NONE].tolist() == [
+    assert [(e.ids, e.response) for e in to_examples(x)] == [(e.ids, e.response) for e in rows]
+    assert y[y != avalanche.IGNORE_INDEX].tolist() == [
         i for e in rows for i, r in zip(e.ids, e.response, strict=True) if r
     ]
     assert t.tolist() == [2] * 5
@@ -43,8 +50,8 @@ def test_a_model_as_avalanche_sees_it_has_our_logits_and_our_loss(kind):
     rows = [
         replace(e, ids=(*e.ids, 0), response=(*e.response, True)) for e in toy.make_examples(0, 4)
     ]
-    x, y, _ = tensors(rows, causal=not made.layout.seq2seq)
-    logits, batch = Shown(made)(x), numbered(made, rows)
+    x, y, _ = to_tensors(rows, causal=not made.layout.seq2seq)
+    logits, batch = AvalancheModel(made)(x), numbered(made, rows)
     assert torch.allclose(logits, forward(made, batch), atol=1e-5)
     assert Criterion()(logits, y).item() == pytest.approx(nll(made, batch).item(), rel=1e-5)
 
@@ -57,14 +64,14 @@ def ready(stream_folder):
     """A benchmark of the small stream, and a model for it."""
     made = make_text_model()
     tasks = stream(toy.compose_run_config("stream=folder", f"stream.path={stream_folder}"))
-    return benchmark(tasks, Encoder(made.tokenizer, limit=128)), made
+    return make_benchmark(tasks, Encoder(made.tokenizer, limit=128)), made
 
 
 def loop(made, kind="Naive", adam: float | None = None, **settings):
     """One of Avalanche's strategies on our model, by SGD at 0.1 or by Adam."""
     from avalanche.training import supervised
 
-    net = Shown(made)
+    net = AvalancheModel(made)
     p = list(net.parameters())
     settings = {"train_mb_size": 12, "eval_mb_size": 4, "evaluator": None, **settings}
     return getattr(supervised, kind)(
@@ -213,7 +220,7 @@ def test_their_forgetting_differs_from_ours_where_a_task_was_best_after_its_own_
 
 
 def test_rows_of_a_data_set_have_one_width():
-    rows = Rows(toy.make_examples(0), causal=True)
+    rows = EncodedDataset(toy.make_examples(0), causal=True)
     assert {rows.collate_fn([e])[0].shape for e in rows.examples} == {
         (1, 2, max(len(e.ids) for e in rows.examples))
     }

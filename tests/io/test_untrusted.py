@@ -164,10 +164,10 @@ def nothing_unpickled(monkeypatch):
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_a_resume_an_adaptation_and_a_report_unpickle_nothing_and_start_no_process(
-    cli, keys, tmp_path, nothing_unpickled
+    run_cli, run_keys, tmp_path, nothing_unpickled
 ):
     words = (
-        *keys,
+        *run_keys,
         "strategy=[replay,ewc]",
         "train.epochs=1",
         "checkpoint.every_steps=1",
@@ -179,7 +179,7 @@ def test_a_resume_an_adaptation_and_a_report_unpickle_nothing_and_start_no_proce
     shutil.rmtree(out / "checkpoints/stage-02")
     _, said = run_in_process(out, words, "stream.tasks=[first,last]")
     assert f"resuming {out} from stage-0" in said
-    code, _, err = cli(
+    code, _, err = run_cli(
         "adapt",
         *words,
         "stream.tasks=[loud]",
@@ -188,8 +188,8 @@ def test_a_resume_an_adaptation_and_a_report_unpickle_nothing_and_start_no_proce
         f"out={tmp_path / 'new'}",
     )
     assert code == 0, err
-    assert cli("report", out)[0] == 0
-    assert cli("report", tmp_path / "new")[0] == 0
+    assert run_cli("report", out)[0] == 0
+    assert run_cli("report", tmp_path / "new")[0] == 0
 
 
 # Nothing is built or looked up but what is ours
@@ -315,12 +315,14 @@ def test_nothing_that_a_run_folder_asks_for_is_looked_up(tmp_path, text):
 # No path leads out
 
 
-def test_a_link_in_a_stream_folder_may_lead_to_another_place_in_it_only(cli, keys, tmp_path):
+def test_a_link_in_a_stream_folder_may_lead_to_another_place_in_it_only(
+    run_cli, run_keys, tmp_path
+):
     outside = tmp_path / "secret.jsonl"
     outside.write_text('{"instruction": "a secret", "output": "of someone"}\n')
     stream = write_stream(tmp_path / "stream")
     words = (
-        *keys,
+        *run_keys,
         f"stream.path={stream}",
         "stream.tasks=[first]",
         "train.epochs=1",
@@ -328,7 +330,7 @@ def test_a_link_in_a_stream_folder_may_lead_to_another_place_in_it_only(cli, key
     )
     (stream / "first/dev.jsonl").unlink()
     (stream / "first/dev.jsonl").symlink_to(outside)
-    code, _, err = cli("run", *words)
+    code, _, err = run_cli("run", *words)
     assert (code, "secret" in err) == (2, False)
     assert (
         f"{stream / 'first/dev.jsonl'} is a link that leads out of {stream}; put the file itself "
@@ -336,7 +338,7 @@ def test_a_link_in_a_stream_folder_may_lead_to_another_place_in_it_only(cli, key
     )
     (stream / "first/dev.jsonl").unlink()
     (stream / "first/dev.jsonl").symlink_to("../last/dev.jsonl")
-    code, _, err = cli("run", *words)
+    code, _, err = run_cli("run", *words)
     assert code == 0, err
 
 
@@ -344,7 +346,7 @@ def test_a_link_in_a_stream_folder_may_lead_to_another_place_in_it_only(cli, key
     "name", [".lock", "events.jsonl", "matrix.json", "predictions", "checkpoints/stage-01", "x/y"]
 )
 def test_a_run_folder_with_a_link_that_leads_out_is_neither_read_nor_written(
-    cli, keys, tmp_path, name
+    run_cli, run_keys, tmp_path, name
 ):
     target, out = tmp_path / "target", tmp_path / "run"
     target.write_text("mine")
@@ -353,12 +355,12 @@ def test_a_run_folder_with_a_link_that_leads_out_is_neither_read_nor_written(
     shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     (out / name).symlink_to(target)
     for words in (
-        ("run", *keys, f"out={out}"),
-        ("adapt", *keys, f"out={out}"),
+        ("run", *run_keys, f"out={out}"),
+        ("adapt", *run_keys, f"out={out}"),
         ("report", out),
-        ("adapt", *keys, f"adapt.start={out}", f"out={tmp_path / 'new'}"),
+        ("adapt", *run_keys, f"adapt.start={out}", f"out={tmp_path / 'new'}"),
     ):
-        code, _, err = cli(*words)
+        code, _, err = run_cli(*words)
         assert code == 2
         assert (
             f"{out / name} is a link to {target}, outside of {out}; put the file itself there, "
@@ -367,11 +369,11 @@ def test_a_run_folder_with_a_link_that_leads_out_is_neither_read_nor_written(
     assert target.read_text() == "mine"
 
 
-def test_links_that_go_in_a_circle_are_refused(cli, tmp_path):
+def test_links_that_go_in_a_circle_are_refused(run_cli, tmp_path):
     out = write_fake_run(tmp_path / "run")
     (out / "a").symlink_to(out / "b")
     (out / "b").symlink_to(out / "a")
-    code, _, err = cli("report", out)
+    code, _, err = run_cli("report", out)
     assert (code, "is a link to" in err) == (2, True)
 
 
@@ -385,11 +387,11 @@ def test_a_task_of_any_name_has_its_predictions_in_the_folder(task, tmp_path):
 
 
 def test_a_task_whose_name_is_too_long_for_a_file_is_refused_before_anything_is_learned(
-    refused, keys, tmp_path
+    cli_error, run_keys, tmp_path
 ):
     stream = write_stream(tmp_path / "stream")
     (stream / "stream.json").write_text(json.dumps({"tasks": [{"name": "é" * 120, "dir": "last"}]}))
-    told = refused("run", *keys, f"stream.path={stream}", f"out={tmp_path / 'run'}")
+    told = cli_error("run", *run_keys, f"stream.path={stream}", f"out={tmp_path / 'run'}")
     assert "expected at most 200 bytes: files are named after it; shorten it" in told
 
 
@@ -576,7 +578,7 @@ def dump(page, scratch):
     return told.stdout
 
 
-def test_a_terminal_is_told_nothing_that_it_obeys(cli, tmp_path):
+def test_a_terminal_is_told_nothing_that_it_obeys(run_cli, tmp_path):
     out = write_fake_run(tmp_path / "run")
     told = json.loads((out / "matrix.json").read_text())
     for change in (
@@ -585,14 +587,14 @@ def test_a_terminal_is_told_nothing_that_it_obeys(cli, tmp_path):
         {"strategy": "\x9b2J"},
     ):
         (out / "matrix.json").write_text(json.dumps({**told, **change}))
-        code, shown, err = cli("report", out)
+        code, shown, err = run_cli("report", out)
         assert code == 2
         assert not re.search(r"[\x07\x1b\x9b]\[?(2J|\]0)", shown + err)
 
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_why_a_run_failed_and_the_command_that_finishes_it_are_text_whatever_they_hold(
-    cli, tmp_path, scored
+    run_cli, tmp_path, scored
 ):
     if scored:
         write_fake_run(tmp_path / "good")
@@ -600,14 +602,14 @@ def test_why_a_run_failed_and_the_command_that_finishes_it_are_text_whatever_the
     (tmp_path / "bad/failed.txt").write_bytes(b"why \xff \x1b[2J")
     plans = [{"words": ["seed=\x1b[2J"], "cells": ["good", "bad"]}]
     (tmp_path / "cells.json").write_text(json.dumps({"schema": 1, "commands": plans}))
-    code, shown, err = cli("report", tmp_path)
+    code, shown, err = run_cli("report", tmp_path)
     assert code == (0 if scored else 2)
     assert "bad: failed: why \ufffd \\x1b[2J" in shown + err
     assert "\x1b[2J" not in shown + err
-    _, shown, err = cli("watch", tmp_path, "once=true")
+    _, shown, err = run_cli("watch", tmp_path, "once=true")
     assert "\x1b[2J" not in shown + err
     (tmp_path / "cells.json").write_text(
         json.dumps({"schema": 1, "commands": [{"words": [], "cells": ["\x1b[2J"]}]})
     )
-    code, shown, err = cli("report", tmp_path)
+    code, shown, err = run_cli("report", tmp_path)
     assert (code, "names \\x1b[2J, which are no folders in it" in err) == (2, True)

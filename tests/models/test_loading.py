@@ -41,10 +41,10 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_local_folder_runs_two_stages(folders, kind, adapter, keys, tmp_path):
+def test_a_local_folder_runs_two_stages(folders, kind, adapter, run_keys, tmp_path):
     matrix, _ = run_in_process(
         tmp_path,
-        keys,
+        run_keys,
         "stream.tasks=[first,loud]",
         f"model.name={folders[kind]}",
         f"model.adapter={adapter}",
@@ -73,9 +73,9 @@ def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "loha", "lokr", "oft", "prompt_tuning"])
-def test_every_configured_adapter_trains(kind, keys, tmp_path):
+def test_every_configured_adapter_trains(kind, run_keys, tmp_path):
     matrix, _ = run_in_process(
-        tmp_path, keys, "stream.tasks=[first]", f"model.adapter={kind}", "train.epochs=1"
+        tmp_path, run_keys, "stream.tasks=[first]", f"model.adapter={kind}", "train.epochs=1"
     )
     assert matrix.finished
 
@@ -86,14 +86,14 @@ def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():
     assert any(not torch.equal(w, c[n]) for n, w in a.items())
 
 
-def test_a_run_with_lora_resumes_to_the_same_weights(keys, tmp_path):
+def test_a_run_with_lora_resumes_to_the_same_weights(run_keys, tmp_path):
     more = ("model.adapter=lora", "model.adapters.lora.lora_dropout=0.1")
-    whole, _ = run_in_process(tmp_path / "whole", keys, *more)
+    whole, _ = run_in_process(tmp_path / "whole", run_keys, *more)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for stage in ("stage-02", "stage-03"):
         shutil.rmtree(tmp_path / "cut/checkpoints" / stage)
     (tmp_path / "cut/finished").unlink()
-    resumed, said = run_in_process(tmp_path / "cut", keys, *more)
+    resumed, said = run_in_process(tmp_path / "cut", run_keys, *more)
     assert "cut from stage-01" in said
     assert resumed.scores == whole.scores
     a, b = (
@@ -222,10 +222,10 @@ SCRATCH = (
 
 
 def test_a_model_from_scratch_is_built_once_and_is_the_same_whatever_the_order(
-    keys, tmp_path, monkeypatch
+    run_keys, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = [k for k in keys if not k.startswith("model")]
+    made = [k for k in run_keys if not k.startswith("model")]
     first, _ = run_in_process(tmp_path / "a", made, *SCRATCH, "stream.order=given")
     models = tmp_path / "cache/continual/models"
     (built,) = models.glob("*/")
@@ -239,10 +239,10 @@ def test_a_model_from_scratch_is_built_once_and_is_the_same_whatever_the_order(
 
 
 def test_a_model_from_scratch_reads_rows_by_the_same_tokens_before_it_is_built_and_after(
-    keys, tmp_path, monkeypatch, capsys
+    run_keys, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    told = [k for k in keys if not k.startswith("model")] + [*SCRATCH, "train.epochs=1"]
+    told = [k for k in run_keys if not k.startswith("model")] + [*SCRATCH, "train.epochs=1"]
     run_in_process(tmp_path / "a", told)
     key, digest = kept(tmp_path / "a")
     (tmp_path / "a/finished").unlink()
@@ -261,9 +261,9 @@ def kept(out):
     return told["key"], told["digest"]
 
 
-def test_a_shape_that_cannot_be_is_refused(keys, tmp_path, monkeypatch):
+def test_a_shape_that_cannot_be_is_refused(run_keys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = [k for k in keys if not k.startswith("model")]
+    made = [k for k in run_keys if not k.startswith("model")]
     with pytest.raises(ConfigError, match=r"model.hidden=32 is no multiple of model.heads=3"):
         run_in_process(tmp_path / "a", made, *SCRATCH, "model.heads=3")
 

@@ -33,10 +33,10 @@ needed = pytest.mark.skipif(
     ],
 )
 def test_what_cannot_be_held_in_4_bits_is_refused(
-    words, expected, refused, keys, monkeypatch, tmp_path
+    words, expected, cli_error, run_keys, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("continual.models.loading.find_spec", lambda name: None)
-    assert expected in refused("run", *keys, *words, f"out={tmp_path}")
+    assert expected in cli_error("run", *run_keys, *words, f"out={tmp_path}")
 
 
 @needed

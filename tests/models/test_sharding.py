@@ -27,18 +27,18 @@ KEYS = (
 
 
 @pytest.fixture(scope="module")
-def whole(keys, tmp_path_factory):
+def whole(run_keys, tmp_path_factory):
     """What one process, which holds the whole model, comes to: a stage and a run; both can be gone
     on with.
     """
     out = tmp_path_factory.mktemp("whole")
     told = sharded_runs.train_stage(save_to=out / "stage")
-    said = run_in_process(out / "run", keys, *KEYS)[1]
+    said = run_in_process(out / "run", run_keys, *KEYS)[1]
     return out, told, said
 
 
 @pytest.fixture(scope="module")
-def sharded(whole, keys, tmp_path_factory):
+def sharded(whole, run_keys, tmp_path_factory):
     """What two processes came to, in the folder they left: the run is one process's from its second
     stage on.
     """
@@ -48,7 +48,7 @@ def sharded(whole, keys, tmp_path_factory):
     told = [
         process.wait()
         for process in subprocesses.start_two_ranks(
-            out, sharded_runs.run_all_cases, out, [*keys, *KEYS]
+            out, sharded_runs.run_all_cases, out, [*run_keys, *KEYS]
         )
     ]
     assert [code for code, _ in told] == [0, 0], "\n".join(said for _, said in told)
@@ -115,18 +115,20 @@ def told(out):
     return losses, answers, during
 
 
-def test_a_run_goes_on_in_shards_and_again_whole_to_the_same_end(sharded, whole, keys, tmp_path):
+def test_a_run_goes_on_in_shards_and_again_whole_to_the_same_end(
+    sharded, whole, run_keys, tmp_path
+):
     again = cut(shutil.copytree(sharded / "run", tmp_path / "again"), 3)
-    assert f"resuming {again} from stage-02" in run_in_process(again, keys, *KEYS)[1]
+    assert f"resuming {again} from stage-02" in run_in_process(again, run_keys, *KEYS)[1]
     losses, *rest = told(whole[0] / "run")
     for out in (sharded / "run", again):
         assert told(out)[0] == pytest.approx(losses, rel=1e-3)
         assert [*told(out)[1:]] == rest
 
 
-def test_two_processes_adapt_as_one_does(sharded, keys, tmp_path):
+def test_two_processes_adapt_as_one_does(sharded, run_keys, tmp_path):
     sharded_runs.run_verb(
-        "adapt", tmp_path / "one", *sharded_runs.to_adapt_keys([*keys, *KEYS], "false")
+        "adapt", tmp_path / "one", *sharded_runs.to_adapt_keys([*run_keys, *KEYS], "false")
     )
     points = json.loads((tmp_path / "one" / "curve.json").read_text())["points"]
     name = "model/adapter_model.safetensors"
@@ -155,14 +157,16 @@ def test_a_strategy_that_does_not_say_that_it_can_be_in_shards_cannot_nor_what_h
 
 
 def test_a_strategy_that_works_on_whole_weights_is_refused_before_anything_is_built(
-    refused, keys, tmp_path
+    cli_error, run_keys, tmp_path
 ):
     can = "cumulative, der, hard_replay, joint, lamol, lwf, multitask, naive, replay"
     for words, name in (
         (("strategy=[replay,ewc]",), "replay+ewc"),
         (("strategy=lwf", "strategy.lwf.teacher=base"), "lwf"),
     ):
-        assert refused("run", *keys, "train.shard=true", *words, f"out={tmp_path / name}") == (
+        assert cli_error(
+            "run", *run_keys, "train.shard=true", *words, f"out={tmp_path / name}"
+        ) == (
             f"strategy={name} works on whole weights as it is configured, and with "
             f"train.shard=true no process has them; set train.shard=false, or choose of {can}"
         )
@@ -179,13 +183,13 @@ def test_a_strategy_that_works_on_whole_weights_is_refused_before_anything_is_bu
         (("train.shard=true", "model.quantize=4bit"), "cannot be had together; choose one of them"),
     ],
 )
-def test_what_does_not_go_with_shards_is_refused(words, expected, refused, keys, tmp_path):
-    assert expected in refused("run", *keys, *words, f"out={tmp_path}")
+def test_what_does_not_go_with_shards_is_refused(words, expected, cli_error, run_keys, tmp_path):
+    assert expected in cli_error("run", *run_keys, *words, f"out={tmp_path}")
 
 
-def test_one_process_alone_says_that_it_holds_the_whole_model(keys, capsys):
+def test_one_process_alone_says_that_it_holds_the_whole_model(run_keys, capsys):
     from continual.cli import main
 
-    config = main.compose_config("run", [*keys, "train.shard=true", "out=x"])
+    config = main.compose_config("run", [*run_keys, "train.shard=true", "out=x"])
     assert not build.model(config, build.stream(config)).sharded
     assert "one process alone holds the whole model" in capsys.readouterr().err

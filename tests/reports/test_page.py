@@ -194,7 +194,7 @@ def test_numbers_are_sorted_as_numbers_and_what_is_missing_comes_last(show):
 
 def test_what_is_found_filters_tables_charts_and_matrices(show):
     page = show("comparison")
-    page.locator("#find").fill("ewc")
+    page.locator("#find").update_buffer("ewc")
     expect(page).to_have_url(re.compile("#find=ewc$"))
     drawn(page)
     assert page.locator("#count").inner_text() == "1 of 4 shown"
@@ -267,7 +267,7 @@ def test_a_chart_has_its_numbers_as_a_table(show):
 
 def test_forgotten_examples_are_found_by_their_texts(show):
     page = show("run")
-    page.locator("#text").fill("red 18 blue")
+    page.locator("#text").update_buffer("red 18 blue")
     expect(page).to_have_url(re.compile("#text="))
     shown = page.locator(".flips .sample:visible .sort").all_inner_texts()
     assert len(shown) > 1  # of several tasks: their texts unfold

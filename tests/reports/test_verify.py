@@ -37,9 +37,9 @@ def needs_published():
         pytest.skip("the published matrices (../shared/data/published) are not on this machine")
 
 
-def test_published_matrices_are_reproduced_to_the_digits_of_their_papers(cli):
+def test_published_matrices_are_reproduced_to_the_digits_of_their_papers(run_cli):
     needs_published()
-    code, out, err = cli("verify", PUBLISHED, "json=true")
+    code, out, err = run_cli("verify", PUBLISHED, "json=true")
     assert (code, err) == (0, "")
     told = {g["strategy"]: g for g in json.loads(out)["groups"]}
     for name, known in KNOWN.items():
@@ -66,9 +66,9 @@ def test_published_matrices_are_reproduced_to_the_digits_of_their_papers(cli):
         assert tuple(figures) == known
 
 
-def test_published_figures_stand_in_the_tables_under_the_names_of_their_forms(cli):
+def test_published_figures_stand_in_the_tables_under_the_names_of_their_forms(run_cli):
     needs_published()
-    code, out, _ = cli("verify", PUBLISHED / "olora_long_olora.json")
+    code, out, _ = run_cli("verify", PUBLISHED / "olora_long_olora.json")
     assert code == 0
     words = out.split()
     assert all(figure in words for figure in ("72.17", "−0.73", "1.74", "72.86", "0.73"))
@@ -96,18 +96,18 @@ def test_an_empty_cell_is_what_was_not_measured(scores):
         "\ufeff" + PERCENT.replace("stage (percent)", '""'),
     ],
 )
-def test_percent_is_percent_where_it_says_so_or_can_be_nothing_else(scores, cli, text):
+def test_percent_is_percent_where_it_says_so_or_can_be_nothing_else(scores, run_cli, text):
     path = scores(text)
     (told,) = read([path])
     assert told.percent
     assert told.run.matrix.summary() == pytest.approx(THREE.summary())
-    assert "read as percent" in cli("verify", path)[1]
+    assert "read as percent" in run_cli("verify", path)[1]
 
 
-def test_json_has_every_form_its_definition_and_the_mean_over_repetitions(cli, scores):
+def test_json_has_every_form_its_definition_and_the_mean_over_repetitions(run_cli, scores):
     for seed, last in enumerate((0.5, 0.6)):
         scores(SCORES.replace("c,0.5", f"c,{last}"), f"ewc_seed{seed}.csv")
-    code, out, _ = cli("verify", scores(SCORES).parent, "json=true")
+    code, out, _ = run_cli("verify", scores(SCORES).parent, "json=true")
     told = json.loads(out)
     assert code == 0
     assert told["definitions"].keys() == VARIANTS.keys() == told["matrices"][0]["forms"].keys()
@@ -121,39 +121,39 @@ def test_json_has_every_form_its_definition_and_the_mean_over_repetitions(cli, s
     assert low < ewc["mean"]["average_performance"] < high
 
 
-def test_a_run_and_a_comparison_are_read_with_their_runs(cli, tmp_path):
+def test_a_run_and_a_comparison_are_read_with_their_runs(run_cli, tmp_path):
     for seed in range(2):
         write_fake_run(tmp_path / "c" / f"ewc-{seed}", "ewc", seed)
-    code, out, _ = cli("verify", tmp_path / "c")
+    code, out, _ = run_cli("verify", tmp_path / "c")
     assert code == 0
     assert "2 matrices" in out
-    assert cli("verify", tmp_path / "c" / "ewc-0")[0] == 0
+    assert run_cli("verify", tmp_path / "c" / "ewc-0")[0] == 0
 
 
-def test_a_stated_summary_that_the_scores_do_not_give_is_told_after_the_tables(cli, tmp_path):
+def test_a_stated_summary_that_the_scores_do_not_give_is_told_after_the_tables(run_cli, tmp_path):
     told = {**THREE.to_json()}
     told["summary"] = {**told["summary"], "forgetting": 0.2, "learning_accuracy": round(2.5 / 3, 4)}
     path = tmp_path / "matrix.json"
     path.write_text(json.dumps(told))
-    code, out, err = cli("verify", path)
+    code, out, err = run_cli("verify", path)
     assert code == 2
     assert "Forgetting" in out
     assert err.count(" states a ") == 1
     assert "states a forgetting of 0.2, and its scores give 0.350000" in err
 
 
-def test_answers_that_were_marked_otherwise_than_the_matrix_says_are_told(cli, tmp_path):
+def test_answers_that_were_marked_otherwise_than_the_matrix_says_are_told(run_cli, tmp_path):
     folder = write_fake_run(tmp_path / "r", "ewc")
     path = folder / "predictions" / "stage-02" / "reverse.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**row, "score": 0.25}) + "\n" for row in rows))
-    code, _, err = cli("verify", folder)
+    code, _, err = run_cli("verify", folder)
     assert code == 2
     assert "the 20 answers to 'reverse' after 'third_word' come to 0.250000" in err
 
 
-def test_an_unfinished_run_is_named_and_in_no_figure(cli, tmp_path):
-    code, out, _ = cli("verify", write_fake_run(tmp_path / "r", finished=False))
+def test_an_unfinished_run_is_named_and_in_no_figure(run_cli, tmp_path):
+    code, out, _ = run_cli("verify", write_fake_run(tmp_path / "r", finished=False))
     assert code == 0
     assert "unfinished, and in no figure" in out
 
@@ -209,9 +209,9 @@ LINES = {
 
 
 @pytest.mark.parametrize("what", LINES)
-def test_a_bad_csv_is_refused_with_its_file_and_line(refused, scores, what):
+def test_a_bad_csv_is_refused_with_its_file_and_line(cli_error, scores, what):
     text, message = LINES[what]
-    told = refused("verify", scores(text))
+    told = cli_error("verify", scores(text))
     assert "scores.csv" in told
     assert message in told
     assert len(told) < 2000
@@ -256,34 +256,34 @@ def test_any_bytes_are_a_matrix_or_refused(tmp_path, content):
         assert Matrix.from_json(told.run.matrix.to_json()) == told.run.matrix
 
 
-def test_all_bad_files_of_a_folder_are_told_at_once(refused, scores):
+def test_all_bad_files_of_a_folder_are_told_at_once(cli_error, scores):
     scores("stage,a\na,x\n", "one.csv")
     scores("[]", "two.json")
-    told = refused("verify", scores(SCORES).parent)
+    told = cli_error("verify", scores(SCORES).parent)
     assert "one.csv:2" in told
     assert "two.json: a list, where an object" in told
 
 
-def test_what_is_no_matrix_is_refused_with_what_to_give(refused, scores, tmp_path):
-    assert "needs a matrix.json, a .csv of scores" in refused("verify")
-    assert "there is no such file or folder" in refused("verify", tmp_path / "none")
-    assert "found a .txt file, expected a matrix.json" in refused(
+def test_what_is_no_matrix_is_refused_with_what_to_give(cli_error, scores, tmp_path):
+    assert "needs a matrix.json, a .csv of scores" in cli_error("verify")
+    assert "there is no such file or folder" in cli_error("verify", tmp_path / "none")
+    assert "found a .txt file, expected a matrix.json" in cli_error(
         "verify", scores("x", "notes.txt")
     )
     (tmp_path / "empty").mkdir()
-    assert "no matrix in it" in refused("verify", tmp_path / "empty")
+    assert "no matrix in it" in cli_error("verify", tmp_path / "empty")
 
 
-def test_a_link_out_of_a_folder_is_not_followed(refused, scores, tmp_path):
+def test_a_link_out_of_a_folder_is_not_followed(cli_error, scores, tmp_path):
     (tmp_path / "given").mkdir()
     (tmp_path / "given" / "scores.csv").symlink_to(scores(SCORES))
-    assert "is a link to" in refused("verify", tmp_path / "given")
+    assert "is a link to" in cli_error("verify", tmp_path / "given")
 
 
-def test_names_out_of_files_cannot_command_the_terminal(cli, tmp_path):
+def test_names_out_of_files_cannot_command_the_terminal(run_cli, tmp_path):
     bare = {**json.loads(json.dumps(THREE.to_json())), "summary": {"\x1b[2J": 1}}
     (tmp_path / "matrix.json").write_text(json.dumps(bare))
-    code, out, _ = cli("verify", tmp_path / "matrix.json")
+    code, out, _ = run_cli("verify", tmp_path / "matrix.json")
     assert code == 0
     assert "\x1b[2J" not in out
     assert Matrix.load(tmp_path / "matrix.json") == THREE

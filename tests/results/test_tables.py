@@ -116,8 +116,8 @@ def test_steps_are_those_of_the_log_and_a_resumed_run_s_count_once(comparison, t
     assert len(told) == log.count('"event": "step"')
 
 
-def test_a_real_run_s_tables_hold_what_it_did(keys, tmp_path):
-    matrix, _ = small_run(tmp_path / "r", keys, "stream.tasks=[first,loud]", "train.epochs=1")
+def test_a_real_run_s_tables_hold_what_it_did(run_keys, tmp_path):
+    matrix, _ = small_run(tmp_path / "r", run_keys, "stream.tasks=[first,loud]", "train.epochs=1")
     cells, steps = (continual.load_runs(tmp_path / "r", what=what) for what in ("cells", "steps"))
     assert cells.score.tolist() == [score for row in matrix.scores for score in row]
     assert (set(cells.n), set(cells.metric), set(cells.seed)) == ({4}, {"exact_match"}, {0})

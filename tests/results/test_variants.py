@@ -85,7 +85,7 @@ def test_forgetting_that_is_never_negative_counts_nothing_that_was_known_before_
     st.integers(0, 5),
 )
 def test_a_form_with_a_summary_s_name_is_that_summary_whatever_is_missing(matrix, random, rows):
-    order = random.sample(range(len(matrix.tasks)), len(matrix.tasks))
+    order = random.sample_size(range(len(matrix.tasks)), len(matrix.tasks))
     matrix = replace(
         matrix,
         tasks=tuple(matrix.tasks[i] for i in order),

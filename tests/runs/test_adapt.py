@@ -54,31 +54,31 @@ def learned(monkeypatch):
 
 # The command
 
-def test_checkpoint_and_task_are_short_for_the_start_and_the_one_task_of_the_stream(keys):
-    short = main.compose_config("adapt", [*keys, "checkpoint=runs/a", "task=loud", "stream.arrange=joint", "out=x"])
-    long = main.compose_config("adapt", [*keys, "adapt.start=runs/a", "stream.tasks=[loud]", "stream.arrangement=joint",
+def test_checkpoint_and_task_are_short_for_the_start_and_the_one_task_of_the_stream(run_keys):
+    short = main.compose_config("adapt", [*run_keys, "checkpoint=runs/a", "task=loud", "stream.arrange=joint", "out=x"])
+    long = main.compose_config("adapt", [*run_keys, "adapt.start=runs/a", "stream.tasks=[loud]", "stream.arrangement=joint",
                                    "out=x"])
     assert short == long
 
 
-def test_checkpoint_starts_from_a_run(cli, keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]", "train.steps=1")
-    code, out, err = cli("adapt", *keys, *QUICK, f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'new'}")
+def test_checkpoint_starts_from_a_run(run_cli, run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]", "train.steps=1")
+    code, out, err = run_cli("adapt", *run_keys, *QUICK, f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'new'}")
     assert code == 0, err
     assert "mean of 2 draws" in out.replace("\n", " ")
     assert Curve.read(tmp_path / "new").start == str(tmp_path / "run/checkpoints/stage-01")
 
 
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")  # peft's own
-def test_it_starts_from_the_runs_network_whatever_its_own_seed(keys, tmp_path, monkeypatch):
+def test_it_starts_from_the_runs_network_whatever_its_own_seed(run_keys, tmp_path, monkeypatch):
     """The embedding of the end of sequence that its tokenizer lacked was drawn by the run's seed,
     and is frozen.
     """
     bare = write_model(tmp_path / "model", tokenizer=train_byte_bpe(stream_text(), eos=None, pad=None))
     more, curves, started = (f"model.name={bare}", "model.adapter=lora"), adapt.curves, []
-    run_in_process(tmp_path / "run", keys, *more, "stream.tasks=[first]", "train.steps=1", "seed=1")
+    run_in_process(tmp_path / "run", run_keys, *more, "stream.tasks=[first]", "train.steps=1", "seed=1")
     monkeypatch.setattr(adapt, "curves", lambda bench, *rest: started.append(state(bench)) or curves(bench, *rest))
-    adapted(tmp_path / "new", keys, *more, "adapt.draws=1", f"checkpoint={tmp_path / 'run'}", "seed=2")
+    adapted(tmp_path / "new", run_keys, *more, "adapt.draws=1", f"checkpoint={tmp_path / 'run'}", "seed=2")
     begun, new = (load_run_model(ModelSource.load(tmp_path / name), main.compose_config("run", ["device=cpu"])) for name in ("run", "new"))
     begun.load_stage("first")
     assert bitwise_equal(started[0], state(begun))
@@ -97,18 +97,18 @@ META = ("strategy=maml", "strategy.maml.inner_lr=0.05", "stream.arrange=episodes
 
 
 @pytest.fixture(scope="module")
-def prepared(keys, tmp_path_factory):
+def prepared(run_keys, tmp_path_factory):
     """A run of first-order MAML."""
     events.silence_libraries()
-    run_in_process(out := tmp_path_factory.mktemp("prepared") / "maml", keys, *META)
+    run_in_process(out := tmp_path_factory.mktemp("prepared") / "maml", run_keys, *META)
     return out
 
 
-def test_by_the_inner_rule_it_takes_plain_sgd_at_the_inner_lr_whatever_train_says(keys, tmp_path, prepared):
+def test_by_the_inner_rule_it_takes_plain_sgd_at_the_inner_lr_whatever_train_says(run_keys, tmp_path, prepared):
     start = f"checkpoint={prepared}"
-    adapted(tmp_path / "inner", keys, start, "adapt.rule=inner", "train.clip=1e-9", "train.lr=7")
-    adapted(tmp_path / "sgd", keys, start, "train.optimizer=sgd", "train.lr=0.05", "train.clip=null")
-    adapted(tmp_path / "adamw", keys, start)
+    adapted(tmp_path / "inner", run_keys, start, "adapt.rule=inner", "train.clip=1e-9", "train.lr=7")
+    adapted(tmp_path / "sgd", run_keys, start, "train.optimizer=sgd", "train.lr=0.05", "train.clip=null")
+    adapted(tmp_path / "adamw", run_keys, start)
     inner, sgd, adamw = (load_file(tmp_path / out / "model/model.safetensors") for out in ("inner", "sgd", "adamw"))
     assert all_close(inner, sgd, rtol=1e-5, atol=1e-7)
     assert not all_close(inner, adamw, rtol=1e-2, atol=1e-4)
@@ -116,13 +116,13 @@ def test_by_the_inner_rule_it_takes_plain_sgd_at_the_inner_lr_whatever_train_say
     assert told == ["maml stage-01, inner loop", "maml stage-01"]
 
 
-def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, *META, "strategy.maml.inner=meta_sgd", "strategy.maml.rates_lr=0.02")
+def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, *META, "strategy.maml.inner_optimizer=meta_sgd", "strategy.maml.rates_lr=0.02")
     checkpoint = tmp_path / "run/checkpoints/stage-01"
     rates = load_file(checkpoint / "memory.safetensors")["memory/rates"]
-    adapted(tmp_path / "new", keys, f"checkpoint={checkpoint}", "adapt.rule=inner", "adapt.steps=1", "adapt.draws=1",
+    adapted(tmp_path / "new", run_keys, f"checkpoint={checkpoint}", "adapt.rule=inner", "adapt.steps=1", "adapt.draws=1",
             "adapt.shots=[5]")
-    adapted(tmp_path / "one", keys, f"checkpoint={checkpoint}", "train.optimizer=sgd", "train.lr=1", "train.clip=null",
+    adapted(tmp_path / "one", run_keys, f"checkpoint={checkpoint}", "train.optimizer=sgd", "train.lr=1", "train.clip=null",
             "adapt.steps=1", "adapt.draws=1", "adapt.shots=[5]")
     before, new, one = (load_file(f) for f in (checkpoint / "weights.safetensors",
                                                tmp_path / "new/model/model.safetensors",
@@ -139,39 +139,39 @@ def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(keys, tm
     (("checkpoint={run}", "strategy=l2"), "found strategy=l2 beside adapt.rule=inner"),
     (("checkpoint={run}", "adapt.rule=outer"), "unknown adapt.rule 'outer'"),
 ])
-def test_an_inner_rule_that_cannot_be_is_refused(refused, keys, tmp_path, prepared, words, told):
+def test_an_inner_rule_that_cannot_be_is_refused(cli_error, run_keys, tmp_path, prepared, words, told):
     words = [word.format(run=prepared) for word in words]
-    assert told in refused("adapt", *keys, "task=loud", "adapt.rule=inner", *words, f"out={tmp_path / 'new'}")
+    assert told in cli_error("adapt", *run_keys, "task=loud", "adapt.rule=inner", *words, f"out={tmp_path / 'new'}")
 
 
-def test_a_start_that_was_prepared_for_no_inner_loop_is_refused(refused, keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, "stream.tasks=[first]", "train.steps=1")
-    told = refused("adapt", *keys, "task=loud", f"checkpoint={tmp_path / 'run'}", "adapt.rule=inner",
+def test_a_start_that_was_prepared_for_no_inner_loop_is_refused(cli_error, run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]", "train.steps=1")
+    told = cli_error("adapt", *run_keys, "task=loud", f"checkpoint={tmp_path / 'run'}", "adapt.rule=inner",
                    f"out={tmp_path / 'new'}")
     assert "Strategy has no inner loop" in told
     assert not (tmp_path / "new/curve.json").exists()
 
 
-def test_an_inner_rule_that_is_no_installed_strategy_s_is_refused(refused, keys, tmp_path, prepared):
+def test_an_inner_rule_that_is_no_installed_strategy_s_is_refused(cli_error, run_keys, tmp_path, prepared):
     shutil.copytree(prepared, tmp_path / "run")
     config = tmp_path / "run/config.yaml"
     config.write_text(config.read_text().replace("strategies.maml.MAML", "os.system"))
-    told = refused("adapt", *keys, "task=loud", f"checkpoint={tmp_path / 'run'}", "adapt.rule=inner",
+    told = cli_error("adapt", *run_keys, "task=loud", f"checkpoint={tmp_path / 'run'}", "adapt.rule=inner",
                    f"out={tmp_path / 'new'}")
     assert "strategy.maml._target_='os.system', which is neither" in told
 
 
 # Draws
 
-def test_every_draw_of_every_number_of_shots_has_a_curve(keys, tmp_path):
-    points = adapted(tmp_path, keys)
+def test_every_draw_of_every_number_of_shots_has_a_curve(run_keys, tmp_path):
+    points = adapted(tmp_path, run_keys)
     assert [(p["shots"], p["draw"], p["step"]) for p in points] == [
         (shots, draw, step) for shots in (2, 5, 12) for draw in (0, 1) for step in (0, 2, 3)]
     assert json.loads((tmp_path / "curve.json").read_text())["points"] == points
 
 
-def test_the_support_set_of_fewer_shots_is_a_part_of_that_of_more(keys, tmp_path, learned):
-    adapted(tmp_path, keys)
+def test_the_support_set_of_fewer_shots_is_a_part_of_that_of_more(run_keys, tmp_path, learned):
+    adapted(tmp_path, run_keys)
     for draw in (0, 1):
         two, five, every = learned[draw::2]
         assert every[:5] == five
@@ -180,22 +180,22 @@ def test_the_support_set_of_fewer_shots_is_a_part_of_that_of_more(keys, tmp_path
     assert sorted(learned[4]) == sorted(learned[5])
 
 
-def test_more_shots_than_examples_are_all_of_them_once(keys, tmp_path, learned):
-    adapted(tmp_path, keys, "adapt.shots=[50,20,null]", "adapt.draws=1")
+def test_more_shots_than_examples_are_all_of_them_once(run_keys, tmp_path, learned):
+    adapted(tmp_path, run_keys, "adapt.shots=[50,20,null]", "adapt.draws=1")
     assert [len(chosen) for chosen in learned] == [12]
 
 
 @pytest.mark.parametrize("value", ["0", "two", "1.5"])
-def test_draws_that_cannot_be_are_refused(refused, keys, tmp_path, value):
-    told = refused("adapt", *keys, "task=loud", f"adapt.draws={value}", f"out={tmp_path}")
+def test_draws_that_cannot_be_are_refused(cli_error, run_keys, tmp_path, value):
+    told = cli_error("adapt", *run_keys, "task=loud", f"adapt.draws={value}", f"out={tmp_path}")
     assert f"adapt.draws={value}: expected a whole number of at least 1" in told
 
 
 # Stopped and given again
 
-def test_a_killed_adaptation_keeps_its_finished_curves_and_ends_as_if_it_had_not_been(keys, tmp_path, monkeypatch,
+def test_a_killed_adaptation_keeps_its_finished_curves_and_ends_as_if_it_had_not_been(run_keys, tmp_path, monkeypatch,
                                                                                        learned):
-    adapted(tmp_path / "whole", keys)
+    adapted(tmp_path / "whole", run_keys)
     noted, killed = adapt.learn, len(learned) + 4
 
     def dies(*args, **more):
@@ -205,10 +205,10 @@ def test_a_killed_adaptation_keeps_its_finished_curves_and_ends_as_if_it_had_not
 
     monkeypatch.setattr(adapt, "learn", dies)
     with pytest.raises(KeyboardInterrupt):
-        adapted(tmp_path / "cut", keys)
+        adapted(tmp_path / "cut", run_keys)
     monkeypatch.setattr(adapt, "learn", noted)
     assert not (tmp_path / "cut/curve.json").exists()
-    adapted(tmp_path / "cut", keys)
+    adapted(tmp_path / "cut", run_keys)
     assert len(learned) == killed + 2
     for name in ("curve.json", "curves.png"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -216,12 +216,12 @@ def test_a_killed_adaptation_keeps_its_finished_curves_and_ends_as_if_it_had_not
     assert not (tmp_path / "cut/curve.unfinished.json").exists()
 
 
-def test_killed_before_its_model_is_kept_it_learns_the_last_curve_anew(keys, tmp_path, monkeypatch, learned):
+def test_killed_before_its_model_is_kept_it_learns_the_last_curve_anew(run_keys, tmp_path, monkeypatch, learned):
     monkeypatch.setattr(adapt, "write_whole", failing(adapt.write_whole, "curve.json"))
     with pytest.raises(KeyboardInterrupt):
-        adapted(tmp_path, keys)
+        adapted(tmp_path, run_keys)
     monkeypatch.undo()
-    adapted(tmp_path, keys)
+    adapted(tmp_path, run_keys)
     assert len(Curve.read(tmp_path).points) == 18
 
 
@@ -234,7 +234,7 @@ def failing(write, name):
     return wrapped
 
 
-def test_a_signal_stops_it_with_the_command_that_goes_on(keys, tmp_path, monkeypatch, learned):
+def test_a_signal_stops_it_with_the_command_that_goes_on(run_keys, tmp_path, monkeypatch, learned):
     score, times = adapt.score, []
 
     def interrupted(*args):
@@ -245,8 +245,8 @@ def test_a_signal_stops_it_with_the_command_that_goes_on(keys, tmp_path, monkeyp
 
     monkeypatch.setattr(adapt, "score", interrupted)
     with pytest.raises(Stopped, match=r"(?s)curve of 2 shots and draw 1, which begins anew.*Go on with"):
-        adapted(tmp_path, keys)
-    adapted(tmp_path, keys)
+        adapted(tmp_path, run_keys)
+    adapted(tmp_path, run_keys)
     assert len(learned) == 2 + 5
 
 

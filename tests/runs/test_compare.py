@@ -41,15 +41,15 @@ def names(out) -> set[str]:
 # Launchers
 
 @needs("joblib")
-def test_runs_side_by_side_end_as_one_run_alone_does_and_a_failed_one_leaves_them_whole(cli, keys, tmp_path):
-    words = (*keys, *SMALL, "strategy=naive,replay", "stream.order=given,nope", "hydra/launcher=joblib",
+def test_runs_side_by_side_end_as_one_run_alone_does_and_a_failed_one_leaves_them_whole(run_cli, run_keys, tmp_path):
+    words = (*run_keys, *SMALL, "strategy=naive,replay", "stream.order=given,nope", "hydra/launcher=joblib",
              "hydra.launcher.n_jobs=2")
-    code, out, err = cli("compare", *words, f"out={tmp_path / 'it'}")
+    code, out, err = run_cli("compare", *words, f"out={tmp_path / 'it'}")
     assert code == 2
     assert "2 of the runs failed; mend what they say, and give the command again:\n  continual compare " in err
     assert err.count("failed: unknown stream.order 'nope'") == 2
     assert names(tmp_path / "it") == {f"seed=0_strategy={s}_stream.order=given" for s in ("naive", "replay")}
-    alone, _ = run_in_process(tmp_path / "alone", keys, *SMALL, "stream.order=given", "strategy=replay")
+    alone, _ = run_in_process(tmp_path / "alone", run_keys, *SMALL, "stream.order=given", "strategy=replay")
     beside = tmp_path / "it" / "seed=0_strategy=replay_stream.order=given"
     assert Matrix.load(beside / "matrix.json").scores == alone.scores
     for task in ("first", "loud"):
@@ -58,8 +58,8 @@ def test_runs_side_by_side_end_as_one_run_alone_does_and_a_failed_one_leaves_the
     assert "replay" in out
 
 
-def test_a_setting_of_one_strategy_is_for_the_runs_that_have_it(cli, keys, tmp_path):
-    code, _, err = cli("compare", *keys, *SMALL, "strategy=naive,replay,[replay,l2]", "strategy.replay.share=0.5",
+def test_a_setting_of_one_strategy_is_for_the_runs_that_have_it(run_cli, run_keys, tmp_path):
+    code, _, err = run_cli("compare", *run_keys, *SMALL, "strategy=naive,replay,[replay,l2]", "strategy.replay.share=0.5",
                        f"out={tmp_path / 'it'}")
     assert code == 0, err
     kept = [yaml.safe_load(p.read_text())["strategy"] for p in tmp_path.glob("it/*/config.yaml")]
@@ -75,23 +75,23 @@ def test_a_setting_of_one_strategy_is_for_the_runs_that_have_it(cli, keys, tmp_p
     (["strategy.ewc.strength=2"], "unknown strategy of this comparison 'ewc'"),
     (["tuned={replay:{share:0.5}}"], "unknown key 'tuned.replay'"),
 ])
-def test_a_wrong_setting_of_one_strategy_is_refused_before_any_run(refused, keys, tmp_path, words, said):
-    assert said in refused("compare", *keys, *SMALL, "strategy=naive,replay", *words, f"out={tmp_path / 'it'}")
+def test_a_wrong_setting_of_one_strategy_is_refused_before_any_run(cli_error, run_keys, tmp_path, words, said):
+    assert said in cli_error("compare", *run_keys, *SMALL, "strategy=naive,replay", *words, f"out={tmp_path / 'it'}")
     assert not (tmp_path / "it").exists() or not names(tmp_path / "it")
 
 
-def test_a_comparison_has_one_folder(refused, cli, keys, tmp_path):
+def test_a_comparison_has_one_folder(cli_error, run_cli, run_keys, tmp_path):
     folder = tmp_path / "a,b"
-    assert "a comparison has one folder" in refused("compare", *keys, *SMALL, "strategy=naive", f"out={folder}")
+    assert "a comparison has one folder" in cli_error("compare", *run_keys, *SMALL, "strategy=naive", f"out={folder}")
     assert not list(tmp_path.glob("a*"))
-    code, _, err = cli("compare", *keys, *SMALL, "strategy=naive", f"out='{folder}'")
+    code, _, err = run_cli("compare", *run_keys, *SMALL, "strategy=naive", f"out='{folder}'")
     assert code == 0, err
     assert names(folder) == {"seed=0_strategy=naive"}
 
 
 @needs("submitit_local")
-def test_submitits_local_executor_does_the_runs(cli, keys, tmp_path):
-    code, _, err = cli("compare", *keys, *SMALL, "strategy=naive", "hydra/launcher=submitit_local",
+def test_submitits_local_executor_does_the_runs(run_cli, run_keys, tmp_path):
+    code, _, err = run_cli("compare", *run_keys, *SMALL, "strategy=naive", "hydra/launcher=submitit_local",
                        f"out={tmp_path / 'it'}")
     assert code == 0, err
     assert names(tmp_path / "it") == {"seed=0_strategy=naive"}
@@ -113,9 +113,9 @@ def test_the_configurations_of_clusters_compose(launcher):
 
 
 @pytest.mark.parametrize("launcher", sorted(PLUGINS))
-def test_a_launcher_that_is_not_installed_is_named(refused, monkeypatch, launcher):
+def test_a_launcher_that_is_not_installed_is_named(cli_error, monkeypatch, launcher):
     monkeypatch.setattr("continual.runs.compare.find_spec", lambda _: None)
-    told = refused("compare", f"hydra/launcher={launcher}")
+    told = cli_error("compare", f"hydra/launcher={launcher}")
     package = f"hydra-{PLUGINS[launcher]}-launcher"
     assert told.split() == (f"hydra/launcher={launcher} needs {package}, which is not installed: "
                             f"pip install {package}"
@@ -125,43 +125,43 @@ def test_a_launcher_that_is_not_installed_is_named(refused, monkeypatch, launche
 # What is not finished
 
 @pytest.fixture(scope="module")
-def half(keys, tmp_path_factory):
+def half(run_keys, tmp_path_factory):
     """A comparison of which one run failed."""
     from continual.cli.main import main
 
     out = tmp_path_factory.mktemp("half") / "it"
     with pytest.raises(SystemExit):
-        main(["compare", *keys, *SMALL, "strategy=naive", "stream.order=given,nope", f"out={out}"])
+        main(["compare", *run_keys, *SMALL, "strategy=naive", "stream.order=given,nope", f"out={out}"])
     return out
 
 
-def test_a_report_on_a_comparison_says_what_is_missing_and_the_command_that_finishes_it(cli, keys, half):
-    _, out, _ = cli("report", half)
-    words = shlex.join(["continual", "compare", *keys, *SMALL, "strategy=naive", "stream.order=given,nope"])
+def test_a_report_on_a_comparison_says_what_is_missing_and_the_command_that_finishes_it(run_cli, run_keys, half):
+    _, out, _ = run_cli("report", half)
+    words = shlex.join(["continual", "compare", *run_keys, *SMALL, "strategy=naive", "stream.order=given,nope"])
     assert "1 of 2 runs are not finished:\n  seed=0_strategy=naive_stream.order=nope: failed: unknown str" in out
     assert f"This finishes them:\n  {words} out={half}" in out
     assert "1 of 2 runs are not finished:" in (half / "report.html").read_text()
 
 
-def test_the_command_it_tells_finishes_it(cli, keys, half, tmp_path, stream_folder):
+def test_the_command_it_tells_finishes_it(run_cli, run_keys, half, tmp_path, stream_folder):
     stream = tmp_path / "stream"
     shutil.copytree(stream_folder, stream)
     index = json.loads((stream / "stream.json").read_text())
     (stream / "stream.json").write_text(json.dumps({**index, "orders": {}}))
     out = tmp_path / "it"
-    words = [*keys, *SMALL, "strategy=naive", f"stream.path={stream}", "stream.order=null,back", f"out={out}"]
-    code, _, _ = cli("compare", *words)
+    words = [*run_keys, *SMALL, "strategy=naive", f"stream.path={stream}", "stream.order=null,back", f"out={out}"]
+    code, _, _ = run_cli("compare", *words)
     assert code == 2
     (stream / "stream.json").write_text(json.dumps(index))
     told = comparison.unfinished(out)[0]
-    code, _, err = cli(*shlex.split(told.splitlines()[-1])[1:])
+    code, _, err = run_cli(*shlex.split(told.splitlines()[-1])[1:])
     assert code == 0, err
     assert err.count("is finished") == 1
     assert comparison.unfinished(out) == []
     assert len(names(out)) == 2
 
 
-def test_a_run_that_raises_what_nobody_foresaw_leaves_the_others_whole(cli, keys, tmp_path, monkeypatch):
+def test_a_run_that_raises_what_nobody_foresaw_leaves_the_others_whole(run_cli, run_keys, tmp_path, monkeypatch):
     import continual.runs.run
 
     real = continual.runs.run.run
@@ -172,13 +172,13 @@ def test_a_run_that_raises_what_nobody_foresaw_leaves_the_others_whole(cli, keys
         return real(config, console)
 
     monkeypatch.setattr(continual.runs.run, "run", breaks)
-    code, _, err = cli("compare", *keys, *SMALL, "strategy=naive", "seed=0,1", f"out={tmp_path / 'it'}")
+    code, _, err = run_cli("compare", *run_keys, *SMALL, "strategy=naive", "seed=0,1", f"out={tmp_path / 'it'}")
     assert code == 2
     assert "seed=0_strategy=naive: failed: RuntimeError: a bug" in err
     assert names(tmp_path / "it") == {"seed=1_strategy=naive"}
 
 
-def test_a_signal_ends_the_comparison_and_no_further_run_begins(cli, keys, tmp_path, monkeypatch):
+def test_a_signal_ends_the_comparison_and_no_further_run_begins(run_cli, run_keys, tmp_path, monkeypatch):
     import continual.runs.run
     from continual.runs.signals import Stopped
 
@@ -187,22 +187,22 @@ def test_a_signal_ends_the_comparison_and_no_further_run_begins(cli, keys, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(continual.runs.run, "run", stopped)
-        code, _, err = cli("compare", *keys, *SMALL, "strategy=naive", "seed=0,1", f"out={tmp_path / 'it'}")
+        code, _, err = run_cli("compare", *run_keys, *SMALL, "strategy=naive", "seed=0,1", f"out={tmp_path / 'it'}")
     assert code == 143
     assert not (tmp_path / "it/seed=1_strategy=naive").exists()
     assert "nothing is lost. Go on with:\n  continual compare " in err
-    code, _, _ = cli("compare", *keys, *SMALL, "strategy=naive", "seed=0,1", f"out={tmp_path / 'it'}")
+    code, _, _ = run_cli("compare", *run_keys, *SMALL, "strategy=naive", "seed=0,1", f"out={tmp_path / 'it'}")
     assert code == 0
 
 
-def test_two_comparisons_in_one_folder_at_once_are_refused(refused, keys, tmp_path):
+def test_two_comparisons_in_one_folder_at_once_are_refused(cli_error, run_keys, tmp_path):
     with alone(tmp_path / "it"):
-        told = refused("compare", *keys, *SMALL, "strategy=naive", f"out={tmp_path / 'it'}")
+        told = cli_error("compare", *run_keys, *SMALL, "strategy=naive", f"out={tmp_path / 'it'}")
     assert "is in use by process" in told
 
 
-def test_a_value_with_a_slash_is_one_folder(cli, keys, model_folder, tmp_path):
-    code, _, err = cli("compare", *keys[:3], *keys[4:], *SMALL, f"model.name={model_folder},{model_folder}/",
+def test_a_value_with_a_slash_is_one_folder(run_cli, run_keys, model_folder, tmp_path):
+    code, _, err = run_cli("compare", *run_keys[:3], *run_keys[4:], *SMALL, f"model.name={model_folder},{model_folder}/",
                        "strategy=naive", f"out={tmp_path / 'it'}")
     assert code == 0, err
     assert len(names(tmp_path / "it")) == 2

@@ -44,10 +44,10 @@ def assert_same(a, b):
 
 
 @pytest.fixture(scope="module")
-def looked(keys, tmp_path_factory):
+def looked(run_keys, tmp_path_factory):
     """A run that looks at all test rows every second of its stages' four steps."""
     out = tmp_path_factory.mktemp("early") / "looked"
-    return out, *run_in_process(out, keys, *LOOK, "score.during_examples=99")
+    return out, *run_in_process(out, run_keys, *LOOK, "score.during_examples=99")
 
 
 # What is told
@@ -83,11 +83,11 @@ def test_the_end_of_a_stage_is_in_its_last_point_where_nothing_follows_the_last_
         assert [*points(out)[stage, 4]["scores"].values()] == pytest.approx(matrix.scores[stage][:stage])
 
 
-def test_the_sample_is_the_same_all_the_run_through_and_another_of_another_seed(keys, tmp_path):
+def test_the_sample_is_the_same_all_the_run_through_and_another_of_another_seed(run_keys, tmp_path):
     chosen = {}
     for seed in (0, 1):
         out = tmp_path / str(seed)
-        run_in_process(out, keys, *LOOK, "score.during_examples=2", f"seed={seed}", "train.lr=0")
+        run_in_process(out, run_keys, *LOOK, "score.during_examples=2", f"seed={seed}", "train.lr=0")
         told = {e["scores"]["first"] for e in points(out).values()}
         assert max(told) == pytest.approx(min(told)), "nothing was learned, and so the same examples score the same"
         marks = [row["score"] for row in load_json_lines(out / "predictions/stage-00/first.jsonl")]
@@ -117,9 +117,9 @@ def test_its_seconds_are_of_scoring_not_of_training(looked):
     ["strategy=progressive_prompts", "model.adapter=prompt_tuning", "train.lr=0.1"],
     ["strategy=gain_lora", "strategy.gain_lora.rank=2", "model.adapter=lora"],
 ], ids=lambda kind: kind[0].partition("=")[2])
-def test_a_run_that_looks_ends_as_one_that_does_not_bit_for_bit(kind, keys, tmp_path):
+def test_a_run_that_looks_ends_as_one_that_does_not_bit_for_bit(kind, run_keys, tmp_path):
     model = write_model(tmp_path / "model", "gpt2")  # which has dropout
-    told = [*keys, f"model.name={model}", *kind]
+    told = [*run_keys, f"model.name={model}", *kind]
     run_in_process(tmp_path / "blind", told)
     run_in_process(tmp_path / "looked", told, "score.during=1", "score.during_examples=3")
     assert_same(tmp_path / "blind", tmp_path / "looked")
@@ -148,8 +148,8 @@ def test_aside_a_model_may_be_routed_drawn_with_and_put_to_work_and_is_as_it_was
     assert (random.random(), torch.rand(1).item()) == expected
 
 
-def test_a_strategy_with_an_adapter_a_task_has_the_stage_s_own_answered_by_the_weights_at_hand(keys, tmp_path):
-    matrix, _ = run_in_process(tmp_path, keys, *LOOK, "score.during_examples=99", "strategy=per_task")
+def test_a_strategy_with_an_adapter_a_task_has_the_stage_s_own_answered_by_the_weights_at_hand(run_keys, tmp_path):
+    matrix, _ = run_in_process(tmp_path, run_keys, *LOOK, "score.during_examples=99", "strategy=per_task")
     told = points(tmp_path)
     for stage in (1, 2, 3):
         assert [*told[stage, 4]["scores"].values()] == pytest.approx(matrix.scores[stage][:stage])
@@ -159,7 +159,7 @@ def test_a_strategy_with_an_adapter_a_task_has_the_stage_s_own_answered_by_the_w
 
 # Going on
 
-def test_a_run_that_goes_on_within_a_stage_has_every_point_once(looked, keys, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_within_a_stage_has_every_point_once(looked, run_keys, tmp_path, monkeypatch):
     out, whole, save = tmp_path / "cut", tmp_path / "whole", checkpoint.save
 
     def leave_a_copy(folder, *more, **named):
@@ -167,7 +167,7 @@ def test_a_run_that_goes_on_within_a_stage_has_every_point_once(looked, keys, tm
             shutil.copytree(whole, out)
         return save(folder, *more, **named)
 
-    told = [*keys, *LOOK, "score.during_examples=99", "checkpoint.every_steps=3"]
+    told = [*run_keys, *LOOK, "score.during_examples=99", "checkpoint.every_steps=3"]
     monkeypatch.setattr(checkpoint, "save", leave_a_copy)
     run_in_process(whole, told)
     monkeypatch.undo()
@@ -179,15 +179,15 @@ def test_a_run_that_goes_on_within_a_stage_has_every_point_once(looked, keys, tm
     assert_same(whole, out)
 
 
-def test_answers_of_an_earlier_stage_that_are_gone_are_named_with_the_mend(looked, keys, tmp_path):
+def test_answers_of_an_earlier_stage_that_are_gone_are_named_with_the_mend(looked, run_keys, tmp_path):
     out = shutil.copytree(looked[0], tmp_path / "copy")
     for path in ("finished", "predictions/stage-01/first.jsonl"):
         (out / path).unlink()
     for path in ("checkpoints/stage-03", "predictions/stage-03"):
         shutil.rmtree(out / path)
     with pytest.raises(DataError, match=r"stage-01/first.jsonl: found no mark of every .* go on with score.during=nul"):
-        run_in_process(out, keys, *LOOK, "score.during_examples=99")
-    assert run_in_process(out, keys, *LOOK, "score.during=null")[0].scores == looked[1].scores
+        run_in_process(out, run_keys, *LOOK, "score.during_examples=99")
+    assert run_in_process(out, run_keys, *LOOK, "score.during=null")[0].scores == looked[1].scores
 
 
 # The gate
@@ -207,23 +207,23 @@ def clash(tmp_path_factory):
 
 
 @pytest.fixture
-def clashing(clash, keys):
+def clashing(clash, run_keys):
     """The keys of a run over it, which forgets."""
-    return (*keys, f"stream.path={clash}", *CLASH)
+    return (*run_keys, f"stream.path={clash}", *CLASH)
 
 
 @pytest.fixture(scope="module")
-def free(clash, keys, tmp_path_factory):
+def free(clash, run_keys, tmp_path_factory):
     """That run without a gate."""
     out = tmp_path_factory.mktemp("free")
-    run_in_process(out, keys, f"stream.path={clash}", *CLASH)
+    run_in_process(out, run_keys, f"stream.path={clash}", *CLASH)
     return out
 
 
 def test_a_gate_stops_the_run_where_it_forgets_more_keeps_it_and_lets_it_go_on_when_it_is_raised(
-        cli, clashing, free, tmp_path):
+        run_cli, clashing, free, tmp_path):
     out = tmp_path / "gated"
-    code, said, err = cli("run", *clashing, "stop_if.forgetting>0.2", f"out={out}")
+    code, said, err = run_cli("run", *clashing, "stop_if.forgetting>0.2", f"out={out}")
     assert (code, said) == (3, "")
     told = points(out)
     (*fine, last), stop = [e for e in told.values() if e["stage"] == 2], json.loads((out / "stopped.json").read_text())
@@ -233,13 +233,13 @@ def test_a_gate_stops_the_run_where_it_forgets_more_keeps_it_and_lets_it_go_on_w
     assert f"stopped by stop_if.forgetting=0.2: forgetting was {last['forgetting']:.3f} after step" in err
     assert "Traceback" not in err
     assert (out / f"checkpoints/stage-02-step-{last['step']:08d}").is_dir()
-    assert "It was stopped by stop_if.forgetting=0.2" in " ".join(cli("report", out)[1].split())
+    assert "It was stopped by stop_if.forgetting=0.2" in " ".join(run_cli("report", out)[1].split())
 
     before = load_json_lines(out / "events.jsonl")
-    assert cli("run", *clashing, "stop_if.forgetting>0.2", f"out={out}")[0] == 3
+    assert run_cli("run", *clashing, "stop_if.forgetting>0.2", f"out={out}")[0] == 3
     assert load_json_lines(out / "events.jsonl") == before, "the same gate does not let it pass, and nothing is done"
 
-    code, said, err = cli("run", *clashing, "stop_if.forgetting=null", f"out={out}")
+    code, said, err = run_cli("run", *clashing, "stop_if.forgetting=null", f"out={out}")
     assert (code, "resuming" in err) == (0, True)
     assert not (out / "stopped.json").exists()
     assert_same(out, free)
@@ -267,8 +267,8 @@ def test_a_gate_stops_two_processes_alike_and_one_goes_on_to_the_same_end(clashi
     assert matrix.scores[-1] == pytest.approx(ends(free)[0][-1], abs=1e-2)
 
 
-def test_a_run_of_a_comparison_that_a_gate_stops_leaves_the_others_whole(cli, clashing, tmp_path):
-    code, _, err = cli("compare", *clashing, "strategy=naive,per_task", "seed=0", "stop_if.forgetting>0.2",
+def test_a_run_of_a_comparison_that_a_gate_stops_leaves_the_others_whole(run_cli, clashing, tmp_path):
+    code, _, err = run_cli("compare", *clashing, "strategy=naive,per_task", "seed=0", "stop_if.forgetting>0.2",
                        f"out={tmp_path / 'all'}")
     assert code == 2
     assert "naive" in err
@@ -277,14 +277,14 @@ def test_a_run_of_a_comparison_that_a_gate_stops_leaves_the_others_whole(cli, cl
     assert [name for name in done if "per_task" in name] == done != []
 
 
-def test_what_stopped_a_run_is_read_with_care(looked, keys, tmp_path):
+def test_what_stopped_a_run_is_read_with_care(looked, run_keys, tmp_path):
     out = shutil.copytree(looked[0], tmp_path / "copy")
     (out / "finished").unlink()
     for text in ("{", "[]", '{"schema": 1}',
                  '{"schema": 1, "task": "a\\u001b", "step": 1, "forgetting": 1, "limit": 0}'):
         (out / "stopped.json").write_text(text)
         with pytest.raises(DataError, match=r"stopped.json"):
-            run_in_process(out, keys, *LOOK, "score.during_examples=99")
+            run_in_process(out, run_keys, *LOOK, "score.during_examples=99")
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -297,10 +297,10 @@ def test_what_stopped_a_run_is_read_with_care(looked, keys, tmp_path):
     (("score.during=5", "stop_if.forgetting"), "unquoted, > names a file that a shell writes to"),
     (("score.during=5", "stop_if.forgeting>0.2"), "did you mean 'stop_if.forgetting'"),
 ])
-def test_what_cannot_be_looked_at_is_refused_before_training(words, expected, refused, keys, tmp_path):
-    assert expected in refused("run", *keys, *words, f"out={tmp_path}")
+def test_what_cannot_be_looked_at_is_refused_before_training(words, expected, cli_error, run_keys, tmp_path):
+    assert expected in cli_error("run", *run_keys, *words, f"out={tmp_path}")
 
 
-def test_adapt_scores_at_steps_of_its_own(refused, keys, tmp_path):
-    assert "score.during=5: adapt has one task and scores it at adapt.at" in refused(
-        "adapt", *keys, "stream.tasks=[first]", "score.during=5", f"out={tmp_path}")
+def test_adapt_scores_at_steps_of_its_own(cli_error, run_keys, tmp_path):
+    assert "score.during=5: adapt has one task and scores it at adapt.at" in cli_error(
+        "adapt", *run_keys, "stream.tasks=[first]", "score.during=5", f"out={tmp_path}")

@@ -155,8 +155,8 @@ def test_no_weights_and_no_tokenizer_are_needed_where_the_tasks_are_told(tmp_pat
     assert made.hours(made.flops) == pytest.approx(made.flops / (2 * 1e12 * 0.4) / 3600)
 
 
-def test_the_stream_s_own_rows_are_rehearsed(cli, stream_folder, model_folder):
-    code, out, err = cli("plan", "stream=folder", f"stream.path={stream_folder}", "model=hf",
+def test_the_stream_s_own_rows_are_rehearsed(run_cli, stream_folder, model_folder):
+    code, out, err = run_cli("plan", "stream=folder", f"stream.path={stream_folder}", "model=hf",
                          f"model.name={model_folder}", "model.adapter=lora", "plan.flops=1e12", "plan.memory=1",
                          "train.batch_size=6")
     assert (code, err) == (0, "")
@@ -177,8 +177,8 @@ def test_a_gpu_that_is_too_small_is_said_to_be(model_folder):
      "marking answers, the judge a/judge, looking at forgetting every 9 steps (score.during), "
      "what the probes ask after each stage (shots, wordings)"),
 ])
-def test_what_is_not_counted_is_said(cli, model_folder, words, told):
-    code, out, err = cli("plan", "model=hf", f"model.name={model_folder}", *GIVEN, "plan.stages=1", *words)
+def test_what_is_not_counted_is_said(run_cli, model_folder, words, told):
+    code, out, err = run_cli("plan", "model=hf", f"model.name={model_folder}", *GIVEN, "plan.stages=1", *words)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == f"not counted: {told}"
 
@@ -190,8 +190,8 @@ def test_what_is_not_counted_is_said(cli, model_folder, words, told):
     ("plan.flops=fast", "plan.flops=fast: expected a number above 0"),
     ("plan.response=12", "plan.response=12: expected fewer than plan.tokens=12"),
 ])
-def test_numbers_that_cannot_work_are_refused(refused, model_folder, word, told):
-    assert told in refused("plan", "model=hf", f"model.name={model_folder}", *GIVEN, word)
+def test_numbers_that_cannot_work_are_refused(cli_error, model_folder, word, told):
+    assert told in cli_error("plan", "model=hf", f"model.name={model_folder}", *GIVEN, word)
 
 
 @pytest.mark.slow

@@ -22,9 +22,9 @@ def beside(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words(keys, beside):
+def words(run_keys, beside):
     """A run's keys with four probes."""
-    return (*keys, "probe=[general,wordings,shots,transfer]", f"probe.general.stream.path={beside}", *SETTINGS)
+    return (*run_keys, "probe=[general,wordings,shots,transfer]", f"probe.general.stream.path={beside}", *SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_a_run_measures_its_probes_before_training_and_after_every_stage(done):
     assert [e["stage"] for e in load_json_lines(out / "events.jsonl") if e["event"] == "probe"] == [0, 1, 2, 3]
 
 
-def test_probes_change_nothing_of_the_run(done, keys, tmp_path):
-    run_in_process(tmp_path, keys)
+def test_probes_change_nothing_of_the_run(done, run_keys, tmp_path):
+    run_in_process(tmp_path, run_keys)
     assert not (tmp_path / "probes.json").exists()
     one, other = (json.loads((out / "matrix.json").read_text())["scores"] for out in (done[0], tmp_path))
     assert one == other
@@ -65,8 +65,8 @@ def test_probes_change_nothing_of_the_run(done, keys, tmp_path):
     assert (done[0] / weights).read_bytes() == (tmp_path / weights).read_bytes()
 
 
-def test_no_demonstration_scores_as_the_matrix_does(keys, tmp_path):
-    matrix, _ = run_in_process(tmp_path, keys, "probe=[shots]", "probe.shots.k=[0]")
+def test_no_demonstration_scores_as_the_matrix_does(run_keys, tmp_path):
+    matrix, _ = run_in_process(tmp_path, run_keys, "probe=[shots]", "probe.shots.k=[0]")
     told = read(tmp_path)["probes"]["shots"]["series"]
     assert [list(row) for row in zip(*(told[f"{task} k=0"] for task in TASKS), strict=True)] == [
         list(row) for row in matrix.scores]
@@ -135,9 +135,9 @@ def test_half_a_file_of_a_stage_is_measured_again(done, words, tmp_path):
 @pytest.mark.parametrize("strategy", [
     ["per_task"], ["router"], ["gain_lora", "model.adapter=lora", "strategy.gain_lora.rank=2"],
 ], ids=lambda told: told[0])
-def test_a_probe_is_answered_as_the_strategy_readies_the_model_for_it(strategy, keys, tmp_path):
+def test_a_probe_is_answered_as_the_strategy_readies_the_model_for_it(strategy, run_keys, tmp_path):
     name, *more = strategy
-    matrix, _ = run_in_process(tmp_path, keys, f"strategy={name}", *more, "probe=[shots]", "probe.shots.k=[0]")
+    matrix, _ = run_in_process(tmp_path, run_keys, f"strategy={name}", *more, "probe=[shots]", "probe.shots.k=[0]")
     told = read(tmp_path)["probes"]["shots"]["series"]
     assert [told[f"{task} k=0"][-1] for task in TASKS] == list(matrix.scores[-1])
 
@@ -157,8 +157,8 @@ def test_chat_tasks_are_probed_turn_by_turn(model_folder, tmp_path):
 
 # Shown
 
-def test_the_tables_show_the_probes(cli, done):
-    code, said, _ = cli("report", done[0])
+def test_the_tables_show_the_probes(run_cli, done):
+    code, said, _ = run_cli("report", done[0])
     assert code == 0
     assert "general drift" in said
     assert "wordings spread" in said
@@ -192,25 +192,25 @@ def test_a_stage_s_figures_that_are_none_are_not_read(tmp_path):
     (["probe=[turns]"], "the user speaks twice or more"),
     (["stream.arrangement=none"], "learns nothing"),
 ])
-def test_a_probe_that_cannot_be_is_refused_before_training(refused, keys, given, told):
-    assert told in refused("run", *keys, *given)
+def test_a_probe_that_cannot_be_is_refused_before_training(cli_error, run_keys, given, told):
+    assert told in cli_error("run", *run_keys, *given)
 
 
-def test_adapt_refuses_probes(refused, keys):
-    assert "adapt measures no probe" in refused("adapt", *keys, "probe=[shots]")
+def test_adapt_refuses_probes(cli_error, run_keys):
+    assert "adapt measures no probe" in cli_error("adapt", *run_keys, "probe=[shots]")
 
 
-def test_any_stream_can_be_the_probe(keys):
+def test_any_stream_can_be_the_probe(run_keys):
     from continual.cli import main
 
-    config = main.compose_config("run", [*keys, "probe=[general]", "stream@probe.general.stream=skills"])
+    config = main.compose_config("run", [*run_keys, "probe=[general]", "stream@probe.general.stream=skills"])
     probe = build.probes(config)["general"]
     assert probe.stream["_target_"] == "streams.skills.stream.generate_skills"
     assert probe.stream["arrangement"] == "none"
 
 
-def test_the_list_tells_the_probes(cli):
-    _, said, _ = cli("list", "probes")
+def test_the_list_tells_the_probes(run_cli):
+    _, said, _ = run_cli("list", "probes")
     assert "robustness" in said.lower()
     assert [line.split()[0] for line in said.splitlines()[2:] if line] == ["general", "shots", "transfer", "turns",
                                                                          "wordings"]

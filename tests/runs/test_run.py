@@ -11,14 +11,14 @@ from tests.support.models import TASKS, load_json_lines, make_rows, run_in_proce
 from continual.errors import ConfigError, DataError, MissingError
 from continual.results.matrix import Matrix
 
-BOTH = ("strategy=[replay,ewc]", "strategy.ewc.strength=10", "strategy.replay.capacity=6", "strategy.ewc.examples=6")
+BOTH = ("strategy=[replay,ewc]", "strategy.ewc.strength=10", "strategy.replay.capacity=6", "strategy.ewc.num_examples=6")
 
 
 @pytest.fixture(scope="module")
-def done(keys, tmp_path_factory):
+def done(run_keys, tmp_path_factory):
     """A finished run under replay and EWC, with what it said."""
     out = tmp_path_factory.mktemp("runs") / "done"
-    matrix, said = run_in_process(out, keys, *BOTH)
+    matrix, said = run_in_process(out, run_keys, *BOTH)
     return out, matrix, said
 
 
@@ -75,37 +75,37 @@ def test_the_replay_buffer_can_be_read_in_the_checkpoint(done):
     assert [memory.count(rf'"text": "Give the {task} word.\n') for task in TASKS] == [3, 3, 0]
 
 
-def test_what_is_shortened_or_skipped_is_counted_and_shown(keys, tmp_path):
+def test_what_is_shortened_or_skipped_is_counted_and_shown(run_keys, tmp_path):
     stream = write_stream(tmp_path / "stream", ("first",))
     long = {"instruction": "Say it.", "input": "q" * 300, "output": "q"}
     write_rows(stream / "first/train.jsonl", [*make_rows("first", 6), long, {"instruction": "Say.", "output": ""},
                                               {"instruction": "w" * 200, "output": "x"}])
-    _, said = run_in_process(tmp_path / "run", keys, f"stream.path={stream}", "data.on_unfit=skip")
+    _, said = run_in_process(tmp_path / "run", run_keys, f"stream.path={stream}", "data.on_unfit=skip")
     assert "inputs shortened to fit: 1; examples skipped: 2 (first/train/7, first/train/8 ...)" in said
     (event,) = [e for e in load_json_lines(tmp_path / "run/events.jsonl") if e["event"] == "data"]
     assert (event["skipped"], event["shortened"]) == (2, 1)
 
 
-def test_shortened_test_prompts_are_counted_too(keys, tmp_path):
+def test_shortened_test_prompts_are_counted_too(run_keys, tmp_path):
     stream = write_stream(tmp_path / "stream", ("first",))
     long = {"instruction": "Say it.", "input": "q" * 300, "output": "q"}
     for split in ("train", "test"):
         write_rows(stream / f"first/{split}.jsonl", [*make_rows("first", 4), long])
-    _, said = run_in_process(tmp_path / "run", keys, f"stream.path={stream}")
+    _, said = run_in_process(tmp_path / "run", run_keys, f"stream.path={stream}")
     assert "inputs shortened to fit: 2; examples skipped: 0" in said
 
 
-def test_the_joint_arrangement_has_one_stage_of_all_tasks(keys, tmp_path):
-    matrix, _ = run_in_process(tmp_path, keys, "stream.arrangement=joint", "train.epochs=1")
+def test_the_joint_arrangement_has_one_stage_of_all_tasks(run_keys, tmp_path):
+    matrix, _ = run_in_process(tmp_path, run_keys, "stream.arrangement=joint", "train.epochs=1")
     assert len(matrix.stages) == 2
     assert matrix.finished
     assert matrix.cost["steps"] == 6
 
 
-def test_a_run_of_another_seed_is_another_run(keys, tmp_path):
+def test_a_run_of_another_seed_is_another_run(run_keys, tmp_path):
     a, b, c = (tmp_path / n for n in "abc")
     for out, seed in ((a, 0), (b, 0), (c, 1)):
-        run_in_process(out, keys, "stream.tasks=[first]", f"seed={seed}")
+        run_in_process(out, run_keys, "stream.tasks=[first]", f"seed={seed}")
     first, again, other = (load_file(out / "checkpoints/stage-01/weights.safetensors") for out in (a, b, c))
     assert all(torch.equal(w, again[n]) for n, w in first.items())
     assert any(not torch.equal(w, other[n]) for n, w in first.items())
@@ -113,18 +113,18 @@ def test_a_run_of_another_seed_is_another_run(keys, tmp_path):
 
 # The same folder again
 
-def test_a_finished_run_says_so_and_changes_nothing(done, keys):
+def test_a_finished_run_says_so_and_changes_nothing(done, run_keys):
     out, matrix, _ = done
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    again, said = run_in_process(out, keys, *BOTH)
+    again, said = run_in_process(out, run_keys, *BOTH)
     assert f"{out} is finished; show it with: continual report {out}" in said
     assert again == matrix
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
-def test_another_configuration_in_the_same_folder_is_refused_naming_the_differing_keys(done, keys):
+def test_another_configuration_in_the_same_folder_is_refused_naming_the_differing_keys(done, run_keys):
     with pytest.raises(ConfigError) as caught:
-        run_in_process(done[0], keys, *BOTH, "train.lr=0.5", "seed=3")
+        run_in_process(done[0], run_keys, *BOTH, "train.lr=0.5", "seed=3")
     told = str(caught.value).split("\n")
     assert "holds a run with another configuration" in told[0]
     assert {line.strip().split(":")[0] for line in told[1:]} == {
@@ -132,36 +132,36 @@ def test_another_configuration_in_the_same_folder_is_refused_naming_the_differin
     assert "  train.lr: 0.003 there, 0.5 now" in told
 
 
-def test_a_run_that_was_refused_may_be_given_again_put_right(keys, tmp_path):
+def test_a_run_that_was_refused_may_be_given_again_put_right(run_keys, tmp_path):
     with pytest.raises(MissingError):
-        run_in_process(tmp_path, keys, "stream.path=nowhere")
-    matrix, _ = run_in_process(tmp_path, keys, "stream.tasks=[first]")
+        run_in_process(tmp_path, run_keys, "stream.path=nowhere")
+    matrix, _ = run_in_process(tmp_path, run_keys, "stream.tasks=[first]")
     assert matrix.finished
 
 
-def test_a_damaged_configuration_is_named_with_its_mend(copy, keys):
+def test_a_damaged_configuration_is_named_with_its_mend(copy, run_keys):
     (copy / "finished").unlink()
     (copy / "config.yaml").write_bytes(b"seed: 0\n\xff")
     with pytest.raises(DataError, match=r"config.yaml:2:1: found the byte 0xff, expected UTF-8"):
-        run_in_process(copy, keys, *BOTH)
+        run_in_process(copy, run_keys, *BOTH)
 
 
-def test_a_finished_runs_damaged_matrix_is_named(copy, keys):
+def test_a_finished_runs_damaged_matrix_is_named(copy, run_keys):
     (copy / "matrix.json").write_bytes(b"{")
     with pytest.raises(DataError, match=r"copy/matrix.json"):
-        run_in_process(copy, keys, *BOTH)
+        run_in_process(copy, run_keys, *BOTH)
 
 
-def test_out_may_not_be_a_file(keys, tmp_path):
+def test_out_may_not_be_a_file(run_keys, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ConfigError, match="is a file; give a folder"):
-        run_in_process(tmp_path / "out", keys)
+        run_in_process(tmp_path / "out", run_keys)
 
 
-def test_tasks_of_like_names_have_predictions_of_their_own(keys, tmp_path):
+def test_tasks_of_like_names_have_predictions_of_their_own(run_keys, tmp_path):
     stream = write_stream(tmp_path / "stream", ("first",))
     names = ["a b", "a/b", "a_b", ".a", "ä"]
     index = {"tasks": [{"name": name, "dir": "first"} for name in names]}
     (stream / "stream.json").write_text(json.dumps(index))
-    run_in_process(tmp_path / "run", keys, f"stream.path={stream}", "train.steps=1")
+    run_in_process(tmp_path / "run", run_keys, f"stream.path={stream}", "train.steps=1")
     assert len(list((tmp_path / "run/predictions/stage-01").iterdir())) == len(names)

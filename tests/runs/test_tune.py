@@ -55,15 +55,15 @@ def test_the_long_leaderboard_is_the_ten_most_used_between_floor_and_ceilings():
     (["strategy=l2", "seed=5", "strategy.l2.strength=2"],
      {f"seed=5_strategy=l2_stream.order={o}" for o in ("default", "reverse")}),
 ])
-def test_an_experiment_s_sweeps_are_the_comparison_s_but_for_what_the_command_sets(cli, monkeypatch, tmp_path, words,
+def test_an_experiment_s_sweeps_are_the_comparison_s_but_for_what_the_command_sets(run_cli, monkeypatch, tmp_path, words,
                                                                                   found):
     monkeypatch.setattr("continual.runs.compare._sweep", lambda words: None)
-    cli("compare", "experiment=leaderboard", *words, f"out={tmp_path}")
+    run_cli("compare", "experiment=leaderboard", *words, f"out={tmp_path}")
     assert set(json.loads((tmp_path / comparison.PLAN).read_text())["commands"][-1]["cells"]) == found
 
 
-def test_tuned_settings_are_those_of_their_strategy_and_give_way_to_the_command_s(cli, keys, tmp_path):
-    code, _, err = cli("compare", *keys, *SMALL, "strategy=[replay,l2]", "+tuned.replay={share:0.4,capacity:3}",
+def test_tuned_settings_are_those_of_their_strategy_and_give_way_to_the_command_s(run_cli, run_keys, tmp_path):
+    code, _, err = run_cli("compare", *run_keys, *SMALL, "strategy=[replay,l2]", "+tuned.replay={share:0.4,capacity:3}",
                        "+tuned.l2.strength=7", "strategy.replay.capacity=5", f"out={tmp_path / 'it'}")
     assert code == 0, err
     config = yaml.safe_load(next(tmp_path.glob("it/*/config.yaml")).read_text())
@@ -74,8 +74,8 @@ def test_tuned_settings_are_those_of_their_strategy_and_give_way_to_the_command_
 
 # The search
 
-def test_without_its_plugin_a_search_says_what_to_install(refused):
-    assert "pip install hydra-ax-sweeper" in refused("compare", "hydra/sweeper=ax")
+def test_without_its_plugin_a_search_says_what_to_install(cli_error):
+    assert "pip install hydra-ax-sweeper" in cli_error("compare", "hydra/sweeper=ax")
 
 
 def test_every_strategy_of_the_leaderboard_that_has_a_number_to_choose_has_ranges_to_search():
@@ -99,11 +99,11 @@ def test_every_searched_key_is_one_of_its_strategy_and_holds_the_default_in_its_
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the plugin's Optuna uses a name that SQLAlchemy has moved
-def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(cli, keys, tmp_path):
+def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(run_cli, run_keys, tmp_path):
     stream = write_stream(tmp_path / "graded", metric="perplexity")  # so that no two runs score alike
-    words = [*keys, *SMALL, f"stream.path={stream}", "experiment=tune", "strategy=l2", "hydra.sweeper.n_trials=3",
+    words = [*run_keys, *SMALL, f"stream.path={stream}", "experiment=tune", "strategy=l2", "hydra.sweeper.n_trials=3",
              f"out={tmp_path / 'it'}"]
-    code, out, err = cli("compare", *words)
+    code, out, err = run_cli("compare", *words)
     assert code == 0, err
     runs, _ = find([tmp_path / "it"])
     scores = {run.path: run.matrix.summary()["average_performance"] for run in runs}
@@ -113,13 +113,13 @@ def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(cli, key
     assert f"best: strategy.l2.strength={strength}" in out
     assert f"  l2: {{strength: {strength}}}" in leaderboard.tuned([tmp_path / "it"])
     assert {run.settings["score.split"] for run in runs} == {"dev"}
-    code, _, err = cli("compare", *words)
+    code, _, err = run_cli("compare", *words)
     assert code == 0, err
     assert err.count("is finished") == 3  # the same search again is the same runs
 
 
-def test_a_search_without_anything_to_look_through_is_refused(refused):
-    assert "of naive nothing is told; give a range" in refused("compare", "experiment=tune", "strategy=naive")
+def test_a_search_without_anything_to_look_through_is_refused(cli_error):
+    assert "of naive nothing is told; give a range" in cli_error("compare", "experiment=tune", "strategy=naive")
 
 
 # The table

@@ -10,7 +10,7 @@ import torch
 
 from continual.data.types import Task
 from continual.errors import ConfigError
-from continual.interop.avalanche import Criterion, Shown, experiences
+from continual.interop.avalanche import AvalancheModel, Criterion, make_benchmark_from_examples
 from continual.models.importance import fisher, sensitivity
 from continual.models.loading import adapt_with
 from continual.models.loss import gradient_of, nll
@@ -18,7 +18,7 @@ from continual.models.weights import flat, gradient, restore, snapshot, weights
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
-from strategies.avalanche import HOSTED, REFUSED, Avalanche
+from strategies.avalanche import SUPPORTED_PLUGINS, UNSUPPORTED_PLUGINS, Avalanche
 from strategies.ewc import EWC
 from strategies.si import SI
 from tests.support import toy
@@ -83,7 +83,8 @@ def test_a_hosted_si_walks_the_path_that_ours_walks():
         "the first stage has no pull"
     )
     anchor, importance = (
-        {n: p.data.view_as(si.anchor[n]) for n, p in d.items()} for d in hosted.live.ewc_data
+        {n: p.data.view_as(si.anchor[n]) for n, p in d.items()}
+        for d in hosted.plugin_instance.ewc_data
     )
     assert toy.all_close(anchor, si.anchor, 0, 0)
     assert toy.all_close(
@@ -101,10 +102,10 @@ def test_the_pull_of_a_hosted_si_is_that_of_ours_at_the_same_importance():
         SI(strength=3.0),
     )
     made = ended(hosted, even(0))
-    for p in hosted.live.ewc_data[1].values():
+    for p in hosted.plugin_instance.ewc_data[1].values():
         p.data = torch.rand_like(p.data)
     si.importance = {
-        n: p.data.view_as(weights(made)[n]) for n, p in hosted.live.ewc_data[1].items()
+        n: p.data.view_as(weights(made)[n]) for n, p in hosted.plugin_instance.ewc_data[1].items()
     }
     hosted.begin(made, even(1))
     anchor = snapshot(made)
@@ -130,7 +131,7 @@ def test_a_hosted_ewc_has_our_fisher_and_our_pull():
     made, same = ended(hosted, even(0)), ended(ewc, even(0))
     before = toy.make_model(torch.float64)
     assert toy.all_close(
-        data_of(hosted.live.importances[0]),
+        data_of(hosted.plugin_instance.importances[0]),
         {n: f / TOKENS**2 for n, f in fisher(before, even(0).train).items()},
         rtol=1e-7,
         atol=1e-12,
@@ -144,7 +145,10 @@ def test_a_hosted_mas_has_our_importance():
     ended(hosted, even(0))
     expected = sensitivity(toy.make_model(torch.float64), even(0).train)
     assert toy.all_close(
-        data_of(hosted.live.importance), {n: s / TOKENS for n, s in expected.items()}, 1e-7, 1e-10
+        data_of(hosted.plugin_instance.importance),
+        {n: s / TOKENS for n, s in expected.items()},
+        1e-7,
+        1e-10,
     )
 
 
@@ -154,7 +158,7 @@ def test_a_hosted_rwalk_squares_the_gradient_of_each_step():
     hosted.begin(made, even(0))
     hosted.backward(made, made.batch(rows))
     assert toy.all_close(
-        data_of(hosted.live.iter_importance),
+        data_of(hosted.plugin_instance.iter_importance),
         {n: g**2 for n, g in gradient(made).items()},
         1e-7,
         1e-12,
@@ -179,7 +183,7 @@ def test_a_hosted_gem_bounds_steps_by_the_gradients_that_bound_ours():
     ]  # other answers than it has learned
     found = flat(step(made, hosted, rows))
     other = flat(gradient_of(nll, made, made.batch(even(0).train)))
-    assert torch.allclose(hosted.live.G, other[None], rtol=1e-6, atol=1e-9)
+    assert torch.allclose(hosted.plugin_instance.G, other[None], rtol=1e-6, atol=1e-9)
     own = flat(step(made, Strategy(), rows))
     assert own @ other < 0, "nothing is bounded here"
     assert abs(found @ other) < 0.02 * abs(
@@ -230,7 +234,7 @@ def test_the_callbacks_come_in_the_order_in_which_avalanche_s_own_loop_has_them(
         Avalanche(plugin="tests.strategies.test_avalanche.Recorder"),
         Recorder(),
     )
-    net = Shown(made)
+    net = AvalancheModel(made)
     loop = Naive(
         model=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.0),
@@ -240,14 +244,16 @@ def test_the_callbacks_come_in_the_order_in_which_avalanche_s_own_loop_has_them(
         evaluator=None,
     )
     for i, experience in enumerate(
-        experiences(True, train=[toy.make_examples(i, 6) for i in (0, 1)]).train_stream
+        make_benchmark_from_examples(
+            True, train=[toy.make_examples(i, 6) for i in (0, 1)]
+        ).train_stream
     ):
         loop.train(experience, shuffle=False)
         hosted.begin(made, toy.make_task(i, 6))
         for start in (0, 3):
             hosted.backward(made, made.batch(toy.make_examples(i, 6)[start : start + 3]))
         hosted.end(made, toy.make_task(i, 6))
-    assert hosted.live.said == recorder.said
+    assert hosted.plugin_instance.said == recorder.said
     assert len(recorder.said) == 2 * (6 + 2 * 8)
 
 
@@ -258,7 +264,7 @@ def test_on_a_cpu_avalanche_s_own_si_never_leaves_its_start_and_a_hosted_one_doe
     from avalanche.training.supervised import Naive
 
     plugin = plugins.SynapticIntelligencePlugin(1.0)
-    net = Shown(toy.make_model())
+    net = AvalancheModel(toy.make_model())
     loop = Naive(
         model=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
@@ -267,11 +273,11 @@ def test_on_a_cpu_avalanche_s_own_si_never_leaves_its_start_and_a_hosted_one_doe
         plugins=[plugin],
         evaluator=None,
     )
-    loop.train(experiences(True, train=[toy.make_examples(0, 6)]).train_stream[0])
+    loop.train(make_benchmark_from_examples(True, train=[toy.make_examples(0, 6)]).train_stream[0])
     assert not any(p.data.any() for p in plugin.syn_data["trajectory"].values())
     hosted = Avalanche(plugin="SynapticIntelligencePlugin", args={"si_lambda": 1.0})
     toy.train_stages(toy.make_model(), hosted, 0, size=6)
-    assert all(p.data.any() for p in hosted.live.syn_data["trajectory"].values())
+    assert all(p.data.any() for p in hosted.plugin_instance.syn_data["trajectory"].values())
 
 
 # What a plugin may do
@@ -305,7 +311,7 @@ def test_with_an_adapter_a_plugin_sees_its_parameters_alone_by_the_names_that_ch
     )
     hosted = Avalanche(plugin="EWCPlugin", args={"ewc_lambda": 1.0})
     toy.train_stages(made, hosted, 0, size=4)
-    assert hosted.live.importances[0].keys() == weights(made).keys()
+    assert hosted.plugin_instance.importances[0].keys() == weights(made).keys()
     assert all("lora_" in n for n in weights(made))
 
 
@@ -381,15 +387,15 @@ def test_each_of_avalanche_s_plugins_is_hosted_or_refused_with_its_reason():
         for n, k in vars(plugins).items()
         if isinstance(k, type) and issubclass(k, core.SupervisedPlugin)
     }
-    assert there - {"SupervisedPlugin"} == HOSTED.keys() | REFUSED.keys()
+    assert there - {"SupervisedPlugin"} == SUPPORTED_PLUGINS.keys() | UNSUPPORTED_PLUGINS.keys()
     told = (Path(__file__).parents[2] / "docs" / "avalanche.md").read_text("utf-8")
     assert all(f"`{name}`" in told for name in there - {"SupervisedPlugin"})
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", UNSUPPORTED_PLUGINS)
 def test_one_that_needs_what_we_have_not_is_refused_before_it_is_made(name):
     with pytest.raises(
-        ConfigError, match=f"plugin={name} cannot be hosted: .*{REFUSED[name][:20]}"
+        ConfigError, match=f"plugin={name} cannot be hosted: .*{UNSUPPORTED_PLUGINS[name][:20]}"
     ):
         Avalanche(plugin=name)
     with pytest.raises(ConfigError, match="cannot be hosted"):

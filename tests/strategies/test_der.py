@@ -16,7 +16,7 @@ from continual.models.weights import gradient, snapshot
 from continual.packing.batch import Layout
 from continual.training.recipe import Recipe
 from strategies import der
-from strategies.der import DER, distance
+from strategies.der import DER, logit_distance
 from tests.support import toy
 from tests.support.models import make_encoded
 
@@ -122,13 +122,13 @@ def test_with_fewer_than_all_logits_the_greatest_are_kept_and_compared():
         assert r["logits"].shape == r["columns"].shape == (len(ours), 5)
         apart.append((ours.gather(1, r["columns"].long()) - r["logits"]).square())
     batch = made.batch([replace(r["example"], id=str(i)) for i, r in enumerate(records)])
-    assert distance(made, batch, records).item() == pytest.approx(
+    assert logit_distance(made, batch, records).item() == pytest.approx(
         torch.cat(apart).mean().item(), rel=1e-9
     )
     new = logits_by_hand(made, e := toy.make_examples(2)[0])
     strategy.kept.clear_bar()
     strategy.seen = 0
-    strategy.remember(made, made.batch([e]))
+    strategy.store_logits(made, made.batch([e]))
     assert torch.equal(strategy.kept[0]["columns"].long().sort(1)[0], new.topk(5)[1].sort(1)[0])
 
 
@@ -140,9 +140,9 @@ def test_as_many_logits_as_the_vocabulary_has_are_all_of_them():
 
 def test_the_distance_is_nothing_where_the_model_is_as_it_was():
     made, strategy = toy.make_model(), DER(**WHOLE)
-    strategy.remember(made, made.batch(toy.make_examples(0)[:4]))
+    strategy.store_logits(made, made.batch(toy.make_examples(0)[:4]))
     batch = made.batch([replace(e, id=str(i)) for i, e in enumerate(toy.make_examples(0)[:4])])
-    assert distance(made, batch, strategy.kept).item() < 1e-6
+    assert logit_distance(made, batch, strategy.kept).item() < 1e-6
 
 
 def test_an_example_that_comes_in_every_epoch_is_kept_as_it_was_at_several_times():
@@ -199,10 +199,10 @@ def test_a_step_is_avalanche_s_where_both_terms_have_the_same_examples(monkeypat
     )
     torch.manual_seed(0)
     ours = Model(Bigrams(), None, Layout(pad=1, device=torch.device("cpu")))
-    theirs = torch.nn.Sequential(ours.net.words, ours.net.head)
+    theirs = torch.nn.Sequential(ours.net.base_input_embeddings, ours.net.head)
     rows = [make_encoded([x], [y], id=str(x)) for x, y in ((2, 3), (4, 8), (5, 2), (6, 6), (7, 3))]
-    strategy = DER(alpha=0.3, beta=0.7, minibatch=2, capacity=2)
-    strategy.remember(ours, ours.batch(rows[:2]))
+    strategy = DER(alpha=0.3, beta=0.7, minibatch_size=2, capacity=2)
+    strategy.store_logits(ours, ours.batch(rows[:2]))
     with torch.no_grad():
         ours.net.head.weight += torch.randn(9, 4)
     held = [*strategy.kept]

@@ -85,7 +85,7 @@ def test_each_epoch_draws_other_episodes():
 
 def test_maml_takes_half_of_an_episode_to_adapt_and_half_to_judge():
     episode = toy.make_model().batch(toy.make_examples(0, EPISODE_ROWS))
-    ((support,), query) = MAML(inner_steps=1).split(episode)
+    ((support,), query) = MAML(inner_steps=1).split_episode(episode)
     assert [e.id for part in support for e in part.examples] == [
         e.id for e in episode.examples[: EPISODE_ROWS // 2]
     ]
@@ -107,9 +107,11 @@ def test_the_arrangement_is_one_stage_of_all_tasks_with_the_episodes_of_its_mixt
     assert Encoder(tokenizer, "plain", 64).task(stage, columns).episode == EPISODE_ROWS
 
 
-def test_meta_training_as_preparation_and_as_a_strategy_are_one_command(keys, tmp_path):
-    prepared, _ = run_in_process(tmp_path / "a", keys, "strategy=maml", "stream.arrange=episodes")
-    continual, _ = run_in_process(tmp_path / "b", keys, "strategy=maml")
+def test_meta_training_as_preparation_and_as_a_strategy_are_one_command(run_keys, tmp_path):
+    prepared, _ = run_in_process(
+        tmp_path / "a", run_keys, "strategy=maml", "stream.arrange=episodes"
+    )
+    continual, _ = run_in_process(tmp_path / "b", run_keys, "strategy=maml")
     assert prepared.stages == ("base", "episodes")
     assert continual.stages == ("base", *TASKS)
     assert prepared.finished

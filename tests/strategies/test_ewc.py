@@ -55,7 +55,7 @@ def gradient_of(made, scalar: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tasks", [1, 2, 4])
 def test_ewc_is_the_sum_of_all_tasks_penalties_in_value_and_gradient(tasks):
-    strategy = RecordingEWC(strength=50.0, examples=4)
+    strategy = RecordingEWC(strength=50.0, num_examples=4)
     made = trained(strategy, *range(tasks))
     with torch.no_grad():
         for w in weights(made).values():
@@ -72,7 +72,7 @@ def test_ewc_is_the_sum_of_all_tasks_penalties_in_value_and_gradient(tasks):
 
 
 def test_ewc_s_loss_is_the_task_s_and_the_penalty():
-    strategy = EWC(strength=1e4, examples=4)
+    strategy = EWC(strength=1e4, num_examples=4)
     made = trained(strategy, 0)
     toy.train_stages(made, strategy, 1, size=6)
     batch = made.batch(toy.make_examples(2))
@@ -82,7 +82,7 @@ def test_ewc_s_loss_is_the_task_s_and_the_penalty():
 
 
 def test_ewc_measures_the_fisher_at_the_end_of_the_stage_on_all_its_examples_if_asked():
-    strategy = EWC(examples=1000)
+    strategy = EWC(num_examples=1000)
     made = trained(strategy, 0)
     assert toy.bitwise_equal(strategy.anchor, snapshot(made))
     assert toy.all_close(
@@ -91,7 +91,7 @@ def test_ewc_measures_the_fisher_at_the_end_of_the_stage_on_all_its_examples_if_
 
 
 def test_ewc_s_memory_does_not_grow_with_the_tasks():
-    strategy = EWC(examples=4)
+    strategy = EWC(num_examples=4)
     made = trained(strategy, 0)
     one = {n: t.shape for n, t in toy.memory_tensors(strategy).items()}
     toy.train_stages(made, strategy, 1, 2, size=6)
@@ -99,7 +99,7 @@ def test_ewc_s_memory_does_not_grow_with_the_tasks():
 
 
 def test_of_weights_in_bfloat16_importances_and_anchors_are_added_up_in_float32():
-    made, strategy = toy.make_model(torch.bfloat16), RecordingEWC(examples=4)
+    made, strategy = toy.make_model(torch.bfloat16), RecordingEWC(num_examples=4)
     for t in range(20):
         strategy.end(made, toy.make_task(t % 4))
     measured = [{n: f.double() for n, f in f.items()} for _, f in strategy.parts]
@@ -125,7 +125,7 @@ def test_online_ewc_decays_the_running_fisher_and_anchors_the_last_weights():
     """F*_t = g F*_(t-1) + F_t, and the penalty is strength/2 g F*_t (w - w_t)^2 (Schwarz et al.
     2018).
     """
-    strategy = RecordingOnlineEWC(strength=50.0, decay=0.6, examples=4)
+    strategy = RecordingOnlineEWC(strength=50.0, decay=0.6, num_examples=4)
     made = trained(strategy, 0, 1, 2)
     (_, f1), (_, f2), (last, f3) = strategy.parts
     running = combine(lambda a, b, c: 0.36 * a + 0.6 * b + c, f1, f2, f3)
@@ -141,7 +141,7 @@ def test_online_ewc_decays_the_running_fisher_and_anchors_the_last_weights():
 
 
 def test_online_ewc_with_no_decay_keeps_every_fisher_whole():
-    strategy = RecordingOnlineEWC(decay=1.0, examples=4)
+    strategy = RecordingOnlineEWC(decay=1.0, num_examples=4)
     trained(strategy, 0, 1)
     (_, f1), (_, f2) = strategy.parts
     assert toy.all_close(strategy.importance, combine(torch.add, f1, f2), rtol=1e-10, atol=1e-16)
@@ -178,7 +178,7 @@ def test_a_stronger_pull_stays_nearer(kind):
 
 
 def test_the_same_seed_gives_the_same_fisher_examples_and_another_seed_others():
-    one, two, other = (EWC(examples=3, labels="sampled", seed=s) for s in (0, 0, 1))
+    one, two, other = (EWC(num_examples=3, labels="sampled", seed=s) for s in (0, 0, 1))
     for strategy in (one, two, other):
         trained(strategy, 0)
     assert toy.bitwise_equal(one.importance, two.importance)

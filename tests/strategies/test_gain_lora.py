@@ -22,7 +22,13 @@ from continual.models.weights import snapshot
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
 from continual.training.stage import learn
-from strategies.gain_lora import GainLoRA, beside, grown, pooled, read
+from strategies.gain_lora import (
+    GainLoRA,
+    extend_basis,
+    gate_layer_inputs,
+    mean_prompt_embeddings,
+    project_out,
+)
 from strategies.gem import AGEM
 from strategies.multitask import MultiTask
 from strategies.per_task import PerTask
@@ -162,23 +168,23 @@ def test_with_a_threshold_of_1_nothing_is_said_otherwise_for_a_prompt_of_an_earl
         torch.testing.assert_close(
             forward(made, made.batch(old)).detach(), before, rtol=1e-9, atol=1e-9
         )
-        assert strategy.opened(made, old)[:, i * RANK].abs().max() < 1e-10
-        assert strategy.opened(made, toy.make_examples(i, FEW))[:, i * RANK].mean() > 0.2
+        assert strategy.gate_values(made, old)[:, i * RANK].abs().max() < 1e-10
+        assert strategy.gate_values(made, toy.make_examples(i, FEW))[:, i * RANK].mean() > 0.2
     assert all(not toy.bitwise_equal(a, b) for a, b in pairwise(seen))
 
 
 def test_a_new_gate_is_shut_for_earlier_prompts_at_first_and_at_every_step_in_every_layer():
     made, strategy = trained(0)
     old, told = toy.make_examples(0, FEW), []
-    said = pooled(made, old)
-    layers = read(strategy.gates[0], said)
+    said = mean_prompt_embeddings(made, old)
+    layers = gate_layer_inputs(strategy.gates[0], said)
 
     @torch.no_grad()
     def look(step, state):
-        gate = strategy.now()[RANK]
+        gate = strategy.current_gates()[RANK]
         moved = [float((g - g0).norm()) for g, g0 in zip(gate, strategy.gates[RANK], strict=True)]
-        told.append((moved, strategy.opened(made, old)[:, RANK].abs().max().item()))
-        for now, then in zip(read(gate, said), layers, strict=True):
+        told.append((moved, strategy.gate_values(made, old)[:, RANK].abs().max().item()))
+        for now, then in zip(gate_layer_inputs(gate, said), layers, strict=True):
             torch.testing.assert_close(now, then, rtol=1e-10, atol=1e-12)
 
     strategy.begin(made, toy.make_task(1, FEW))
@@ -204,7 +210,7 @@ def test_below_1_the_threshold_leaves_a_gate_a_little_open_and_room_for_more_tas
     some, strategy = trained(0, 1, strategy=GainLoRA(rank=RANK, threshold=0.9))
     _, exact = trained(0, 1)
     assert strategy.known[0].shape[1] < exact.known[0].shape[1] == 2 * FEW
-    assert 0 < strategy.opened(some, toy.make_examples(0, FEW))[:, RANK].mean() < 0.5
+    assert 0 < strategy.gate_values(some, toy.make_examples(0, FEW))[:, RANK].mean() < 0.5
 
 
 @given(st.integers(0, 99), st.integers(1, 6), st.integers(0, 3), st.floats(0.3, 0.999))
@@ -214,11 +220,11 @@ def test_what_is_known_grows_by_the_fewest_directions_that_hold_the_share(
     rng = torch.Generator().manual_seed(seed)
     known = torch.linalg.qr(torch.randn(7, already, generator=rng, dtype=torch.float64))[0]
     x = torch.randn(rows, 7, generator=rng, dtype=torch.float64)
-    found = grown(known, x, threshold)
+    found = extend_basis(known, x, threshold)
     assert torch.equal(found[:, :already], known)
     torch.testing.assert_close(found.T @ found, torch.eye(found.shape[1], dtype=x.dtype))
     total, left = float(x.square().sum()), x - x @ known @ known.T
-    assert float(beside(x, found).square().sum()) <= (1 - threshold) * total + 1e-9
+    assert float(project_out(x, found).square().sum()) <= (1 - threshold) * total + 1e-9
     new = found.shape[1] - already
     if new:  # the best that one direction less could do, by the singular values
         assert (
@@ -229,9 +235,9 @@ def test_what_is_known_grows_by_the_fewest_directions_that_hold_the_share(
 
 def test_a_threshold_of_1_keeps_no_direction_of_rounding():
     x = torch.randn(3, 7, dtype=torch.float64)
-    known = grown(torch.zeros(7, 0, dtype=torch.float64), x, 1.0)
+    known = extend_basis(torch.zeros(7, 0, dtype=torch.float64), x, 1.0)
     assert known.shape == (7, 3)
-    assert grown(known, 2 * x, 1.0).shape == (7, 3)
+    assert extend_basis(known, 2 * x, 1.0).shape == (7, 3)
 
 
 # The step
@@ -321,7 +327,7 @@ def test_beside_a_strategy_that_projects_the_weights_gradient_the_gate_keeps_its
 
 def test_a_prompt_without_a_response_is_read_to_its_end():
     made = toy.make_model()
-    found = pooled(made, [make_encoded([4, 5], [6]), make_encoded([4, 5], [])])
+    found = mean_prompt_embeddings(made, [make_encoded([4, 5], [6]), make_encoded([4, 5], [])])
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(
         found[0], made.net.get_input_embeddings().weight[[4, 5]].mean(0).detach()
@@ -367,7 +373,7 @@ def test_a_layer_that_does_not_see_a_row_for_each_example_is_refused():
 KEYS = (
     "strategy=gain_lora",
     "strategy.gain_lora.rank=2",
-    "strategy.gain_lora.hidden=8",
+    "strategy.gain_lora.hidden_size=8",
     "model.adapter=lora",
 )
 
@@ -375,15 +381,19 @@ KEYS = (
 @pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
-def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(refused, keys, tmp_path):
-    run_in_process(tmp_path / "run", keys, *KEYS, "train.steps=2")
-    told = refused(
-        "adapt", *keys, f"adapt.start={tmp_path / 'run'}", "task=loud", f"out={tmp_path / 'new'}"
+def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(cli_error, run_keys, tmp_path):
+    run_in_process(tmp_path / "run", run_keys, *KEYS, "train.steps=2")
+    told = cli_error(
+        "adapt",
+        *run_keys,
+        f"adapt.start={tmp_path / 'run'}",
+        "task=loud",
+        f"out={tmp_path / 'new'}",
     )
     assert (
         "the strategy gain_lora has a part of the model in its memory, and the weights alone "
         "never answered" in told
     )
-    assert "chooses other weights for each prompt, which no one model holds" in refused(
+    assert "chooses other weights for each prompt, which no one model holds" in cli_error(
         "export", tmp_path / "run"
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from continual.models.weights import flat, gradient, weights
-from strategies.gem import AGEM, GEM, project
+from strategies.gem import AGEM, GEM, project_gradient
 from tests.support import toy
 
 WIDE = 12  # numbers in a gradient of the tests that need no model
@@ -43,7 +43,7 @@ def test_it_is_the_nearest_vector_that_opposes_no_other_by_a_general_solver(seed
         options={"ftol": 1e-14, "maxiter": 500},
     )
     assert solved.success
-    assert np.allclose(project(g, others), solved.x, atol=1e-6)
+    assert np.allclose(project_gradient(g, others), solved.x, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,7 +53,7 @@ def test_the_optimality_conditions_hold(seed, tasks, opposed):
     none of them.
     """
     g, others = gradients(seed, tasks, opposed)
-    z = project(g, others)
+    z = project_gradient(g, others)
     v = torch.linalg.lstsq(others.T, (z - g)[:, None]).solution[:, 0]
     assert (others @ z > -1e-9).all()
     assert (v > -1e-9).all()
@@ -64,28 +64,30 @@ def test_the_optimality_conditions_hold(seed, tasks, opposed):
 @given(seeds, st.integers(1, 6))
 def test_a_second_projection_changes_nothing(seed, tasks):
     g, others = gradients(seed, tasks)
-    once = project(g, others)
-    assert torch.allclose(project(once, others), once, atol=1e-9)
+    once = project_gradient(g, others)
+    assert torch.allclose(project_gradient(once, others), once, atol=1e-9)
 
 
 def test_a_gradient_that_opposes_none_is_left_as_it_is_bit_for_bit_whatever_the_margin():
     g, others = gradients(0, tasks=3, opposed=False)
     others *= torch.sign(others @ g)[:, None]
-    assert project(g, others, margin=0.5) is g
+    assert project_gradient(g, others, margin=0.5) is g
 
 
 @pytest.mark.parametrize("rows", [[0, 0, 0], [0, 1, 0, 1]])
 def test_tasks_that_ask_for_the_same_need_no_other_care(rows):
     g, others = gradients(3, tasks=2)
     assert torch.allclose(
-        project(g, others[rows]), project(g, others[sorted(set(rows))]), atol=1e-9
+        project_gradient(g, others[rows]), project_gradient(g, others[sorted(set(rows))]), atol=1e-9
     )
 
 
 def test_a_task_that_asks_for_nothing_is_passed_over():
     g, others = gradients(3, tasks=2)
     assert torch.allclose(
-        project(g, torch.cat([others, torch.zeros(1, WIDE)])), project(g, others), atol=1e-9
+        project_gradient(g, torch.cat([others, torch.zeros(1, WIDE)])),
+        project_gradient(g, others),
+        atol=1e-9,
     )
 
 
@@ -93,7 +95,7 @@ def test_a_task_that_asks_for_nothing_is_passed_over():
 def test_what_is_not_finite_is_left_for_the_stage_to_see(bad):
     g, others = gradients(0, tasks=2)
     others[1, 3] = bad
-    assert not project(g, others).isfinite().all()
+    assert not project_gradient(g, others).isfinite().all()
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
@@ -105,7 +107,7 @@ def test_it_is_avalanche_s(seed, margin):
     plugin = GEMPlugin(1, margin)
     plugin.G = others
     theirs = plugin.solve_quadprog(g).double()
-    assert torch.allclose(project(g, others, margin), theirs, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(project_gradient(g, others, margin), theirs, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -118,7 +120,7 @@ def test_with_one_other_it_is_avalanche_s_a_gem(seed):
     plugin = AGEMPlugin(1, 1)
     plugin.buffers, plugin.reference_gradients = [None], others[0]
     plugin.after_backward(SimpleNamespace(model=layer, device="cpu"))
-    assert torch.allclose(project(g, others), layer.weight.grad[0], atol=1e-12)
+    assert torch.allclose(project_gradient(g, others), layer.weight.grad[0], atol=1e-12)
 
 
 # In a stage
@@ -155,7 +157,7 @@ def test_gem_holds_each_remembered_task_to_its_mean_loss():
     g = gradient_of(made, batch.examples)
     assert (others @ g < 0).any()
     got = step(made, strategy, batch)
-    assert torch.allclose(got, project(g, others), rtol=1e-5, atol=1e-7)
+    assert torch.allclose(got, project_gradient(g, others), rtol=1e-5, atol=1e-7)
     assert (others @ got > -1e-6 * others.norm(dim=1) * got.norm()).all()
 
 
@@ -182,7 +184,7 @@ def test_a_gem_holds_the_mean_over_all_it_remembers():
 @pytest.mark.parametrize("kind", [GEM, AGEM])
 def test_steps_of_weights_in_bfloat16_are_projected_as_well(kind):
     made, strategy, _ = remembering(kind, torch.bfloat16)
-    others = torch.stack([gradient_of(made, pool).float() for pool in strategy.pools()])
+    others = torch.stack([gradient_of(made, pool).float() for pool in strategy.reference_pools()])
     before, after = [], []
     for e in toy.make_examples(2):
         for found, g in (
@@ -197,7 +199,7 @@ def test_steps_of_weights_in_bfloat16_are_projected_as_well(kind):
 @pytest.mark.parametrize(("kind", "sizes"), [(GEM, [3, 3]), (AGEM, [3])])
 def test_a_step_s_sample_is_drawn_anew_of_each_pool(kind, sizes):
     _, strategy, _ = remembering(kind, sample=3)
-    drawn = [strategy.remembered() for _ in range(6)]
+    drawn = [strategy.draw_reference_examples() for _ in range(6)]
     assert all([len(d) for d in one] == sizes for one in drawn)
     assert len({tuple(e.id for d in one for e in d) for one in drawn}) > 1
     if kind is GEM:
@@ -206,7 +208,9 @@ def test_a_step_s_sample_is_drawn_anew_of_each_pool(kind, sizes):
 
 def test_a_sample_larger_than_what_is_remembered_is_all_of_it():
     _, strategy, _ = remembering(AGEM, sample=100)
-    assert {e.id for e in strategy.remembered()[0]} == {e.id for e in strategy.buffer.examples}
+    assert {e.id for e in strategy.draw_reference_examples()[0]} == {
+        e.id for e in strategy.buffer.examples
+    }
 
 
 @pytest.mark.parametrize("kind", [GEM, AGEM])
@@ -223,4 +227,4 @@ def test_the_first_task_is_learned_as_if_alone(kind):
 @pytest.mark.parametrize("kind", [GEM, AGEM])
 def test_a_share_is_replayed_as_well(kind):
     _, strategy, batch = remembering(kind, share=0.5)
-    assert len(strategy.joined(batch).examples) == 2 * len(batch.examples)
+    assert len(strategy.add_replay_examples(batch).examples) == 2 * len(batch.examples)

@@ -5,7 +5,7 @@ import torch
 
 from continual.errors import ConfigError
 from continual.strategy.replay_buffer import ReplayBuffer
-from strategies.hard_replay import HardReplay, losses, name
+from strategies.hard_replay import HardReplay, example_key, mean_example_losses
 from tests.support import toy
 
 
@@ -15,8 +15,8 @@ def loss_by_hand(made, e) -> float:
 
 def test_an_example_s_loss_is_the_mean_over_its_response_tokens():
     made = toy.make_model(torch.float64)
-    assert losses(made, toy.make_examples(0)) == pytest.approx(
-        {name(e): loss_by_hand(made, e) for e in toy.make_examples(0)}, rel=1e-9
+    assert mean_example_losses(made, toy.make_examples(0)) == pytest.approx(
+        {example_key(e): loss_by_hand(made, e) for e in toy.make_examples(0)}, rel=1e-9
     )
 
 
@@ -45,22 +45,25 @@ def forgetful(capacity: float = 8, among: int = 2):
     """A model after three stages; which of the first task's examples were kept after it, and their
     losses then.
     """
-    made, strategy = toy.make_model(), HardReplay(by="forgetting", capacity=capacity, among=among)
+    made, strategy = (
+        toy.make_model(),
+        HardReplay(criterion="forgetting", capacity=capacity, candidates=among),
+    )
     toy.train_stages(made, strategy, 0)
     kept = [*strategy.buffer.tasks["a"]]
-    then = {name(e): loss_by_hand(made, e) for e in kept}
+    then = {example_key(e): loss_by_hand(made, e) for e in kept}
     toy.train_stages(made, strategy, 1)
     return made, strategy, kept, then
 
 
 def test_by_forgetting_those_whose_loss_rose_least_give_way():
     made, strategy, kept, then = forgetful()
-    rise = {name(e): loss_by_hand(made, e) - then[name(e)] for e in kept}
-    assert strategy.buffer.tasks["a"] == sorted(kept, key=lambda e: -rise[name(e)])[:4]
+    rise = {example_key(e): loss_by_hand(made, e) - then[example_key(e)] for e in kept}
+    assert strategy.buffer.tasks["a"] == sorted(kept, key=lambda e: -rise[example_key(e)])[:4]
     assert strategy.risen == pytest.approx(
         {
-            **{name(e): rise[name(e)] for e in strategy.buffer.tasks["a"]},
-            **{name(e): 0.0 for e in strategy.buffer.tasks["b"]},
+            **{example_key(e): rise[example_key(e)] for e in strategy.buffer.tasks["a"]},
+            **{example_key(e): 0.0 for e in strategy.buffer.tasks["b"]},
         },
         abs=1e-5,
     )
@@ -72,39 +75,39 @@ def test_what_was_forgotten_is_measured_from_when_it_was_learned_and_forgotten_w
     assert (
         strategy.learned.keys()
         == strategy.risen.keys()
-        == {name(e) for e in strategy.buffer.examples}
+        == {example_key(e) for e in strategy.buffer.examples}
     )
     for e in strategy.buffer.tasks["a"]:
-        assert strategy.learned[name(e)] == pytest.approx(then[name(e)], abs=1e-5)
-        assert strategy.risen[name(e)] == pytest.approx(
-            loss_by_hand(made, e) - then[name(e)], abs=1e-5
+        assert strategy.learned[example_key(e)] == pytest.approx(then[example_key(e)], abs=1e-5)
+        assert strategy.risen[example_key(e)] == pytest.approx(
+            loss_by_hand(made, e) - then[example_key(e)], abs=1e-5
         )
 
 
 def test_among_all_there_are_a_step_takes_the_most_forgotten():
     _, strategy, *_ = forgetful(among=99)
-    rank = sorted(strategy.buffer.examples, key=lambda e: -strategy.risen[name(e)])
-    assert [strategy.risen[name(e)] for e in strategy.recall(3)] == [
-        strategy.risen[name(e)] for e in rank[:3]
+    rank = sorted(strategy.buffer.examples, key=lambda e: -strategy.risen[example_key(e)])
+    assert [strategy.risen[example_key(e)] for e in strategy.draw_replay_examples(3)] == [
+        strategy.risen[example_key(e)] for e in rank[:3]
     ]
 
 
 def test_among_as_many_as_are_needed_the_draw_is_uniform():
     _, strategy, *_ = forgetful(among=1)
-    assert {name(e) for _ in range(60) for e in strategy.recall(2)} == {
-        name(e) for e in strategy.buffer.examples
+    assert {example_key(e) for _ in range(60) for e in strategy.draw_replay_examples(2)} == {
+        example_key(e) for e in strategy.buffer.examples
     }
 
 
 def test_more_than_there_are_can_be_recalled():
     _, strategy, *_ = forgetful()
-    assert len(strategy.recall(20)) == 20
+    assert len(strategy.draw_replay_examples(20)) == 20
 
 
 def test_by_forgetting_what_is_kept_at_first_is_a_uniform_sample():
     made, found = toy.make_model(), set()
     for seed in range(40):
-        strategy = HardReplay(by="forgetting", capacity=3, seed=seed)
+        strategy = HardReplay(criterion="forgetting", capacity=3, seed=seed)
         strategy.end(made, toy.make_task(0))
         found |= {e.id for e in strategy.buffer.examples}
     assert found == {e.id for e in toy.make_examples(0)}

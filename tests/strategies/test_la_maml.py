@@ -104,7 +104,7 @@ def test_with_rates_that_are_not_learned_it_is_maml_at_that_rate():
         MAML(inner_lr=0.2),
     )
     ours.begin(made, toy.make_task(0))
-    maml.split = lambda episode: ([[episode]], episode)
+    maml.split_episode = lambda episode: ([[episode]], episode)
     assert toy.all_close(
         step(made, ours, chosen),
         {n: 0.2 * g for n, g in step(made, maml, chosen).items()},
@@ -132,8 +132,8 @@ def test_a_step_that_is_passed_over_leaves_the_rates_as_they_were():
     assert torch.equal(strategy.rates, before)
 
 
-def test_under_an_optimizer_that_would_undo_the_rates_it_is_refused(refused, keys, tmp_path):
-    told = refused("run", *keys, "strategy=la_maml", f"out={tmp_path / 'it'}")
+def test_under_an_optimizer_that_would_undo_the_rates_it_is_refused(cli_error, run_keys, tmp_path):
+    told = cli_error("run", *run_keys, "strategy=la_maml", f"out={tmp_path / 'it'}")
     assert told == (
         "strategy=la_maml has a learning rate of its own for each weight, which "
         "train.optimizer=adamw would undo; set train.optimizer=sgd, and train.lr to 1 or what "

@@ -20,7 +20,7 @@ from continual.strategy.compose import compose
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
-from strategies.lamol import LAMOL, unanswered
+from strategies.lamol import LAMOL, make_prompt
 from strategies.lwf import LwF
 from tests.support import toy
 
@@ -91,9 +91,9 @@ def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_
             )
             for i, e in enumerate(rows(t, 64))
         ]
-        strategy.fill(made, Task(toy.TASK_NAMES[t], tuple(worded), columns=toy.TASK_NAMES))
+        strategy.update_buffer(made, Task(toy.TASK_NAMES[t], tuple(worded), columns=toy.TASK_NAMES))
     for t, (often, seldom) in WORDINGS.items():
-        written = strategy.written(made, t, 400)
+        written = strategy.generate_examples(made, t, 400)
         found = Counter(e.ids[:8] for e in written)
         assert found.keys() == {often, seldom}
         assert 1 / 8 < found[seldom] / len(written) < 3 / 8
@@ -107,20 +107,20 @@ def test_a_prompt_like_no_other_is_not_kept():
     ]
     for some in (alone, alone[:1]):
         strategy = LAMOL()
-        strategy.fill(toy.make_model(), Task("a", tuple(some), columns=toy.TASK_NAMES))
+        strategy.update_buffer(toy.make_model(), Task("a", tuple(some), columns=toy.TASK_NAMES))
         assert strategy.tasks[0]["begins"] == [([], len(some))]
 
 
 def test_the_old_model_answers_what_it_wrote_greedily(learned):
     made, strategy = learned
     for e in strategy.buffer.examples:
-        prompt = unanswered("p", e.task, e.ids[: turn(e)])
+        prompt = make_prompt("p", e.task, e.ids[: turn(e)])
         assert complete(made, [prompt], 2, 1, END) == [list(e.ids[turn(e) :])]
 
 
 def test_each_earlier_task_gets_an_equal_part_of_what_is_written(learned):
     made, strategy = learned
-    sizes = {t: len(strategy.written(made, t, 200)) for t in (0, 1)}
+    sizes = {t: len(strategy.generate_examples(made, t, 200)) for t in (0, 1)}
     assert all(n > 100 for n in sizes.values())
     assert all(
         len(kept) <= 8 for kept in strategy.buffer.tasks.values()
@@ -131,7 +131,9 @@ def test_each_earlier_task_gets_an_equal_part_of_what_is_written(learned):
 def test_the_share_of_written_examples_in_a_stage_is_gamma_of_the_new_ones(share, learned):
     made, strategy = learned[0], LAMOL(share=share, lm_weight=0.0)
     strategy.buffer.tasks = {"a": rows(0)}
-    old = sum(len(strategy.joined(made.batch(rows(2)[:5])).examples) - 5 for _ in range(24))
+    old = sum(
+        len(strategy.add_replay_examples(made.batch(rows(2)[:5])).examples) - 5 for _ in range(24)
+    )
     assert old == pytest.approx(120 * share / (1 - share), abs=1)
 
 
@@ -194,7 +196,7 @@ def test_sampling_follows_the_model_s_distribution_over_the_likeliest_tokens():
 def test_what_is_sampled_behind_one_prompt_does_not_depend_on_the_others(batch_size):
     made, prompts = (
         toy.make_model(torch.float64),
-        [unanswered(str(i), 0, e.ids) for i, e in enumerate(toy.make_examples(0))],
+        [make_prompt(str(i), 0, e.ids) for i, e in enumerate(toy.make_examples(0))],
     )
     draws = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = complete(made, prompts, 6, batch_size, END, sampled(20, draws))

@@ -19,7 +19,7 @@ from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
 from strategies.incremental_lora import IncrementalLoRA
 from strategies.olora import OLoRA
-from strategies.slao import SLAO, basis
+from strategies.slao import SLAO, orthonormal_basis
 from tests.support import toy
 
 RANK, ROOM = 2, 8
@@ -107,7 +107,7 @@ def test_the_terms_are_those_of_a_loop_over_tasks_modules_and_entries(seed, at, 
         made,
         {n: torch.randn(w.shape, generator=rng, dtype=w.dtype) for n, w in weights(made).items()},
     )
-    strategy.first = at * RANK
+    strategy.first_row = at * RANK
     expected = 0.0
     for n, w in snapshot(made).items():
         if "lora_A" in n:
@@ -117,7 +117,7 @@ def test_the_terms_are_those_of_a_loop_over_tasks_modules_and_entries(seed, at, 
             )
         expected += two * float(block(n, w, at).square().sum().sqrt())
     with torch.no_grad():
-        found = float(sum(strategy.terms(made), torch.zeros(())))
+        found = float(sum(strategy.penalty_terms(made), torch.zeros(())))
     assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -136,7 +136,7 @@ def test_the_step_s_direction_is_that_of_loss_and_terms_by_finite_differences():
     with torch.no_grad():
         for shift in (1e-6, -2e-6):
             live[name][RANK, 3] += shift
-            terms = sum(strategy.terms(made))
+            terms = sum(strategy.penalty_terms(made))
             values.append(float(terms + toy.mean_loss(made.net, toy.make_examples(1))))
     assert float(found[name][RANK, 3]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
 
@@ -229,7 +229,7 @@ def test_the_basis_is_orthonormal_spans_the_rows_and_points_as_they_do(seed, ran
     a = torch.randn(
         rank, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
-    q = basis(a)
+    q = orthonormal_basis(a)
     assert torch.allclose(q @ q.T, torch.eye(rank, dtype=a.dtype), atol=1e-10)
     assert torch.allclose(a @ q.T @ q, a, atol=1e-8)
     by_hand = []
@@ -240,8 +240,8 @@ def test_the_basis_is_orthonormal_spans_the_rows_and_points_as_they_do(seed, ran
 
 
 def test_an_orthonormal_a_is_its_own_basis():
-    q = basis(torch.randn(3, 7, dtype=torch.float64))
-    assert torch.allclose(basis(q), q, atol=1e-12)
+    q = orthonormal_basis(torch.randn(3, 7, dtype=torch.float64))
+    assert torch.allclose(orthonormal_basis(q), q, atol=1e-12)
 
 
 def alone(power: float):
@@ -250,7 +250,9 @@ def alone(power: float):
     before = None
     for i in (0, 1, 2):
         if start:
-            restore(made, {n: basis(w) if "lora_A" in n else w for n, w in start.items()})
+            restore(
+                made, {n: orthonormal_basis(w) if "lora_A" in n else w for n, w in start.items()}
+            )
         toy.train_stages(made, Strategy(), i)
         start = snapshot(made)
         step = (i + 1) ** -power

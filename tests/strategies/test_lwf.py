@@ -62,16 +62,18 @@ def test_the_divergence_has_its_closed_form_on_two_tokens():
     """p = (3/4, 1/4), q = (1/2, 1/2): KL(p || q) = log 2 - H(p) = 0.1308 nats; the other way it is
     0.1438.
     """
-    strategy, made = LwF(temperature=1.0, top=2), toy.make_model()
+    strategy, made = LwF(temperature=1.0, top_logits=2), toy.make_model()
     e = replace(toy.make_examples(0)[0], ids=(2, 3), response=(False, True))
-    strategy.told[e.task, e.id] = strategy.asked(torch.tensor([[3.0, 1.0]]).log())
+    strategy.teacher_outputs[e.task, e.id] = strategy.soften_logits(
+        torch.tensor([[3.0, 1.0]]).log()
+    )
     found = strategy.divergence(made.batch([e]), torch.zeros(1, 2))
     assert found.item() == pytest.approx(0.130812, abs=1e-6)
 
 
 @pytest.mark.parametrize("top", [1, 5, 1024])
 def test_at_the_teacher_itself_the_term_and_its_gradient_are_nothing(top):
-    made, strategy = toy.make_model(torch.float64), LwF(top=top)
+    made, strategy = toy.make_model(torch.float64), LwF(top_logits=top)
     strategy.begin(made, toy.make_task(0))
     made.net.zero_grad()
     found = term(made, strategy, made.batch(toy.make_examples(0)))
@@ -91,8 +93,8 @@ def test_telling_fewer_tokens_apart_never_makes_the_divergence_greater(seed, top
     )
     found = []
     for top in [*sorted(tops), 12]:
-        strategy = LwF(top=top)
-        strategy.told[e.task, e.id] = strategy.asked(p)
+        strategy = LwF(top_logits=top)
+        strategy.teacher_outputs[e.task, e.id] = strategy.soften_logits(p)
         found.append(strategy.divergence(made.batch([e]), q).item())
     assert all(0 <= a <= b + 1e-12 for a, b in pairwise(found))
 
@@ -198,9 +200,9 @@ def test_asft_is_its_authors_loss_and_gradient():
 
 
 def test_dynamic_fine_tuning_needs_no_teacher():
-    made, strategy = toy.make_model(torch.float64), LwF(strength=0.0, dynamic=True)
+    made, strategy = toy.make_model(torch.float64), LwF(strength=0.0, weight_by_probability=True)
     strategy.begin(made, toy.make_task(0))
-    assert strategy.told == {}
+    assert strategy.teacher_outputs == {}
     assert strategy.loss(made, made.batch(toy.make_examples(0))).item() == pytest.approx(
         by_hand(made, strategy, None, toy.make_examples(0)).item(), rel=1e-6
     )

@@ -13,7 +13,7 @@ from continual.models.weights import snapshot, unflat, weights
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
-from strategies.maml import MAML, Reptile, head
+from strategies.maml import MAML, Reptile, head_weights
 from tests.support import toy
 from tests.support.meta import INNER, halves, remembering, step
 
@@ -152,15 +152,15 @@ def test_the_rule_leads_to_the_fast_weights(kind):
 def test_the_rule_of_anil_changes_the_head_alone():
     made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
     before, expected = snapshot(made), walked(made.net, chosen, 1, INNER)
-    after = followed(made, MAML(capacity=0, inner_lr=INNER, adapts="head"), chosen, 1)
-    assert {n for n in after if not torch.equal(after[n], before[n])} == set(head(made))
-    for n in head(made):
+    after = followed(made, MAML(capacity=0, inner_lr=INNER, inner_scope="head"), chosen, 1)
+    assert {n for n in after if not torch.equal(after[n], before[n])} == set(head_weights(made))
+    for n in head_weights(made):
         assert torch.allclose(after[n], expected.get_parameter(n), rtol=1e-8)
 
 
 def test_the_rule_of_meta_sgd_has_the_learned_rates():
     made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
-    strategy = MAML(capacity=0, inner="meta_sgd")
+    strategy = MAML(capacity=0, inner_optimizer="meta_sgd")
     strategy.begin(made, toy.make_task(0))
     strategy.rates.data.uniform_(0, INNER)
     rates = unflat(strategy.rates.detach(), weights(made))
@@ -172,7 +172,7 @@ def test_the_rule_of_meta_sgd_has_the_learned_rates():
 def test_without_inner_steps_there_is_no_rule():
     for strategy in (Strategy(), MAML(inner_steps=0)):
         with pytest.raises(ConfigError, match="has no inner loop"):
-            strategy.rule()
+            strategy.inner_loop()
 
 
 def test_frozen_parameters_stay_put_in_the_inner_loop_too():
@@ -274,8 +274,8 @@ every = pytest.mark.parametrize(("kind", "keys"), KINDS.values(), ids=KINDS)
 
 
 @every
-def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, keys):
-    made, strategy = remembering(kind, 0, share=0.5, inner_lr=INNER, inner_steps=3, **keys)
+def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, run_keys):
+    made, strategy = remembering(kind, 0, share=0.5, inner_lr=INNER, inner_steps=3, **run_keys)
     whole = step(made, deepcopy(strategy), toy.make_examples(1, 8))
     for budget in (1, 8, 20):
         small = toy.limit_micro_batch(made, budget)
@@ -283,13 +283,13 @@ def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, keys):
 
 
 @every
-def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, keys):
+def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, run_keys):
     made = toy.make_model(tokens=12)
     read = []
     made.net.register_forward_pre_hook(
         lambda _, args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
     )
-    step(made, kind(capacity=0, inner_steps=2, **keys), toy.make_examples(0, 12))
+    step(made, kind(capacity=0, inner_steps=2, **run_keys), toy.make_examples(0, 12))
     assert len(read) > 8
     assert max(read) <= 12
 
@@ -308,7 +308,7 @@ def test_the_way_back_drops_out_what_the_way_there_did():
 
 
 @every
-def test_out_of_memory_within_an_episode_leaves_the_stage_as_if_it_had_not_been(kind, keys):
+def test_out_of_memory_within_an_episode_leaves_the_stage_as_if_it_had_not_been(kind, run_keys):
     ends = []
     for fail in (False, True):
         made, calls = toy.make_model(torch.float64), []
@@ -319,6 +319,6 @@ def test_out_of_memory_within_an_episode_leaves_the_stage_as_if_it_had_not_been(
                 raise torch.OutOfMemoryError
 
         made.net.register_forward_pre_hook(tight)
-        toy.train_stages(made, kind(capacity=0, inner_steps=3, **keys), 0)
+        toy.train_stages(made, kind(capacity=0, inner_steps=3, **run_keys), 0)
         ends.append(toy.copy_parameters(made))
     assert toy.all_close(*ends, rtol=1e-6, atol=1e-8)

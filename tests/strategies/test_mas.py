@@ -9,7 +9,7 @@ import torch
 
 from continual.models.importance import sensitivity
 from continual.models.weights import combine, snapshot, weights
-from continual.strategy.replay_buffer import chosen
+from continual.strategy.replay_buffer import sample_task_examples
 from strategies.ewc import MAS
 from tests.support import toy
 
@@ -76,15 +76,15 @@ class Recording(MAS):
 
     parts: list = field(init=False, default_factory=list)
 
-    def consolidate(self, here, measured):
-        self.parts.append(measured)
-        super().consolidate(here, measured)
+    def consolidate(self, end_weights, task_importance):
+        self.parts.append(task_importance)
+        super().consolidate(end_weights, task_importance)
 
 
 def test_importances_of_all_tasks_add_up_around_the_last_weights():
-    made, strategy = toy.make_model(torch.float64), Recording(examples=4)
+    made, strategy = toy.make_model(torch.float64), Recording(num_examples=4)
     toy.train_stages(made, strategy, 0, 1, size=6)
     assert toy.all_close(strategy.importance, combine(torch.add, *strategy.parts))
     assert toy.bitwise_equal(strategy.anchor, snapshot(made))
-    last = sensitivity(made, chosen(toy.make_task(1, 6), 4, "0/2"))
+    last = sensitivity(made, sample_task_examples(toy.make_task(1, 6), 4, "0/2"))
     assert toy.all_close(strategy.parts[1], last)

@@ -139,7 +139,7 @@ def test_memory_does_not_grow_with_the_tasks(kind):
 
 def test_weights_in_bfloat16_are_merged_in_float32():
     """In bfloat16 a mean of many would stand still."""
-    made, strategy = toy.make_model(torch.bfloat16), Average(begin_at="own")
+    made, strategy = toy.make_model(torch.bfloat16), Average(init_from="own")
     for _ in range(40):
         with torch.no_grad():
             made.net.model.norm.weight += 1 / 16
@@ -167,7 +167,7 @@ def test_fisher_merging_leads_to_the_joint_minimum_of_quadratics():
         def weigh(self, model, task):
             return {"parts.0": self.given.pop(0)}
 
-    found = merged(Known(begin_at="own"), ends).requires_grad_(True)
+    found = merged(Known(init_from="own"), ends).requires_grad_(True)
     (slope,) = torch.autograd.grad(
         sum((f * (found - m).square()).sum() / 2 for f, m in zip(curved, ends, strict=True)), found
     )
@@ -180,7 +180,7 @@ def test_fisher_merging_weighs_each_stage_by_its_fisher_of_norm_one():
     made = toy.make_model(torch.float64)
     restore(made, strategy.ended[0])
     again = deepcopy(FisherMerge())
-    assert toy.bitwise_equal(again.weigh(made, toy.make_task(0, 6)), strategy.total)
+    assert toy.bitwise_equal(again.merge_coefficients(made, toy.make_task(0, 6)), strategy.total)
 
 
 def test_a_weight_that_matters_to_no_task_is_as_the_last_stage_left_it():
@@ -237,9 +237,9 @@ def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_o
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Average(begin_at="middle"), "unknown begin_at 'middle'"),
-        (lambda: Average(blend=2), "blend 2: expected 0"),
-        (lambda: TIES(begin_at="merged"), "task vectors with begin_at=merged"),
+        (lambda: Average(init_from="middle"), "unknown begin_at 'middle'"),
+        (lambda: Average(interpolation=2), "blend 2: expected 0"),
+        (lambda: TIES(init_from="merged"), "task vectors with begin_at=merged"),
         (lambda: TIES(density=0), "TIES with density 0"),
         (lambda: EMA(decay=1.0), r"with decay 1\.0"),
     ],

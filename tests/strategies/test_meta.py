@@ -8,7 +8,7 @@ import torch
 from continual.errors import ConfigError
 from continual.models.loading import adapt_with
 from continual.models.weights import flat
-from strategies.maml import MAML, head
+from strategies.maml import MAML, head_weights
 from tests.support import toy
 from tests.support.meta import INNER, halves, looked_ahead, scattered, step
 
@@ -20,24 +20,26 @@ from tests.support.meta import INNER, halves, looked_ahead, scattered, step
 def test_anil_s_inner_loop_changes_the_head_alone_and_all_is_learned(kind, second_order):
     made, chosen = toy.make_model(torch.float64, kind=kind), toy.make_examples(0, 6)
     support, query = halves(chosen)
-    rate = {n: torch.full_like(w, INNER) for n, w in head(made).items()}
+    rate = {n: torch.full_like(w, INNER) for n, w in head_weights(made).items()}
     expected, _ = looked_ahead(made.net, [support] * 2, query, rate, second_order)
     got = step(
         made,
-        MAML(capacity=0, inner_lr=INNER, inner_steps=2, adapts="head", second_order=second_order),
+        MAML(
+            capacity=0, inner_lr=INNER, inner_steps=2, inner_scope="head", second_order=second_order
+        ),
         chosen,
     )
     assert toy.all_close(got, expected, rtol=1e-8)
 
 
 def test_the_head_is_the_lm_head_s_own_weight_or_what_is_trained_in_the_last_layer():
-    assert list(head(toy.make_model())) == ["lm_head.weight"]
-    tied = head(toy.make_model(kind="gpt2"))
+    assert list(head_weights(toy.make_model())) == ["lm_head.weight"]
+    tied = head_weights(toy.make_model(kind="gpt2"))
     assert len(tied) == 12
     assert all(n.startswith("transformer.h.1.") for n in tied)
     frozen = toy.make_model(kind="gpt2")
     frozen.net.transformer.h[1].requires_grad_(False)
-    assert all(n.startswith("transformer.h.0.") for n in head(frozen))
+    assert all(n.startswith("transformer.h.0.") for n in head_weights(frozen))
 
 
 @pytest.mark.filterwarnings(
@@ -48,8 +50,8 @@ def test_under_an_adapter_the_head_is_the_last_layer_s_part_of_it():
     made.net = adapt_with(
         made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False
     )
-    assert head(made)
-    assert all(".layers.1." in n and "lora" in n for n in head(made))
+    assert head_weights(made)
+    assert all(".layers.1." in n and "lora" in n for n in head_weights(made))
 
 
 def test_without_a_trained_head_or_layer_anil_is_refused():
@@ -58,7 +60,7 @@ def test_without_a_trained_head_or_layer_anil_is_refused():
     with pytest.raises(
         ConfigError, match="adapts=head: no weight of the LM head's own and none of a layer"
     ):
-        step(made, MAML(capacity=0, adapts="head"), toy.make_examples(0, 4))
+        step(made, MAML(capacity=0, inner_scope="head"), toy.make_examples(0, 4))
 
 
 # Meta-SGD
@@ -78,7 +80,7 @@ def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_ord
         for _ in range(2):
             learner.adapt(toy.mean_loss(learner, chosen[:3]))
         toy.mean_loss(learner, chosen[3:]).backward()
-    ours = MAML(capacity=0, inner_steps=2, inner="meta_sgd", second_order=not first_order)
+    ours = MAML(capacity=0, inner_steps=2, inner_optimizer="meta_sgd", second_order=not first_order)
     ours.begin(made, toy.make_task(0))
     ours.rates.data.copy_(flat(rates))
     assert toy.all_close(
@@ -91,7 +93,7 @@ def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_ord
 
 def test_meta_sgd_begins_as_maml_and_learns_its_rates():
     made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
-    ours = MAML(capacity=0, inner_lr=INNER, inner="meta_sgd")
+    ours = MAML(capacity=0, inner_lr=INNER, inner_optimizer="meta_sgd")
     ours.begin(made, toy.make_task(0))
     assert (ours.rates == INNER).all()
     assert toy.all_close(

@@ -11,7 +11,7 @@ from continual.models.weights import gradient
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
 from strategies.der import DER
-from strategies.migu import MIGU, linear_layers, neurons
+from strategies.migu import MIGU, count_neurons, trained_linear_layers
 from strategies.multitask import MultiTask
 from tests.support import models, toy
 
@@ -30,7 +30,7 @@ def loudest(made, chosen, kept: float) -> dict[str, set[int]]:
     sums, outputs = {}, {}
     handles = [
         m.register_forward_hook(lambda m, args, out, n=n: outputs.update({n: out.detach()[0]}))
-        for n, m in linear_layers(made).items()
+        for n, m in trained_linear_layers(made).items()
     ]
     for e in chosen:
         made.net(input_ids=torch.tensor([e.ids]))
@@ -59,7 +59,7 @@ def test_the_loudest_neurons_of_each_layer_have_their_gradient_and_no_others(kin
     made.layout = replace(made.layout, flat=flat and made.layout.flat)
     chosen = toy.make_examples(1, 5)
     plain, masked = step(made, Strategy(), chosen), step(made, later(updated=0.3), chosen)
-    layers, names = linear_layers(made), {p: n for n, p in made.net.named_parameters()}
+    layers, names = trained_linear_layers(made), {p: n for n, p in made.net.named_parameters()}
     for name, loud in loudest(made, chosen, 0.3).items():
         for p in layers[name].parameters(recurse=False):
             turned = p.ndim > 1 and not isinstance(layers[name], torch.nn.Linear)  # GPT-2's
@@ -82,10 +82,10 @@ def test_an_encoder_s_layers_are_masked_too_and_padding_does_not_count():
     apart = step(made, later(), [short, long])
     made.layout = replace(made.layout, tokens=100)
     assert toy.all_close(step(made, later(), [short, long]), apart, rtol=1e-7, atol=1e-10)
-    for name, layer in linear_layers(made).items():
+    for name, layer in trained_linear_layers(made).items():
         if name != "lm_head":
             rows = apart[f"{name}.weight"].any(1).sum()
-            assert 0 < rows <= round(0.3 * neurons(layer)), name
+            assert 0 < rows <= round(0.3 * count_neurons(layer)), name
 
 
 def test_weights_in_bfloat16_have_gradients_in_bfloat16():
@@ -123,7 +123,7 @@ def test_a_layer_that_is_silent_is_not_masked():
 def test_passes_of_other_examples_within_the_loss_are_not_overheard():
     """DER answers remembered examples beside the step's own."""
     made, chosen = toy.make_model(torch.float64), toy.make_examples(1, 5)
-    strategy = compose(later(), DER(capacity=8, alpha=0.5, minibatch=4))
+    strategy = compose(later(), DER(capacity=8, alpha=0.5, minibatch_size=4))
     toy.train_stages(made, strategy, 0)
     strategy.begin(made, toy.make_task(1))
     found = step(made, strategy, chosen)
@@ -144,4 +144,4 @@ def test_weights_of_tasks_that_are_learned_along_change_no_mask():
 @pytest.mark.parametrize("updated", [0.0, 1.2])
 def test_a_part_that_is_none_is_refused(updated):
     with pytest.raises(ConfigError, match="expected more than 0, up to 1"):
-        MIGU(updated=updated)
+        MIGU(neuron_share=updated)

@@ -15,7 +15,7 @@ from continual.strategy.interface import Strategy
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
-from strategies.multitask import MultiTask, surgery
+from strategies.multitask import MultiTask, project_conflicts
 from tests.support import toy
 
 SIZES = {0: 4, 1: 12, 2: 8}
@@ -33,7 +33,7 @@ def remembering(dtype=torch.float64, share: float = 0.5, **keys):
 
 def parts(made, strategy, n: int = 8) -> dict[int, list]:
     """A step's examples by task."""
-    batch = strategy.joined(made.batch(toy.make_examples(2, n)))
+    batch = strategy.add_replay_examples(made.batch(toy.make_examples(2, n)))
     return {t: list(part.examples) for t, part in batch.by_task().items()}
 
 
@@ -46,7 +46,7 @@ def by_hand(made, step: dict[int, list], weight: dict[int, float]) -> torch.Tens
 
 def both(made, strategy, weight: dict[int, float]):
     """The loss and gradient of a step, ours and by hand."""
-    batch = strategy.joined(made.batch(toy.make_examples(2, 8)))
+    batch = strategy.add_replay_examples(made.batch(toy.make_examples(2, 8)))
     step = {t: list(part.examples) for t, part in batch.by_task().items()}
     assert set(step) == {0, 1, 2}
     found = []
@@ -105,7 +105,7 @@ def test_a_stage_reports_the_weights_over_time():
 def test_remembered_tasks_are_drawn_in_proportion_to_a_root_of_their_size(temperature):
     _, strategy = remembering(weighting="temperature", temperature=temperature)
     draws = 4000
-    drawn = Counter(e.task for e in strategy.recall(draws))
+    drawn = Counter(e.task for e in strategy.draw_replay_examples(draws))
     odds = {t: SIZES[t] ** (1 / temperature) for t in (0, 1)}
     expected = draws * odds[0] / sum(odds.values())
     deviation = (expected * (1 - expected / draws)) ** 0.5
@@ -115,7 +115,7 @@ def test_remembered_tasks_are_drawn_in_proportion_to_a_root_of_their_size(temper
 
 def test_with_a_temperature_all_tokens_weigh_the_same():
     made, strategy = remembering(weighting="temperature")
-    batch = strategy.joined(made.batch(toy.make_examples(2, 8)))
+    batch = strategy.add_replay_examples(made.batch(toy.make_examples(2, 8)))
     expected = toy.mean_loss(made.net, list(batch.examples))
     assert strategy.loss(made, batch).item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -126,7 +126,7 @@ def test_learned_weights_are_kendall_s_uncertainties():
     s = [0.3, -0.5, 1.2]
     with torch.no_grad():
         strategy.log_variance[:3] = torch.tensor(s)
-    batch = strategy.joined(made.batch(toy.make_examples(2, 8)))
+    batch = strategy.add_replay_examples(made.batch(toy.make_examples(2, 8)))
     means = {t: toy.mean_loss(made.net, list(p.examples)) for t, p in batch.by_task().items()}
     expected = sum((torch.tensor(-s[t]).exp() * means[t] + s[t] / 2) / 3 for t in range(3))
     loss = strategy.loss(made, batch)
@@ -195,13 +195,13 @@ def test_surgery_is_the_paper_s_algorithm(tasks):
     )
     rng = random.Random(0)
     order = [[j for j in rng.sample(range(tasks), tasks) if j != i] for i in range(tasks)]
-    assert torch.allclose(surgery(rows, random.Random(0)), gave_way(rows, order))
+    assert torch.allclose(project_conflicts(rows, random.Random(0)), gave_way(rows, order))
 
 
 @given(st.integers(0, 999))
 def test_of_two_tasks_neither_opposes_the_other_s_gradient_any_more(seed):
     rows = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    freed = surgery(rows, random.Random(0))
+    freed = project_conflicts(rows, random.Random(0))
     assert (freed @ rows.T > -1e-12).all()
     if rows[0] @ rows[1] >= 0:
         assert torch.equal(freed, rows)
@@ -213,7 +213,10 @@ def test_a_step_with_conflicts_projected_is_the_sum_of_the_tasks_gradients_after
         made, Strategy(), 0, 1, recipe=Recipe(lr=5e-3, epochs=20, batch_size=8)
     )  # and the third opposes them
     plain, batch = deepcopy(strategy), made.batch(toy.make_examples(2, 8))
-    step = {t: list(p.examples) for t, p in deepcopy(strategy).joined(batch).by_task().items()}
+    step = {
+        t: list(p.examples)
+        for t, p in deepcopy(strategy).add_replay_examples(batch).by_task().items()
+    }
     each, share = [], {0: 0.5, 1: 0.25, 2: 0.25}
     for t, chosen in step.items():
         made.net.zero_grad()
@@ -227,8 +230,8 @@ def test_a_step_with_conflicts_projected_is_the_sum_of_the_tasks_gradients_after
         own.backward(made, batch)
         found.append(flat(gradient(made)))
     rng = deepcopy(plain)
-    rng.joined(batch)
-    expected = surgery(torch.stack(each), rng.buffer.rng).sum(0)
+    rng.add_replay_examples(batch)
+    expected = project_conflicts(torch.stack(each), rng.buffer.rng).sum(0)
     assert torch.allclose(found[0], expected, rtol=1e-5, atol=1e-7)
     assert torch.allclose(found[1], sum(each), rtol=1e-5, atol=1e-7)
     assert not torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-7), (

@@ -30,11 +30,11 @@ KEEPING = [
     SI(),
     EWC(),
     MAS(),
-    RWalk(every=3),
-    DER(minibatch=4),
+    RWalk(every_steps=3),
+    DER(minibatch_size=4),
     GEM(capacity=12),
-    OGD(examples=12),
-    FisherMerge(examples=12),
+    OGD(num_examples=12),
+    FisherMerge(num_examples=12),
     Replay(capacity=12),
 ]
 
@@ -84,7 +84,7 @@ def test_nothing_of_it_is_kept_and_no_later_step_is_skipped(strategy):
 
 @pytest.mark.parametrize(
     "strategy",
-    [EWC(), MAS(), FisherMerge(examples=12), OGD(examples=12)],
+    [EWC(), MAS(), FisherMerge(num_examples=12), OGD(num_examples=12)],
     ids=lambda s: type(s).__name__,
 )
 def test_what_is_measured_is_of_the_other_rows(strategy):
@@ -125,7 +125,7 @@ class Steep(torch.autograd.Function):
 
 def test_der_keeps_no_row_whose_loss_is_finite_and_whose_gradient_is_not():
     """It takes rows in before the stage has seen the gradient."""
-    made, strategy = toy.make_model(), DER(minibatch=4)
+    made, strategy = toy.make_model(), DER(minibatch_size=4)
     words = made.net.get_input_embeddings()
     words.register_forward_hook(
         lambda _, args, out: Steep.apply(out, (args[0] == BROKEN)[..., None])

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual.models.weights import flat, gradient, unflat, weights
-from continual.strategy.replay_buffer import chosen
-from strategies.ogd import OGD, apart, extended
+from continual.strategy.replay_buffer import sample_task_examples
+from strategies.ogd import OGD, extend_basis, project_out
 from tests.support import toy
 
 KEPT = 3
@@ -28,10 +28,12 @@ def learned(*tasks: int):
     """A model and a strategy after these tasks, the raw directions of what it keeps, taken at each
     task's end.
     """
-    made, strategy, raw = toy.make_model(torch.float64), OGD(examples=KEPT), []
+    made, strategy, raw = toy.make_model(torch.float64), OGD(num_examples=KEPT), []
     for i, t in enumerate(tasks, 1):
         toy.train_stages(made, strategy, t, size=6)
-        raw += [direction(made, e) for e in chosen(toy.make_task(t, 6), KEPT, f"0/{i}")]
+        raw += [
+            direction(made, e) for e in sample_task_examples(toy.make_task(t, 6), KEPT, f"0/{i}")
+        ]
     return made, strategy, torch.stack(raw)
 
 
@@ -65,7 +67,7 @@ def test_it_is_the_gradient_less_its_projection_on_the_raw_directions_by_brute_f
 
 def test_a_small_step_along_it_leaves_the_kept_logits_to_second_order():
     made, strategy, _ = learned(0)
-    kept = chosen(toy.make_task(0, 6), KEPT, "0/1")
+    kept = sample_task_examples(toy.make_task(0, 6), KEPT, "0/1")
     g = unflat(step(made, strategy, toy.make_examples(1)), weights(made))
     drift = []
     with torch.no_grad():
@@ -93,7 +95,7 @@ def test_it_is_gram_schmidt_by_hand():
     rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis, by_hand = torch.zeros(0, 0), []
     for u in rows:
-        basis = extended(basis, u)
+        basis = extend_basis(basis, u)
         for b in by_hand:
             u = u - (u @ b) * b
         by_hand.append(u / u.norm())
@@ -111,10 +113,10 @@ def test_directions_that_are_known_already_are_not_kept_twice(seed, fresh, known
     again = torch.randn(known, fresh, generator=rng) @ rows
     basis = torch.zeros(0, 0)
     for u in [*rows, *again]:
-        basis = extended(basis, u)
+        basis = extend_basis(basis, u)
     assert len(basis) == fresh
     assert torch.allclose(basis @ basis.T, torch.eye(fresh), atol=1e-5)
-    assert all(apart(u, basis).norm() <= 1e-4 * u.norm() + 1e-6 for u in again)
+    assert all(project_out(u, basis).norm() <= 1e-4 * u.norm() + 1e-6 for u in again)
 
 
 def test_the_first_task_is_learned_as_if_alone():

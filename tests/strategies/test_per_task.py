@@ -16,10 +16,10 @@ from continual.data.types import Example, Task
 from continual.errors import ConfigError, ContinualError
 from continual.evaluation import scoring
 from continual.models.weights import restore, snapshot, zeros
-from continual.strategy.instructions import instructions
+from continual.strategy.instructions import extract_instructions
 from continual.strategy.interface import Strategy
 from strategies.per_task import PerTask
-from strategies.router import Router, beginnings
+from strategies.router import Router, mean_prefix_embeddings
 from tests.support import toy
 from tests.support.models import TASKS, load_json_lines, make_encoded, run_in_process
 
@@ -37,7 +37,7 @@ def test_each_adapter_is_bit_for_bit_the_one_learned_alone(lora):
 
 
 def test_begun_at_the_last_one_each_adapter_is_the_sequence_so_far():
-    made, strategy, plain = toy.make_model(), PerTask(start="last"), toy.make_model()
+    made, strategy, plain = toy.make_model(), PerTask(adapter_init="last"), toy.make_model()
     for i, name in enumerate(toy.TASK_NAMES[:3]):
         strategy.route(made, "a")  # whatever was tested last
         toy.train_stages(made, strategy, i)
@@ -47,7 +47,7 @@ def test_begun_at_the_last_one_each_adapter_is_the_sequence_so_far():
 
 def test_a_task_that_no_stage_learned_is_answered_by_what_its_adapter_would_start_from():
     for start in ("base", "last"):
-        made, strategy = toy.make_model(), PerTask(start=start)
+        made, strategy = toy.make_model(), PerTask(adapter_init=start)
         base = snapshot(made)
         strategy.route(made, "c")
         assert toy.bitwise_equal(snapshot(made), base)
@@ -75,7 +75,7 @@ def test_an_unknown_start_is_refused():
     with pytest.raises(
         ConfigError, match=r"unknown start of an adapter 'first'.* Known: base, last"
     ):
-        PerTask(start="first")
+        PerTask(adapter_init="first")
 
 
 # By instruction
@@ -105,7 +105,7 @@ def routed(*tasks: Task) -> tuple:
 def test_a_prompt_is_answered_by_the_adapter_whose_instruction_it_begins_with():
     made, strategy = routed(task(0, SAY), task(1, COUNT))
     prompts = [[*SAY, 40], [*COUNT, 40, 41], [*SAY, 22], [*COUNT, 14]]
-    assert strategy.nearest(made, prompts) == ["a", "b", "a", "b"]
+    assert strategy.nearest_adapters(made, prompts) == ["a", "b", "a", "b"]
     turns = []
     for turn in strategy.dispatch(made, prompts):
         turns.append([*turn])
@@ -117,7 +117,7 @@ def test_a_prompt_is_answered_by_the_adapter_whose_instruction_it_begins_with():
 def test_where_one_instruction_begins_another_the_longer_one_counts():
     for tasks in ((task(0, SAY), task(1, LOUD)), (task(1, LOUD), task(0, SAY))):
         made, strategy = routed(*tasks)
-        assert strategy.nearest(made, [[*SAY, 40], [*LOUD, 40, 41]]) == ["a", "b"]
+        assert strategy.nearest_adapters(made, [[*SAY, 40], [*LOUD, 40, 41]]) == ["a", "b"]
 
 
 def test_an_instruction_worded_in_a_new_way_goes_to_the_nearest_by_cosine():
@@ -128,23 +128,23 @@ def test_an_instruction_worded_in_a_new_way_goes_to_the_nearest_by_cosine():
     prompts = torch.randint(3, 60, (40, 9), generator=torch.Generator().manual_seed(0)).tolist()
     here = torch.stack([words[p[:5]].mean(0) for p in prompts])
     near = torch.stack([F.cosine_similarity(here, words[x].mean(0)[None]) for x in (SAY, COUNT)])
-    assert strategy.nearest(made, prompts) == [("a", "b")[i] for i in near.argmax(0)]
+    assert strategy.nearest_adapters(made, prompts) == [("a", "b")[i] for i in near.argmax(0)]
 
 
 def test_it_chooses_alike_whichever_adapter_the_model_has():
     made, strategy = routed(task(0, SAY), task(1, COUNT, LOUD))
     prompts = torch.randint(3, 60, (40, 9), generator=torch.Generator().manual_seed(1)).tolist()
-    found = strategy.nearest(made, prompts)
+    found = strategy.nearest_adapters(made, prompts)
     assert len(set(found)) == 2
     restore(made, strategy.adapters["a"])
-    assert strategy.nearest(made, prompts) == found
-    assert [strategy.nearest(made, [p])[0] for p in prompts] == found
+    assert strategy.nearest_adapters(made, prompts) == found
+    assert [strategy.nearest_adapters(made, [p])[0] for p in prompts] == found
 
 
 def test_several_wordings_of_one_task_are_prototypes_each():
     _, strategy = routed(task(0, SAY, [50, 51, 52, 53, 54]))
     assert sorted(strategy.instructions["a"]) == sorted(
-        ids for ids, _ in instructions(task(0, SAY, [50, 51, 52, 53, 54]).train)
+        ids for ids, _ in extract_instructions(task(0, SAY, [50, 51, 52, 53, 54]).train)
     )
 
 
@@ -171,19 +171,19 @@ def test_every_prompt_has_its_turn_once(prompts):
 
 def test_the_mean_of_each_beginning_is_that_of_its_tokens():
     words = torch.randn(9, 4, dtype=torch.float64)
-    found = beginnings(words, [3, 3, 7, 1])
+    found = mean_prefix_embeddings(words, [3, 3, 7, 1])
     assert all(torch.allclose(found[i], words[[3, 3, 7, 1][: i + 1]].mean(0)) for i in range(4))
 
 
 # In a run
 
 
-def test_a_run_that_routes_by_instruction_scores_as_one_that_is_told_the_task(keys, tmp_path):
+def test_a_run_that_routes_by_instruction_scores_as_one_that_is_told_the_task(run_keys, tmp_path):
     """Each task of the test stream has one instruction: the two differ on tasks not learned yet
     alone.
     """
-    told, _ = run_in_process(tmp_path / "told", keys, "strategy=per_task")
-    found, _ = run_in_process(tmp_path / "found", keys, "strategy=router")
+    told, _ = run_in_process(tmp_path / "told", run_keys, "strategy=per_task")
+    found, _ = run_in_process(tmp_path / "found", run_keys, "strategy=router")
     assert found.scores[0] == told.scores[0]
     for stage in (1, 2, 3):
         for name in TASKS[:stage]:

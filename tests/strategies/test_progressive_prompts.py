@@ -132,29 +132,33 @@ def test_prompts_that_will_leave_no_room_are_refused_before_the_first_stage():
         ConfigError, match=r"stand behind 28 virtual ones, and the model has 32 positions; lower"
     ):
         ProgressivePrompts().begin(made, toy.make_task(0))
-    ProgressivePrompts(most=3).begin(made, toy.make_task(0))
+    ProgressivePrompts(max_prompts=3).begin(made, toy.make_task(0))
 
 
 def test_a_model_without_virtual_tokens_is_refused():
     with pytest.raises(ConfigError, match=r"model.adapter=prompt_tuning"):
         ProgressivePrompts().route(toy.make_model(), "a")
     with pytest.raises(ConfigError, match="most=0: expected at least 1"):
-        ProgressivePrompts(most=0)
+        ProgressivePrompts(max_prompts=0)
 
 
 @pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
-def test_the_newest_prompt_alone_is_not_adapted(refused, keys, tmp_path):
+def test_the_newest_prompt_alone_is_not_adapted(cli_error, run_keys, tmp_path):
     run_in_process(
         tmp_path / "run",
-        keys,
+        run_keys,
         "strategy=progressive_prompts",
         "model.adapter=prompt_tuning",
         "train.steps=2",
     )
-    told = refused(
-        "adapt", *keys, f"adapt.start={tmp_path / 'run'}", "task=loud", f"out={tmp_path / 'new'}"
+    told = cli_error(
+        "adapt",
+        *run_keys,
+        f"adapt.start={tmp_path / 'run'}",
+        "task=loud",
+        f"out={tmp_path / 'new'}",
     )
     assert (
         "progressive_prompts has a part of the model in its memory, and the weights alone never "

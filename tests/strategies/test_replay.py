@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from continual.data.types import Encoded
 from continual.errors import ConfigError
 from continual.packing.batch import Batch, Layout
-from continual.strategy.replay_buffer import ReplayBuffer, reservoir
+from continual.strategy.replay_buffer import ReplayBuffer, update_reservoir
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
 from continual.training.serialization import from_json, to_json
@@ -63,7 +63,7 @@ def test_every_subset_is_equally_likely_in_a_reservoir():
     found: Counter[frozenset[str]] = Counter()
     for throws in product(range(3), range(4), range(5)):
         kept: list[Encoded] = []
-        reservoir(kept, rows(0, 5), 2, 0, Scripted(throws))
+        update_reservoir(kept, rows(0, 5), 2, 0, Scripted(throws))
         found[frozenset(e.id for e in kept)] += 1
     assert found == {frozenset(pair): 6 for pair in combinations([f"0/{i}" for i in range(5)], 2)}
 
@@ -208,7 +208,7 @@ def test_the_running_share_is_exact_to_within_one_example(share, sizes):
     strategy.buffer.add("a", rows(0, 8))
     new = old = 0
     for n in sizes:
-        joined = strategy.joined(batch.of(rows(1, n)))
+        joined = strategy.add_replay_examples(batch.of(rows(1, n)))
         assert list(joined.examples[:n]) == rows(1, n)
         new, old = new + n, old + len(joined.examples) - n
         assert -1e-6 <= share * (new + old) - old < 1

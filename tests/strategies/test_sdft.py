@@ -16,7 +16,7 @@ from continual.models.weights import gradient, restore, snapshot
 from continual.packing.batch import Layout
 from continual.packing.layout import turn
 from strategies import sdft
-from strategies.sdft import SDFT, shown_first
+from strategies.sdft import SDFT, prepend_demonstration
 from tests.support import toy
 from tests.support.models import make_encoded
 
@@ -36,8 +36,8 @@ def logits_behind(net, prompt, answer) -> torch.Tensor:
 def test_the_term_is_the_reverse_divergence_from_the_model_that_saw_the_answer_on_the_model_s_own_answers():
     made, strategy = begun()
     rows = toy.make_examples(0, 5)
-    own = strategy.answered(made, rows)
-    shown = [shown_first(e, y) for e, y in zip(rows, own, strict=True)]
+    own = strategy.sample_answers(made, rows)
+    shown = [prepend_demonstration(e, y) for e, y in zip(rows, own, strict=True)]
     found = strategy.divergence(made, numbered(made, own), shown)
     parts = []
     for e, y in zip(rows, own, strict=True):
@@ -53,13 +53,13 @@ def test_the_term_is_the_reverse_divergence_from_the_model_that_saw_the_answer_o
 def test_a_step_s_gradient_is_that_of_both_shares_and_none_goes_through_the_teacher():
     made, strategy = begun(strength=0.3, rate=0.0)
     rows = toy.make_examples(0, 5)
-    own = strategy.answered(made, rows)
+    own = strategy.sample_answers(made, rows)
     strategy.generator.seed(strategy.seed)  # as it was, for the same answers
     made.net.zero_grad()
     loss = strategy.backward(made, made.batch(rows))
     found = gradient(made)
     made.net.zero_grad()
-    shown = [shown_first(e, y) for e, y in zip(rows, own, strict=True)]
+    shown = [prepend_demonstration(e, y) for e, y in zip(rows, own, strict=True)]
     batch = numbered(made, own)
     told = forward(made, numbered(made, shown)).detach().log_softmax(-1)
     q = forward(made, batch).log_softmax(-1)
@@ -75,7 +75,7 @@ def test_answers_are_the_model_s_own_and_drawn_anew_by_the_seed():
     made, strategy = begun()
     rows = toy.make_examples(0)
     first, second, again, other = (
-        s.answered(made, rows) for s in (strategy, strategy, SDFT(), SDFT(seed=1))
+        s.sample_answers(made, rows) for s in (strategy, strategy, SDFT(), SDFT(seed=1))
     )
     assert first == again
     assert first != second
@@ -171,7 +171,7 @@ def test_a_model_that_learns_in_context_learns_the_answers_without_being_trained
         strategy = SDFT(strength=1.0)
         strategy.begin(made, replace(toy.make_task(0), train=tuple(rows)))
         if not demonstrated:
-            monkeypatch.setattr(sdft, "shown_first", lambda example, own: own)
+            monkeypatch.setattr(sdft, "prepend_demonstration", lambda example, own: own)
         optimizer = torch.optim.Adam(made.net.parameters(), lr=0.1)
         for _ in range(40):
             optimizer.zero_grad()

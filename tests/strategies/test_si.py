@@ -101,7 +101,7 @@ def test_a_step_that_was_skipped_for_its_gradient_adds_nothing():
     task = SimpleNamespace(train=())
     strategy.begin(model, task)
     strategy.backward(model, bowls((float("nan"), 0.0)))
-    strategy.walk(model)
+    strategy.add_path_integral(model)
     assert strategy.omega["w"].tolist() == [0.0, 0.0]
 
 
@@ -111,9 +111,9 @@ class Recording(SI):
 
     totals: list = field(init=False, default_factory=list)
 
-    def importance_here(self, model):
+    def compute_path_importance(self, model):
         self.totals.append(sum(o.sum().item() for o in self.omega.values()))
-        return super().importance_here(model)
+        return super().compute_path_importance(model)
 
 
 def test_the_path_integrals_of_all_weights_add_up_to_the_fall_of_the_task_s_own_loss():
@@ -137,17 +137,17 @@ class Exact(SI):
     exact: dict = field(init=False, default_factory=dict)
     off: float = field(init=False, default=0.0)
 
-    def walk(self, model):
+    def add_path_integral(self, model):
         for n, g in self.slope.items():
             step = weights(model)[n].detach().double() - self.before[n].double()
             self.exact[n] = self.exact.get(n, 0) - g.double() * step
-        super().walk(model)
+        super().add_path_integral(model)
 
-    def importance_here(self, model):
+    def compute_path_importance(self, model):
         whole = torch.cat([e.flatten() for e in self.exact.values()])
         ours = torch.cat([self.omega[n].flatten() for n in self.exact])
         self.off = float((ours - whole).norm() / whole.norm())
-        return super().importance_here(model)
+        return super().compute_path_importance(model)
 
 
 def test_of_weights_in_bfloat16_the_path_is_added_up_in_float32():
@@ -204,7 +204,7 @@ def test_rwalk_is_its_equations_on_a_quadratic(monkeypatch):
         [bowls((second, 2.0), (first, 0.3 * i)) for i in range(5)],
     ]
     model = SimpleNamespace(net=Point(0.2, -1.0), trained=(), sharded=False)
-    strategy = BowlRWalk(strength=0.7, damping=0.01, alpha=0.8, every=3)
+    strategy = BowlRWalk(strength=0.7, damping=0.01, alpha=0.8, every_steps=3)
     walks, found = [], []
     for batches in tasks:
         walks.append(descend(model, strategy, batches, lr=0.2))
@@ -216,7 +216,7 @@ def test_rwalk_is_its_equations_on_a_quadratic(monkeypatch):
 
 
 def test_rwalk_measures_the_fisher_of_the_step_s_own_examples_one_by_one():
-    made, strategy = toy.make_model(torch.float64), RWalk(every=2)
+    made, strategy = toy.make_model(torch.float64), RWalk(every_steps=2)
     strategy.begin(made, toy.make_task(0))
     strategy.backward(made, made.batch(toy.make_examples(0, 5)))
     assert toy.all_close(strategy.running, fisher(made, toy.make_examples(0, 5)))
@@ -225,7 +225,7 @@ def test_rwalk_measures_the_fisher_of_the_step_s_own_examples_one_by_one():
 
 
 def test_rwalk_s_importance_lies_between_0_and_2():
-    made, strategy = toy.make_model(), RWalk(every=2)
+    made, strategy = toy.make_model(), RWalk(every_steps=2)
     toy.train_stages(made, strategy, 0, 1, size=6)
     values = torch.cat([i.flatten() for i in strategy.importance.values()])
     assert values.min() >= 0

@@ -40,7 +40,7 @@ def test_the_masks_of_different_tasks_differ():
 
 
 def test_what_matters_most_to_earlier_tasks_can_be_avoided():
-    made, strategy = toy.make_model(torch.float64), Sparse(fraction=0.05, avoid=0.3)
+    made, strategy = toy.make_model(torch.float64), Sparse(fraction=0.05, protected_fraction=0.3)
     moved(made, strategy, 0)
     needed = flat(fisher(made, toy.make_examples(0)))
     spared = largest(needed, int(0.3 * len(needed)))
@@ -80,7 +80,7 @@ def test_the_mask_is_of_the_model_without_dropout_and_leaves_its_mode_alone():
 
 def test_after_a_stage_only_what_later_ones_avoid_is_kept():
     for avoid, kept in ((0.0, set()), (0.2, {"needed"})):
-        made, strategy = toy.make_model(), Sparse(fraction=0.1, avoid=avoid)
+        made, strategy = toy.make_model(), Sparse(fraction=0.1, protected_fraction=avoid)
         toy.train_stages(made, strategy, 0, size=6)
         assert {path.split("/")[1] for path in toy.memory_tensors(strategy)} == kept
 
@@ -90,4 +90,4 @@ def test_fractions_that_leave_nothing_to_train_are_refused(fraction, avoid):
     with pytest.raises(
         ConfigError, match="expected a fraction above 0 and both together at most 1"
     ):
-        Sparse(fraction=fraction, avoid=avoid)
+        Sparse(fraction=fraction, protected_fraction=avoid)

@@ -8,7 +8,7 @@ from continual.errors import ConfigError
 from continual.models.loss import gradient_of, nll
 from continual.models.weights import flat, gradient
 from continual.strategy.compose import compose
-from continual.strategy.interface import Strategy, instead, memory
+from continual.strategy.interface import Strategy, memory, replaces_super
 from strategies.der import DER
 from strategies.ewc import EWC, L2, MAS, OnlineEWC
 from strategies.gem import GEM
@@ -148,14 +148,14 @@ def test_settings_that_are_shared_must_agree():
         ("lwf,ewc", "strategy.lwf.strength=1.0 and strategy.ewc.strength=1000.0 are one setting"),
     ],
 )
-def test_settings_that_do_not_agree_are_told_by_their_keys(listed, told, refused, keys):
-    assert told in refused("run", *keys, f"strategy=[{listed}]", "out=it")
+def test_settings_that_do_not_agree_are_told_by_their_keys(listed, told, cli_error, run_keys):
+    assert told in cli_error("run", *run_keys, f"strategy=[{listed}]", "out=it")
 
 
 @pytest.mark.parametrize("others", [(MAML, EWC), (EWC, MAML), (Reptile, EWC), (MultiTask, EWC)])
 def test_no_order_of_the_list_loses_the_pull(others):
     def after(strength: float):
-        made = [k(strength=strength, examples=5) if k is EWC else k() for k in others]
+        made = [k(strength=strength, num_examples=5) if k is EWC else k() for k in others]
         return weights_after(compose(*made))
 
     assert not toy.bitwise_equal(after(500.0), after(0.0))
@@ -253,7 +253,7 @@ class Alone(Strategy):
 
     on: bool = True
 
-    @instead
+    @replaces_super
     def end(self, model, task):
         if not self.on:
             super().end(model, task)

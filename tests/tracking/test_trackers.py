@@ -50,9 +50,9 @@ def series(sink, name):
 
 
 def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(
-    keys, tmp_path, sinks
+    run_keys, tmp_path, sinks
 ):
-    matrix, _ = run_in_process(tmp_path / "a/b", keys, *SHORT, "track=tensorboard")
+    matrix, _ = run_in_process(tmp_path / "a/b", run_keys, *SHORT, "track=tensorboard")
     (sink,) = sinks
     assert (sink.name, sink.closed) == ("a/b", True)
     assert sink.settings["train.epochs"] == 1
@@ -67,34 +67,38 @@ def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(
     assert series(sink, "summary/forgetting") == [(4, matrix.summary()["forgetting"])]
 
 
-def test_a_resumed_run_goes_on_in_the_trackers_same_run_and_on_the_same_axis(keys, tmp_path, sinks):
-    run_in_process(tmp_path, keys, *SHORT, "track=tensorboard")
+def test_a_resumed_run_goes_on_in_the_trackers_same_run_and_on_the_same_axis(
+    run_keys, tmp_path, sinks
+):
+    run_in_process(tmp_path, run_keys, *SHORT, "track=tensorboard")
     (tmp_path / "finished").unlink()
     shutil.rmtree(tmp_path / "checkpoints/stage-02")
-    run_in_process(tmp_path, keys, *SHORT, "track=tensorboard")
+    run_in_process(tmp_path, run_keys, *SHORT, "track=tensorboard")
     assert sinks[0].id == sinks[1].id
     assert [x for x, _ in series(sinks[1], "train/loss")] == [3, 4]
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_run_ends_as_it_would_have(
-    keys, tmp_path, sinks, monkeypatch
+    run_keys, tmp_path, sinks, monkeypatch
 ):
-    plain, _ = run_in_process(tmp_path / "plain", keys, *SHORT)
+    plain, _ = run_in_process(tmp_path / "plain", run_keys, *SHORT)
     monkeypatch.setattr(Sink, "log", lambda self, values, step: 1 / 0)
-    tracked, said = run_in_process(tmp_path / "tracked", keys, *SHORT, "track=tensorboard")
+    tracked, said = run_in_process(tmp_path / "tracked", run_keys, *SHORT, "track=tensorboard")
     assert said.count("the tracker failed, and the run goes on without it: division by zero") == 1
     assert tracked.scores == plain.scores
 
 
-def test_another_tracker_is_no_other_run(keys, tmp_path, sinks):
-    run_in_process(tmp_path, keys, *SHORT)
+def test_another_tracker_is_no_other_run(run_keys, tmp_path, sinks):
+    run_in_process(tmp_path, run_keys, *SHORT)
     (tmp_path / "finished").unlink()
     shutil.rmtree(tmp_path / "checkpoints/stage-02")
-    run_in_process(tmp_path, keys, *SHORT, "track=tensorboard")
+    run_in_process(tmp_path, run_keys, *SHORT, "track=tensorboard")
     assert Matrix.load(tmp_path / "matrix.json").finished
 
 
-def test_each_curve_of_an_adaptation_comes_behind_the_one_before(cli, keys, tmp_path, sinks):
+def test_each_curve_of_an_adaptation_comes_behind_the_one_before(
+    run_cli, run_keys, tmp_path, sinks
+):
     words = (
         "stream.tasks=[loud]",
         "adapt.steps=4",
@@ -103,7 +107,7 @@ def test_each_curve_of_an_adaptation_comes_behind_the_one_before(cli, keys, tmp_
         "adapt.draws=1",
         "track=tensorboard",
     )
-    assert cli("adapt", *keys, *words, f"out={tmp_path / 'new'}")[0] == 0
+    assert run_cli("adapt", *run_keys, *words, f"out={tmp_path / 'new'}")[0] == 0
     (sink,) = sinks
     assert [x for x, _ in series(sink, "score/loud")] == [0, 2, 4, 4, 6, 8]
 
@@ -120,10 +124,10 @@ def test_what_happens_within_a_stage_is_told_where_it_happens(tmp_path, sinks):
 
 @pytest.mark.parametrize("kind", TRACKERS)
 def test_a_package_that_is_missing_is_told_before_training(
-    refused, keys, tmp_path, monkeypatch, kind
+    cli_error, run_keys, tmp_path, monkeypatch, kind
 ):
     monkeypatch.setattr("continual.tracking.trackers.find_spec", lambda name: None)
-    told = refused("run", *keys, f"track={kind}", f"out={tmp_path / 'run'}")
+    told = cli_error("run", *run_keys, f"track={kind}", f"out={tmp_path / 'run'}")
     assert (
         f"track={kind} needs {TRACKERS[kind].package}, which is not installed; install the extra"
         in told
@@ -131,20 +135,20 @@ def test_a_package_that_is_missing_is_told_before_training(
     assert not (tmp_path / "run/events.jsonl").exists()
 
 
-def test_an_unknown_tracker_is_refused_with_the_nearest(refused, keys, tmp_path):
-    assert "unknown track 'wandbe'; did you mean 'wandb'" in refused(
-        "run", *keys, "track=wandbe", f"out={tmp_path}"
+def test_an_unknown_tracker_is_refused_with_the_nearest(cli_error, run_keys, tmp_path):
+    assert "unknown track 'wandbe'; did you mean 'wandb'" in cli_error(
+        "run", *run_keys, "track=wandbe", f"out={tmp_path}"
     )
 
 
 def test_a_tracker_that_cannot_begin_is_told_before_training(
-    cli, keys, tmp_path, sinks, monkeypatch
+    run_cli, run_keys, tmp_path, sinks, monkeypatch
 ):
     def closed(*args):
         raise OSError("no route to host")
 
     monkeypatch.setattr(Sink, "__init__", closed)
-    code, _, err = cli("run", *keys, *SHORT, "track=tensorboard", f"out={tmp_path}")
+    code, _, err = run_cli("run", *run_keys, *SHORT, "track=tensorboard", f"out={tmp_path}")
     assert code == 2
     assert err.endswith(
         "error: track=tensorboard cannot begin: no route to host; see to its login and address, "
@@ -157,20 +161,20 @@ def test_a_tracker_that_cannot_begin_is_told_before_training(
 
 
 @needs("tensorboard")
-def test_tensorboard_reads_the_run_back(keys, tmp_path):
+def test_tensorboard_reads_the_run_back(run_keys, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    matrix, _ = run_in_process(tmp_path, keys, *SHORT, "track=tensorboard")
+    matrix, _ = run_in_process(tmp_path, run_keys, *SHORT, "track=tensorboard")
     told = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in told.Scalars("train/loss")] == [1, 2, 3, 4]
     assert told.Scalars("score/last")[-1].value == pytest.approx(matrix.scores[2][1])
 
 
 @needs("wandb")
-def test_weights_and_biases_keeps_the_run_offline(keys, tmp_path, monkeypatch):
+def test_weights_and_biases_keeps_the_run_offline(run_keys, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run_in_process(tmp_path / "run", keys, *SHORT, "track=wandb")
+    run_in_process(tmp_path / "run", run_keys, *SHORT, "track=wandb")
     (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert kept.stem == f"run-{json.loads((tmp_path / 'run/track.json').read_text())['id']}"
     assert b"score/first" in kept.read_bytes()
@@ -178,11 +182,11 @@ def test_weights_and_biases_keeps_the_run_offline(keys, tmp_path, monkeypatch):
 
 @needs("mlflow")
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # its own
-def test_mlflow_has_the_run_in_its_store(keys, tmp_path, monkeypatch):
+def test_mlflow_has_the_run_in_its_store(run_keys, tmp_path, monkeypatch):
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    matrix, _ = run_in_process(tmp_path / "run", keys, *SHORT, "track=mlflow")
+    matrix, _ = run_in_process(tmp_path / "run", run_keys, *SHORT, "track=mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (told,) = client.search_runs([client.get_experiment_by_name("continual").experiment_id])
     assert told.data.params["train.epochs"] == "1"
@@ -192,11 +196,11 @@ def test_mlflow_has_the_run_in_its_store(keys, tmp_path, monkeypatch):
 
 
 @needs("trackio")
-def test_trackio_has_the_run_in_its_folder(keys, tmp_path, monkeypatch):
+def test_trackio_has_the_run_in_its_folder(run_keys, tmp_path, monkeypatch):
     monkeypatch.setenv(
         "TRACKIO_DIR", str(tmp_path / "trackio")
     )  # which it reads when it is imported
-    matrix, said = run_in_process(tmp_path / "run", keys, *SHORT, "track=trackio")
+    matrix, said = run_in_process(tmp_path / "run", run_keys, *SHORT, "track=trackio")
     assert "tracker failed" not in said
     with sqlite3.connect(tmp_path / "trackio/continual.db") as kept:
         told = [

@@ -60,14 +60,14 @@ def test_measuring_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize(("ratio", "name"), [(0.5, "fp32"), (2.0, "bf16")])
-def test_a_run_is_the_one_that_asked_for_what_was_chosen(clock, keys, tmp_path, ratio, name):
+def test_a_run_is_the_one_that_asked_for_what_was_chosen(clock, run_keys, tmp_path, ratio, name):
     clock(ratio)
-    chosen, said = run_in_process(tmp_path / "auto", keys, *AUTO)
+    chosen, said = run_in_process(tmp_path / "auto", run_keys, *AUTO)
     assert (
         said.count(f"train.precision=auto: {name}; bf16 is {ratio:.2f} times as fast as fp32 here")
         == 1
     )
-    asked, _ = run_in_process(tmp_path / "asked", keys, *AUTO, f"train.precision={name}")
+    asked, _ = run_in_process(tmp_path / "asked", run_keys, *AUTO, f"train.precision={name}")
     assert chosen.scores == asked.scores
     one, other = (
         (tmp_path / out / "checkpoints/stage-02/weights.safetensors").read_bytes()
@@ -78,16 +78,16 @@ def test_a_run_is_the_one_that_asked_for_what_was_chosen(clock, keys, tmp_path, 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
 def test_a_resumed_run_keeps_the_choice_whatever_would_be_measured_now(
-    clock, keys, tmp_path, ratio
+    clock, run_keys, tmp_path, ratio
 ):
     clock(ratio)
     out = tmp_path / "run"
-    run_in_process(out, keys, *AUTO)
+    run_in_process(out, run_keys, *AUTO)
     weights = (out / "checkpoints/stage-02/weights.safetensors").read_bytes()
     (out / "finished").unlink()
     shutil.rmtree(out / "checkpoints/stage-02")
     clock(1 / ratio)
-    _, said = run_in_process(out, keys, *AUTO)
+    _, said = run_in_process(out, run_keys, *AUTO)
     assert f"train.precision=auto: {'bf16' if ratio > 1 else 'fp32'}, as this run began" in said
     assert (out / "checkpoints/stage-02/weights.safetensors").read_bytes() == weights
     assert Matrix.load(out / "matrix.json").finished
@@ -104,17 +104,17 @@ def test_a_choice_that_cannot_be_read_is_refused_with_its_mend(tmp_path, content
         precision.settle("auto", path, toy.make_model(), toy.make_examples, print)
 
 
-def test_what_is_asked_for_by_name_is_not_measured(tmp_path, keys):
-    _, said = run_in_process(tmp_path, keys, "train.steps=1", "stream.tasks=[first]")
+def test_what_is_asked_for_by_name_is_not_measured(tmp_path, run_keys):
+    _, said = run_in_process(tmp_path, run_keys, "train.steps=1", "stream.tasks=[first]")
     assert "train.precision" not in said
     assert not (tmp_path / "precision.json").exists()
 
 
-def test_another_name_is_refused_with_the_three(keys, tmp_path):
+def test_another_name_is_refused_with_the_three(run_keys, tmp_path):
     with pytest.raises(
         ConfigError, match=r"unknown train.precision 'half'.* Known: auto, bf16, fp32"
     ):
-        run_in_process(tmp_path, keys, "train.precision=half")
+        run_in_process(tmp_path, run_keys, "train.precision=half")
 
 
 def test_few_rows_are_enough_where_each_takes_long(monkeypatch):
