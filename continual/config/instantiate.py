@@ -11,7 +11,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from continual.config.plugins import outside
-from continual.config.renamed import current_target
+from continual.config.renamed import KEYS, current_target
 from continual.errors import ConfigError, gathered, mistyped, unknown
 
 
@@ -21,6 +21,8 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
     """
     settings: dict[str, Any] = {**OmegaConf.to_container(section, resolve=True), **more}  # type: ignore[dict-item]
     path = current_target(str(settings.pop("_target_")))
+    for key in [k for k in settings if f"{name}.{k}" in KEYS]:
+        settings[KEYS[f"{name}.{key}"].rpartition(".")[2]] = settings.pop(key)
     try:
         target = get_object(path)
     except Exception as e:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from continual.config.catalogue import choices
 from continual.config.plugins import register
 from continual.config.quoting import quoted
+from continual.config.renamed import KEYS
+from continual.distributed.processes import leads
 from continual.errors import ConfigError, gathered, unknown
 
 SHORT = {"stream.arrange": "stream.arrangement"}
@@ -32,11 +35,26 @@ def spelled(verb: str, overrides: Sequence[str]) -> list[str]:
             f"comment in continual {verb} --cfg has a meaning for that"
         )
     keys, found = {**SHORT, **SHORT_IN.get(verb, {})}, []
-    for word in map(_gate, overrides):
+    for word in map(_replace_renamed_key, map(_gate, overrides)):
         key, given, value = word.partition("=")
         whole = f"[{value}]" if key == "task" and not value.startswith("[") else value
         found.append(f"{keys[key]}={whole}" if given and key in keys else word)
     return found
+
+
+def _replace_renamed_key(word: str) -> str:
+    """Return an override with its key's current name, and print that name if it was another.
+
+    Keys of earlier versions work for one release.
+    """
+    key, sign, value = word.partition("=")
+    plus = key[: len(key) - len(key.lstrip("+"))]
+    current = KEYS.get(key.removeprefix(plus))
+    if current is None:
+        return word
+    if leads():
+        print(f"{key.removeprefix(plus)} is now called {current}", file=sys.stderr)
+    return f"{plus}{current}{sign}{value}"
 
 
 def _gate(word: str) -> str:

@@ -80,15 +80,35 @@ def current_target(target: str) -> str:
     return f"{MODULES.get(module, module)}.{name}"
 
 
-def rename_targets(value: Any) -> Any:
-    """Return nested plain mappings and lists with every `_target_` by its current path."""
-    if isinstance(value, dict):
-        return {
-            key: current_target(part)
-            if key == "_target_" and isinstance(part, str)
-            else rename_targets(part)
-            for key, part in value.items()
-        }
+def rename_in_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's nested configuration with every `_target_` and every key by its current name."""
+    renamed: dict[str, Any] = _rename_targets(config)
+    for old, new in KEYS.items():
+        _move_key(renamed, old.split("."), new.split("."))
+    return renamed
+
+
+def _rename_targets(value: Any) -> Any:
     if isinstance(value, list):
-        return [rename_targets(part) for part in value]
-    return value
+        return [_rename_targets(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {key: _rename_targets(part) for key, part in value.items()}
+    if isinstance(renamed.get("_target_"), str):
+        renamed["_target_"] = current_target(renamed["_target_"])
+    return renamed
+
+
+def _move_key(config: dict[str, Any], old: list[str], new: list[str]) -> None:
+    """Move the value at the path `old` to the path `new`, where there is one and the other is free.
+
+    Both paths lead through the same sections; a key keeps its place among its neighbours.
+    """
+    section: Any = config
+    for name in old[:-1]:
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or old[-1] not in section or new[-1] in section:
+        return
+    pairs = [(new[-1] if key == old[-1] else key, value) for key, value in section.items()]
+    section.clear()
+    section.update(pairs)

@@ -8,14 +8,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from continual.config.renamed import rename_targets
+from continual.config.renamed import rename_in_config
 from continual.errors import DataError, brief, gathered
 from continual.io.untrusted import yaml_mapping
 
 
 def read_config(path: Path) -> DictConfig:
     """The config.yaml of a run folder; raises DataError where it is damaged."""
-    told: dict[str, Any] = rename_targets(yaml_mapping(path))
+    told = rename_in_config(yaml_mapping(path))
     if asked := [key for key, value in flat(told).items() if "${" in f"{key}{value}"]:
         raise DataError(
             gathered(

@@ -1,0 +1,86 @@
+"""The audit as a step of a run, and as a command."""
+
+from __future__ import annotations
+
+from typing import Any
+from continual.auditing.audit import Audit
+from collections.abc import Callable
+from rich.console import Console
+from omegaconf import DictConfig
+from continual.data.template import Encoder
+from continual.tracking.events import EventLog
+from continual.data.types import Example
+from continual.auditing.lengths import Fit
+from collections.abc import Mapping
+from omegaconf import OmegaConf
+from pathlib import Path
+from collections.abc import Sequence
+from continual.data.types import Stream
+from continual.evaluation.scoring import Test
+from continual.auditing.audit import audit
+from continual.reports import audits
+from continual.runs import build, validate
+from continual.auditing.lengths import fit
+import json
+from continual.auditing.duplicates import learned
+from continual.auditing.lengths import measure
+from dataclasses import replace
+from continual.io.atomic import write_whole
+
+SHOWN: set[str] = set()  # what this process has shown: the runs of a comparison need not say it again
+
+
+def shown(out: Path, config: DictConfig, stream: Stream, encoder: Encoder, context: int | None, tests: Sequence[Test],
+          fits: Callable[[Sequence[Example]], Sequence[Fit]], console: Console) -> dict[str, Any] | None:
+    """Count and show, once a run; None where the run has `noted` it before."""
+    if (out / audits.FILE).exists():
+        return None
+    told = _counted(config, stream, encoder, context, tests, fits).to_json()
+    if (once := f"{out.parent} {json.dumps(told)}") in SHOWN:
+        console.print(f"audit of {stream.name}: as above, {len(told['findings'])} findings", markup=False,
+                      highlight=False, soft_wrap=True)
+    else:
+        audits.show(console, told)
+        SHOWN.add(once)
+    return told
+
+
+def noted(out: Path, told: Mapping[str, Any], events: EventLog) -> None:
+    """Tell `events` what was `shown`, and write audit.json: the run has begun."""
+    events({"event": "audit", "findings": told["findings"]})
+    write_whole(out / audits.FILE, json.dumps(told, indent=1))
+
+
+def base_scored(out: Path, scores: Mapping[str, float], events: EventLog) -> None:
+    """Show the tasks that the base already solves, by its scores."""
+    told = audits.load(out)
+    for line in audits.solved(told, scores) if told else []:
+        events.print_line(line)
+        events({"event": "audit", "solved": line})
+
+
+def alone(config: DictConfig, console: Console) -> Audit:
+    """`continual audit`: count and show, and write nothing; tokens are counted where a model is
+    named.
+    """
+    validate.check(config)
+    stream, s = build.stream(config), config.score
+    if not OmegaConf.select(config, "model._target_"):
+        told = audit(stream, s.split, metric=s.metric, limit=s.limit)
+    else:
+        reader = build.reader(config, stream)
+        encoder = replace(build.encoder(config, reader), on_unfit="skip")
+        tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks) if getattr(t, s.split, ())]
+        told = _counted(config, stream, encoder, reader.context, tests, lambda rows: fit(encoder, rows))
+    audits.show(console, told.to_json())
+    return told
+
+
+def _counted(config: DictConfig, stream: Stream, encoder: Encoder, context: int | None, tests: Sequence[Test],
+             fits: Callable[[Sequence[Example]], Sequence[Fit]]) -> Audit:
+    """The audit with the rows' lengths: `fits` tells what becomes of training rows."""
+    s, prepared, train = config.score, {test.task: test for test in tests}, learned(stream)
+    lengths = {t.name: measure(encoder, train[t.name], fits(train[t.name]), getattr(t, s.split)[: s.limit],
+                               prepared.get(t.name), s.max_new_tokens) for t in stream.tasks}
+    return audit(stream, s.split, metric=s.metric, limit=s.limit, lengths=lengths,
+                 fits={"limit": encoder.limit, "max_length": config.data.max_length, "context": context})
