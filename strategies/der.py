@@ -28,13 +28,13 @@ class DER(Strategy):
     """Dark experience replay (Buzzega et al. 2020, eq. 5), and with `beta` above 0 DER++ (eq. 6).
 
     The loss is that of the new examples, plus `alpha` times the mean squared distance between the
-    logits of `minibatch` remembered examples and those they had when they came into the buffer,
-    plus `beta` times the loss of `minibatch` others. The buffer is one reservoir of `capacity`
+    logits of `minibatch_size` remembered examples and those they had when they came into the buffer,
+    plus `beta` times the loss of `minibatch_size` others. The buffer is one reservoir of `capacity`
     examples over all that the steps bring, so logits are of the weights along the way, and an
     example may be in it as it was at two times.
 
     Logits are kept at response positions alone, in half precision (a relative error of at most
-    2^-11), and only the `top` greatest of each position where the vocabulary has more; the mean is
+    2^-11), and only the `top_logits` greatest of each position where the vocabulary has more; the mean is
     over what is kept. The mean over a vocabulary rather than the sum of eq. 5 is that of the
     authors' implementation.
     """

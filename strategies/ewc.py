@@ -96,7 +96,7 @@ class EWC(L2):
 
     The tasks' penalties sum_t F_t (w - w_t)^2 are one quadratic with importance S = sum_t F_t
     around the mean of the anchors weighted by F_t, plus a constant: memory and time do not grow
-    with the number of tasks. `examples` of each task's training data estimate the Fisher, with
+    with the number of tasks. `num_examples` of each task's training data estimate the Fisher, with
     `labels` "empirical" or "sampled".
     """
 
@@ -169,7 +169,7 @@ class MAS(SummedImportance):
     """Memory aware synapses (Aljundi et al. 2018, eq. 3-4): how much each weight changes what the
     model says.
 
-    The importance is the mean absolute gradient of the logits' squared norm over `examples` of the
+    The importance is the mean absolute gradient of the logits' squared norm over `num_examples` of the
     task. The paper's penalty has no 1/2: its lambda, 1 in all experiments, is half our `strength`.
     """
 

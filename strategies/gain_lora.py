@@ -69,7 +69,7 @@ class GainLoRA(IncrementalLoRA):
         super().__post_init__()
         if self.hidden_size < 1 or not 0 < self.threshold <= 1:
             raise ConfigError(
-                f"found hidden={self.hidden_size} and threshold={self.threshold} for gain_lora; "
+                f"found hidden_size={self.hidden_size} and threshold={self.threshold} for gain_lora; "
                 "expected at least 1 unit, and a share of more than 0, up to 1"
             )
 

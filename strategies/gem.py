@@ -23,7 +23,7 @@ class GEM(Replay):
     task objects to.
 
     Each step takes the gradient of every earlier task's mean loss over its remembered examples, or
-    over `sample` of them, and projects its own so that no such loss rises to first order (eq.
+    over `sample_size` of them, and projects its own so that no such loss rises to first order (eq.
     8-11). To first order is along the gradient: an optimizer that scales each weight's step by
     itself, as AdamW, keeps it in part, train.optimizer=sgd wholly. The `margin` is the authors'
     "memory strength": it turns the step towards what the remembered tasks ask for. Their

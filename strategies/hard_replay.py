@@ -23,11 +23,11 @@ CRITERIA = ("loss", "forgetting")
 class HardReplay(Rehearsal):
     """Replay that chooses by each example's mean loss, measured at the end of every stage.
 
-    With `by="loss"` those of a task are kept that have the highest loss when it has been learned
+    With `criterion="loss"` those of a task are kept that have the highest loss when it has been learned
     (the memory's counterpart of hard example mining, Shrivastava et al. 2016), and drawn uniformly.
     With "forgetting" a uniform sample is kept; by how much each one's loss has risen since its task
     was learned decides which give way when the buffer is full (those that rose least), and which of
-    `among` times as many, drawn uniformly, a step takes (those that rose most: the criterion and
+    `candidates` times as many, drawn uniformly, a step takes (those that rose most: the criterion and
     the two draws of maximally interfered retrieval, Aljundi et al. 2019, algorithm 1, whose loss
     rises in one virtual step instead of since it was learned).
     """

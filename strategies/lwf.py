@@ -36,11 +36,11 @@ class LwF(Strategy):
     ("base", whose trainable weights are kept). It answers once, in `begin`, without dropout.
     Examples of other tasks, which another strategy may bring along, have no term.
 
-    Where the vocabulary has more than `top` tokens, the teacher's likeliest are told apart and all
+    Where the vocabulary has more than `top_logits` tokens, the teacher's likeliest are told apart and all
     others count as one. That divergence is exact for what it tells apart and never above the whole
     one.
 
-    With `dynamic` the loss of each token of the step is weighed by the probability p that the model
+    With `weight_by_probability` the loss of each token of the step is weighed by the probability p that the model
     gives it, a factor without a gradient: dynamic fine-tuning (DFT, Wu et al. 2025).
     """
 

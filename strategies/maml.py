@@ -134,12 +134,12 @@ class MAML(Episodic):
     `second_order=False` takes the fast weights' gradient as that of the weights (section 5.2). An
     episode of a single example serves as both halves.
 
-    `adapts="head"` is ANIL (Raghu et al. 2020, section 4): all weights are meta-learned, and the
+    `inner_scope="head"` is ANIL (Raghu et al. 2020, section 4): all weights are meta-learned, and the
     inner loop changes the head alone. That is the LM head where its weights are trained and not the
     input embedding's as well; else, as under an adapter, what is trained in the last layer that has
     any trained weights.
 
-    `inner="meta_sgd"` is Meta-SGD (Li et al. 2017, algorithm 1): each weight that the inner loop
+    `inner_optimizer="meta_sgd"` is Meta-SGD (Li et al. 2017, algorithm 1): each weight that the inner loop
     changes has a rate of its own in place of `inner_lr`, where it begins, learned by the same
     meta-gradient, with `rates_lr` as the optimizer's learning rate. The paper takes the weights'
     one; its rates begin at random between 0.005 and 0.1.
@@ -164,7 +164,7 @@ class MAML(Episodic):
     def __post_init__(self) -> None:
         """Refuse what cannot be an inner loop."""
         super().__post_init__()
-        for key, known in (("adapts", INNER_SCOPES), ("inner", INNER_OPTIMIZERS)):
+        for key, known in (("inner_scope", INNER_SCOPES), ("inner_optimizer", INNER_OPTIMIZERS)):
             if getattr(self, key) not in known:
                 raise ConfigError(unknown(key, getattr(self, key), known))
 
@@ -358,8 +358,8 @@ def head_weights(model: Model) -> Weights:
     }  # stack and number
     if not layers:
         raise ConfigError(
-            "adapts=head: no weight of the LM head's own and none of a layer is trained; choose "
-            "another model.adapter, or adapts=all"
+            "inner_scope=head: no weight of the LM head's own and none of a layer is trained; choose "
+            "another model.adapter, or inner_scope=all"
         )
     stack = [*layers.values()][-1][0]
     last = max(number for s, number in layers.values() if s == stack)

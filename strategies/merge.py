@@ -34,10 +34,10 @@ class Merge(Strategy):
     """When a stage ends, its weights give way to what they and those of the earlier stages are
     merged into.
 
-    The next stage begins there (`begin_at="merged"`), or at the stage's own weights ("own": plain
+    The next stage begins there (`init_from="merged"`), or at the stage's own weights ("own": plain
     sequential fine-tuning, merged for the test alone, as Marczak et al. 2024, "MagMax"), or where
     the first one began ("base": every task is learned alone, as the task vectors of Ilharco et al.
-    2023). `blend` is how far a stage's weights go towards the merged ones: 1 is all the way, as in
+    2023). `interpolation` is how far a stage's weights go towards the merged ones: 1 is all the way, as in
     every paper below, and 0 no merging.
 
     What is merged are the trainable weights. Of a LoRA adapter these are A and B, each by itself:
@@ -53,7 +53,7 @@ class Merge(Strategy):
         """Refuse a beginning that does not exist."""
         super().__post_init__()
         if self.init_from not in INIT_SOURCES:
-            raise ConfigError(unknown("begin_at", self.init_from, INIT_SOURCES))
+            raise ConfigError(unknown("init_from", self.init_from, INIT_SOURCES))
         if not 0 <= self.interpolation <= 1:
             raise ConfigError(
                 f"merging with blend {self.interpolation}: expected 0 (the stage's own weights) to 1 "
@@ -125,7 +125,7 @@ class FisherMerge(Average):
     weight.
 
     It is where the sum of the stages' losses would be lowest, were each a quadratic with curvature
-    F_t. Each F_t, of `examples` with `labels` "sampled" (the paper's expectation) or "empirical",
+    F_t. Each F_t, of `num_examples` with `labels` "sampled" (the paper's expectation) or "empirical",
     is divided by its norm as in the authors' code, for Fisher values differ by orders of magnitude
     between tasks; a weight that has none in any task stays as it is. Where each stage begins at the
     merged weights it is CoFiMA (Marouf et al. 2024).
@@ -156,7 +156,7 @@ class EMA(Merge):
     authors' momentum.
     """
 
-    stores: ClassVar[str] = "8 P; 4 P with begin_at=merged"
+    stores: ClassVar[str] = "8 P; 4 P with init_from=merged"
     costs: ClassVar[str] = "1 + O(P)"
     init_from: str = "own"
     decay: float = 0.99
@@ -214,7 +214,7 @@ class TaskVectors(Merge):
         super().__post_init__()
         if self.init_from == "merged":
             raise ConfigError(
-                "task vectors with begin_at=merged: each would hold the ones before it once "
+                "task vectors with init_from=merged: each would hold the ones before it once "
                 "more; give base (every task alone) or own (one after another)"
             )
 
@@ -240,7 +240,7 @@ class TaskArithmetic(TaskVectors):
     0.4 is what Yadav et al. (2023) take from the authors for when there is nothing to tune it on.
     """
 
-    stores: ClassVar[str] = "8 P; 12 P with begin_at=own"
+    stores: ClassVar[str] = "8 P; 12 P with init_from=own"
     scale: float = 0.4
     total: Weights = memory(dict)
 
@@ -260,7 +260,7 @@ class TIES(TaskVectors):
     the paper's for when there is nothing to tune them on.
     """
 
-    stores: ClassVar[str] = "16 P; 20 P with begin_at=own"
+    stores: ClassVar[str] = "16 P; 20 P with init_from=own"
     density: float = 0.2
     up: Weights = memory(
         dict

@@ -25,7 +25,7 @@ class MIGU(Strategy):
     authors' code.
 
     Of each linear layer with trained weights, a LoRA's A and B each by itself, the outputs'
-    absolute values are divided by their sum and added up over the step's tokens; only the `updated`
+    absolute values are divided by their sum and added up over the step's tokens; only the `neuron_share`
     part of the layer's neurons, those with the largest, keeps its gradient. 0.3 is the authors'
     (they name what is masked: 0.7). A layer that was silent, as B is before its first step, is not
     masked, nor is what is no linear layer; an embedding tied to the head is the head.

@@ -21,7 +21,7 @@ from continual.strategy.replay_buffer import sample_task_examples
 class OGD(Strategy):
     """Orthogonal gradient descent, OGD-GTL (Farajtabar et al. 2020, algorithm 1).
 
-    Of `examples` of each task it keeps the gradient of the ground-truth logits, summed over an
+    Of `num_examples` of each task it keeps the gradient of the ground-truth logits, summed over an
     example's response tokens, and takes from each later gradient what points along these
     directions. The paper keeps 200 a task. To first order a step along the gradient, as
     train.optimizer=sgd takes it, leaves those logits as they are; an optimizer that scales each

@@ -24,14 +24,14 @@ class OSF(Strategy):
     beside what is known.
 
     At a stage's begin each matrix is decomposed, W = U S V^T. Of its singular vectors the first
-    ones, the share `keep` of the smaller dimension, stay with their singular values: the change D
+    ones, the share `rank_share` of the smaller dimension, stay with their singular values: the change D
     of the matrix has U_high^T D = 0 and D V_high = 0. Gradients are projected, g - U U^T g - g V
     V^T + U U^T g V V^T, which is what the paper's projected gradients of the factors U_low, S_low
     and V_low add up to. An optimizer that scales each weight's step by itself, as AdamW and not
     train.optimizer=sgd, leaves that subspace again: so before the next step, and at the end, the
     stage's whole change is projected.
 
-    peft's OSF has a `keep` of 0.5 by default. The paper lets it differ from layer to layer, by how
+    peft's OSF has a `rank_share` of 0.5 by default. The paper lets it differ from layer to layer, by how
     alike a layer's inputs and outputs are; here it is one number, as in peft's and the authors'
     training code. Embeddings and vectors train freely, as do directions that do nothing: of an
     adapter, whose factors are matrices too, those still at zero.

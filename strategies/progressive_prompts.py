@@ -28,7 +28,7 @@ class ProgressivePrompts(Strategy):
     new prompt starts as the embeddings of random words. Their reparameterisation by a residual MLP,
     which is thrown away after a task, has no part here.
 
-    At `most` so many prompts are learned, null: one a stage. After that the newest trains on, and
+    At `max_prompts` so many prompts are learned, null: one a stage. After that the newest trains on, and
     its tasks share it. A task that has not been learned is answered behind all prompts there are. A
     checkpoint's own weights are the newest prompt alone, which no task is answered behind from the
     second stage on.
@@ -47,7 +47,7 @@ class ProgressivePrompts(Strategy):
         super().__post_init__()
         if self.max_prompts is not None and self.max_prompts < 1:
             raise ConfigError(
-                f"progressive prompts with most={self.max_prompts}: expected at least 1, or null"
+                f"progressive prompts with max_prompts={self.max_prompts}: expected at least 1, or null"
             )
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:

@@ -38,7 +38,7 @@ class SDFT(Strategy):
     divergence, over the whole vocabulary and without a gradient through the draw. The demonstration
     c, x with its right answer, stands before x as a turn of its own; the paper writes the answer
     into x, in words for models that follow them. The teacher's weights, in float32 at least, are a
-    moving average of the model's that begins anew with each stage, `rate` weights + (1 - `rate`)
+    moving average of the model's that begins anew with each stage, `ema_rate` weights + (1 - `ema_rate`)
     teacher.
 
     `strength` is that loss's share, the rest is the usual one's. The paper's is 1, of models that

@@ -124,7 +124,7 @@ class SI(SummedImportance):
 class RWalk(SI):
     """Riemannian walk (Chaudhry et al. 2018, eq. 6-8).
 
-    Every `every` steps a weight's score grows by the loss that its path took off since, over the KL
+    Every `every_steps` steps a weight's score grows by the loss that its path took off since, over the KL
     divergence that it caused, omega / (F (w - start)^2 / 2 + damping), negative ones counted as 0
     (eq. 7); and F becomes alpha times the Fisher of the step's batch plus (1 - alpha) F (EWC++, eq.
     6). At a task's end the scores are averaged with those of earlier tasks, and the importance is F

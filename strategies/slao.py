@@ -27,7 +27,7 @@ class SLAO(Strategy):
     i^-power; the paper's is 1 / sqrt(i), for the changes of different tasks are about orthogonal.
     The merged LoRA is tested, and is what a checkpoint holds. Of the two matrices Q that a QR
     decomposition leaves open for each row, it is the one that points as A does, so that B meets
-    what it has learned with. `power=0` does not merge, and `orthogonal=False` goes on from A
+    what it has learned with. `power=0` does not merge, and `orthogonal_init=False` goes on from A
     itself.
     """
 

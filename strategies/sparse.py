@@ -22,13 +22,13 @@ class Sparse(Strategy):
     """Fisher-masked sparse fine-tuning (FISH mask, Sung et al. 2021, section 3), with a mask for
     each task.
 
-    Before a stage the Fisher information of `examples` of the task, its instructions with their
+    Before a stage the Fisher information of `num_examples` of the task, its instructions with their
     responses, is taken at the weights as they are, and only the `fraction` of all trainable weights
     with the largest is trained. All others stay bit for bit: they get no gradient, so AdamW has no
     moments for them, and what its weight decay takes from them is given back. 0.5% and 1024
     examples are those of the paper's table 1.
 
-    Weights that are among the `avoid` (a fraction) with the largest Fisher information for the
+    Weights that are among the `protected_fraction` (a fraction) with the largest Fisher information for the
     earlier tasks, summed over these as measured at each one's end, are left out first. The paper
     has one task, and none of this.
     """

@@ -65,32 +65,52 @@ def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
         return _adapt(config, console, out, folder)
 
 
-def _adapt(config: DictConfig, console: Console, out: Path, folder: Path | None) -> list[dict[str, Any]]:
+def _adapt(
+    config: DictConfig, console: Console, out: Path, folder: Path | None
+) -> list[dict[str, Any]]:
     if (out / FILE).exists():
         console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
         return _points(Curve.read(out))
     bench = set_up(config, out)
     if len(bench.stream.tasks) != 1:
         names = ", ".join(t.name for t in bench.stream.tasks)
-        raise ConfigError("adapt learns one task, and this stream has "
-                          f"{len(bench.stream.tasks)}: {names}; pick one, such as "
-                          f"stream.tasks=[{bench.stream.tasks[0].name}]")
+        raise ConfigError(
+            "adapt learns one task, and this stream has "
+            f"{len(bench.stream.tasks)}: {names}; pick one, such as "
+            f"stream.tasks=[{bench.stream.tasks[0].name}]"
+        )
     bench.load()
     if folder:
-        checkpoint.load(folder, bench.model, bench.strategy if config.adapt.rule == "inner" else None)
+        checkpoint.load(
+            folder, bench.model, bench.strategy if config.adapt.rule == "inner" else None
+        )
     task = bench.tokens.task(bench.stream.stages[0])
     track = start_tracker(config, out)
     with EventLog(out / "events.jsonl", console, track) as events, Signals() as signals:
         with first():
-            settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.print_line)
+            settle(
+                config.train.precision,
+                out / "precision.json",
+                bench.model,
+                bench.tokens.some,
+                events.print_line,
+            )
         show_unfit(bench.encoder, events)
-        empty = Curve(out, task.name, bench.tests[0].metric, str(folder or "base"), (), config.adapt.rule)
+        empty = Curve(
+            out, task.name, bench.tests[0].metric, str(folder or "base"), (), config.adapt.rule
+        )
         found = curves(bench, task, empty, events, signals)
-    state = {n: collected(t) for n, t in bench.model.net.state_dict().items()} if bench.model.sharded else None
+    state = (
+        {n: collected(t) for n, t in bench.model.net.state_dict().items()}
+        if bench.model.sharded
+        else None
+    )
     if leads():
         bench.model.net.save_pretrained(out / "model", state_dict=state)
         bench.model.tokenizer.save_pretrained(out / "model")
-        write_whole(out / FILE, json.dumps(found.to_json(), indent=1))  # last: where it is, the rest is whole
+        write_whole(
+            out / FILE, json.dumps(found.to_json(), indent=1)
+        )  # last: where it is, the rest is whole
         (out / HALF).unlink(missing_ok=True)
         write.write(out)
     return _points(found)
@@ -109,14 +129,18 @@ def start_of(config: DictConfig) -> Path | None:
     """
     inner = config.adapt.rule == "inner"
     if inner and any(part.get("_target_") != PLAIN for part in config.strategy.values()):
-        raise ConfigError(f"found strategy={'+'.join(map(str, config.strategy))} beside "
-                          "adapt.rule=inner, which takes that of the start's run; leave one of "
-                          "them out")
+        raise ConfigError(
+            f"found strategy={'+'.join(map(str, config.strategy))} beside "
+            "adapt.rule=inner, which takes that of the start's run; leave one of "
+            "them out"
+        )
     if config.adapt.start == "base":
         if inner:
-            raise ConfigError("adapt.rule=inner takes the inner loop of the run that prepared "
-                              "the start, and the base has none; name a checkpoint, or set "
-                              "adapt.rule=train")
+            raise ConfigError(
+                "adapt.rule=inner takes the inner loop of the run that prepared "
+                "the start, and the base has none; name a checkpoint, or set "
+                "adapt.rule=train"
+            )
         return None
     path = Path(config.adapt.start)
     if path.is_dir():
@@ -124,14 +148,18 @@ def start_of(config: DictConfig) -> Path | None:
     folder = path if (path / "weights.safetensors").exists() else checkpoint.find(path).trained
     source = next((p for p in (path, *path.parents) if (p / "config.yaml").exists()), None)
     if folder is None or source is None:
-        raise MissingError(f"adapt.start={path} is neither a run folder with a checkpoint nor "
-                           "one of its checkpoints; name a folder made by continual run, or "
-                           "adapt.start=base")
+        raise MissingError(
+            f"adapt.start={path} is neither a run folder with a checkpoint nor "
+            "one of its checkpoints; name a folder made by continual run, or "
+            "adapt.start=base"
+        )
     theirs = read_config(source / "config.yaml")
     if names := instantiate.lacking(theirs.get("strategy")):
-        raise ConfigError(f"adapt.start={path}: the strategy {'+'.join(names)} has a part of the "
-                          "model in its memory, and the weights alone never answered; start from "
-                          "a run of another strategy, or from adapt.start=base")
+        raise ConfigError(
+            f"adapt.start={path}: the strategy {'+'.join(names)} has a part of the "
+            "model in its memory, and the weights alone never answered; start from "
+            "a run of another strategy, or from adapt.start=base"
+        )
     take_over(config, source / "config.yaml")
     if inner:
         if wrong := foreign(theirs, source / "config.yaml"):
@@ -141,7 +169,9 @@ def start_of(config: DictConfig) -> Path | None:
     return folder
 
 
-def curves(bench: Bench, task: Task[Encoded], empty: Curve, events: EventLog, signals: Signals) -> Curve:
+def curves(
+    bench: Bench, task: Task[Encoded], empty: Curve, events: EventLog, signals: Signals
+) -> Curve:
     """A curve for each draw of each number of shots (null: all training examples); the model is
     that of the last one.
 
@@ -160,12 +190,22 @@ def curves(bench: Bench, task: Task[Encoded], empty: Curve, events: EventLog, si
             restore(bench.model, start)
             points += _curve(bench, task, n, draw, before, events, signals)
             if leads() and (n, draw) != wanted[-1]:  # whose model is kept with it
-                write_whole(empty.path / HALF, json.dumps(replace(empty, points=tuple(points)).to_json(), indent=1))
+                write_whole(
+                    empty.path / HALF,
+                    json.dumps(replace(empty, points=tuple(points)).to_json(), indent=1),
+                )
     return replace(empty, points=tuple(sorted(points)))
 
 
-def _curve(bench: Bench, task: Task[Encoded], shots: int, draw: int, before: float, events: EventLog, signals: Signals
-           ) -> list[tuple[int, int, int, float]]:
+def _curve(
+    bench: Bench,
+    task: Task[Encoded],
+    shots: int,
+    draw: int,
+    before: float,
+    events: EventLog,
+    signals: Signals,
+) -> list[tuple[int, int, int, float]]:
     """Its points, scored `before` training and after the steps of `adapt.at` and the last."""
     settings, points = bench.config.adapt, []
     rng = random.Random(f"{bench.config.seed}/{draw}")
@@ -175,14 +215,32 @@ def _curve(bench: Bench, task: Task[Encoded], shots: int, draw: int, before: flo
         if step in settings.at or step == settings.steps:
             value = _scored(bench) if step else before
             points.append((shots, draw, step, value))
-            events({"event": "score", "shots": shots, "draw": draw, "step": step, "scores": {task.name: value}})
+            events(
+                {
+                    "event": "score",
+                    "shots": shots,
+                    "draw": draw,
+                    "step": step,
+                    "scores": {task.name: value},
+                }
+            )
             events.print_line(f"{task.name}, {shots} shots, draw {draw}, step {step}: {value:.3f}")
-        signals.leave(f"in the curve of {shots} shots and draw {draw}, which begins anew", Path(bench.config.out))
+        signals.leave(
+            f"in the curve of {shots} shots and draw {draw}, which begins anew",
+            Path(bench.config.out),
+        )
 
     measure(0)
     strategy, recipe = _learner(bench)
-    learn(bench.model, replace(task, train=support), strategy, replace(recipe, steps=settings.steps),
-          seed=rng.getrandbits(31), log=events, after=measure)
+    learn(
+        bench.model,
+        replace(task, train=support),
+        strategy,
+        replace(recipe, steps=settings.steps),
+        seed=rng.getrandbits(31),
+        log=events,
+        after=measure,
+    )
     return points
 
 
@@ -190,8 +248,15 @@ def _learner(bench: Bench) -> tuple[Strategy, Recipe]:
     """What takes the steps: the configured strategy and optimizer, or the start's own inner loop."""
     if bench.config.adapt.rule == "train":
         return build.strategy(bench.config), bench.recipe
-    return bench.strategy.inner_loop(), replace(bench.recipe, optimizer="sgd", lr=1.0, schedule="constant", warmup=0.0,
-                                          weight_decay=0.0, clip=None)
+    return bench.strategy.inner_loop(), replace(
+        bench.recipe,
+        optimizer="sgd",
+        lr=1.0,
+        schedule="constant",
+        warmup=0.0,
+        weight_decay=0.0,
+        clip=None,
+    )
 
 
 def _scored(bench: Bench) -> float:

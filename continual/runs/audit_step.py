@@ -27,18 +27,32 @@ from continual.auditing.lengths import measure
 from dataclasses import replace
 from continual.io.atomic import write_whole
 
-SHOWN: set[str] = set()  # what this process has shown: the runs of a comparison need not say it again
+SHOWN: set[str] = (
+    set()
+)  # what this process has shown: the runs of a comparison need not say it again
 
 
-def shown(out: Path, config: DictConfig, stream: Stream, encoder: Encoder, context: int | None, tests: Sequence[Test],
-          fits: Callable[[Sequence[Example]], Sequence[Fit]], console: Console) -> dict[str, Any] | None:
+def shown(
+    out: Path,
+    config: DictConfig,
+    stream: Stream,
+    encoder: Encoder,
+    context: int | None,
+    tests: Sequence[Test],
+    fits: Callable[[Sequence[Example]], Sequence[Fit]],
+    console: Console,
+) -> dict[str, Any] | None:
     """Count and show, once a run; None where the run has `noted` it before."""
     if (out / audits.FILE).exists():
         return None
     told = _counted(config, stream, encoder, context, tests, fits).to_json()
     if (once := f"{out.parent} {json.dumps(told)}") in SHOWN:
-        console.print(f"audit of {stream.name}: as above, {len(told['findings'])} findings", markup=False,
-                      highlight=False, soft_wrap=True)
+        console.print(
+            f"audit of {stream.name}: as above, {len(told['findings'])} findings",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     else:
         audits.show(console, told)
         SHOWN.add(once)
@@ -70,17 +84,44 @@ def alone(config: DictConfig, console: Console) -> Audit:
     else:
         reader = build.reader(config, stream)
         encoder = replace(build.encoder(config, reader), on_unfit="skip")
-        tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks) if getattr(t, s.split, ())]
-        told = _counted(config, stream, encoder, reader.context, tests, lambda rows: fit(encoder, rows))
+        tests = [
+            build.test(config, t, encoder, i)
+            for i, t in enumerate(stream.tasks)
+            if getattr(t, s.split, ())
+        ]
+        told = _counted(
+            config, stream, encoder, reader.context, tests, lambda rows: fit(encoder, rows)
+        )
     audits.show(console, told.to_json())
     return told
 
 
-def _counted(config: DictConfig, stream: Stream, encoder: Encoder, context: int | None, tests: Sequence[Test],
-             fits: Callable[[Sequence[Example]], Sequence[Fit]]) -> Audit:
+def _counted(
+    config: DictConfig,
+    stream: Stream,
+    encoder: Encoder,
+    context: int | None,
+    tests: Sequence[Test],
+    fits: Callable[[Sequence[Example]], Sequence[Fit]],
+) -> Audit:
     """The audit with the rows' lengths: `fits` tells what becomes of training rows."""
     s, prepared, train = config.score, {test.task: test for test in tests}, learned(stream)
-    lengths = {t.name: measure(encoder, train[t.name], fits(train[t.name]), getattr(t, s.split)[: s.limit],
-                               prepared.get(t.name), s.max_new_tokens) for t in stream.tasks}
-    return audit(stream, s.split, metric=s.metric, limit=s.limit, lengths=lengths,
-                 fits={"limit": encoder.limit, "max_length": config.data.max_length, "context": context})
+    lengths = {
+        t.name: measure(
+            encoder,
+            train[t.name],
+            fits(train[t.name]),
+            getattr(t, s.split)[: s.limit],
+            prepared.get(t.name),
+            s.max_new_tokens,
+        )
+        for t in stream.tasks
+    }
+    return audit(
+        stream,
+        s.split,
+        metric=s.metric,
+        limit=s.limit,
+        lengths=lengths,
+        fits={"limit": encoder.limit, "max_length": config.data.max_length, "context": context},
+    )

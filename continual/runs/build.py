@@ -47,17 +47,28 @@ def stream(config: DictConfig) -> Stream:
     """
     made: Stream = construct(config.stream, "stream")
     if not made.stages:
-        raise ConfigError("stream.arrangement=none learns nothing, and is for probes; choose "
-                          "another")
+        raise ConfigError(
+            "stream.arrangement=none learns nothing, and is for probes; choose another"
+        )
     if long := [t.name for t in made.tasks if len(os.fsencode(file_name(t.name))) > LONGEST_NAME]:
-        raise DataError(gathered([f"found the task name {brief(name)}, expected at most "
-                                  f"{LONGEST_NAME} bytes: files are named after it; shorten it" for name in long]))
+        raise DataError(
+            gathered(
+                [
+                    f"found the task name {brief(name)}, expected at most "
+                    f"{LONGEST_NAME} bytes: files are named after it; shorten it"
+                    for name in long
+                ]
+            )
+        )
     return made
 
 
 def strategy(config: DictConfig) -> Strategy:
     """The configured strategy, composed where several are listed."""
-    parts = {f"strategy.{name}": construct(part, f"strategy.{name}") for name, part in config.strategy.items()}
+    parts = {
+        f"strategy.{name}": construct(part, f"strategy.{name}")
+        for name, part in config.strategy.items()
+    }
     return compose(*parts.values(), names=list(parts))
 
 
@@ -67,8 +78,10 @@ def probes(config: DictConfig) -> dict[str, Probe]:
     """
     sections = config.get("probe") or {}
     if sections and "adapt" in config:
-        raise ConfigError(f"probe=[{','.join(map(str, sections))}]: adapt measures no probe; "
-                          "leave it out, or give it to run")
+        raise ConfigError(
+            f"probe=[{','.join(map(str, sections))}]: adapt measures no probe; "
+            "leave it out, or give it to run"
+        )
     return {str(name): construct(part, f"probe.{name}") for name, part in sections.items()}
 
 
@@ -77,8 +90,14 @@ def choosing(config: DictConfig) -> list[str]:
     are tested.
     """
     kinds = {name: get_object(part["_target_"]) for name, part in config.strategy.items()}
-    return [name for name, kind in kinds.items() if any(getattr(kind, moment) is not getattr(Strategy, moment)
-                                                        for moment in ("route", "dispatch"))]
+    return [
+        name
+        for name, kind in kinds.items()
+        if any(
+            getattr(kind, moment) is not getattr(Strategy, moment)
+            for moment in ("route", "dispatch")
+        )
+    ]
 
 
 def model(config: DictConfig, tasks: Stream | None) -> Model:
@@ -89,9 +108,13 @@ def model(config: DictConfig, tasks: Stream | None) -> Model:
     shards = config.train.shard and world() > 1
     made = _model(config, tasks, **({"device": "cpu"} if shards else {}))
     if made.layout.seq2seq and weight:
-        raise ConfigError("loss.instruction_weight is for causal models: an encoder's prompt has "
-                          "no loss; set it to 0")
-    made.layout = replace(made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight)
+        raise ConfigError(
+            "loss.instruction_weight is for causal models: an encoder's prompt has "
+            "no loss; set it to 0"
+        )
+    made.layout = replace(
+        made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight
+    )
     made.bf16 = config.train.precision == "bf16"  # with auto: once it is measured
     if shards:
         shard(made, pick_device(config.device))
@@ -107,15 +130,22 @@ def reader(config: DictConfig, tasks: Stream) -> Model:
 
 def _model(config: DictConfig, tasks: Stream | None, **more: Any) -> Model:
     origin = construct(config.model.stream, "model.stream") if config.model.get("stream") else tasks
-    made: Model = construct(config.model, "model", stream=origin, seed=config.model.get("seed", config.seed),
-                            **{"device": config.device, **more})
+    made: Model = construct(
+        config.model,
+        "model",
+        stream=origin,
+        seed=config.model.get("seed", config.seed),
+        **{"device": config.device, **more},
+    )
     return made
 
 
 def encoder(config: DictConfig, made: Model) -> Encoder:
     """The configured template, for this model's tokenizer and context."""
     limit = min(config.data.max_length, made.context or config.data.max_length)
-    return Encoder(made.tokenizer, config.data.template, limit, made.layout.seq2seq, config.data.on_unfit)
+    return Encoder(
+        made.tokenizer, config.data.template, limit, made.layout.seq2seq, config.data.on_unfit
+    )
 
 
 def test(config: DictConfig, task: Task[Example], encoder: Encoder, index: int) -> Test:
@@ -123,15 +153,35 @@ def test(config: DictConfig, task: Task[Example], encoder: Encoder, index: int) 
     `score.prepare` does.
     """
     s = config.score
-    return prepare(task, encoder, s.split, index, metric=s.metric, max_new_tokens=s.max_new_tokens, limit=s.limit,
-                   how=s.how, judge=judge(config))
+    return prepare(
+        task,
+        encoder,
+        s.split,
+        index,
+        metric=s.metric,
+        max_new_tokens=s.max_new_tokens,
+        limit=s.limit,
+        how=s.how,
+        judge=judge(config),
+    )
 
 
 def judge(config: DictConfig) -> Judge | None:
     """The configured judge, not loaded yet and the same for all tasks; None where none is named."""
     j = config.score.judge
-    return None if j.name is None else _judge(
-        str(j.name), str(j.template), str(j.how), str(j.dtype), j.max_length, j.batch_size, config.device)
+    return (
+        None
+        if j.name is None
+        else _judge(
+            str(j.name),
+            str(j.template),
+            str(j.how),
+            str(j.dtype),
+            j.max_length,
+            j.batch_size,
+            config.device,
+        )
+    )
 
 
 _judge = cache(Judge)
@@ -140,8 +190,14 @@ _judge = cache(Judge)
 def recipe(config: DictConfig) -> Recipe:
     """The configured way to train a stage."""
     train: Any = OmegaConf.to_container(config.train, resolve=True)
-    keys = {k: v for k, v in train.items() if k not in ("tokens_per_microbatch", "precision", "shard")}
+    keys = {
+        k: v for k, v in train.items() if k not in ("tokens_per_microbatch", "precision", "shard")
+    }
     known = [f.name for f in fields(Recipe)]
     if strange := [unknown("key train", k, known) for k in keys if k not in known]:
         raise ConfigError(gathered(strange))
-    return Recipe(**keys, mask_instruction_tokens=config.loss.mask_instruction_tokens, mask_how=config.loss.mask_how)
+    return Recipe(
+        **keys,
+        mask_instruction_tokens=config.loss.mask_instruction_tokens,
+        mask_how=config.loss.mask_how,
+    )

@@ -27,8 +27,14 @@ from continual.config.quoting import quoted
 
 LAUNCHER = "hydra/launcher"
 HERE = "basic"  # the launcher that does one run after another, in this process
-PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "slurm": "submitit",
-           "ray": "ray", "ray_cluster": "ray"}  # of each launcher
+PLUGINS = {
+    "joblib": "joblib",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+    "slurm": "submitit",
+    "ray": "ray",
+    "ray_cluster": "ray",
+}  # of each launcher
 BEST = "optimization_results.yaml"  # what a search found
 STOP = ".stop"  # in the comparison's folder, with the signal's number: no further run begins
 NAMED = ("strategy", "seed")  # a run's folder always says these
@@ -45,37 +51,57 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     run starts, and where another comparison is under way in the folder; Stopped for a signal.
     """
     if several := [o for o in overrides if o.startswith("out=") and _sweeps(o)]:
-        raise ConfigError(f"{several[0]}: a comparison has one folder; quote a comma that is part of its name, such as "
-                          "\"out='a,b'\"")
+        raise ConfigError(
+            f"{several[0]}: a comparison has one folder; quote a comma that is part of its name, such as "
+            "\"out='a,b'\""
+        )
     launcher, typed = _launcher(overrides), [o for o in overrides if not o.startswith("out=")]
     overrides = _for_some(overrides)
     config = configure("compare", [_first(o) for o in overrides], return_hydra_config=True)
     out, given = Path(config.out), [o for o in overrides if not o.startswith("out=")]
     sweeper = config.hydra.sweeper
-    told = {**(sweeper.params or {}), **_space(config)}  # an experiment's sweeps are among the params
+    told = {
+        **(sweeper.params or {}),
+        **_space(config),
+    }  # an experiment's sweeps are among the params
     words = [*given, *(f"{key}={value}" for key, value in told.items() if not _sets(given, key))]
     for key, value in zip(NAMED, (config.strategies, config.seed), strict=True):
         words += [] if _sets(words, key) else [f"{key}={value}"]
-    fixed = [key for o in words if not _sweeps(o) and (key := o.split("=")[0].lstrip("+")) not in NAMED]
+    fixed = [
+        key for o in words if not _sweeps(o) and (key := o.split("=")[0].lstrip("+")) not in NAMED
+    ]
     words.append(f"out={quoted(str(out.absolute()))}")
     searches = sweeper._target_ != BASIC
     if searches and not any(_sweeps(word) and word.split("=")[0] not in NAMED for word in words):
-        raise ConfigError("a search needs something to look through, and of "
-                          f"{', '.join(config.strategy)} nothing is told; give a range, such as "
-                          "'strategy.NAME.KEY=tag(log,interval(0.01,10))'")
+        raise ConfigError(
+            "a search needs something to look through, and of "
+            f"{', '.join(config.strategy)} nothing is told; give a range, such as "
+            "'strategy.NAME.KEY=tag(log,interval(0.01,10))'"
+        )
     names = [] if searches else _check(words, [*fixed, "out"], configure)
     if launcher == "joblib" and not any(o.startswith("hydra.launcher.n_jobs=") for o in words):
         # Each gets its part of the threads.
-        words.append(f"hydra.launcher.n_jobs={min(len(names) or sweeper.n_jobs, os.cpu_count() or 1)}")
+        words.append(
+            f"hydra.launcher.n_jobs={min(len(names) or sweeper.n_jobs, os.cpu_count() or 1)}"
+        )
     with alone(out):
         (out / STOP).unlink(missing_ok=True)
         if not searches:  # which runs a search will do is not known before
             comparison.plan(out, typed, names)
         with _Noted(out) if launcher != HERE else nullcontext():
-            trouble = _sweep([*words, f"hydra.job.config.override_dirname.exclude_keys={[*fixed, 'out']}"])
+            trouble = _sweep(
+                [*words, f"hydra.job.config.override_dirname.exclude_keys={[*fixed, 'out']}"]
+            )
         if number := _stopped(out):
-            raise Stopped("stopped; nothing is lost. Go on with:\n  " + comparison.command(out, typed), number)
-        _tell(out, typed, names or [p.parent.name for p in sorted(out.glob(f"*/{comparison.FAILED}"))], trouble)
+            raise Stopped(
+                "stopped; nothing is lost. Go on with:\n  " + comparison.command(out, typed), number
+            )
+        _tell(
+            out,
+            typed,
+            names or [p.parent.name for p in sorted(out.glob(f"*/{comparison.FAILED}"))],
+            trouble,
+        )
 
 
 def cell(config: DictConfig) -> float | None:
@@ -113,7 +139,9 @@ def cell(config: DictConfig) -> float | None:
     except Exception as error:
         if not isinstance(error, ContinualError):
             console.print_exception()
-        told = str(error) if isinstance(error, ContinualError) else f"{type(error).__name__}: {error}"
+        told = (
+            str(error) if isinstance(error, ContinualError) else f"{type(error).__name__}: {error}"
+        )
         write_whole(out / comparison.FAILED, told + "\n")
         console.print(f"error: {told}", style="red", markup=False, highlight=False)
     return None
@@ -125,7 +153,10 @@ def _for_some(overrides: Sequence[str]) -> list[str]:
     """
     if any(o.startswith("strategy=") and not _sweeps(o) for o in overrides):
         return list(overrides)
-    return [re.sub(r"^\+*strategy\.(?=[\w-]+\.)", "++tuned.", o) if not _sweeps(o) else o for o in overrides]
+    return [
+        re.sub(r"^\+*strategy\.(?=[\w-]+\.)", "++tuned.", o) if not _sweeps(o) else o
+        for o in overrides
+    ]
 
 
 def _tune(config: DictConfig, given: Collection[str]) -> None:
@@ -136,9 +167,17 @@ def _tune(config: DictConfig, given: Collection[str]) -> None:
         for key, value in values.items():
             if name in config.strategy and f"strategy.{name}.{key}" not in given:
                 if key not in config.strategy[name]:
-                    raise ConfigError(unknown("key", f"strategy.{name}.{key}",
-                                              [f"strategy.{name}.{known}" for known in config.strategy[name]
-                                               if known != "_target_"]))
+                    raise ConfigError(
+                        unknown(
+                            "key",
+                            f"strategy.{name}.{key}",
+                            [
+                                f"strategy.{name}.{known}"
+                                for known in config.strategy[name]
+                                if known != "_target_"
+                            ],
+                        )
+                    )
                 config.strategy[name][key] = value
 
 
@@ -203,22 +242,34 @@ def _tell(out: Path, words: Sequence[str], names: Sequence[str], trouble: Except
         write.tables(Console(), out)
     if (best := out / BEST).is_file():
         told = yaml_mapping(best)
-        print(f"best: {' '.join(f'{k}={v}' for k, v in told['best_params'].items())}, with an "
-              f"average performance of {told['best_value']:.3f}")
+        print(
+            f"best: {' '.join(f'{k}={v}' for k, v in told['best_params'].items())}, with an "
+            f"average performance of {told['best_value']:.3f}"
+        )
     print("\n".join(f"wrote {p}" for p in written))
     if left := comparison.failures(out, names):
-        what = "failed" if all(told.startswith("failed") for told in left.values()) else "are not finished"
+        what = (
+            "failed"
+            if all(told.startswith("failed") for told in left.values())
+            else "are not finished"
+        )
         why = f"\n{type(trouble).__name__}: {trouble}" if trouble else ""
-        raise ConfigError(f"{len(left)} of the runs {what}; mend what they say, and give the "
-                          f"command again:\n  {comparison.command(out, words)}{why}\n" + "\n".join(f"{n}: {t}" for n, t in left.items()))
+        raise ConfigError(
+            f"{len(left)} of the runs {what}; mend what they say, and give the "
+            f"command again:\n  {comparison.command(out, words)}{why}\n"
+            + "\n".join(f"{n}: {t}" for n, t in left.items())
+        )
     if trouble:
         raise trouble
 
 
 def _space(config: DictConfig) -> dict[str, str]:
     """What a search looks through for these strategies, by key."""
-    return {f"strategy.{name}.{key}": value for name in config.strategy
-            for key, value in config.spaces.get(name, {}).items()}
+    return {
+        f"strategy.{name}.{key}": value
+        for name in config.strategy
+        for key, value in config.spaces.get(name, {}).items()
+    }
 
 
 def _sets(words: Sequence[str], key: str) -> bool:
@@ -227,15 +278,19 @@ def _sets(words: Sequence[str], key: str) -> bool:
 
 def _launcher(overrides: Sequence[str]) -> str:
     """The launcher's name; raises ConfigError where its package is not installed."""
-    name = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{LAUNCHER}=")), HERE)
+    name = next(
+        (o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{LAUNCHER}=")), HERE
+    )
     plugin = PLUGINS.get(name)
     try:
         there = not plugin or bool(find_spec(f"hydra_plugins.hydra_{plugin}_launcher"))
     except ModuleNotFoundError:  # there is no plugin at all
         there = False
     if not there:
-        raise ConfigError(f"{LAUNCHER}={name} needs hydra-{plugin}-launcher, which is not "
-                          f"installed: pip install hydra-{plugin}-launcher")
+        raise ConfigError(
+            f"{LAUNCHER}={name} needs hydra-{plugin}-launcher, which is not "
+            f"installed: pip install hydra-{plugin}-launcher"
+        )
     return name
 
 
@@ -244,7 +299,9 @@ def _sweeps(override: str) -> bool:
 
     try:
         return bool(OverridesParser.create().parse_override(override).is_sweep_override())
-    except Exception:  # what is no override at all is refused, in our words, when the configuration is composed
+    except (
+        Exception
+    ):  # what is no override at all is refused, in our words, when the configuration is composed
         return False
 
 
@@ -255,12 +312,17 @@ def _first(override: str) -> str:
     if not _sweeps(override):
         return override
     parsed = OverridesParser.create().parse_override(override)
-    least = getattr(parsed.value(), "start", None) if parsed.is_interval_sweep() else next(iter(
-        parsed.sweep_string_iterator()))
+    least = (
+        getattr(parsed.value(), "start", None)
+        if parsed.is_interval_sweep()
+        else next(iter(parsed.sweep_string_iterator()))
+    )
     return f"{parsed.get_key_element()}={least}"
 
 
-def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[..., DictConfig]) -> list[str]:
+def _check(
+    words: Sequence[str], fixed: Sequence[str], configure: Callable[..., DictConfig]
+) -> list[str]:
     """Compose every combination once, with its strategy and recipe, before the first one runs;
     their folders' names.
     """
@@ -275,8 +337,11 @@ def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[..., 
     for parsed in OverridesParser.create().parse_overrides(list(words)):
         key = parsed.get_key_element()
         keys[key] = parsed.key_or_group
-        values[key] = ([f"{key}={v}" for v in parsed.sweep_string_iterator()] if parsed.is_sweep_override()
-                       else [f"{key}={parsed.get_value_element_as_str()}"])
+        values[key] = (
+            [f"{key}={v}" for v in parsed.sweep_string_iterator()]
+            if parsed.is_sweep_override()
+            else [f"{key}={parsed.get_value_element_as_str()}"]
+        )
     names, met = [], set[str]()
     tuned = {key.split(".")[1] for key in values if key.startswith("++tuned.")}
     for combination in product(*values.values()):
@@ -285,10 +350,21 @@ def _check(words: Sequence[str], fixed: Sequence[str], configure: Callable[..., 
         build.strategy(config), build.recipe(config)
         met |= set(config.strategy)
         told: Mapping[str, str] = dict(zip(values, combination, strict=True))
-        names.append(_folder("_".join(sorted(
-            word for key, word in told.items() if keys[key] not in fixed and not key.startswith("hydra")))))
+        names.append(
+            _folder(
+                "_".join(
+                    sorted(
+                        word
+                        for key, word in told.items()
+                        if keys[key] not in fixed and not key.startswith("hydra")
+                    )
+                )
+            )
+        )
     if strange := sorted(tuned - met):
-        raise ConfigError(gathered([unknown("strategy of this comparison", name, met) for name in strange]))
+        raise ConfigError(
+            gathered([unknown("strategy of this comparison", name, met) for name in strange])
+        )
     return names
 
 

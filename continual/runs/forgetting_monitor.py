@@ -59,9 +59,17 @@ class Early:
 
     def __post_init__(self) -> None:
         """Draw the samples."""
-        self.drawn = {t.task: sorted(random.Random(f"{self.seed}/{t.task}").sample(
-            range(len(t.examples)), min(self.examples, len(t.examples)))) for t in self.tests}
-        self.taught: list[set[str]] = [{e.task for e in stage.train} for stage in self.stream.stages]
+        self.drawn = {
+            t.task: sorted(
+                random.Random(f"{self.seed}/{t.task}").sample(
+                    range(len(t.examples)), min(self.examples, len(t.examples))
+                )
+            )
+            for t in self.tests
+        }
+        self.taught: list[set[str]] = [
+            {e.task for e in stage.train} for stage in self.stream.stages
+        ]
 
     def begin(self, number: int) -> dict[str, Any] | None:
         """The event of step 0 of this stage, from 1: the samples' scores as the stage before it
@@ -74,7 +82,9 @@ class Early:
             return None
         while len(self.rows) < number:
             self.rows.append(agreed(self._row(len(self.rows)) if leads() else {}))
-        return self._event(number, 0, {t.task: self.rows[number - 1][t.task] for t in self._seen(number)})
+        return self._event(
+            number, 0, {t.task: self.rows[number - 1][t.task] for t in self._seen(number)}
+        )
 
     def look(self, number: int, step: int) -> dict[str, Any] | None:
         """The event of this step of stage `number`, which has begun; None where none is due."""
@@ -82,7 +92,9 @@ class Early:
             return None
         began, own = time.perf_counter(), self.taught[number - 1]
         with aside(self.model, self.strategy):
-            tests = sorted(self._seen(number), key=lambda t: t.task not in own)  # first what needs the weights at hand
+            tests = sorted(
+                self._seen(number), key=lambda t: t.task not in own
+            )  # first what needs the weights at hand
             found = {t.task: self._score(t, routed=t.task not in own) for t in tests}
         told = self._event(number, step, {t.task: found[t.task] for t in self._seen(number)})
         return {**told, "seconds": time.perf_counter() - began}
@@ -98,9 +110,11 @@ class Early:
         for test in self._seen(number + 1):
             told = marks(path := self.where(number) / f"{file_name(test.task)}.jsonl", test)
             if told is None:
-                raise DataError(f"{path}: found no mark of every test example, expected them for "
-                                "score.during to compare with; restore the file, or go on with "
-                                "score.during=null")
+                raise DataError(
+                    f"{path}: found no mark of every test example, expected them for "
+                    "score.during to compare with; restore the file, or go on with "
+                    "score.during=null"
+                )
             drawn = self.drawn[test.task]
             found[test.task] = sum(told[i] for i in drawn) / len(drawn)
         return found
@@ -117,8 +131,14 @@ class Early:
         for test in self._seen(number - 1):
             first = next(i for i, names in enumerate(self.taught, 1) if test.task in names)
             falls.append(max(row[test.task] for row in self.rows[first:number]) - scores[test.task])
-        return {"event": "during", "step": step, "scores": scores, "forgetting": mean(falls),
-                "examples": self.examples, "seconds": 0.0}
+        return {
+            "event": "during",
+            "step": step,
+            "scores": scores,
+            "forgetting": mean(falls),
+            "examples": self.examples,
+            "seconds": 0.0,
+        }
 
 
 @contextmanager
@@ -128,7 +148,10 @@ def aside(model: Model, strategy: Strategy) -> Iterator[None]:
 
     That is its mode, its weights, the virtual tokens that it reads behind, and what is drawn next.
     """
-    routed = any(getattr(type(strategy), name) is not getattr(Strategy, name) for name in ("route", "dispatch"))
+    routed = any(
+        getattr(type(strategy), name) is not getattr(Strategy, name)
+        for name in ("route", "dispatch")
+    )
     drawn, layout, virtual = random_state(), model.layout, getattr(model.net, "virtual", None)
     held, fixed = snapshot(model) if routed else None, virtual.fixed if virtual else None
     try:
@@ -146,7 +169,9 @@ def aside(model: Model, strategy: Strategy) -> Iterator[None]:
 def said(event: Mapping[str, Any]) -> str:
     """The event in a line for the terminal."""
     forgetting = "" if event["forgetting"] is None else f"forgetting {event['forgetting']:.3f}, "
-    return f"step {event['step']}: {forgetting}" + ", ".join(f"{t} {s:.3f}" for t, s in event["scores"].items())
+    return f"step {event['step']}: {forgetting}" + ", ".join(
+        f"{t} {s:.3f}" for t, s in event["scores"].items()
+    )
 
 
 def marks(path: Path, test: Test) -> list[float] | None:
@@ -156,7 +181,9 @@ def marks(path: Path, test: Test) -> list[float] | None:
     try:
         told = [parse(line, f"{path}:{n}", line=True) for n, line in lines(path)]
         found = [t["score"] for t in told]
-        whole = all(is_number(m, 0, 1) for m in found) and [t["id"] for t in told] == [e.id for e in test.examples]
+        whole = all(is_number(m, 0, 1) for m in found) and [t["id"] for t in told] == [
+            e.id for e in test.examples
+        ]
         return found if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -31,22 +31,31 @@ def claim(out: Path, config: DictConfig) -> None:
         return
     path = out / "config.yaml"
     text = OmegaConf.to_yaml(config, resolve=True)
-    begun = any((out / name).exists() for name in ("events.jsonl", "matrix.json", "checkpoints", "predictions"))
+    begun = any(
+        (out / name).exists()
+        for name in ("events.jsonl", "matrix.json", "checkpoints", "predictions")
+    )
     if not begun:  # a run that was refused may be given again, put right
         write_whole(path, text)
         return
     if not path.exists():
-        raise ConfigError(f"{out} holds a run without its config.yaml, which tells whether these "
-                          "are its keys; restore that file, or give another out=")
-    before, now = (flat(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text)))
-    differ = [f"{k}: {before.get(k, 'absent')} there, {now.get(k, 'absent')} now"
-              for k in sorted(before.keys() | now.keys())
-              if before.get(k) != now.get(k) and not f"{k}.".startswith(FREE)]
+        raise ConfigError(
+            f"{out} holds a run without its config.yaml, which tells whether these "
+            "are its keys; restore that file, or give another out="
+        )
+    before, now = (
+        flat(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text))
+    )
+    differ = [
+        f"{k}: {before.get(k, 'absent')} there, {now.get(k, 'absent')} now"
+        for k in sorted(before.keys() | now.keys())
+        if before.get(k) != now.get(k) and not f"{k}.".startswith(FREE)
+    ]
     if differ:
-        raise ConfigError(f"{out} holds a run with another configuration; give it the same keys "
-                          "to resume, or another out=\n  " + "\n  ".join(differ))
-
-
+        raise ConfigError(
+            f"{out} holds a run with another configuration; give it the same keys "
+            "to resume, or another out=\n  " + "\n  ".join(differ)
+        )
 
 
 @contextmanager
@@ -70,8 +79,10 @@ def alone(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(f"{out} is in use by process {file.read().strip() or 'unknown'}; "
-                              "wait for it, or give another out=") from None
+            raise ConfigError(
+                f"{out} is in use by process {file.read().strip() or 'unknown'}; "
+                "wait for it, or give another out="
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -36,18 +36,31 @@ from continual.models.weights import weights
 aten = torch.ops.aten
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any) -> int:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any
+) -> int:
     return int(sdpa_flop(q, k, v)) // (1 + causal)
 
 
-def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, dropout: float = 0.0,
-                    causal: bool = False, *_: Any, **__: Any) -> int:
+def _flash_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    norm: Tensor,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *_: Any,
+    **__: Any,
+) -> int:
     return int(sdpa_backward_flop(g, q, k, v)) // (1 + causal)
 
 
 # Attention by a CPU's kernel: causally it computes half of the scores.
 COUNTS: Mapping[Any, Callable[..., int]] = {
-    **flop_registry, aten._scaled_dot_product_flash_attention_for_cpu: _flash,
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _flash,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
 }
 
@@ -86,7 +99,11 @@ class Ghosts(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         if t not in made:
                             ghost: Any = FakeTensor(self.fake, t.detach(), torch.device("cpu"))
                             self._count(ghost)
-                            made[t] = nn.Parameter(ghost, t.requires_grad) if isinstance(t, nn.Parameter) else ghost
+                            made[t] = (
+                                nn.Parameter(ghost, t.requires_grad)
+                                if isinstance(t, nn.Parameter)
+                                else ghost
+                            )
                         kept[name] = made[t]
         self.peak, self.flops = self.live, 0
 
@@ -106,8 +123,12 @@ class Ghosts(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self.fake:
                 out = func(*args, **kwargs)
         elif meta:
-            args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
-            out = func(*args, **(kwargs | {"device": "meta"} if func is aten._to_copy.default else kwargs))
+            args, kwargs = tree_map(
+                lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs)
+            )
+            out = func(
+                *args, **(kwargs | {"device": "meta"} if func is aten._to_copy.default else kwargs)
+            )
         else:
             return func(*args, **kwargs)
         if func is aten.argmax.default:  # what the model says
@@ -185,8 +206,16 @@ class Stage:
         return self.peak - self.weights - self.gradients - self.optimizer - self.strategy
 
 
-def rehearse(ghosts: Ghosts, model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe, *, steps: int,
-             seed: int) -> Stage:
+def rehearse(
+    ghosts: Ghosts,
+    model: Model,
+    task: Task[Encoded],
+    strategy: Strategy,
+    recipe: Recipe,
+    *,
+    steps: int,
+    seed: int,
+) -> Stage:
     """Learn a stage without its numbers: `steps` of its steps, drawn as the stage would, and its
     end.
 
@@ -211,20 +240,45 @@ def rehearse(ghosts: Ghosts, model: Model, task: Task[Encoded], strategy: Strate
     before = _held(strategy.state_dict())
     with ghosts:
         try:
-            learn(model, task, strategy, replace(recipe, steps=min(steps, total), patience=None), seed=seed,
-                  log=lambda event: None, after=after)
-        except (RuntimeError, ConfigError) as error:  # torch's own, where numbers are asked for all at once
-            raise ConfigError(f"a plan goes through a stage of {type(strategy).__name__} without "
-                              f"its numbers, and was stopped: {error}\nIf that is for want of "
-                              "them, plan a strategy that stores as much, by the table of "
-                              "continual list strategies") from error
+            learn(
+                model,
+                task,
+                strategy,
+                replace(recipe, steps=min(steps, total), patience=None),
+                seed=seed,
+                log=lambda event: None,
+                after=after,
+            )
+        except (
+            RuntimeError,
+            ConfigError,
+        ) as error:  # torch's own, where numbers are asked for all at once
+            raise ConfigError(
+                f"a plan goes through a stage of {type(strategy).__name__} without "
+                f"its numbers, and was stopped: {error}\nIf that is for want of "
+                "them, plan a strategy that stores as much, by the table of "
+                "continual list strategies"
+            ) from error
         trained = _held(weights(model))
         memory = _on_disk(strategy.state_dict())
     own = sum(t.nbytes for t in {*model.net.parameters(), *model.net.buffers()})
     state = strategy.state_dict()
-    return Stage(total, sum(len(e.ids) for e in task.train), (at[-1] - at[0]) / (len(at) - 1), ghosts.flops - at[-1],
-                 own, sum(p.grad.nbytes for p in model.net.parameters() if p.grad is not None), optimizer, before, peak,
-                 ghosts.peak, _heavy(state, set()), trained, memory, saved)
+    return Stage(
+        total,
+        sum(len(e.ids) for e in task.train),
+        (at[-1] - at[0]) / (len(at) - 1),
+        ghosts.flops - at[-1],
+        own,
+        sum(p.grad.nbytes for p in model.net.parameters() if p.grad is not None),
+        optimizer,
+        before,
+        peak,
+        ghosts.peak,
+        _heavy(state, set()),
+        trained,
+        memory,
+        saved,
+    )
 
 
 def scored(ghosts: Ghosts, model: Model, test: Test, batch_size: int) -> float:
@@ -255,7 +309,13 @@ def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _held(value: Any) -> int:
     """The bytes of the tensors in a value."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    parts = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    )
     return value.nbytes if isinstance(value, Tensor) else sum(map(_held, parts))
 
 

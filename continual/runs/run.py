@@ -53,23 +53,45 @@ def run(config: DictConfig, console: Console) -> Matrix:
         claim(out, config)
         stop_if.passed(out, config.stop_if.forgetting)
         bench = set_up(config, out)
-        audit = shown(out, config, bench.stream, bench.encoder, bench.model.context, bench.tests, bench.tokens.fit,
-                      console) if leads() else None
+        audit = (
+            shown(
+                out,
+                config,
+                bench.stream,
+                bench.encoder,
+                bench.model.context,
+                bench.tests,
+                bench.tokens.fit,
+                console,
+            )
+            if leads()
+            else None
+        )
         bench.load()
         track = start_tracker(config, out)
         with EventLog(out / "events.jsonl", console, track) as events, Signals() as signals:
             with first():
-                settle(config.train.precision, out / "precision.json", bench.model, bench.tokens.some, events.print_line)
+                settle(
+                    config.train.precision,
+                    out / "precision.json",
+                    bench.model,
+                    bench.tokens.some,
+                    events.print_line,
+                )
             matrix = stages(out, bench, events, signals, audit)
             events({"event": "end", "summary": matrix.summary()})
         if leads():
-            checkpoint.prune(out, config.checkpoint.keep)  # again: a process that was killed may not have come to it
+            checkpoint.prune(
+                out, config.checkpoint.keep
+            )  # again: a process that was killed may not have come to it
             write.write(out)
             (out / "finished").touch()
         return matrix
 
 
-def stages(out: Path, bench: Bench, events: EventLog, signals: Signals, audit: dict[str, Any] | None = None) -> Matrix:
+def stages(
+    out: Path, bench: Bench, events: EventLog, signals: Signals, audit: dict[str, Any] | None = None
+) -> Matrix:
     """Learn each stage that is not learned yet, score each that is not scored; stage 0 is before
     any training.
     """
@@ -82,7 +104,9 @@ def stages(out: Path, bench: Bench, events: EventLog, signals: Signals, audit: d
         events.stage = number
         if number > begun:
             within = found.within if number == begun + 1 else None
-            matrix = train(out, bench, Keeper(out, bench, matrix, number, events, signals, early), within)
+            matrix = train(
+                out, bench, Keeper(out, bench, matrix, number, events, signals, early), within
+            )
         matrix = add_row(out, bench, matrix, events, signals)
     return matrix
 
@@ -121,22 +145,39 @@ def refuse_other_data(out: Path, before: Matrix, bench: Bench) -> None:
     columns and rows would not be what their names say.
     """
     now, stages = empty(bench), (BASE, *(stage.name for stage in bench.stream.stages))
-    pairs = {"tasks": (before.tasks, now.tasks), "stages": (before.stages, stages[: len(before.stages)]),
-             "metrics": tuple([str(m.metrics.get(task)) for task in now.tasks] for m in (before, now)),
-             "test examples": tuple([*map(str, m.counts)] for m in (before, now))}
-    differ = [f"{what}: {listed(was)} there, {listed(has)} now" for what, (was, has) in pairs.items() if was != has]
+    pairs = {
+        "tasks": (before.tasks, now.tasks),
+        "stages": (before.stages, stages[: len(before.stages)]),
+        "metrics": tuple([str(m.metrics.get(task)) for task in now.tasks] for m in (before, now)),
+        "test examples": tuple([*map(str, m.counts)] for m in (before, now)),
+    }
+    differ = [
+        f"{what}: {listed(was)} there, {listed(has)} now"
+        for what, (was, has) in pairs.items()
+        if was != has
+    ]
     if differ:
-        raise DataError(f"{out} was begun with other data; restore them to go on, or give "
-                        "another out=\n  "
-                        + "\n  ".join(differ))
+        raise DataError(
+            f"{out} was begun with other data; restore them to go on, or give "
+            "another out=\n  " + "\n  ".join(differ)
+        )
 
 
 def empty(bench: Bench) -> Matrix:
     """The matrix before its first row."""
     stream, tests = bench.stream, bench.tests
     names = "+".join(map(str, bench.config.strategy))
-    return Matrix(stream.name, stream.order, names, bench.config.seed, tuple(t.task for t in tests),
-                  {t.task: t.metric for t in tests}, (), (), tuple(len(t.examples) for t in tests))
+    return Matrix(
+        stream.name,
+        stream.order,
+        names,
+        bench.config.seed,
+        tuple(t.task for t in tests),
+        {t.task: t.metric for t in tests},
+        (),
+        (),
+        tuple(len(t.examples) for t in tests),
+    )
 
 
 @dataclass
@@ -158,7 +199,9 @@ class Keeper:
         over = self.tell(told)
         every = self.bench.config.checkpoint
         due = every.every_steps is not None and step % every.every_steps == 0
-        due |= every.every_seconds is not None and time.monotonic() - self.last >= every.every_seconds
+        due |= (
+            every.every_seconds is not None and time.monotonic() - self.last >= every.every_seconds
+        )
         caught, due = self.signals.any(due)
         if due or caught or over:
             self.save(f"-step-{step:08d}", self.matrix, progress())
@@ -175,8 +218,14 @@ class Keeper:
             return None
         self.events(told)
         self.events.print_line(f"stage {self.number} {said(told)}")
-        self.matrix = replace(self.matrix, cost=add_costs(self.matrix.cost, {"score_seconds": told["seconds"]}))
-        over = stop_if.over(told, self.bench.stream.stages[self.number - 1].name, self.bench.config.stop_if.forgetting)
+        self.matrix = replace(
+            self.matrix, cost=add_costs(self.matrix.cost, {"score_seconds": told["seconds"]})
+        )
+        over = stop_if.over(
+            told,
+            self.bench.stream.stages[self.number - 1].name,
+            self.bench.config.stop_if.forgetting,
+        )
         if over:
             self.events(over)
         return over
@@ -184,12 +233,22 @@ class Keeper:
     def save(self, name: str, matrix: Matrix, progress: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, and remove what it makes superfluous."""
         if leads() or self.bench.model.sharded:
-            folder = checkpoint.save(self.out / "checkpoints" / f"stage-{self.number:02d}{name}", self.bench.model,
-                                     self.bench.strategy, matrix, progress)
+            folder = checkpoint.save(
+                self.out / "checkpoints" / f"stage-{self.number:02d}{name}",
+                self.bench.model,
+                self.bench.strategy,
+                matrix,
+                progress,
+            )
         if leads():
             checkpoint.prune(self.out, self.bench.config.checkpoint.keep, folder)
-            self.events({"event": "checkpoint", "bytes": checkpoint.size(folder),
-                         "memory_bytes": checkpoint.size(folder, "memory.*")})
+            self.events(
+                {
+                    "event": "checkpoint",
+                    "bytes": checkpoint.size(folder),
+                    "memory_bytes": checkpoint.size(folder, "memory.*"),
+                }
+            )
         self.last = time.monotonic()
 
 
@@ -197,6 +256,7 @@ def train(out: Path, bench: Bench, keeper: Keeper, within: Path | None) -> Matri
     """Learn one stage, from its beginning or from a checkpoint within it, and keep it; the matrix
     has its costs.
     """
+
     def go_on() -> dict[str, Any]:
         assert within
         found = checkpoint.load(within, bench.model, bench.strategy, found=True)
@@ -208,11 +268,21 @@ def train(out: Path, bench: Bench, keeper: Keeper, within: Path | None) -> Matri
     if not within and (over := keeper.tell(told)):
         stop_if.stop(out, over)
     if leads():
-        shutil.rmtree(predictions(out, number), ignore_errors=True)  # of other weights, if there are any
+        shutil.rmtree(
+            predictions(out, number), ignore_errors=True
+        )  # of other weights, if there are any
     task = bench.tokens.task(stage)
     show_unfit(bench.encoder, keeper.events)
-    spent = learn(bench.model, task, bench.strategy, bench.recipe, seed=stage_seed(bench.config.seed, number),
-                  log=keeper.events, after=keeper, progress=go_on if within else None)
+    spent = learn(
+        bench.model,
+        task,
+        bench.strategy,
+        bench.recipe,
+        seed=stage_seed(bench.config.seed, number),
+        log=keeper.events,
+        after=keeper,
+        progress=go_on if within else None,
+    )
     matrix = replace(keeper.matrix, cost=add_costs(keeper.matrix.cost, spent))
     keeper.save("", matrix)
     return matrix
@@ -225,22 +295,37 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: EventLog, signals: 
     row = score_all(predictions(out, number), bench, events, signals)
     spent = {"score_seconds": time.perf_counter() - began}
     matrix = replace(matrix.with_row(stage, row), cost=add_costs(matrix.cost, spent))
-    events({"event": "score", "seconds": spent["score_seconds"], "scores": dict(zip(matrix.tasks, row, strict=True))})
+    events(
+        {
+            "event": "score",
+            "seconds": spent["score_seconds"],
+            "scores": dict(zip(matrix.tasks, row, strict=True)),
+        }
+    )
     if leads():
         matrix.save(out / "matrix.json")
-    events.print_line(f"stage {number}/{len(bench.stream.stages)} {stage}: average "
-               f"{sum(row) / len(row):.3f}"
-               + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True)))
+    events.print_line(
+        f"stage {number}/{len(bench.stream.stages)} {stage}: average "
+        f"{sum(row) / len(row):.3f}"
+        + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True))
+    )
     if not number and leads():
         base_scored(out, dict(zip(matrix.tasks, row, strict=True)), events)
     if bench.probes:
-        record(out, [predictions(out, n) for n in range(number + 1)], bench.probes, asker(out, bench, events, signals),
-               matrix, events)
+        record(
+            out,
+            [predictions(out, n) for n in range(number + 1)],
+            bench.probes,
+            asker(out, bench, events, signals),
+            matrix,
+            events,
+        )
     return matrix
 
 
 def asker(out: Path, bench: Bench, events: EventLog, signals: Signals) -> Ask:
     """What probes ask by: the answers to a test's prompts, each with its mark."""
+
     def ask(test: Test) -> list[dict[str, Any]]:
         answers = answered(bench, test)[1]
         signals.leave(f"while probing after stage {events.stage}", out)
@@ -261,7 +346,9 @@ def score_all(folder: Path, bench: Bench, events: EventLog, signals: Signals) ->
         if value is None:
             value, answers = answered(bench, test)
             if leads():
-                write_whole(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers))
+                write_whole(
+                    path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers)
+                )
         row.append(value)
         signals.leave(f"while scoring after stage {events.stage}", folder.parents[1])
     events.clear_bar()
@@ -289,7 +376,13 @@ COSTS = ("train_seconds", "score_seconds", "steps", "tokens", "skipped_steps")
 def add_costs(before: Mapping[str, float], spent: Mapping[str, float]) -> dict[str, float]:
     """Seconds, steps and tokens add up over stages; the peak of memory is the process's so far."""
     total = {k: before.get(k, 0.0) + spent.get(k, 0.0) for k in COSTS}
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return {**total, "seconds": total["train_seconds"] + total["score_seconds"],
-            "peak_bytes": max(before.get("peak_bytes", 0.0), float(peak))}
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    )
+    return {
+        **total,
+        "seconds": total["train_seconds"] + total["score_seconds"],
+        "peak_bytes": max(before.get("peak_bytes", 0.0), float(peak)),
+    }

@@ -49,14 +49,19 @@ def set_up(config: DictConfig, out: Path) -> Bench:
     wrong with it.
     """
     validate.check(config)
-    strategy, recipe = build.strategy(config), build.recipe(config)  # before anything that takes long
+    strategy, recipe = (
+        build.strategy(config),
+        build.recipe(config),
+    )  # before anything that takes long
     validate.refuse_shards(config, strategy)
     validate.refuse_optimizer(config, strategy)
     stream = build.stream(config)
     if recipe.patience and (bare := [stage.name for stage in stream.stages if not stage.dev]):
-        raise ConfigError(f"train.patience={recipe.patience} stops by the loss on dev rows, and "
-                          f"there are none of {listed(bare)}; add some, or set "
-                          "train.patience=null")
+        raise ConfigError(
+            f"train.patience={recipe.patience} stops by the loss on dev rows, and "
+            f"there are none of {listed(bare)}; add some, or set "
+            "train.patience=null"
+        )
     model = build.reader(config, stream)
     encoder = build.encoder(config, model)
     tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]
@@ -70,8 +75,17 @@ def set_up(config: DictConfig, out: Path) -> Bench:
 def early_of(out: Path, bench: Bench) -> Early:
     """What looks at forgetting within stages, as the configuration asks."""
     s = bench.config.score
-    return Early(bench.model, bench.strategy, bench.stream, bench.tests, partial(predictions, out), s.during,
-                 s.during_examples, s.batch_size, bench.config.seed)
+    return Early(
+        bench.model,
+        bench.strategy,
+        bench.stream,
+        bench.tests,
+        partial(predictions, out),
+        s.during,
+        s.during_examples,
+        s.batch_size,
+        bench.config.seed,
+    )
 
 
 def predictions(out: Path, number: int) -> Path:
@@ -84,8 +98,10 @@ def show_unfit(encoder: Encoder, events: EventLog) -> None:
     counts = {"skipped": len(encoder.skipped), "shortened": len(encoder.shortened)}
     if any(counts.values()):
         events({"event": "data", **counts})
-        events.print_line(f"inputs shortened to fit: {counts['shortened']}; examples skipped: "
-                   f"{counts['skipped']}"
-                   + (f" ({', '.join(encoder.skipped[:5])} ...)" if encoder.skipped else ""))
+        events.print_line(
+            f"inputs shortened to fit: {counts['shortened']}; examples skipped: "
+            f"{counts['skipped']}"
+            + (f" ({', '.join(encoder.skipped[:5])} ...)" if encoder.skipped else "")
+        )
         encoder.skipped.clear()
         encoder.shortened.clear()

@@ -19,7 +19,6 @@ import threading
 from continual.distributed.processes import wait
 
 
-
 class Stopped(ContinualError):
     """The user or the system asked for an end; all is kept."""
 
@@ -40,11 +39,17 @@ class Signals:
     def __enter__(self) -> Signals:
         """Take the signals over, in the main thread, which alone may."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-                 ) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Give them back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -54,7 +59,9 @@ class Signals:
             raise KeyboardInterrupt
         self.caught = number
         if leads():
-            print("\nstopping once this is kept; the same signal again stops at once", file=sys.stderr)
+            print(
+                "\nstopping once this is kept; the same signal again stops at once", file=sys.stderr
+            )
 
     def leave(self, where: str, out: Path, caught: int | None = None) -> None:
         """Raise Stopped, with the command that goes on, if a signal came, here or to a process that
@@ -78,5 +85,9 @@ class Signals:
 def again(out: Path) -> str:
     """The command that was given, with the run's folder."""
     words = [w for w in sys.argv[1:] if not w.startswith("out=")]
-    start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if started() > 1 else []
+    start = (
+        ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"]
+        if started() > 1
+        else []
+    )
     return shlex.join([*start, "continual", *words, f"out={quoted(str(out))}"])

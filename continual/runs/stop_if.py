@@ -32,7 +32,13 @@ def over(point: Mapping[str, Any], stage: str, limit: float | None) -> dict[str,
     forgetting = point["forgetting"]
     if limit is None or forgetting is None or forgetting <= limit:
         return None
-    return {"event": "gate", "task": stage, "step": point["step"], "forgetting": forgetting, "limit": limit}
+    return {
+        "event": "gate",
+        "task": stage,
+        "step": point["step"],
+        "forgetting": forgetting,
+        "limit": limit,
+    }
 
 
 def stop(out: Path, event: Mapping[str, Any]) -> NoReturn:

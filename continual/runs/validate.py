@@ -17,10 +17,22 @@ from continual.config.instantiate import targets
 from continual.errors import unknown
 
 RULES = ("train", "inner")  # of adapt
-WHOLE = {"seed": 0, "data.max_length": 1, "train.tokens_per_microbatch": 1, "score.batch_size": 1, "score.limit": 1,
-         "score.max_new_tokens": 1, "score.judge.max_length": 1, "score.judge.batch_size": 1, "score.during": 1,
-         "score.during_examples": 1, "adapt.steps": 1, "adapt.draws": 1, "checkpoint.every_steps": 1,
-         "checkpoint.keep": 1}
+WHOLE = {
+    "seed": 0,
+    "data.max_length": 1,
+    "train.tokens_per_microbatch": 1,
+    "score.batch_size": 1,
+    "score.limit": 1,
+    "score.max_new_tokens": 1,
+    "score.judge.max_length": 1,
+    "score.judge.batch_size": 1,
+    "score.during": 1,
+    "score.during_examples": 1,
+    "adapt.steps": 1,
+    "adapt.draws": 1,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1,
+}
 
 
 def check(config: DictConfig) -> None:
@@ -28,16 +40,22 @@ def check(config: DictConfig) -> None:
     work.
     """
     given = {key: OmegaConf.select(config, key) for key in WHOLE}
-    wrong = [f"{key}={value}: expected a whole number of at least {WHOLE[key]}" for key, value in given.items()
-             if value is not None and (mistyped("int", value) or value < WHOLE[key])]
+    wrong = [
+        f"{key}={value}: expected a whole number of at least {WHOLE[key]}"
+        for key, value in given.items()
+        if value is not None and (mistyped("int", value) or value < WHOLE[key])
+    ]
     if not wrong and (config.seed or 0) >= 2**63:
         wrong.append(f"seed={config.seed}: expected a whole number below 2^63")
     for key, least in (("adapt.at", 0), ("adapt.shots", 1)):
         value = OmegaConf.select(config, key, default=ListConfig([]))
         if not isinstance(value, ListConfig) or any(
-                mistyped("int | None", v) or (v is not None and v < least) for v in value):
-            wrong.append(f"{key}={value}: expected a list of whole numbers of at least {least}, "
-                         "such as [16,64]")
+            mistyped("int | None", v) or (v is not None and v < least) for v in value
+        ):
+            wrong.append(
+                f"{key}={value}: expected a list of whole numbers of at least {least}, "
+                "such as [16,64]"
+            )
     if (rule := OmegaConf.select(config, "adapt.rule", default="train")) not in RULES:
         wrong.append(unknown("adapt.rule", str(rule), RULES))
     adapter, kinds = (OmegaConf.select(config, key) for key in ("model.adapter", "model.adapters"))
@@ -45,8 +63,10 @@ def check(config: DictConfig) -> None:
         wrong.append(unknown("model.adapter", str(adapter), ["none", *(kinds or ())]))
     seconds = OmegaConf.select(config, "checkpoint.every_seconds")
     if seconds is not None and (mistyped("float", seconds) or not seconds >= 0):
-        wrong.append(f"checkpoint.every_seconds={seconds}: expected a number of seconds of at "
-                     "least 0, or null")
+        wrong.append(
+            f"checkpoint.every_seconds={seconds}: expected a number of seconds of at "
+            "least 0, or null"
+        )
     wrong += [*_early(config), *_loss(config)]
     if wrong:
         raise ConfigError(gathered(wrong))
@@ -56,19 +76,25 @@ def check(config: DictConfig) -> None:
 
 def _early(config: DictConfig) -> Iterator[str]:
     """What is wrong with how forgetting is looked at within stages."""
-    during, limit = (OmegaConf.select(config, key) for key in ("score.during", "stop_if.forgetting"))
+    during, limit = (
+        OmegaConf.select(config, key) for key in ("score.during", "stop_if.forgetting")
+    )
     if limit is not None and (mistyped("float", limit) or not 0 <= limit < 1):
         yield f"stop_if.forgetting={limit}: expected a share of at least 0 and below 1, such as 0.2, or null"
     elif limit is not None and during is None:
-        yield (f"stop_if.forgetting={limit}: forgetting within a stage is not measured; set "
-               "score.during=N, the steps between two looks at it")
+        yield (
+            f"stop_if.forgetting={limit}: forgetting within a stage is not measured; set "
+            "score.during=N, the steps between two looks at it"
+        )
     if during is not None and "adapt" in config:
         yield f"score.during={during}: adapt has one task and scores it at adapt.at; leave it out"
 
 
 def _loss(config: DictConfig) -> Iterator[str]:
     """What is wrong with how a step computes its loss."""
-    weight, precision = (OmegaConf.select(config, key) for key in ("loss.instruction_weight", "train.precision"))
+    weight, precision = (
+        OmegaConf.select(config, key) for key in ("loss.instruction_weight", "train.precision")
+    )
     if mistyped("float", weight) or not 0 <= weight <= 1:
         yield f"loss.instruction_weight={weight}: expected a number from 0 (masked) to 1 (as a response)"
     if precision not in (known := ["fp32", "bf16", "auto"]):
@@ -82,17 +108,25 @@ def refuse_shards(config: DictConfig, learner: Strategy) -> None:
     if not config.train.shard:
         return
     if not learner.shardable:
-        can = [name for name, (kind, *_) in targets("strategy").items() if get_object(kind).shardable]
-        raise ConfigError(f"strategy={'+'.join(map(str, config.strategy))} works on whole "
-                          "weights as it is configured, and with train.shard=true no process has "
-                          f"them; set train.shard=false, or choose of {', '.join(can)}")
+        can = [
+            name for name, (kind, *_) in targets("strategy").items() if get_object(kind).shardable
+        ]
+        raise ConfigError(
+            f"strategy={'+'.join(map(str, config.strategy))} works on whole "
+            "weights as it is configured, and with train.shard=true no process has "
+            f"them; set train.shard=false, or choose of {', '.join(can)}"
+        )
     if config.train.precision == "auto":
-        raise ConfigError("train.precision=auto is measured in one process, which a model in "
-                          "shards cannot be; set train.precision=fp32 or bf16, or "
-                          "train.shard=false")
+        raise ConfigError(
+            "train.precision=auto is measured in one process, which a model in "
+            "shards cannot be; set train.precision=fp32 or bf16, or "
+            "train.shard=false"
+        )
     if config.model.get("quantize", "none") != "none":
-        raise ConfigError(f"model.quantize={config.model.quantize} and train.shard=true cannot "
-                          "be had together; choose one of them")
+        raise ConfigError(
+            f"model.quantize={config.model.quantize} and train.shard=true cannot "
+            "be had together; choose one of them"
+        )
 
 
 def refuse_optimizer(config: DictConfig, learner: Strategy) -> None:
@@ -100,8 +134,10 @@ def refuse_optimizer(config: DictConfig, learner: Strategy) -> None:
     else.
     """
     if learner.requires_sgd and config.train.optimizer != "sgd":
-        raise ConfigError(f"strategy={'+'.join(map(str, config.strategy))} has a learning rate "
-                          "of its own for each weight, which "
-                          f"train.optimizer={config.train.optimizer} would undo; set "
-                          "train.optimizer=sgd, and train.lr to 1 or what the strategy's "
-                          "configuration says")
+        raise ConfigError(
+            f"strategy={'+'.join(map(str, config.strategy))} has a learning rate "
+            "of its own for each weight, which "
+            f"train.optimizer={config.train.optimizer} would undo; set "
+            "train.optimizer=sgd, and train.lr to 1 or what the strategy's "
+            "configuration says"
+        )

@@ -17,10 +17,26 @@ EARLIER = Path(__file__).parents[1] / "data" / "run_before_rooms"
 
 # The command that began the run, in the spelling of that version.
 KEYS = (
-    "strategy=[replay,ewc]", "stream=folder", "stream.path=stream", "model=scratch", "model.hidden=8", "model.layers=1",
-    "model.heads=2", "model.vocabulary=270", "model.context=64", "data.max_length=64", "train.epochs=40",
-    "train.lr=0.02", "train.batch_size=6", "train.schedule=constant", "device=cpu", "probe=[wordings]",
-    "score.during=20", "strategy.replay.capacity=6", "score.metric=token_f1", "data.on_unfit=skip",
+    "strategy=[replay,ewc]",
+    "stream=folder",
+    "stream.path=stream",
+    "model=scratch",
+    "model.hidden=8",
+    "model.layers=1",
+    "model.heads=2",
+    "model.vocabulary=270",
+    "model.context=64",
+    "data.max_length=64",
+    "train.epochs=40",
+    "train.lr=0.02",
+    "train.batch_size=6",
+    "train.schedule=constant",
+    "device=cpu",
+    "probe=[wordings]",
+    "score.during=20",
+    "strategy.replay.capacity=6",
+    "score.metric=token_f1",
+    "data.on_unfit=skip",
 )
 
 
@@ -31,14 +47,22 @@ def earlier(tmp_path, run_cli):
 
 
 def test_it_resumes_and_takes_the_same_steps(earlier, run_cli):
-    begun = [e for e in load_json_lines(earlier / "events.jsonl") if e["event"] == "step" and e["stage"] == 2]
+    begun = [
+        e
+        for e in load_json_lines(earlier / "events.jsonl")
+        if e["event"] == "step" and e["stage"] == 2
+    ]
     rows = Matrix.load(earlier / "matrix.json").scores
     code, _, err = run_cli("run", *KEYS, f"out={earlier.name}")
     assert code == 0, err
     matrix = Matrix.load(earlier / "matrix.json")
     assert matrix.scores[:2] == rows
     assert matrix.stages == ("base", "first", "last")
-    again = [e for e in load_json_lines(earlier / "events.jsonl") if e["event"] == "step" and e["stage"] == 2][len(begun):]
+    again = [
+        e
+        for e in load_json_lines(earlier / "events.jsonl")
+        if e["event"] == "step" and e["stage"] == 2
+    ][len(begun) :]
     assert again[0]["step"] == begun[0]["step"]
     assert again[0]["loss"] == pytest.approx(begun[0]["loss"], rel=1e-3)
 
@@ -60,7 +84,16 @@ def test_its_last_stage_is_exported(earlier, run_cli):
 
 
 def test_a_new_task_is_learned_from_its_checkpoint(earlier, run_cli):
-    code, _, err = run_cli("adapt", f"adapt.start={earlier.name}", "stream=folder", "stream.path=stream",
-                       "stream.tasks=[last]", "adapt.steps=2", "adapt.shots=[4]", "device=cpu", "out=adapted")
+    code, _, err = run_cli(
+        "adapt",
+        f"adapt.start={earlier.name}",
+        "stream=folder",
+        "stream.path=stream",
+        "stream.tasks=[last]",
+        "adapt.steps=2",
+        "adapt.shots=[4]",
+        "device=cpu",
+        "out=adapted",
+    )
     assert code == 0, err
     assert Path("adapted/curve.json").exists()

@@ -22,8 +22,14 @@ from continual.results.run_folder import Run
 from strategies.per_task import PerTask
 
 LOOK = ("score.metric=perplexity", "score.during=2")
-CLASH = ("train.lr=0.03", "train.steps=10", "train.schedule=constant", "train.warmup=0", "score.metric=perplexity",
-         "score.during=1")
+CLASH = (
+    "train.lr=0.03",
+    "train.steps=10",
+    "train.schedule=constant",
+    "train.warmup=0",
+    "score.metric=perplexity",
+    "score.during=1",
+)
 
 
 def points(out):
@@ -33,8 +39,10 @@ def points(out):
 
 def ends(out):
     """The scores, and what was learned in all."""
-    return (Matrix.load(out / "matrix.json").scores,
-            load_file(next(iter(sorted((out / "checkpoints").iterdir())[-1:])) / "weights.safetensors"))
+    return (
+        Matrix.load(out / "matrix.json").scores,
+        load_file(next(iter(sorted((out / "checkpoints").iterdir())[-1:])) / "weights.safetensors"),
+    )
 
 
 def assert_same(a, b):
@@ -52,6 +60,7 @@ def looked(run_keys, tmp_path_factory):
 
 # What is told
 
+
 def test_every_task_seen_so_far_is_scored_as_a_stage_begins_and_every_so_many_steps(looked):
     told = points(looked[0])
     assert list(told) == [(stage, step) for stage in (1, 2, 3) for step in (0, 2, 4)]
@@ -61,15 +70,25 @@ def test_every_task_seen_so_far_is_scored_as_a_stage_begins_and_every_so_many_st
 def test_a_stage_begins_with_the_scores_that_the_one_before_left(looked):
     out, matrix, _ = looked
     for stage in (1, 2, 3):
-        assert [*points(out)[stage, 0]["scores"].values()] == pytest.approx(matrix.scores[stage - 1][:stage])
+        assert [*points(out)[stage, 0]["scores"].values()] == pytest.approx(
+            matrix.scores[stage - 1][:stage]
+        )
 
 
 def test_forgetting_is_what_the_matrix_would_say_if_the_stage_ended_here(looked):
     out, matrix, _ = looked
     for (stage, step), told in points(out).items():
         rows = [row[:stage] for row in matrix.scores[:stage]] + [tuple(told["scores"].values())]
-        cut = Matrix("s", "", "naive", 0, TASKS[:stage], dict.fromkeys(TASKS, "perplexity"), ("base", *TASKS[:stage]),
-                     tuple(rows)).summary()["forgetting"]
+        cut = Matrix(
+            "s",
+            "",
+            "naive",
+            0,
+            TASKS[:stage],
+            dict.fromkeys(TASKS, "perplexity"),
+            ("base", *TASKS[:stage]),
+            tuple(rows),
+        ).summary()["forgetting"]
         if stage == 1:
             assert told["forgetting"] is cut is None
         else:
@@ -80,19 +99,29 @@ def test_forgetting_is_what_the_matrix_would_say_if_the_stage_ended_here(looked)
 def test_the_end_of_a_stage_is_in_its_last_point_where_nothing_follows_the_last_step(looked):
     out, matrix, _ = looked
     for stage in (1, 2, 3):
-        assert [*points(out)[stage, 4]["scores"].values()] == pytest.approx(matrix.scores[stage][:stage])
+        assert [*points(out)[stage, 4]["scores"].values()] == pytest.approx(
+            matrix.scores[stage][:stage]
+        )
 
 
 def test_the_sample_is_the_same_all_the_run_through_and_another_of_another_seed(run_keys, tmp_path):
     chosen = {}
     for seed in (0, 1):
         out = tmp_path / str(seed)
-        run_in_process(out, run_keys, *LOOK, "score.during_examples=2", f"seed={seed}", "train.lr=0")
+        run_in_process(
+            out, run_keys, *LOOK, "score.during_examples=2", f"seed={seed}", "train.lr=0"
+        )
         told = {e["scores"]["first"] for e in points(out).values()}
-        assert max(told) == pytest.approx(min(told)), "nothing was learned, and so the same examples score the same"
+        assert max(told) == pytest.approx(min(told)), (
+            "nothing was learned, and so the same examples score the same"
+        )
         marks = [row["score"] for row in load_json_lines(out / "predictions/stage-00/first.jsonl")]
-        chosen[seed] = next((i, j) for i in range(4) for j in range(i) if (marks[i] + marks[j]) / 2
-                            == pytest.approx(min(told), rel=1e-6))
+        chosen[seed] = next(
+            (i, j)
+            for i in range(4)
+            for j in range(i)
+            if (marks[i] + marks[j]) / 2 == pytest.approx(min(told), rel=1e-6)
+        )
     assert chosen[0] != chosen[1]
 
 
@@ -112,11 +141,17 @@ def test_its_seconds_are_of_scoring_not_of_training(looked):
 
 # Looking changes nothing
 
-@pytest.mark.parametrize("kind", [
-    ["strategy=naive"], ["strategy=router"],
-    ["strategy=progressive_prompts", "model.adapter=prompt_tuning", "train.lr=0.1"],
-    ["strategy=gain_lora", "strategy.gain_lora.rank=2", "model.adapter=lora"],
-], ids=lambda kind: kind[0].partition("=")[2])
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["strategy=naive"],
+        ["strategy=router"],
+        ["strategy=progressive_prompts", "model.adapter=prompt_tuning", "train.lr=0.1"],
+        ["strategy=gain_lora", "strategy.gain_lora.rank=2", "model.adapter=lora"],
+    ],
+    ids=lambda kind: kind[0].partition("=")[2],
+)
 def test_a_run_that_looks_ends_as_one_that_does_not_bit_for_bit(kind, run_keys, tmp_path):
     model = write_model(tmp_path / "model", "gpt2")  # which has dropout
     told = [*run_keys, f"model.name={model}", *kind]
@@ -130,7 +165,9 @@ def test_aside_a_model_may_be_routed_drawn_with_and_put_to_work_and_is_as_it_was
     made = toy.make_model()
     made.net.train()
     strategy = PerTask()
-    strategy.adapters = {"a": {n: torch.zeros_like(w) for n, w in toy.copy_parameters(made).items()}}
+    strategy.adapters = {
+        "a": {n: torch.zeros_like(w) for n, w in toy.copy_parameters(made).items()}
+    }
     strategy.home = {"a": "a"}
     before = {n: w.clone() for n, w in toy.copy_parameters(made).items()}
     random.seed(1)
@@ -148,18 +185,27 @@ def test_aside_a_model_may_be_routed_drawn_with_and_put_to_work_and_is_as_it_was
     assert (random.random(), torch.rand(1).item()) == expected
 
 
-def test_a_strategy_with_an_adapter_a_task_has_the_stage_s_own_answered_by_the_weights_at_hand(run_keys, tmp_path):
-    matrix, _ = run_in_process(tmp_path, run_keys, *LOOK, "score.during_examples=99", "strategy=per_task")
+def test_a_strategy_with_an_adapter_a_task_has_the_stage_s_own_answered_by_the_weights_at_hand(
+    run_keys, tmp_path
+):
+    matrix, _ = run_in_process(
+        tmp_path, run_keys, *LOOK, "score.during_examples=99", "strategy=per_task"
+    )
     told = points(tmp_path)
     for stage in (1, 2, 3):
         assert [*told[stage, 4]["scores"].values()] == pytest.approx(matrix.scores[stage][:stage])
-        assert told[stage, 2]["scores"][TASKS[stage - 1]] != told[stage, 0]["scores"][TASKS[stage - 1]]
+        assert (
+            told[stage, 2]["scores"][TASKS[stage - 1]] != told[stage, 0]["scores"][TASKS[stage - 1]]
+        )
     assert told[3, 4]["forgetting"] == pytest.approx(0), "an adapter of its own forgets nothing"
 
 
 # Going on
 
-def test_a_run_that_goes_on_within_a_stage_has_every_point_once(looked, run_keys, tmp_path, monkeypatch):
+
+def test_a_run_that_goes_on_within_a_stage_has_every_point_once(
+    looked, run_keys, tmp_path, monkeypatch
+):
     out, whole, save = tmp_path / "cut", tmp_path / "whole", checkpoint.save
 
     def leave_a_copy(folder, *more, **named):
@@ -173,24 +219,35 @@ def test_a_run_that_goes_on_within_a_stage_has_every_point_once(looked, run_keys
     monkeypatch.undo()
     _, said = run_in_process(out, told)
     assert "from stage-02-step-00000003" in said
-    plain = [{key: {k: v for k, v in e.items() if k not in ("time", "seconds")} for key, e in points(o).items()}
-             for o in (looked[0], whole, out)]
+    plain = [
+        {
+            key: {k: v for k, v in e.items() if k not in ("time", "seconds")}
+            for key, e in points(o).items()
+        }
+        for o in (looked[0], whole, out)
+    ]
     assert plain[0] == plain[1] == plain[2]
     assert_same(whole, out)
 
 
-def test_answers_of_an_earlier_stage_that_are_gone_are_named_with_the_mend(looked, run_keys, tmp_path):
+def test_answers_of_an_earlier_stage_that_are_gone_are_named_with_the_mend(
+    looked, run_keys, tmp_path
+):
     out = shutil.copytree(looked[0], tmp_path / "copy")
     for path in ("finished", "predictions/stage-01/first.jsonl"):
         (out / path).unlink()
     for path in ("checkpoints/stage-03", "predictions/stage-03"):
         shutil.rmtree(out / path)
-    with pytest.raises(DataError, match=r"stage-01/first.jsonl: found no mark of every .* go on with score.during=nul"):
+    with pytest.raises(
+        DataError,
+        match=r"stage-01/first.jsonl: found no mark of every .* go on with score.during=nul",
+    ):
         run_in_process(out, run_keys, *LOOK, "score.during_examples=99")
     assert run_in_process(out, run_keys, *LOOK, "score.during=null")[0].scores == looked[1].scores
 
 
 # The gate
+
 
 @pytest.fixture(scope="module")
 def clash(tmp_path_factory):
@@ -200,8 +257,13 @@ def clash(tmp_path_factory):
     root = tmp_path_factory.mktemp("clash")
     for task, answer in (("red", "red"), ("blue", "blue")):
         for split, n in (("train", 12), ("test", 4)):
-            write_rows(root / task / f"{split}.jsonl", [
-                {"instruction": "Name it.", "input": f"{split} {i}", "output": answer} for i in range(n)])
+            write_rows(
+                root / task / f"{split}.jsonl",
+                [
+                    {"instruction": "Name it.", "input": f"{split} {i}", "output": answer}
+                    for i in range(n)
+                ],
+            )
     (root / "stream.json").write_text(json.dumps({"tasks": [{"name": "red"}, {"name": "blue"}]}))
     return root
 
@@ -221,23 +283,36 @@ def free(clash, run_keys, tmp_path_factory):
 
 
 def test_a_gate_stops_the_run_where_it_forgets_more_keeps_it_and_lets_it_go_on_when_it_is_raised(
-        run_cli, clashing, free, tmp_path):
+    run_cli, clashing, free, tmp_path
+):
     out = tmp_path / "gated"
     code, said, err = run_cli("run", *clashing, "stop_if.forgetting>0.2", f"out={out}")
     assert (code, said) == (3, "")
     told = points(out)
-    (*fine, last), stop = [e for e in told.values() if e["stage"] == 2], json.loads((out / "stopped.json").read_text())
+    (*fine, last), stop = (
+        [e for e in told.values() if e["stage"] == 2],
+        json.loads((out / "stopped.json").read_text()),
+    )
     assert all(e["forgetting"] <= 0.2 for e in fine)
     assert last["forgetting"] > 0.2
-    assert (stop["task"], stop["step"], stop["forgetting"]) == ("blue", last["step"], last["forgetting"])
-    assert f"stopped by stop_if.forgetting=0.2: forgetting was {last['forgetting']:.3f} after step" in err
+    assert (stop["task"], stop["step"], stop["forgetting"]) == (
+        "blue",
+        last["step"],
+        last["forgetting"],
+    )
+    assert (
+        f"stopped by stop_if.forgetting=0.2: forgetting was {last['forgetting']:.3f} after step"
+        in err
+    )
     assert "Traceback" not in err
     assert (out / f"checkpoints/stage-02-step-{last['step']:08d}").is_dir()
     assert "It was stopped by stop_if.forgetting=0.2" in " ".join(run_cli("report", out)[1].split())
 
     before = load_json_lines(out / "events.jsonl")
     assert run_cli("run", *clashing, "stop_if.forgetting>0.2", f"out={out}")[0] == 3
-    assert load_json_lines(out / "events.jsonl") == before, "the same gate does not let it pass, and nothing is done"
+    assert load_json_lines(out / "events.jsonl") == before, (
+        "the same gate does not let it pass, and nothing is done"
+    )
 
     code, said, err = run_cli("run", *clashing, "stop_if.forgetting=null", f"out={out}")
     assert (code, "resuming" in err) == (0, True)
@@ -257,19 +332,38 @@ def test_a_gate_that_is_raised_stops_the_run_again_where_it_is_passed(clashing, 
 
 def test_a_gate_stops_two_processes_alike_and_one_goes_on_to_the_same_end(clashing, free, tmp_path):
     out = tmp_path / "two"
-    told = [process.wait() for process in subprocesses.start_two_ranks(
-        tmp_path, subprocesses.run_command, "run", *clashing, "stop_if.forgetting=0.2", f"out={out}")]
+    told = [
+        process.wait()
+        for process in subprocesses.start_two_ranks(
+            tmp_path,
+            subprocesses.run_command,
+            "run",
+            *clashing,
+            "stop_if.forgetting=0.2",
+            f"out={out}",
+        )
+    ]
     assert [code for code, _ in told] == [3, 3], told
     assert told[0][1].count("stopped by stop_if.forgetting=0.2") == 1
     seen, alone = points(out), points(free)
-    assert {p: e["scores"] for p, e in seen.items()} == {p: pytest.approx(alone[p]["scores"], rel=1e-2) for p in seen}
+    assert {p: e["scores"] for p, e in seen.items()} == {
+        p: pytest.approx(alone[p]["scores"], rel=1e-2) for p in seen
+    }
     matrix, _ = run_in_process(out, clashing)
     assert matrix.scores[-1] == pytest.approx(ends(free)[0][-1], abs=1e-2)
 
 
-def test_a_run_of_a_comparison_that_a_gate_stops_leaves_the_others_whole(run_cli, clashing, tmp_path):
-    code, _, err = run_cli("compare", *clashing, "strategy=naive,per_task", "seed=0", "stop_if.forgetting>0.2",
-                       f"out={tmp_path / 'all'}")
+def test_a_run_of_a_comparison_that_a_gate_stops_leaves_the_others_whole(
+    run_cli, clashing, tmp_path
+):
+    code, _, err = run_cli(
+        "compare",
+        *clashing,
+        "strategy=naive,per_task",
+        "seed=0",
+        "stop_if.forgetting>0.2",
+        f"out={tmp_path / 'all'}",
+    )
     assert code == 2
     assert "naive" in err
     assert "stopped by stop_if.forgetting=0.2" in err
@@ -280,27 +374,47 @@ def test_a_run_of_a_comparison_that_a_gate_stops_leaves_the_others_whole(run_cli
 def test_what_stopped_a_run_is_read_with_care(looked, run_keys, tmp_path):
     out = shutil.copytree(looked[0], tmp_path / "copy")
     (out / "finished").unlink()
-    for text in ("{", "[]", '{"schema": 1}',
-                 '{"schema": 1, "task": "a\\u001b", "step": 1, "forgetting": 1, "limit": 0}'):
+    for text in (
+        "{",
+        "[]",
+        '{"schema": 1}',
+        '{"schema": 1, "task": "a\\u001b", "step": 1, "forgetting": 1, "limit": 0}',
+    ):
         (out / "stopped.json").write_text(text)
         with pytest.raises(DataError, match=r"stopped.json"):
             run_in_process(out, run_keys, *LOOK, "score.during_examples=99")
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (("score.during=0",), "score.during=0: expected a whole number of at least 1"),
-    (("score.during_examples=half",), "score.during_examples=half: expected a whole number of at "
-                                      "least 1"),
-    (("stop_if.forgetting=0.2",), "forgetting within a stage is not measured; set score.during=N"),
-    (("score.during=5", "stop_if.forgetting=20"), "expected a share of at least 0 and below 1, "
-                                                  "such as 0.2"),
-    (("score.during=5", "stop_if.forgetting"), "unquoted, > names a file that a shell writes to"),
-    (("score.during=5", "stop_if.forgeting>0.2"), "did you mean 'stop_if.forgetting'"),
-])
-def test_what_cannot_be_looked_at_is_refused_before_training(words, expected, cli_error, run_keys, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("score.during=0",), "score.during=0: expected a whole number of at least 1"),
+        (
+            ("score.during_examples=half",),
+            "score.during_examples=half: expected a whole number of at least 1",
+        ),
+        (
+            ("stop_if.forgetting=0.2",),
+            "forgetting within a stage is not measured; set score.during=N",
+        ),
+        (
+            ("score.during=5", "stop_if.forgetting=20"),
+            "expected a share of at least 0 and below 1, such as 0.2",
+        ),
+        (
+            ("score.during=5", "stop_if.forgetting"),
+            "unquoted, > names a file that a shell writes to",
+        ),
+        (("score.during=5", "stop_if.forgeting>0.2"), "did you mean 'stop_if.forgetting'"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused_before_training(
+    words, expected, cli_error, run_keys, tmp_path
+):
     assert expected in cli_error("run", *run_keys, *words, f"out={tmp_path}")
 
 
 def test_adapt_scores_at_steps_of_its_own(cli_error, run_keys, tmp_path):
     assert "score.during=5: adapt has one task and scores it at adapt.at" in cli_error(
-        "adapt", *run_keys, "stream.tasks=[first]", "score.during=5", f"out={tmp_path}")
+        "adapt", *run_keys, "stream.tasks=[first]", "score.during=5", f"out={tmp_path}"
+    )

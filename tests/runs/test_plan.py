@@ -22,8 +22,16 @@ from continual.strategy.interface import Strategy, memory
 from continual.models.weights import snapshot, weights
 
 LORA = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
-GIVEN = ("plan.tasks=5", "plan.examples=8", "plan.tests=2", "plan.tokens=12", "plan.response=2", "plan.flops=1e12",
-         "plan.stages=4", "train.batch_size=4")
+GIVEN = (
+    "plan.tasks=5",
+    "plan.examples=8",
+    "plan.tests=2",
+    "plan.tokens=12",
+    "plan.response=2",
+    "plan.flops=1e12",
+    "plan.stages=4",
+    "train.batch_size=4",
+)
 SHORT = replace(toy.RECIPE, steps=2)
 
 
@@ -41,8 +49,14 @@ def rehearsed(strategy, adapter="none", stages=2, recipe=SHORT):
 def executed(strategy, adapter="none", stages=2, recipe=SHORT):
     torch.manual_seed(0)
     model = network(adapter)
-    return [common.flops(lambda i=i: learn(model, toy.make_task(i), strategy, recipe, seed=i, log=lambda event: None))
-            for i in range(stages)]
+    return [
+        common.flops(
+            lambda i=i: learn(
+                model, toy.make_task(i), strategy, recipe, seed=i, log=lambda event: None
+            )
+        )
+        for i in range(stages)
+    ]
 
 
 def planned(model_folder, *words):
@@ -51,6 +65,7 @@ def planned(model_folder, *words):
 
 
 # Against stages that are run
+
 
 @pytest.mark.parametrize(("name", "adapter"), [("naive", "lora"), ("maml", "none")])
 def test_a_rehearsal_counts_the_flops_that_a_stage_executes(name, adapter):
@@ -61,7 +76,9 @@ def test_a_rehearsal_counts_the_flops_that_a_stage_executes(name, adapter):
 def test_a_few_steps_stand_for_a_stage_s_work():
     """Within 5%, though rows differ in length."""
     told = rehearsed(toy.strategy_from_config("naive"), stages=1, recipe=toy.RECIPE)[0].flops
-    assert told == pytest.approx(executed(toy.strategy_from_config("naive"), stages=1, recipe=toy.RECIPE)[0], rel=0.05)
+    assert told == pytest.approx(
+        executed(toy.strategy_from_config("naive"), stages=1, recipe=toy.RECIPE)[0], rel=0.05
+    )
 
 
 def test_memory_has_its_parts():
@@ -79,7 +96,9 @@ def test_ewc_holds_an_anchor_and_an_importance_from_its_second_stage_on():
     stages = rehearsed(toy.strategy_from_config("ewc"))
     assert [s.strategy for s in stages] == [0, 2 * stages[0].gradients]
     assert all(s.end_flops > 0 for s in stages)
-    assert [s.flops for s in stages] == pytest.approx(executed(toy.strategy_from_config("ewc")), rel=1e-3)
+    assert [s.flops for s in stages] == pytest.approx(
+        executed(toy.strategy_from_config("ewc")), rel=1e-3
+    )
 
 
 def test_early_stopping_is_planned_for_as_if_it_never_came():
@@ -105,6 +124,7 @@ def test_scoring_counts_the_flops_of_answers_as_long_as_may_be(model_folder):
 
 # What grows
 
+
 @dataclass(kw_only=True)
 class Anchors(Strategy):
     """Keeps the weights of every task: a strategy that the engine has never seen."""
@@ -129,7 +149,10 @@ def test_each_task_s_prompt_is_kept(model_folder):
 
 
 def test_only_a_buffer_without_a_bound_is_said_to_grow(model_folder):
-    free, bound = (planned(model_folder, "strategy=replay", f"strategy.replay.capacity={n}") for n in ("0.9", "8"))
+    free, bound = (
+        planned(model_folder, "strategy=replay", f"strategy.replay.capacity={n}")
+        for n in ("0.9", "8")
+    )
     for made in (free, bound):
         assert [made.growth(of) for of in (lambda s: s.strategy, lambda s: s.peak)] == [0, 0]
         assert made.checkpoints > made.stages[-1].weights_disk * len(made.training)
@@ -137,12 +160,15 @@ def test_only_a_buffer_without_a_bound_is_said_to_grow(model_folder):
 
 
 def test_later_stages_follow_from_those_that_were_rehearsed(model_folder):
-    few, all_of_them = (planned(model_folder, "strategy=replay", f"plan.stages={n}") for n in (4, 5))
+    few, all_of_them = (
+        planned(model_folder, "strategy=replay", f"plan.stages={n}") for n in (4, 5)
+    )
     assert len(few.stages) == 4
     assert sum(few.training) == pytest.approx(sum(all_of_them.training), rel=0.05)
 
 
 # The command
+
 
 def test_no_weights_and_no_tokenizer_are_needed_where_the_tasks_are_told(tmp_path):
     folder = write_model(tmp_path / "model")
@@ -156,40 +182,63 @@ def test_no_weights_and_no_tokenizer_are_needed_where_the_tasks_are_told(tmp_pat
 
 
 def test_the_stream_s_own_rows_are_rehearsed(run_cli, stream_folder, model_folder):
-    code, out, err = run_cli("plan", "stream=folder", f"stream.path={stream_folder}", "model=hf",
-                         f"model.name={model_folder}", "model.adapter=lora", "plan.flops=1e12", "plan.memory=1",
-                         "train.batch_size=6")
+    code, out, err = run_cli(
+        "plan",
+        "stream=folder",
+        f"stream.path={stream_folder}",
+        "model=hf",
+        f"model.name={model_folder}",
+        "model.adapter=lora",
+        "plan.flops=1e12",
+        "plan.memory=1",
+        "train.batch_size=6",
+    )
     assert (code, err) == (0, "")
-    assert all(word in out for word in ("first", "last", "loud", "gradients", "hours", "checkpoints", "fits in 1 GB"))
+    assert all(
+        word in out
+        for word in ("first", "last", "loud", "gradients", "hours", "checkpoints", "fits in 1 GB")
+    )
 
 
 def test_a_gpu_that_is_too_small_is_said_to_be(model_folder):
     with initialize_config_module("conf", version_base=None):
-        config = compose("plan", ["model=hf", f"model.name={model_folder}", *GIVEN, "plan.memory=1e-6"])
+        config = compose(
+            "plan", ["model=hf", f"model.name={model_folder}", *GIVEN, "plan.memory=1e-6"]
+        )
     console = Console(record=True, width=160)
     show(plan(config), config, console)
     assert "does not fit in 1e-06 GB" in console.export_text()
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    ((), "marking answers"),
-    (("probe=[shots,wordings]", "score.judge.name=a/judge", "score.during=9"),
-     "marking answers, the judge a/judge, looking at forgetting every 9 steps (score.during), "
-     "what the probes ask after each stage (shots, wordings)"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "marking answers"),
+        (
+            ("probe=[shots,wordings]", "score.judge.name=a/judge", "score.during=9"),
+            "marking answers, the judge a/judge, looking at forgetting every 9 steps (score.during), "
+            "what the probes ask after each stage (shots, wordings)",
+        ),
+    ],
+)
 def test_what_is_not_counted_is_said(run_cli, model_folder, words, told):
-    code, out, err = run_cli("plan", "model=hf", f"model.name={model_folder}", *GIVEN, "plan.stages=1", *words)
+    code, out, err = run_cli(
+        "plan", "model=hf", f"model.name={model_folder}", *GIVEN, "plan.stages=1", *words
+    )
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == f"not counted: {told}"
 
 
-@pytest.mark.parametrize(("word", "told"), [
-    ("plan.gpus=0", "plan.gpus=0: expected a whole number of at least 1"),
-    ("plan.steps=1", "plan.steps=1: expected a whole number of at least 2"),
-    ("plan.share=0", "plan.share=0: expected a number above 0"),
-    ("plan.flops=fast", "plan.flops=fast: expected a number above 0"),
-    ("plan.response=12", "plan.response=12: expected fewer than plan.tokens=12"),
-])
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("plan.gpus=0", "plan.gpus=0: expected a whole number of at least 1"),
+        ("plan.steps=1", "plan.steps=1: expected a whole number of at least 2"),
+        ("plan.share=0", "plan.share=0: expected a number above 0"),
+        ("plan.flops=fast", "plan.flops=fast: expected a number above 0"),
+        ("plan.response=12", "plan.response=12: expected fewer than plan.tokens=12"),
+    ],
+)
 def test_numbers_that_cannot_work_are_refused(cli_error, model_folder, word, told):
     assert told in cli_error("plan", "model=hf", f"model.name={model_folder}", *GIVEN, word)
 

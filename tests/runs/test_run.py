@@ -6,12 +6,24 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.models import TASKS, load_json_lines, make_rows, run_in_process, write_rows, write_stream
+from tests.support.models import (
+    TASKS,
+    load_json_lines,
+    make_rows,
+    run_in_process,
+    write_rows,
+    write_stream,
+)
 
 from continual.errors import ConfigError, DataError, MissingError
 from continual.results.matrix import Matrix
 
-BOTH = ("strategy=[replay,ewc]", "strategy.ewc.strength=10", "strategy.replay.capacity=6", "strategy.ewc.num_examples=6")
+BOTH = (
+    "strategy=[replay,ewc]",
+    "strategy.ewc.strength=10",
+    "strategy.replay.capacity=6",
+    "strategy.ewc.num_examples=6",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +41,7 @@ def copy(done, tmp_path):
 
 
 # What a run leaves
+
 
 def test_the_matrix_has_a_base_row_and_scores_future_tasks_after_every_stage(done):
     out, matrix, _ = done
@@ -48,16 +61,25 @@ def test_every_answer_is_written_with_its_mark_and_the_marks_average_to_the_scor
             told = load_json_lines(out / f"predictions/stage-{i:02d}/{task}.jsonl")
             assert [t["id"] for t in told] == [f"{task}/test/{n}" for n in range(4)]
             assert sum(t["score"] for t in told) / 4 == pytest.approx(value)
-            assert [t["references"] for t in told] == [[r["output"]] for r in make_rows(task, 4, 16)]
+            assert [t["references"] for t in told] == [
+                [r["output"]] for r in make_rows(task, 4, 16)
+            ]
 
 
 def test_the_events_tell_each_step_stage_and_score_in_order(done):
     events = load_json_lines(done[0] / "events.jsonl")
     told = [(e["event"], e["stage"]) for e in events if e["event"] != "step"]
-    assert told == [("start", 0), ("audit", 0), ("score", 0),
-                    *[(name, n) for n in (1, 2, 3) for name in ("stage", "checkpoint", "score")], ("end", 3)]
+    assert told == [
+        ("start", 0),
+        ("audit", 0),
+        ("score", 0),
+        *[(name, n) for n in (1, 2, 3) for name in ("stage", "checkpoint", "score")],
+        ("end", 3),
+    ]
     steps = [e for e in events if e["event"] == "step"]
-    assert [(e["stage"], e["step"]) for e in steps] == [(n, i) for n in (1, 2, 3) for i in (1, 2, 3, 4)]
+    assert [(e["stage"], e["step"]) for e in steps] == [
+        (n, i) for n in (1, 2, 3) for i in (1, 2, 3, 4)
+    ]
     assert all(e["loss"] > 0 and e["seconds"] > 0 and e["tokens"] > 0 for e in steps)
 
 
@@ -78,10 +100,21 @@ def test_the_replay_buffer_can_be_read_in_the_checkpoint(done):
 def test_what_is_shortened_or_skipped_is_counted_and_shown(run_keys, tmp_path):
     stream = write_stream(tmp_path / "stream", ("first",))
     long = {"instruction": "Say it.", "input": "q" * 300, "output": "q"}
-    write_rows(stream / "first/train.jsonl", [*make_rows("first", 6), long, {"instruction": "Say.", "output": ""},
-                                              {"instruction": "w" * 200, "output": "x"}])
-    _, said = run_in_process(tmp_path / "run", run_keys, f"stream.path={stream}", "data.on_unfit=skip")
-    assert "inputs shortened to fit: 1; examples skipped: 2 (first/train/7, first/train/8 ...)" in said
+    write_rows(
+        stream / "first/train.jsonl",
+        [
+            *make_rows("first", 6),
+            long,
+            {"instruction": "Say.", "output": ""},
+            {"instruction": "w" * 200, "output": "x"},
+        ],
+    )
+    _, said = run_in_process(
+        tmp_path / "run", run_keys, f"stream.path={stream}", "data.on_unfit=skip"
+    )
+    assert (
+        "inputs shortened to fit: 1; examples skipped: 2 (first/train/7, first/train/8 ...)" in said
+    )
     (event,) = [e for e in load_json_lines(tmp_path / "run/events.jsonl") if e["event"] == "data"]
     assert (event["skipped"], event["shortened"]) == (2, 1)
 
@@ -106,12 +139,15 @@ def test_a_run_of_another_seed_is_another_run(run_keys, tmp_path):
     a, b, c = (tmp_path / n for n in "abc")
     for out, seed in ((a, 0), (b, 0), (c, 1)):
         run_in_process(out, run_keys, "stream.tasks=[first]", f"seed={seed}")
-    first, again, other = (load_file(out / "checkpoints/stage-01/weights.safetensors") for out in (a, b, c))
+    first, again, other = (
+        load_file(out / "checkpoints/stage-01/weights.safetensors") for out in (a, b, c)
+    )
     assert all(torch.equal(w, again[n]) for n, w in first.items())
     assert any(not torch.equal(w, other[n]) for n, w in first.items())
 
 
 # The same folder again
+
 
 def test_a_finished_run_says_so_and_changes_nothing(done, run_keys):
     out, matrix, _ = done
@@ -122,13 +158,20 @@ def test_a_finished_run_says_so_and_changes_nothing(done, run_keys):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
-def test_another_configuration_in_the_same_folder_is_refused_naming_the_differing_keys(done, run_keys):
+def test_another_configuration_in_the_same_folder_is_refused_naming_the_differing_keys(
+    done, run_keys
+):
     with pytest.raises(ConfigError) as caught:
         run_in_process(done[0], run_keys, *BOTH, "train.lr=0.5", "seed=3")
     told = str(caught.value).split("\n")
     assert "holds a run with another configuration" in told[0]
     assert {line.strip().split(":")[0] for line in told[1:]} == {
-        "train.lr", "seed", "stream.seed", "strategy.ewc.seed", "strategy.replay.seed"}
+        "train.lr",
+        "seed",
+        "stream.seed",
+        "strategy.ewc.seed",
+        "strategy.replay.seed",
+    }
     assert "  train.lr: 0.003 there, 0.5 now" in told
 
 

@@ -19,8 +19,10 @@ SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
 FLOOR_AND_CEILING = {"naive", "joint"}
 # Strategies that are not on the leaderboard, and why.
 ELSEWHERE = {
-    **dict.fromkeys(("incremental_lora", "olora", "gain_lora", "slao"),
-                    "they train a LoRA, and the others the whole model"),
+    **dict.fromkeys(
+        ("incremental_lora", "olora", "gain_lora", "slao"),
+        "they train a LoRA, and the others the whole model",
+    ),
     "progressive_prompts": "it trains virtual tokens alone, at a rate of their own",
     "la_maml": "it is trained by SGD, and the others by AdamW",
     "avalanche": "it is whatever plugin is named",
@@ -33,7 +35,9 @@ def params(experiment: str) -> dict[str, str]:
 
 def told(group: str, name: str) -> dict:
     """A configuration's file."""
-    return yaml.safe_load((Path(__file__).parents[2] / "conf" / group / f"{name}.yaml").read_text("utf-8"))
+    return yaml.safe_load(
+        (Path(__file__).parents[2] / "conf" / group / f"{name}.yaml").read_text("utf-8")
+    )
 
 
 def test_the_leaderboard_has_every_strategy():
@@ -49,30 +53,59 @@ def test_the_long_leaderboard_is_the_ten_most_used_between_floor_and_ceilings():
     assert len(strategies - FLOOR_AND_CEILING - {"per_task"}) == 10
 
 
-@pytest.mark.parametrize(("words", "found"), [
-    (["strategy=replay"],
-     {f"seed={seed}_strategy=replay_stream.order={o}" for seed in "012" for o in ("default", "reverse")}),
-    (["strategy=l2", "seed=5", "strategy.l2.strength=2"],
-     {f"seed=5_strategy=l2_stream.order={o}" for o in ("default", "reverse")}),
-])
-def test_an_experiment_s_sweeps_are_the_comparison_s_but_for_what_the_command_sets(run_cli, monkeypatch, tmp_path, words,
-                                                                                  found):
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (
+            ["strategy=replay"],
+            {
+                f"seed={seed}_strategy=replay_stream.order={o}"
+                for seed in "012"
+                for o in ("default", "reverse")
+            },
+        ),
+        (
+            ["strategy=l2", "seed=5", "strategy.l2.strength=2"],
+            {f"seed=5_strategy=l2_stream.order={o}" for o in ("default", "reverse")},
+        ),
+    ],
+)
+def test_an_experiment_s_sweeps_are_the_comparison_s_but_for_what_the_command_sets(
+    run_cli, monkeypatch, tmp_path, words, found
+):
     monkeypatch.setattr("continual.runs.compare._sweep", lambda words: None)
     run_cli("compare", "experiment=leaderboard", *words, f"out={tmp_path}")
-    assert set(json.loads((tmp_path / comparison.PLAN).read_text())["commands"][-1]["cells"]) == found
+    assert (
+        set(json.loads((tmp_path / comparison.PLAN).read_text())["commands"][-1]["cells"]) == found
+    )
 
 
-def test_tuned_settings_are_those_of_their_strategy_and_give_way_to_the_command_s(run_cli, run_keys, tmp_path):
-    code, _, err = run_cli("compare", *run_keys, *SMALL, "strategy=[replay,l2]", "+tuned.replay={share:0.4,capacity:3}",
-                       "+tuned.l2.strength=7", "strategy.replay.capacity=5", f"out={tmp_path / 'it'}")
+def test_tuned_settings_are_those_of_their_strategy_and_give_way_to_the_command_s(
+    run_cli, run_keys, tmp_path
+):
+    code, _, err = run_cli(
+        "compare",
+        *run_keys,
+        *SMALL,
+        "strategy=[replay,l2]",
+        "+tuned.replay={share:0.4,capacity:3}",
+        "+tuned.l2.strength=7",
+        "strategy.replay.capacity=5",
+        f"out={tmp_path / 'it'}",
+    )
     assert code == 0, err
     config = yaml.safe_load(next(tmp_path.glob("it/*/config.yaml")).read_text())
     kept = config["strategy"]
-    assert (kept["replay"]["share"], kept["replay"]["capacity"], kept["l2"]["strength"]) == (0.4, 5, 7)
+    assert (kept["replay"]["share"], kept["replay"]["capacity"], kept["l2"]["strength"]) == (
+        0.4,
+        5,
+        7,
+    )
     assert not {"tuned", "spaces", "strategies"} & config.keys()
 
 
 # The search
+
 
 def test_without_its_plugin_a_search_says_what_to_install(cli_error):
     assert "pip install hydra-ax-sweeper" in cli_error("compare", "hydra/sweeper=ax")
@@ -98,11 +131,24 @@ def test_every_searched_key_is_one_of_its_strategy_and_holds_the_default_in_its_
                 assert settings[key] in parsed.value().list, (name, key)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the plugin's Optuna uses a name that SQLAlchemy has moved
-def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(run_cli, run_keys, tmp_path):
-    stream = write_stream(tmp_path / "graded", metric="perplexity")  # so that no two runs score alike
-    words = [*run_keys, *SMALL, f"stream.path={stream}", "experiment=tune", "strategy=l2", "hydra.sweeper.n_trials=3",
-             f"out={tmp_path / 'it'}"]
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # the plugin's Optuna uses a name that SQLAlchemy has moved
+def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(
+    run_cli, run_keys, tmp_path
+):
+    stream = write_stream(
+        tmp_path / "graded", metric="perplexity"
+    )  # so that no two runs score alike
+    words = [
+        *run_keys,
+        *SMALL,
+        f"stream.path={stream}",
+        "experiment=tune",
+        "strategy=l2",
+        "hydra.sweeper.n_trials=3",
+        f"out={tmp_path / 'it'}",
+    ]
     code, out, err = run_cli("compare", *words)
     assert code == 0, err
     runs, _ = find([tmp_path / "it"])
@@ -119,10 +165,13 @@ def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(run_cli,
 
 
 def test_a_search_without_anything_to_look_through_is_refused(cli_error):
-    assert "of naive nothing is told; give a range" in cli_error("compare", "experiment=tune", "strategy=naive")
+    assert "of naive nothing is told; give a range" in cli_error(
+        "compare", "experiment=tune", "strategy=naive"
+    )
 
 
 # The table
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -141,11 +190,16 @@ def folders(tmp_path_factory):
     return [out]
 
 
-def test_the_page_has_a_row_a_strategy_between_floor_and_ceilings_and_the_command_that_makes_it(folders):
+def test_the_page_has_a_row_a_strategy_between_floor_and_ceilings_and_the_command_that_makes_it(
+    folders,
+):
     page = leaderboard.page(folders)
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     names = [row[0].removeprefix("| ") for row in rows[1:]]
-    assert names[:2] in (["joint (ceiling)", "per_task (ceiling)"], ["per_task (ceiling)", "joint (ceiling)"])
+    assert names[:2] in (
+        ["joint (ceiling)", "per_task (ceiling)"],
+        ["per_task (ceiling)", "joint (ceiling)"],
+    )
     assert set(names[2:]) == {"naive (floor)", "replay", "ewc"}
     assert all(len(row) == 9 and row[1] == "2" for row in rows[1:])
     assert f"continual compare experiment=leaderboard seed=0,1 out={folders[0]}" in page

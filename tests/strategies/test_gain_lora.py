@@ -45,7 +45,7 @@ def trained(
     *indices: int, kind: str = "gpt2", recipe=RECIPE, strategy: Strategy | None = None, **layout
 ):
     """A model in float64 and the strategy after a stage of each of these tasks."""
-    made = toy.make_model(torch.float64, kind=kind, lora=ROOM, **layout)
+    made = toy.make_model(torch.float64, kind=kind, lora_rank=ROOM, **layout)
     for part in made.net.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
@@ -113,7 +113,7 @@ def test_prompts_are_answered_together_as_each_is_by_its_merged_weights():
         for e in (*toy.make_examples(0, 5), *toy.make_examples(1, 5), *toy.make_examples(2, 3))
     ]
     made = replace(
-        toy.make_model(torch.float64, kind="gpt2", lora=ROOM), net=made.net
+        toy.make_model(torch.float64, kind="gpt2", lora_rank=ROOM), net=made.net
     )  # as it is when it is built again
     assert made.layout.flat
     (turn,) = strategy.dispatch(made, [e.ids for e in asked])

@@ -85,7 +85,7 @@ def test_what_was_forgotten_is_measured_from_when_it_was_learned_and_forgotten_w
 
 
 def test_among_all_there_are_a_step_takes_the_most_forgotten():
-    _, strategy, *_ = forgetful(among=99)
+    _, strategy, *_ = forgetful(candidates=99)
     rank = sorted(strategy.buffer.examples, key=lambda e: -strategy.risen[example_key(e)])
     assert [strategy.risen[example_key(e)] for e in strategy.draw_replay_examples(3)] == [
         strategy.risen[example_key(e)] for e in rank[:3]
@@ -93,7 +93,7 @@ def test_among_all_there_are_a_step_takes_the_most_forgotten():
 
 
 def test_among_as_many_as_are_needed_the_draw_is_uniform():
-    _, strategy, *_ = forgetful(among=1)
+    _, strategy, *_ = forgetful(candidates=1)
     assert {example_key(e) for _ in range(60) for e in strategy.draw_replay_examples(2)} == {
         example_key(e) for e in strategy.buffer.examples
     }

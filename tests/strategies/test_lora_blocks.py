@@ -37,7 +37,7 @@ def test_earlier_and_later_blocks_stay_bit_for_bit_as_they_are(kind):
         "incremental": IncrementalLoRA(rank=RANK),
         "olora": OLoRA(rank=RANK, lambda_2=0.01),
     }[kind]
-    made = toy.make_model(lora=ROOM)
+    made = toy.make_model(lora_rank=ROOM)
     states = [snapshot(made)]
     for i in (0, 1, 2):
         toy.train_stages(made, strategy, i, recipe=RECIPE)
@@ -66,10 +66,10 @@ def merged(made, lora: int):
 
 def test_a_task_is_learned_as_by_a_new_lora_of_its_rank_upon_the_merged_earlier_ones():
     """Up to rounding: weights, and what the network says."""
-    made, strategy = toy.make_model(torch.float64, lora=ROOM), IncrementalLoRA(rank=RANK)
+    made, strategy = toy.make_model(torch.float64, lora_rank=ROOM), IncrementalLoRA(rank=RANK)
     toy.train_stages(made, strategy, 0)
     fresh = {n: block(n, w, 1).clone() for n, w in snapshot(made).items()}
-    other = toy.make_model(torch.float64, lora=ROOM)
+    other = toy.make_model(torch.float64, lora_rank=ROOM)
     restore(other, snapshot(made))
     other = merged(other, RANK)
     restore(other, fresh)
@@ -87,7 +87,7 @@ def test_a_task_is_learned_as_by_a_new_lora_of_its_rank_upon_the_merged_earlier_
 def test_without_its_terms_o_lora_is_incremental_lora_bit_for_bit():
     found = []
     for strategy in (OLoRA(rank=RANK, lambda_1=0, lambda_2=0), IncrementalLoRA(rank=RANK)):
-        made = toy.make_model(lora=ROOM)
+        made = toy.make_model(lora_rank=ROOM)
         toy.train_stages(made, strategy, 0, 1)
         found.append(snapshot(made))
     assert toy.bitwise_equal(*found)
@@ -95,7 +95,7 @@ def test_without_its_terms_o_lora_is_incremental_lora_bit_for_bit():
 
 @cache
 def any_lora():
-    return toy.make_model(torch.float64, lora=ROOM)
+    return toy.make_model(torch.float64, lora_rank=ROOM)
 
 
 @settings(max_examples=15, deadline=None)
@@ -122,7 +122,7 @@ def test_the_terms_are_those_of_a_loop_over_tasks_modules_and_entries(seed, at, 
 
 
 def test_the_step_s_direction_is_that_of_loss_and_terms_by_finite_differences():
-    made, strategy = toy.make_model(torch.float64, lora=ROOM), OLoRA(rank=RANK, lambda_2=0.3)
+    made, strategy = toy.make_model(torch.float64, lora_rank=ROOM), OLoRA(rank=RANK, lambda_2=0.3)
     toy.train_stages(made, strategy, 0)
     strategy.begin(made, toy.make_task(1))
     made.net.zero_grad()
@@ -144,7 +144,7 @@ def test_the_step_s_direction_is_that_of_loss_and_terms_by_finite_differences():
 def test_the_penalty_keeps_the_tasks_apart():
     overlap = {}
     for strength in (0.0, 5.0):
-        made = toy.make_model(lora=ROOM)
+        made = toy.make_model(lora_rank=ROOM)
         toy.train_stages(made, OLoRA(rank=RANK, lambda_1=strength), 0, 1)
         overlap[strength] = sum(
             (a[:RANK] @ a[RANK : 2 * RANK].T).abs().sum().item() for a, _ in factors(made)
@@ -167,15 +167,17 @@ def test_a_lora_without_room_for_the_stream_is_refused_at_its_first_task():
         match=r"has room for 3 more tasks of rank 2, expected 4; set "
         r"model.adapters.lora.r=8 or more",
     ):
-        IncrementalLoRA(rank=2).begin(toy.make_model(lora=7), toy.make_task(0))
+        IncrementalLoRA(rank=2).begin(toy.make_model(lora_rank=7), toy.make_task(0))
     mixed = Task(
         "all", tuple(e for t in range(4) for e in toy.make_examples(t, 2)), columns=toy.TASK_NAMES
     )
-    IncrementalLoRA(rank=2).begin(toy.make_model(lora=3), mixed)  # the only stage of a joint stream
+    IncrementalLoRA(rank=2).begin(
+        toy.make_model(lora_rank=3), mixed
+    )  # the only stage of a joint stream
 
 
 def test_a_lora_whose_blocks_are_all_in_use_has_no_room_for_another_task():
-    made, strategy = toy.make_model(lora=8), IncrementalLoRA(rank=2)
+    made, strategy = toy.make_model(lora_rank=8), IncrementalLoRA(rank=2)
     toy.train_stages(made, strategy, 0, 1, 2, 3, size=4)
     with pytest.raises(
         ConfigError, match=r"has room for 0 more tasks of rank 2, expected 1; .*lora.r=10 or more"
@@ -185,7 +187,7 @@ def test_a_lora_whose_blocks_are_all_in_use_has_no_room_for_another_task():
 
 def test_a_new_strategy_goes_on_behind_the_blocks_that_are_in_use():
     """As `adapt` does, which has the weights of a checkpoint and no memory."""
-    made = toy.make_model(lora=8)
+    made = toy.make_model(lora_rank=8)
     toy.train_stages(made, IncrementalLoRA(rank=2), 0, 1)
     again = IncrementalLoRA(rank=2)
     again.begin(made, toy.make_task(2))
@@ -205,14 +207,16 @@ def test_a_strategy_that_steps_past_it_is_refused_and_one_behind_it_is_not():
                 w.grad += 1
             return loss
 
-    toy.train_stages(toy.make_model(lora=8), compose(IncrementalLoRA(rank=2), Past()), 0, size=4)
+    toy.train_stages(
+        toy.make_model(lora_rank=8), compose(IncrementalLoRA(rank=2), Past()), 0, size=4
+    )
     with pytest.raises(
         ConfigError, match="moved other blocks than the task's, for its steps do not end here; list"
     ):
         toy.train_stages(
-            toy.make_model(lora=8), compose(Past(), IncrementalLoRA(rank=2)), 0, size=4
+            toy.make_model(lora_rank=8), compose(Past(), IncrementalLoRA(rank=2)), 0, size=4
         )
-    made = toy.make_model(lora=8)
+    made = toy.make_model(lora_rank=8)
     toy.train_stages(made, IncrementalLoRA(rank=2), 0, 1, 2, size=4)
     with pytest.raises(
         ConfigError, match="moved other blocks than the task's"
@@ -246,7 +250,7 @@ def test_an_orthonormal_a_is_its_own_basis():
 
 def alone(power: float):
     """What SLAO does, written as a loop over plain stages; the merged factors after each."""
-    made, start, found = toy.make_model(torch.float64, lora=4), None, []
+    made, start, found = toy.make_model(torch.float64, lora_rank=4), None, []
     before = None
     for i in (0, 1, 2):
         if start:
@@ -266,14 +270,14 @@ def alone(power: float):
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_after_each_task_the_lora_is_the_merge_in_closed_form(power):
-    made, strategy = toy.make_model(torch.float64, lora=4), SLAO(power=power)
+    made, strategy = toy.make_model(torch.float64, lora_rank=4), SLAO(power=power)
     for i, expected in enumerate(alone(power)):
         toy.train_stages(made, strategy, i)
         assert toy.all_close(snapshot(made), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_with_power_1_b_is_the_mean_of_all_tasks_own():
-    made, strategy, own = toy.make_model(torch.float64, lora=4), SLAO(power=1), []
+    made, strategy, own = toy.make_model(torch.float64, lora_rank=4), SLAO(power=1), []
     for i in (0, 1, 2):
         toy.train_stages(made, strategy, i)
         own.append([b for _, b in strategy.tuned])
@@ -285,4 +289,4 @@ def test_a_lora_of_a_rank_above_its_inputs_has_no_basis():
     with pytest.raises(
         ConfigError, match=r"a LoRA of rank 40 on 32 inputs has no orthonormal basis; set"
     ):
-        SLAO().begin(toy.make_model(lora=40), toy.make_task(0))
+        SLAO().begin(toy.make_model(lora_rank=40), toy.make_task(0))

@@ -185,7 +185,11 @@ def test_asft_is_its_authors_loss_and_gradient():
     al. 2025).
     """
     made, strategy, before = taught(
-        strength=0.3, temperature=1.0, teacher="base", dynamic=True, top=toy.VOCAB_SIZE
+        strength=0.3,
+        temperature=1.0,
+        teacher="base",
+        weight_by_probability=True,
+        top=toy.VOCAB_SIZE,
     )
     found = []
     for loss in (

@@ -91,7 +91,7 @@ def drawn(seed: int, n: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("begin_at", ["merged", "own", "base"])
 def test_the_mean_of_all_stages_is_tested_after_each_wherever_they_begin(begin_at):
-    strategy, base, tested = watched(Average, 0, 1, 2, begin_at=begin_at)
+    strategy, base, tested = watched(Average, 0, 1, 2, init_from=begin_at)
     for t in range(3):
         assert toy.all_close(tested[t], mean(strategy.ended[: t + 1]), rtol=1e-10, atol=1e-14)
     begun = {"merged": tested[:2], "own": strategy.ended[:2], "base": [base, base]}[begin_at]
@@ -99,7 +99,7 @@ def test_the_mean_of_all_stages_is_tested_after_each_wherever_they_begin(begin_a
 
 
 def test_half_blended_the_weights_are_between_the_stage_s_own_and_the_merged_ones():
-    strategy, _, tested = watched(Average, 0, 1, blend=0.5)
+    strategy, _, tested = watched(Average, 0, 1, interpolation=0.5)
     assert toy.all_close(
         tested[1], mean([strategy.ended[1], mean(strategy.ended)]), rtol=1e-10, atol=1e-14
     )
@@ -228,7 +228,7 @@ def test_ties_trims_a_vector_as_a_whole_and_not_tensor_by_tensor():
 
 
 def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_one_another():
-    strategy, base, tested = watched(TaskArithmetic, 0, 1, begin_at="own", scale=0.5)
+    strategy, base, tested = watched(TaskArithmetic, 0, 1, init_from="own", scale=0.5)
     expected = combine(lambda o, a, b: o + 0.5 * (a - o) + 0.5 * (b - o), base, *strategy.ended)
     assert toy.all_close(tested[1], expected, rtol=1e-9, atol=1e-13)
     assert toy.bitwise_equal(strategy.begun[1], strategy.ended[0])
@@ -239,7 +239,7 @@ def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_o
     [
         (lambda: Average(init_from="middle"), "unknown begin_at 'middle'"),
         (lambda: Average(interpolation=2), "blend 2: expected 0"),
-        (lambda: TIES(init_from="merged"), "task vectors with begin_at=merged"),
+        (lambda: TIES(init_from="merged"), "task vectors with init_from=merged"),
         (lambda: TIES(density=0), "TIES with density 0"),
         (lambda: EMA(decay=1.0), r"with decay 1\.0"),
     ],
@@ -268,7 +268,7 @@ def test_what_cannot_be_merged_is_refused(make, told):
     ],
 )
 def test_it_stores_what_it_says_wherever_stages_begin(kind, begin_at, bytes_a_weight):
-    made, strategy = toy.make_model(), kind(begin_at=begin_at)
+    made, strategy = toy.make_model(), kind(init_from=begin_at)
     toy.train_stages(made, strategy, 0, 1, size=4)
     count = sum(w.numel() for w in snapshot(made).values())
     found = sum(t.nbytes for t in toy.memory_tensors(strategy).values()) / count

@@ -58,7 +58,7 @@ def test_without_a_trained_head_or_layer_anil_is_refused():
     made = toy.make_model()
     made.net.requires_grad_(False).get_input_embeddings().requires_grad_(True)
     with pytest.raises(
-        ConfigError, match="adapts=head: no weight of the LM head's own and none of a layer"
+        ConfigError, match="inner_scope=head: no weight of the LM head's own and none of a layer"
     ):
         step(made, MAML(capacity=0, inner_scope="head"), toy.make_examples(0, 4))
 

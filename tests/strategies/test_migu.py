@@ -58,7 +58,7 @@ def test_the_loudest_neurons_of_each_layer_have_their_gradient_and_no_others(kin
     made = toy.make_model(torch.float64, kind=kind)
     made.layout = replace(made.layout, flat=flat and made.layout.flat)
     chosen = toy.make_examples(1, 5)
-    plain, masked = step(made, Strategy(), chosen), step(made, later(updated=0.3), chosen)
+    plain, masked = step(made, Strategy(), chosen), step(made, later(neuron_share=0.3), chosen)
     layers, names = trained_linear_layers(made), {p: n for n, p in made.net.named_parameters()}
     for name, loud in loudest(made, chosen, 0.3).items():
         for p in layers[name].parameters(recurse=False):

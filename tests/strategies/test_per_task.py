@@ -26,10 +26,10 @@ from tests.support.models import TASKS, load_json_lines, make_encoded, run_in_pr
 
 @pytest.mark.parametrize("lora", [0, 4], ids=["whole network", "lora"])
 def test_each_adapter_is_bit_for_bit_the_one_learned_alone(lora):
-    made, strategy = toy.make_model(lora=lora), PerTask()
+    made, strategy = toy.make_model(lora_rank=lora), PerTask()
     toy.train_stages(made, strategy, 0, 1, 2)
     for i, name in enumerate(toy.TASK_NAMES[:3]):
-        alone = toy.make_model(lora=lora)
+        alone = toy.make_model(lora_rank=lora)
         toy.train_stages(alone, Strategy(), i)
         assert toy.bitwise_equal(strategy.adapters[name], snapshot(alone))
         strategy.route(made, name)

@@ -106,7 +106,7 @@ def test_a_new_prompt_starts_as_words_that_the_seed_draws():
 
 
 def test_the_newest_of_a_full_set_trains_on():
-    made, strategy = trained(0, 1, most=2)
+    made, strategy = trained(0, 1, max_prompts=2)
     first, second = (p.clone() for p in strategy.prompts)
     strategy.begin(made, toy.make_task(2))
     assert torch.equal(live(made), second)
@@ -138,7 +138,7 @@ def test_prompts_that_will_leave_no_room_are_refused_before_the_first_stage():
 def test_a_model_without_virtual_tokens_is_refused():
     with pytest.raises(ConfigError, match=r"model.adapter=prompt_tuning"):
         ProgressivePrompts().route(toy.make_model(), "a")
-    with pytest.raises(ConfigError, match="most=0: expected at least 1"):
+    with pytest.raises(ConfigError, match="max_prompts=0: expected at least 1"):
         ProgressivePrompts(max_prompts=0)
 
 

@@ -161,7 +161,7 @@ def of_kind(kind: str, dtype: torch.dtype = torch.float32) -> Model:
     made = (
         toy.make_prompt_model(dtype, kind=base)
         if kind == "prompts"
-        else toy.make_model(dtype, kind=base, lora=12 if kind == "lora" else 0)
+        else toy.make_model(dtype, kind=base, lora_rank=12 if kind == "lora" else 0)
     )
     for (
         part
