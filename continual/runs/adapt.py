@@ -4,48 +4,39 @@ and shots.
 
 from __future__ import annotations
 
-from typing import Any
-from continual.runs.session import Bench
-from continual.errors import ConfigError
-from rich.console import Console
-from continual.results.curve import Curve
-from omegaconf import DictConfig
-from continual.data.types import Encoded
-from continual.tracking.events import EventLog
-from continual.results.curve import FILE
-from continual.errors import MissingError
+import json
+import random
+from dataclasses import replace
 from pathlib import Path
-from continual.training.recipe import Recipe
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from continual.config import instantiate
+from continual.config.run_config import read_config
+from continual.config.trust import foreign, take_over
+from continual.data.types import Encoded, Task
+from continual.distributed.processes import agreed, first, leads
+from continual.errors import ConfigError, MissingError, gathered
+from continual.evaluation.scoring import score
+from continual.io.atomic import write_whole
+from continual.io.untrusted import refuse_links_out
+from continual.models.sharding import collected
+from continual.models.weights import restore, snapshot
+from continual.reports import write
+from continual.results.curve import FILE, Curve
+from continual.runs import build
+from continual.runs.lock import alone, claim
+from continual.runs.session import Bench, set_up, show_unfit
 from continual.runs.signals import Signals
 from continual.strategy.interface import Strategy
-from continual.data.types import Task
-from continual.distributed.processes import agreed
-from continual.runs.lock import alone
-from continual.config import instantiate
-from continual.runs import build
-from continual.training import checkpoint
-from continual.runs.lock import claim
-from continual.models.sharding import collected
-from continual.distributed.processes import first
-from continual.config.trust import foreign
-from continual.errors import gathered
-import json
-from continual.distributed.processes import leads
-from continual.training.stage import learn
-import random
-from continual.config.run_config import read_config
-from continual.io.untrusted import refuse_links_out
-from dataclasses import replace
-from continual.reports import write
-from continual.models.weights import restore
-from continual.evaluation.scoring import score
-from continual.runs.session import set_up
-from continual.training.precision import settle
-from continual.runs.session import show_unfit
-from continual.models.weights import snapshot
-from continual.config.trust import take_over
+from continual.tracking.events import EventLog
 from continual.tracking.trackers import start_tracker
-from continual.io.atomic import write_whole
+from continual.training import checkpoint
+from continual.training.precision import settle
+from continual.training.recipe import Recipe
+from continual.training.stage import learn
 
 PLAIN = f"{Strategy.__module__}.{Strategy.__name__}"  # plain fine-tuning: where no other strategy is asked for
 HALF = "curve.unfinished.json"  # the curves that are finished, while others are not

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-from continual.auditing.audit import Audit
-from collections.abc import Callable
-from rich.console import Console
-from omegaconf import DictConfig
-from continual.data.template import Encoder
-from continual.tracking.events import EventLog
-from continual.data.types import Example
-from continual.auditing.lengths import Fit
-from collections.abc import Mapping
-from omegaconf import OmegaConf
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from collections.abc import Sequence
-from continual.data.types import Stream
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from continual.auditing.audit import Audit, audit
+from continual.auditing.duplicates import learned
+from continual.auditing.lengths import Fit, fit, measure
+from continual.data.template import Encoder
+from continual.data.types import Example, Stream
 from continual.evaluation.scoring import Test
-from continual.auditing.audit import audit
+from continual.io.atomic import write_whole
 from continual.reports import audits
 from continual.runs import build, validate
-from continual.auditing.lengths import fit
-import json
-from continual.auditing.duplicates import learned
-from continual.auditing.lengths import measure
-from dataclasses import replace
-from continual.io.atomic import write_whole
+from continual.tracking.events import EventLog
 
 SHOWN: set[str] = (
     set()

@@ -6,37 +6,29 @@ stream.
 
 from __future__ import annotations
 
-from typing import Any
-from continual.errors import ConfigError
-from continual.errors import DataError
-from omegaconf import DictConfig
-from continual.data.template import Encoder
-from continual.data.types import Example
-from continual.evaluation.judge import Judge
-from continual.models.model import Model
-from omegaconf import OmegaConf
-from continual.evaluation.probes.base import Probe
-from continual.training.recipe import Recipe
-from continual.strategy.interface import Strategy
-from continual.data.types import Stream
-from continual.data.types import Task
-from continual.evaluation.scoring import Test
-from continual.errors import brief
-from functools import cache
-from continual.strategy.compose import compose
-from continual.config.instantiate import construct
-from dataclasses import fields
-from continual.io.atomic import file_name
-from continual.errors import gathered
-from hydra.utils import get_object
 import os
-from continual.models.model import pick_device
-from continual.evaluation.scoring import prepare
-from dataclasses import replace
-from continual.models.sharding import shard
 import sys
-from continual.errors import unknown
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from continual.config.instantiate import construct
+from continual.data.template import Encoder
+from continual.data.types import Example, Stream, Task
 from continual.distributed.processes import world
+from continual.errors import ConfigError, DataError, brief, gathered, unknown
+from continual.evaluation.judge import Judge
+from continual.evaluation.probes.base import Probe
+from continual.evaluation.scoring import Test, prepare
+from continual.io.atomic import file_name
+from continual.models.model import Model, pick_device
+from continual.models.sharding import shard
+from continual.strategy.compose import compose
+from continual.strategy.interface import Strategy
+from continual.training.recipe import Recipe
 
 LONGEST_NAME = 200
 

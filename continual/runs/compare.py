@@ -17,13 +17,13 @@ from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from rich.markup import escape
 
-from continual.results import comparison
+from continual.config.quoting import quoted
 from continual.errors import ConfigError, ContinualError, gathered, unknown
 from continual.io.atomic import write_whole
+from continual.io.untrusted import yaml_mapping
+from continual.results import comparison
 from continual.runs.lock import alone
 from continual.runs.signals import Signals, Stopped
-from continual.io.untrusted import yaml_mapping
-from continual.config.quoting import quoted
 
 LAUNCHER = "hydra/launcher"
 HERE = "basic"  # the launcher that does one run after another, in this process
@@ -117,8 +117,8 @@ def cell(config: DictConfig) -> float | None:
     beside = hydra.runtime.choices[LAUNCHER] != HERE
     if _stopped(folder):
         return None
-    from continual.tracking.events import prefixed_console, silence_libraries
     from continual.runs.run import run
+    from continual.tracking.events import prefixed_console, silence_libraries
 
     silence_libraries()
     out = folder / name

@@ -26,16 +26,16 @@ from typing import Any
 import torch
 
 from continual.data.types import Stream
-from continual.errors import DataError
-from continual.io.atomic import file_name
-from continual.results.matrix import mean
-from continual.models.model import Model
 from continual.distributed.processes import agreed, leads
-from continual.training.stage_state import random_state, set_random_state
-from continual.io.untrusted import is_number, lines, parse
+from continual.errors import DataError
 from continual.evaluation.scoring import Test, score
-from continual.strategy.interface import Strategy
+from continual.io.atomic import file_name
+from continual.io.untrusted import is_number, lines, parse
+from continual.models.model import Model
 from continual.models.weights import restore, snapshot
+from continual.results.matrix import mean
+from continual.strategy.interface import Strategy
+from continual.training.stage_state import random_state, set_random_state
 
 
 @dataclass

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from continual.errors import ConfigError
-from collections.abc import Iterator
-from pathlib import Path
-from contextlib import contextmanager
-from continual.distributed.processes import leads
 import os
-from continual.io.untrusted import refuse_links_out
-
-from continual.errors import ConfigError
-from omegaconf import DictConfig
-from omegaconf import OmegaConf
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from continual.config.run_config import flat
+
+from omegaconf import DictConfig, OmegaConf
+
+from continual.config.run_config import flat, read_config
 from continual.distributed.processes import leads
-from continual.config.run_config import read_config
+from continual.errors import ConfigError
 from continual.io.atomic import write_whole
+from continual.io.untrusted import refuse_links_out
 
 # What changes nothing of what is learned and scored.
 FREE = ("out.", "track.", "checkpoint.", "stop_if.", "score.during")

@@ -19,13 +19,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from continual.runs import build, validate
+from continual.data.template import columns
 from continual.data.types import Encoded, Example, Stream, Task
 from continual.errors import ConfigError, gathered, mistyped
-from continual.models.model import Model
-from continual.runs.rehearse import Ghosts, Stage, rehearse, scored
 from continual.evaluation.scoring import Test
-from continual.data.template import columns
+from continual.models.model import Model
+from continual.runs import build, validate
+from continual.runs.rehearse import Ghosts, Stage, rehearse, scored
 
 LEAST = {
     "tasks": 1,

@@ -25,13 +25,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
-from continual.models.model import Model
 from continual.evaluation.scoring import PERPLEXITY, Test, score
-from continual.training.recipe import Recipe
-from continual.training.stage import learn
-from continual.strategy.interface import Strategy
-from continual.training.serialization import to_json
+from continual.models.model import Model
 from continual.models.weights import weights
+from continual.strategy.interface import Strategy
+from continual.training.recipe import Recipe
+from continual.training.serialization import to_json
+from continual.training.stage import learn
 
 aten = torch.ops.aten
 

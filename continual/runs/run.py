@@ -16,26 +16,25 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from continual.reports import write
-from continual.runs import stop_if
-from continual.training import checkpoint
-from continual.runs.audit_step import base_scored, noted, shown
-from continual.runs.session import Bench, early_of, predictions, set_up, show_unfit
-from continual.runs.lock import claim
-from continual.runs.forgetting_monitor import Early, marks, said
-from continual.errors import DataError, listed
-from continual.tracking.events import EventLog
-from continual.io.atomic import file_name, write_whole
-from continual.runs.lock import alone
-from continual.runs.signals import Signals
-from continual.results.matrix import BASE, Matrix
 from continual.distributed.processes import agreed, first, leads
-from continual.training.precision import settle
+from continual.errors import DataError, listed
 from continual.evaluation.probes.base import Ask
 from continual.evaluation.probes.record import record
 from continual.evaluation.scoring import Test, score
-from continual.training.stage import learn
+from continual.io.atomic import file_name, write_whole
+from continual.reports import write
+from continual.results.matrix import BASE, Matrix
+from continual.runs import stop_if
+from continual.runs.audit_step import base_scored, noted, shown
+from continual.runs.forgetting_monitor import Early, marks, said
+from continual.runs.lock import alone, claim
+from continual.runs.session import Bench, early_of, predictions, set_up, show_unfit
+from continual.runs.signals import Signals
+from continual.tracking.events import EventLog
 from continual.tracking.trackers import start_tracker
+from continual.training import checkpoint
+from continual.training.precision import settle
+from continual.training.stage import learn
 
 
 def run(config: DictConfig, console: Console) -> Matrix:

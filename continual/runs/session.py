@@ -11,18 +11,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from continual.runs import build, validate
-from continual.data.types import Stream
-from continual.runs.forgetting_monitor import Early
-from continual.errors import ConfigError, listed
-from continual.tracking.events import EventLog
-from continual.models.model import Model
-from continual.evaluation.probes.base import Probe, Setting
-from continual.evaluation.scoring import Test
-from continual.training.recipe import Recipe
-from continual.strategy.interface import Strategy
 from continual.data.template import Encoder
 from continual.data.token_cache import Tokens, tokenise
+from continual.data.types import Stream
+from continual.errors import ConfigError, listed
+from continual.evaluation.probes.base import Probe, Setting
+from continual.evaluation.scoring import Test
+from continual.models.model import Model
+from continual.runs import build, validate
+from continual.runs.forgetting_monitor import Early
+from continual.strategy.interface import Strategy
+from continual.tracking.events import EventLog
+from continual.training.recipe import Recipe
 
 
 @dataclass

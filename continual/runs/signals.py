@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-from continual.errors import ContinualError
-from types import FrameType
-from pathlib import Path
-from types import TracebackType
-from continual.distributed.processes import leads
-from continual.distributed.processes import most
 import os
-from continual.config.quoting import quoted
 import shlex
 import signal
-from continual.distributed.processes import started
 import sys
 import threading
-from continual.distributed.processes import wait
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from continual.config.quoting import quoted
+from continual.distributed.processes import leads, most, started, wait
+from continual.errors import ContinualError
 
 
 class Stopped(ContinualError):

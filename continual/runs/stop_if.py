@@ -4,19 +4,15 @@ it pass.
 
 from __future__ import annotations
 
-from typing import Any
-from continual.errors import ContinualError
-from continual.results.stopped import FILE
-from collections.abc import Mapping
-from typing import NoReturn
-from pathlib import Path
-from continual.results.stopped import _read
-from continual.results.stopped import _says
-from continual.distributed.processes import agreed
 import json
-from continual.distributed.processes import leads
-from continual.distributed.processes import wait
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from continual.distributed.processes import agreed, leads, wait
+from continual.errors import ContinualError
 from continual.io.atomic import write_whole
+from continual.results.stopped import FILE, _read, _says
 
 STATUS = 3  # what the command line exits with
 

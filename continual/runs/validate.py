@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from continual.errors import ConfigError
-from omegaconf import DictConfig
 from collections.abc import Iterator
-from omegaconf import ListConfig
-from omegaconf import OmegaConf
-from continual.strategy.interface import Strategy
-from continual.errors import gathered
+
 from hydra.utils import get_object
-from continual.errors import mistyped
-from continual.models.model import pick_device
-from continual.tracking.trackers import check_tracker_installed
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
 from continual.config.instantiate import targets
-from continual.errors import unknown
+from continual.errors import ConfigError, gathered, mistyped, unknown
+from continual.models.model import pick_device
+from continual.strategy.interface import Strategy
+from continual.tracking.trackers import check_tracker_installed
 
 RULES = ("train", "inner")  # of adapt
 WHOLE = {

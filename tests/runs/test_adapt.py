@@ -9,27 +9,24 @@ import signal
 
 import pytest
 import torch
-from tests.support.fake_run import write_fake_adaptation
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
-from tests.support.models import train_byte_bpe, run_in_process, stream_text, write_model
-from tests.support.toy import all_close, bitwise_equal
 from transformers import AutoModelForCausalLM
 
 from continual.cli import main
-from continual.evaluation import scoring
-from continual.io import atomic
-from continual.reports import write as report
-from continual.runs import adapt
-from continual.tracking import events
-from continual.training import stage
 from continual.errors import DataError
-from continual.runs.signals import Stopped
 from continual.inference.reopen import ModelSource, load_run_model
-from continual.results.curve import Curve
+from continual.reports import write as report
 from continual.reports.reach import reach
+from continual.results.curve import Curve
+from continual.runs import adapt
+from continual.runs.signals import Stopped
+from continual.tracking import events
+from tests.support.fake_run import write_fake_adaptation
+from tests.support.models import run_in_process, stream_text, train_byte_bpe, write_model
+from tests.support.toy import all_close, bitwise_equal
 
 QUICK = ("task=loud", "adapt.steps=3", "adapt.at=[0,2]", "adapt.shots=[2,5,null]", "adapt.draws=2")
 

@@ -6,18 +6,18 @@ import os
 import shlex
 import shutil
 
-from tests.support import subprocesses
 import pytest
 import yaml
-from tests.support.models import TASKS, run_in_process, write_stream
 
-from continual.results import comparison
-from continual.training import scratch
-from continual.runs.compare import PLUGINS
 from continual.errors import DataError
-from continual.runs.lock import alone
-from continual.results.matrix import Matrix
 from continual.reports import audits
+from continual.results import comparison
+from continual.results.matrix import Matrix
+from continual.runs.compare import PLUGINS
+from continual.runs.lock import alone
+from continual.training import scratch
+from tests.support import subprocesses
+from tests.support.models import TASKS, run_in_process, write_stream
 
 SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
 
@@ -60,8 +60,8 @@ def test_runs_side_by_side_end_as_one_run_alone_does_and_a_failed_one_leaves_the
     code, out, err = run_cli("compare", *words, f"out={tmp_path / 'it'}")
     assert code == 2
     assert (
-        "2 of the runs failed; mend what they say, and give the command again:\n  continual compare "
-        in err
+        "2 of the runs failed; mend what they say, and give the command again:\n  continual "
+        "compare " in err
     )
     assert err.count("failed: unknown stream.order 'nope'") == 2
     assert names(tmp_path / "it") == {
@@ -207,8 +207,8 @@ def test_a_report_on_a_comparison_says_what_is_missing_and_the_command_that_fini
         ["continual", "compare", *run_keys, *SMALL, "strategy=naive", "stream.order=given,nope"]
     )
     assert (
-        "1 of 2 runs are not finished:\n  seed=0_strategy=naive_stream.order=nope: failed: unknown str"
-        in out
+        "1 of 2 runs are not finished:\n  seed=0_strategy=naive_stream.order=nope: failed: "
+        "unknown str" in out
     )
     assert f"This finishes them:\n  {words} out={half}" in out
     assert "1 of 2 runs are not finished:" in (half / "report.html").read_text()

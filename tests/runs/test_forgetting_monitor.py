@@ -6,20 +6,19 @@ import json
 import random
 import shutil
 
-from tests.support import subprocesses
 import pytest
 import torch
-from tests.support import toy
 from safetensors.torch import load_file
-from tests.support.models import TASKS, load_json_lines, run_in_process, write_model, write_rows
 
-from continual.training import checkpoint
-from continual.runs.forgetting_monitor import aside
 from continual.errors import DataError
-from continual.runs.stop_if import Gated
 from continual.results.matrix import Matrix
 from continual.results.run_folder import Run
+from continual.runs.forgetting_monitor import aside
+from continual.runs.stop_if import Gated
+from continual.training import checkpoint
 from strategies.per_task import PerTask
+from tests.support import subprocesses, toy
+from tests.support.models import TASKS, load_json_lines, run_in_process, write_model, write_rows
 
 LOOK = ("score.metric=perplexity", "score.during=2")
 CLASH = (

@@ -7,19 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from tests.support import toy
 from hydra import compose, initialize_config_module
 from rich.console import Console
-from tests.support.models import make_example, write_model
 
 from benchmarks import common
 from continual.evaluation import scoring
 from continual.models.loading import adapt_with, hf
+from continual.models.weights import snapshot, weights
 from continual.runs.plan import plan, show
 from continual.runs.rehearse import Ghosts, rehearse, scored
-from continual.training.stage import learn
 from continual.strategy.interface import Strategy, memory
-from continual.models.weights import snapshot, weights
+from continual.training.stage import learn
+from tests.support import toy
+from tests.support.models import make_example, write_model
 
 LORA = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
 GIVEN = (
@@ -216,8 +216,8 @@ def test_a_gpu_that_is_too_small_is_said_to_be(model_folder):
         ((), "marking answers"),
         (
             ("probe=[shots,wordings]", "score.judge.name=a/judge", "score.during=9"),
-            "marking answers, the judge a/judge, looking at forgetting every 9 steps (score.during), "
-            "what the probes ask after each stage (shots, wordings)",
+            "marking answers, the judge a/judge, looking at forgetting every 9 steps "
+            "(score.during), what the probes ask after each stage (shots, wordings)",
         ),
     ],
 )

@@ -4,13 +4,13 @@ import json
 import shutil
 
 import pytest
-from tests.support.models import TASKS, load_json_lines, run_in_process, write_rows, write_stream
 
-from continual.runs import build
 from continual.errors import DataError
 from continual.evaluation.probes import record
 from continual.evaluation.probes.shots import Shots
 from continual.reports import probed
+from continual.runs import build
+from tests.support.models import TASKS, load_json_lines, run_in_process, write_rows, write_stream
 
 SETTINGS = (
     "probe.shots.k=[0,2]",

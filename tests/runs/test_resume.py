@@ -9,18 +9,18 @@ import signal
 import sys
 import time
 
-from tests.support import subprocesses
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.models import TASKS, load_json_lines, run_in_process
 
-from continual.training import checkpoint
-from continual.runs import run as engine
 from continual.errors import ConfigError, ContinualError, DataError, MissingError
-from continual.tracking.events import EventLog
-from continual.runs.lock import alone
 from continual.results.matrix import Matrix
+from continual.runs import run as engine
+from continual.runs.lock import alone
+from continual.tracking.events import EventLog
+from continual.training import checkpoint
+from tests.support import subprocesses
+from tests.support.models import TASKS, load_json_lines, run_in_process
 
 BOTH = (
     "strategy=[replay,ewc]",
@@ -422,8 +422,8 @@ def test_what_is_kept_before_damaged_steps_is_there_for_the_next_time(
         (
             '"loud", "metric": "exact_match"',
             '"loud", "metric": "token_f1"',
-            "metrics: exact_match, exact_match, exact_match there, exact_match, exact_match, token_f1 "
-            "now",
+            "metrics: exact_match, exact_match, exact_match there, exact_match, exact_match, "
+            "token_f1 now",
         ),
     ],
 )

@@ -6,6 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from continual.errors import ConfigError, DataError, MissingError
+from continual.results.matrix import Matrix
 from tests.support.models import (
     TASKS,
     load_json_lines,
@@ -14,9 +17,6 @@ from tests.support.models import (
     write_rows,
     write_stream,
 )
-
-from continual.errors import ConfigError, DataError, MissingError
-from continual.results.matrix import Matrix
 
 BOTH = (
     "strategy=[replay,ewc]",

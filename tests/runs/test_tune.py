@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.support.models import write_stream
 
 from benchmarks import leaderboard
 from continual.config import catalogue
 from continual.results import comparison
 from continual.results.run_folder import Run, find, grouped
 from continual.results.uncertainty import over_runs
+from tests.support.models import write_stream
 
 SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
 FLOOR_AND_CEILING = {"naive", "joint"}
