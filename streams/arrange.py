@@ -89,7 +89,7 @@ def apply_arrangement(
     """The `stream` of these `tasks`, in this order, learned in the stages of the `arrangement`."""
     if max_train_rows is not None and max_train_rows < 1:
         raise ConfigError(
-            f"found stream.limit={max_train_rows}, expected at least 1 train row a task; null keeps all rows"
+            f"found stream.max_train_rows={max_train_rows}, expected at least 1 train row a task; null keeps all rows"
         )
     if arrangement not in ARRANGEMENTS:
         raise ConfigError(unknown("stream.arrangement", arrangement, ARRANGEMENTS))

@@ -178,7 +178,9 @@ def _split_files(named: Mapping[str, str]) -> dict[str, str]:
     file's alone.
     """
     wrong = [
-        unknown("split in stream.files", split, SPLITS) for split in named if split not in SPLITS
+        unknown("split in stream.split_files", split, SPLITS)
+        for split in named
+        if split not in SPLITS
     ]
     wrong += [
         f"stream.files.{split}={name}: expected the name of a file in each task's folder, "

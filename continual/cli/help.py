@@ -35,7 +35,7 @@ VERB_HELP = {
   continual run strategy=replay out=runs/replay            and the same again to resume it
   continual run strategy=[replay,ewc] strategy.replay.share=0.5
   continual run model=hf model.name=Qwen/Qwen3-0.6B model.adapter=lora data.template=chat train.lr=1e-4
-  continual run stream=folder stream.path=DIR stream.tasks=[a,b] stream.limit=500 score.split=dev
+  continual run stream=folder stream.path=DIR stream.tasks=[a,b] stream.max_train_rows=500 score.split=dev
   continual run score.during=20 'stop_if.forgetting>0.2'   forgetting seen within a stage, and an end to it
   continual run stream.arrangement=joint                   the ceiling: all tasks at once
   continual run probe=[wordings,shots]                     measure robustness and k-shot beside the matrix""",

@@ -71,6 +71,9 @@ KEYS = {
     "strategy.task_arithmetic.blend": "strategy.task_arithmetic.interpolation",
     "strategy.ties.begin_at": "strategy.ties.init_from",
     "strategy.ties.blend": "strategy.ties.interpolation",
+    "stream.files": "stream.split_files",
+    "stream.level": "stream.difficulty",
+    "stream.limit": "stream.max_train_rows",
 }
 
 

@@ -86,7 +86,7 @@ def generate_skills(
     shuffles order=random. Raises ConfigError for a level, size, task or order that cannot be.
     """
     if difficulty not in LEVELS:
-        raise ConfigError(unknown("stream.level", str(difficulty), map(str, LEVELS)))
+        raise ConfigError(unknown("stream.difficulty", str(difficulty), map(str, LEVELS)))
     sizes = {"train": train_size, "dev": dev_size, "test": test_size}
     wrong = [f"{split}_size={n}" for split, n in sizes.items() if not 0 < n <= 5000]
     if wrong or not 0 <= pretraining_size <= 5000:

@@ -360,7 +360,7 @@ def test_what_no_checkpoint_can_hold_is_refused_by_name():
     hosted.begin(toy.make_model(), even(0))
     with pytest.raises(
         ConfigError,
-        match=r"tests.strategies.test_avalanche.Curious.kept.model is a Shown, which no checkpoint",
+        match=r"tests.strategies.test_avalanche.Curious.kept.model is a AvalancheModel, which no checkpoint",
     ):
         hosted.state_dict()
     with pytest.raises(

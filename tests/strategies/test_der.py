@@ -20,7 +20,7 @@ from strategies.der import DER, logit_distance
 from tests.support import toy
 from tests.support.models import make_encoded
 
-WHOLE = {"capacity": 40, "minibatch": 4}
+WHOLE = {"capacity": 40, "minibatch_size": 4}
 
 
 def prepared(**settings):
@@ -114,7 +114,7 @@ def test_logits_are_kept_as_they_were_to_half_precision_when_the_example_came():
 
 
 def test_with_fewer_than_all_logits_the_greatest_are_kept_and_compared():
-    made, strategy = prepared(top=5)
+    made, strategy = prepared(top_logits=5)
     records = strategy.kept[:4]
     apart = []
     for r in records:
@@ -133,7 +133,7 @@ def test_with_fewer_than_all_logits_the_greatest_are_kept_and_compared():
 
 
 def test_as_many_logits_as_the_vocabulary_has_are_all_of_them():
-    (whole, all_of_them), (cut, _) = prepared(top=toy.VOCAB_SIZE), prepared(top=1024)
+    (whole, all_of_them), (cut, _) = prepared(top_logits=toy.VOCAB_SIZE), prepared(top_logits=1024)
     assert toy.bitwise_equal(snapshot(whole), snapshot(cut))
     assert all(r["columns"] is None for r in all_of_them.kept)
 
@@ -171,7 +171,8 @@ def test_kept_logits_are_those_without_dropout_and_leave_the_model_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"capacity": -1}, {"alpha": -0.1}, {"beta": -1}, {"minibatch": 0}, {"top": 0}]
+    "wrong",
+    [{"capacity": -1}, {"alpha": -0.1}, {"beta": -1}, {"minibatch_size": 0}, {"top_logits": 0}],
 )
 def test_numbers_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError, match="DER with"):

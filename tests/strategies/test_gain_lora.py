@@ -38,7 +38,7 @@ from tests.support.models import make_encoded, run_in_process
 
 RANK, ROOM, FEW = 2, 8, 8  # so few examples a task that three tasks leave room in 32 dimensions
 RECIPE = replace(toy.RECIPE, lr=0.02, weight_decay=0.1)
-EXACT = {"rank": RANK, "threshold": 1.0, "hidden": 30}
+EXACT = {"rank": RANK, "threshold": 1.0, "hidden_size": 30}
 
 
 def trained(
@@ -355,7 +355,7 @@ def test_a_strategy_that_takes_a_branch_back_is_refused():
         trained(0, 1, strategy=compose(GainLoRA(**EXACT), PerTask()))
 
 
-@pytest.mark.parametrize("wrong", [{"hidden": 0}, {"threshold": 0.0}, {"threshold": 1.1}])
+@pytest.mark.parametrize("wrong", [{"hidden_size": 0}, {"threshold": 0.0}, {"threshold": 1.1}])
 def test_a_gate_of_nothing_is_refused(wrong):
     with pytest.raises(ConfigError, match="for gain_lora; expected at least 1 unit, and a share"):
         GainLoRA(**wrong)

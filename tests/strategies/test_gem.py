@@ -171,7 +171,7 @@ def test_gem_s_margin_turns_the_step_towards_earlier_tasks():
 
 
 def test_a_gem_holds_the_mean_over_all_it_remembers():
-    made, strategy, _ = remembering(AGEM, sample=None)
+    made, strategy, _ = remembering(AGEM, sample_size=None)
     r, products = gradient_of(made, strategy.buffer.examples), []
     for e in toy.make_examples(2):
         g = gradient_of(made, [e])
@@ -198,7 +198,7 @@ def test_steps_of_weights_in_bfloat16_are_projected_as_well(kind):
 
 @pytest.mark.parametrize(("kind", "sizes"), [(GEM, [3, 3]), (AGEM, [3])])
 def test_a_step_s_sample_is_drawn_anew_of_each_pool(kind, sizes):
-    _, strategy, _ = remembering(kind, sample=3)
+    _, strategy, _ = remembering(kind, sample_size=3)
     drawn = [strategy.draw_reference_examples() for _ in range(6)]
     assert all([len(d) for d in one] == sizes for one in drawn)
     assert len({tuple(e.id for d in one for e in d) for one in drawn}) > 1
@@ -207,7 +207,7 @@ def test_a_step_s_sample_is_drawn_anew_of_each_pool(kind, sizes):
 
 
 def test_a_sample_larger_than_what_is_remembered_is_all_of_it():
-    _, strategy, _ = remembering(AGEM, sample=100)
+    _, strategy, _ = remembering(AGEM, sample_size=100)
     assert {e.id for e in strategy.draw_reference_examples()[0]} == {
         e.id for e in strategy.buffer.examples
     }

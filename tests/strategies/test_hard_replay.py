@@ -121,7 +121,8 @@ def test_a_ranked_buffer_keeps_the_first_of_each_task_in_equal_parts():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [({"by": "lose"}, "did you mean 'loss'"), ({"among": 0}, "at least 1")]
+    ("wrong", "told"),
+    [({"criterion": "lose"}, "did you mean 'loss'"), ({"candidates": 0}, "at least 1")],
 )
 def test_what_cannot_work_is_refused(wrong, told):
     with pytest.raises(ConfigError, match=told):

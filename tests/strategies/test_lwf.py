@@ -47,7 +47,7 @@ def term(made, strategy, batch):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 def test_the_term_is_torch_s_kl_div_from_the_teacher_to_the_model(temperature):
-    made, strategy, before = taught(temperature=temperature, top=toy.VOCAB_SIZE)
+    made, strategy, before = taught(temperature=temperature, top_logits=toy.VOCAB_SIZE)
     batch = made.batch(toy.make_examples(0))
     p, q = (forward(made, batch, at).div(temperature).log_softmax(-1) for at in (before, None))
     expected = F.kl_div(
@@ -189,7 +189,7 @@ def test_asft_is_its_authors_loss_and_gradient():
         temperature=1.0,
         teacher="base",
         weight_by_probability=True,
-        top=toy.VOCAB_SIZE,
+        top_logits=toy.VOCAB_SIZE,
     )
     found = []
     for loss in (
@@ -218,7 +218,7 @@ def test_dynamic_fine_tuning_needs_no_teacher():
         ({"teacher": "bases"}, "did you mean 'base'"),
         ({"strength": -1}, "LwF with"),
         ({"temperature": 0}, "LwF with"),
-        ({"top": 0}, "LwF with"),
+        ({"top_logits": 0}, "LwF with"),
     ],
 )
 def test_what_cannot_work_is_refused(wrong, told):

@@ -274,8 +274,8 @@ every = pytest.mark.parametrize(("kind", "keys"), KINDS.values(), ids=KINDS)
 
 
 @every
-def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, run_keys):
-    made, strategy = remembering(kind, 0, share=0.5, inner_lr=INNER, inner_steps=3, **run_keys)
+def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, keys):
+    made, strategy = remembering(kind, 0, share=0.5, inner_lr=INNER, inner_steps=3, **keys)
     whole = step(made, deepcopy(strategy), toy.make_examples(1, 8))
     for budget in (1, 8, 20):
         small = toy.limit_micro_batch(made, budget)
@@ -283,13 +283,13 @@ def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, run_key
 
 
 @every
-def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, run_keys):
+def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, keys):
     made = toy.make_model(tokens=12)
     read = []
     made.net.register_forward_pre_hook(
         lambda _, args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
     )
-    step(made, kind(capacity=0, inner_steps=2, **run_keys), toy.make_examples(0, 12))
+    step(made, kind(capacity=0, inner_steps=2, **keys), toy.make_examples(0, 12))
     assert len(read) > 8
     assert max(read) <= 12
 
@@ -308,7 +308,7 @@ def test_the_way_back_drops_out_what_the_way_there_did():
 
 
 @every
-def test_out_of_memory_within_an_episode_leaves_the_stage_as_if_it_had_not_been(kind, run_keys):
+def test_out_of_memory_within_an_episode_leaves_the_stage_as_if_it_had_not_been(kind, keys):
     ends = []
     for fail in (False, True):
         made, calls = toy.make_model(torch.float64), []
@@ -319,6 +319,6 @@ def test_out_of_memory_within_an_episode_leaves_the_stage_as_if_it_had_not_been(
                 raise torch.OutOfMemoryError
 
         made.net.register_forward_pre_hook(tight)
-        toy.train_stages(made, kind(capacity=0, inner_steps=3, **run_keys), 0)
+        toy.train_stages(made, kind(capacity=0, inner_steps=3, **keys), 0)
         ends.append(toy.copy_parameters(made))
     assert toy.all_close(*ends, rtol=1e-6, atol=1e-8)

@@ -237,7 +237,7 @@ def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_o
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Average(init_from="middle"), "unknown begin_at 'middle'"),
+        (lambda: Average(init_from="middle"), "unknown init_from 'middle'"),
         (lambda: Average(interpolation=2), "blend 2: expected 0"),
         (lambda: TIES(init_from="merged"), "task vectors with init_from=merged"),
         (lambda: TIES(density=0), "TIES with density 0"),

@@ -51,7 +51,7 @@ def test_the_term_is_the_reverse_divergence_from_the_model_that_saw_the_answer_o
 
 
 def test_a_step_s_gradient_is_that_of_both_shares_and_none_goes_through_the_teacher():
-    made, strategy = begun(strength=0.3, rate=0.0)
+    made, strategy = begun(strength=0.3, ema_rate=0.0)
     rows = toy.make_examples(0, 5)
     own = strategy.sample_answers(made, rows)
     strategy.generator.seed(strategy.seed)  # as it was, for the same answers
@@ -87,7 +87,7 @@ def test_answers_are_the_model_s_own_and_drawn_anew_by_the_seed():
 
 
 def test_the_teacher_s_weights_are_a_moving_average_that_begins_with_the_stage():
-    made, strategy = begun(rate=0.1)
+    made, strategy = begun(ema_rate=0.1)
     expected = snapshot(made)
     for _ in range(3):
         restore(made, {n: w + 1 for n, w in snapshot(made).items()})
@@ -193,7 +193,7 @@ def test_an_example_that_does_not_fit_behind_its_demonstration_is_refused():
         SDFT().begin(toy.make_model(), replace(toy.make_task(0), train=(long,)))
 
 
-@pytest.mark.parametrize("wrong", [{"strength": 1.5}, {"rate": -0.1}])
+@pytest.mark.parametrize("wrong", [{"strength": 1.5}, {"ema_rate": -0.1}])
 def test_shares_that_are_none_are_refused(wrong):
     with pytest.raises(ConfigError, match="SDFT with strength"):
         SDFT(**wrong)

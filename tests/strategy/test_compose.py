@@ -66,7 +66,7 @@ def weights_after(strategy: Strategy):
 
 REPLAY, PULL = (
     {"capacity": 6, "share": 0.4, "seed": 3},
-    {"strength": 500.0, "examples": 5, "seed": 3},
+    {"strength": 500.0, "num_examples": 5, "seed": 3},
 )
 
 
@@ -188,39 +188,39 @@ def test_maml_composes_with_weighted_tasks():
         ),
         (
             (MAML(), Reptile()),
-            "MAML and Reptile cannot be composed so: MAML's 'episode' takes the place of "
+            "MAML and Reptile cannot be composed so: MAML's 'backward_episode' takes the place of "
             "Reptile's; choose one of them",
         ),
         (
             (EWC(), MAS()),
-            "EWC and MAS cannot be composed so: EWC's 'measure' takes the place of MAS's; choose "
+            "EWC and MAS cannot be composed so: EWC's 'measure_importance' takes the place of MAS's; choose "
             "one of them",
         ),
         (
             (L2(), EWC()),
-            "EWC and L2 cannot be composed so: EWC's 'measure' takes the place of L2's; choose "
+            "EWC and L2 cannot be composed so: EWC's 'measure_importance' takes the place of L2's; choose "
             "one of them",
         ),
         (
             (Replay(), HardReplay()),
-            "Replay and HardReplay cannot be composed so: Replay's 'fill' takes the place of "
+            "Replay and HardReplay cannot be composed so: Replay's 'update_buffer' takes the place of "
             "HardReplay's; choose one of them",
         ),
         (
             (HardReplay(), Replay()),
-            "HardReplay and Replay cannot be composed so: HardReplay's 'fill' takes the place of",
+            "HardReplay and Replay cannot be composed so: HardReplay's 'update_buffer' takes the place of",
         ),
         (
             (LAMOL(), Replay()),
-            "LAMOL and Replay cannot be composed so: LAMOL's 'fill' takes the place of Replay's",
+            "LAMOL and Replay cannot be composed so: LAMOL's 'update_buffer' takes the place of Replay's",
         ),
         (
             (InsCL(), HardReplay()),
-            "InsCL and HardReplay cannot be composed so: InsCL's 'recall' takes the place of",
+            "InsCL and HardReplay cannot be composed so: InsCL's 'draw_replay_examples' takes the place of",
         ),
         (
             (HardReplay(), InsCL()),
-            "HardReplay and InsCL cannot be composed so: HardReplay's 'recall' takes the place of",
+            "HardReplay and InsCL cannot be composed so: HardReplay's 'draw_replay_examples' takes the place of",
         ),
         (
             (EWC(), OnlineEWC()),
@@ -292,7 +292,7 @@ class Measured(Strategy):
 
 
 @pytest.mark.parametrize(
-    ("other", "name"), [(Counts, "stages"), (Anchored, "anchor"), (Measured, "measure")]
+    ("other", "name"), [(Counts, "stages"), (Anchored, "anchor"), (Measured, "measure_importance")]
 )
 def test_one_name_for_two_things_is_refused_in_either_order(other, name):
     for parts in ((EWC(), other()), (other(), EWC())):

@@ -185,7 +185,7 @@ class Unkept(Strategy):
 BROKEN = {
     Live: "memory holds values' is broken: .*is the network's own.*keep copies",
     Graph: "memory holds values' is broken: /kept/0 in memory has a graph",
-    Unseeded: "goes on where it stopped' is broken: two stages from the same state ended "
+    Unseeded: "a stage resumes bit exactly' is broken: two stages from the same state ended "
     "differently; draw from",
     UnseededBegin: "two stages from the same state ended differently",
     Forgetful: "from a checkpoint within it a stage ended differently; keep in memory",
@@ -204,7 +204,7 @@ BROKEN = {
     LeavesOut: "begin left out trainable parameters",
     TrainsAll: "begin returned a frozen parameter",
     LearnsNothing: "a stage lowers the loss' is broken: the loss went from",
-    Bare: "Bare: the rule 'it is a dataclass' is broken: Bare has fields.*put @dataclass",
+    Bare: "Bare: the rule 'strategy is a dataclass' is broken: Bare has fields.*put @dataclass",
     Raises: "ZeroDivisionError was raised, where nothing should be: of mine",
     Unkept: "strategy memory memory/kept is a set, which no checkpoint can hold",
 }
@@ -221,7 +221,7 @@ def test_what_keeps_to_the_rules_passes():
 
 
 def test_a_strategy_that_is_not_off_where_it_should_be_is_refused():
-    with pytest.raises(ContractError, match="L2: the rule 'switched off it is naive' is broken"):
+    with pytest.raises(ContractError, match="L2: the rule 'disabled equals naive' is broken"):
         check_strategy(L2(strength=0.5), disabled=L2(strength=0.5))
 
 
