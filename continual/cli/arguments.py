@@ -15,7 +15,7 @@ def parse_export_arguments(values: Mapping[str, str]) -> dict[str, Any]:
     return {
         "stage": values["stage"] or None,
         "task": values["task"] or None,
-        "merged": truth("merged", values["merged"]) if values["merged"] else None,
+        "merge": truth("merged", values["merged"]) if values["merged"] else None,
         "out": Path(values["out"]) if values["out"] else None,
         "license": values["license"] or None,
     }

@@ -91,5 +91,5 @@ def lacking(section: Any) -> list[str]:
         for name, part in parts
         if isinstance(part, DictConfig)
         and str(part.get("_target_")) in known
-        and not get_object(part["_target_"]).whole
+        and not get_object(part["_target_"]).weights_are_complete
     ]

@@ -8,23 +8,32 @@ from __future__ import annotations
 
 from typing import Any
 
-# Module -> module, for the `_target_` of run folders and configurations.
-MODULES = {
-    "continual.model": "continual.models.loading",
-    "continual.scratch": "continual.training.scratch",
-    "continual.strategy": "continual.strategy.interface",
-    "continual.probes.general": "continual.evaluation.probes.general",
-    "continual.probes.shots": "continual.evaluation.probes.shots",
-    "continual.probes.transfer": "continual.evaluation.probes.transfer",
-    "continual.probes.turns": "continual.evaluation.probes.turns",
-    "continual.probes.wordings": "continual.evaluation.probes.wordings",
-    "strategies.adapters": "strategies.per_task",
-    "strategies.anchor": "strategies.ewc",
-    "strategies.hard": "strategies.hard_replay",
-    "strategies.incremental": "strategies.incremental_lora",
-    "strategies.lamaml": "strategies.la_maml",
-    "strategies.path": "strategies.si",
-    "streams.skills": "streams.skills.stream",
+# Memory field of a strategy -> field, for checkpoints.
+MEMORY_FIELDS = {"owed": "fractional_carry"}
+
+# Dotted path -> dotted path, for the `_target_` of run folders and configurations.
+TARGETS = {
+    "continual.model.hf": "continual.models.loading.hf",
+    "continual.probes.general.General": "continual.evaluation.probes.general.General",
+    "continual.probes.shots.Shots": "continual.evaluation.probes.shots.Shots",
+    "continual.probes.transfer.Transfer": "continual.evaluation.probes.transfer.Transfer",
+    "continual.probes.turns.Turns": "continual.evaluation.probes.turns.Turns",
+    "continual.probes.wordings.Wordings": "continual.evaluation.probes.wordings.Wordings",
+    "continual.scratch.build": "continual.training.scratch.build",
+    "continual.strategy.Strategy": "continual.strategy.interface.Strategy",
+    "strategies.adapters.PerTask": "strategies.per_task.PerTask",
+    "strategies.anchor.EWC": "strategies.ewc.EWC",
+    "strategies.anchor.L2": "strategies.ewc.L2",
+    "strategies.anchor.MAS": "strategies.ewc.MAS",
+    "strategies.anchor.OnlineEWC": "strategies.ewc.OnlineEWC",
+    "strategies.hard.HardReplay": "strategies.hard_replay.HardReplay",
+    "strategies.incremental.IncrementalLoRA": "strategies.incremental_lora.IncrementalLoRA",
+    "strategies.lamaml.LaMAML": "strategies.la_maml.LaMAML",
+    "strategies.path.RWalk": "strategies.si.RWalk",
+    "strategies.path.SI": "strategies.si.SI",
+    "streams.folder.folder": "streams.folder.load_folder",
+    "streams.hub.hub": "streams.hub.load_hub",
+    "streams.skills.skills": "streams.skills.stream.generate_skills",
 }
 
 # Key -> key, of the command line and of config.yaml.
@@ -79,8 +88,7 @@ KEYS = {
 
 def current_target(target: str) -> str:
     """Return the dotted path under which a constructor lives now, for a path of now or of earlier."""
-    module, _, name = target.rpartition(".")
-    return f"{MODULES.get(module, module)}.{name}"
+    return TARGETS.get(target, target)
 
 
 def rename_in_config(config: dict[str, Any]) -> dict[str, Any]:

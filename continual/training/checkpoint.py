@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from continual.config.renamed import MEMORY_FIELDS
 from continual.distributed.processes import leads
 from continual.errors import ContinualError, DataError, MissingError, brief
 from continual.io.atomic import flush
@@ -169,7 +170,8 @@ def load(
     restore(model, saved)
     if strategy is not None:
         try:
-            strategy.load_state_dict(_values(folder, "memory", model))
+            state = _values(folder, "memory", model)
+            strategy.load_state_dict({MEMORY_FIELDS.get(n, n): v for n, v in state.items()})
         except MALFORMED as e:
             raise DataError(
                 f"{folder}/memory.json does not fit this strategy ({e!r}); resume with the "

@@ -55,8 +55,8 @@ def same(encoder, given_stream, path):
     for stage in given_stream.stages:
         assert told.task(stage) == fresh.task(stage, columns(given_stream))
     assert (encoder.skipped, encoder.shortened) == (fresh.skipped, fresh.shortened)
-    encoder.skipped.clear_bar()
-    encoder.shortened.clear_bar()
+    encoder.skipped.clear()
+    encoder.shortened.clear()
     return told
 
 

@@ -39,7 +39,7 @@ def logits_by_hand(made, e):
 def drawn(strategy):
     """The records that the next step will draw for its two terms."""
     rng, state = strategy.rng, strategy.rng.getstate()
-    found = strategy.draw(), strategy.draw()
+    found = strategy.draw_records(), strategy.draw_records()
     rng.setstate(state)
     return found
 
@@ -126,7 +126,7 @@ def test_with_fewer_than_all_logits_the_greatest_are_kept_and_compared():
         torch.cat(apart).mean().item(), rel=1e-9
     )
     new = logits_by_hand(made, e := toy.make_examples(2)[0])
-    strategy.kept.clear_bar()
+    strategy.kept.clear()
     strategy.seen = 0
     strategy.store_logits(made, made.batch([e]))
     assert torch.equal(strategy.kept[0]["columns"].long().sort(1)[0], new.topk(5)[1].sort(1)[0])
@@ -200,14 +200,14 @@ def test_a_step_is_avalanche_s_where_both_terms_have_the_same_examples(monkeypat
     )
     torch.manual_seed(0)
     ours = Model(Bigrams(), None, Layout(pad=1, device=torch.device("cpu")))
-    theirs = torch.nn.Sequential(ours.net.base_input_embeddings, ours.net.head)
+    theirs = torch.nn.Sequential(ours.net.words, ours.net.head)
     rows = [make_encoded([x], [y], id=str(x)) for x, y in ((2, 3), (4, 8), (5, 2), (6, 6), (7, 3))]
     strategy = DER(alpha=0.3, beta=0.7, minibatch_size=2, capacity=2)
     strategy.store_logits(ours, ours.batch(rows[:2]))
     with torch.no_grad():
         ours.net.head.weight += torch.randn(9, 4)
     held = [*strategy.kept]
-    monkeypatch.setattr(strategy, "draw", lambda: held)
+    monkeypatch.setattr(strategy, "draw_records", lambda: held)
     ours.net.zero_grad()
     strategy.backward(ours, ours.batch(rows[2:]))
     got = gradient(ours)

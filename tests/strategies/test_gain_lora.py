@@ -255,7 +255,7 @@ def test_the_step_s_direction_for_the_gate_is_that_of_the_loss_by_finite_differe
             b[:, strategy.block].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     strategy.backward(made, made.batch(task.train))
     found = strategy.change.grad.clone()
-    sizes = [g.numel() for g in strategy.gates[strategy.first]]
+    sizes = [g.numel() for g in strategy.gates[strategy.first_row]]
     for at in (7, sizes[0] + 11, sum(sizes[:2]) + 3):  # of each layer
         values = []
         with torch.no_grad():
@@ -294,7 +294,7 @@ def test_the_best_epoch_s_gate_comes_back_with_its_weights():
 def test_replayed_prompts_have_their_own_gates():
     strategy = compose(Replay(capacity=4, share=0.5), GainLoRA(**EXACT))
     made, _ = trained(0, 1, strategy=strategy)
-    mixed = strategy.joined(made.batch(toy.make_examples(2, 4)))
+    mixed = strategy.add_replay_examples(made.batch(toy.make_examples(2, 4)))
     assert {e.task for e in mixed.examples} > {2}
     for e, gates in zip(mixed.examples, strategy.opened(made, mixed.examples), strict=True):
         for row, g in by_hand(strategy, made, prompt(e)).items():

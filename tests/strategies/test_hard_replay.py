@@ -41,13 +41,13 @@ def test_a_full_buffer_gives_up_the_easiest_first():
     assert strategy.buffer.tasks["a"] == before[:4]
 
 
-def forgetful(capacity: float = 8, among: int = 2):
+def forgetful(capacity: float = 8, candidates: int = 2):
     """A model after three stages; which of the first task's examples were kept after it, and their
     losses then.
     """
     made, strategy = (
         toy.make_model(),
-        HardReplay(criterion="forgetting", capacity=capacity, candidates=among),
+        HardReplay(criterion="forgetting", capacity=capacity, candidates=candidates),
     )
     toy.train_stages(made, strategy, 0)
     kept = [*strategy.buffer.tasks["a"]]

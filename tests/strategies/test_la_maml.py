@@ -118,7 +118,7 @@ def test_a_step_of_its_rule_is_one_of_its_inner_loop_at_the_same_clip():
     loss = nll(made, batch)
     grads = torch.autograd.grad(loss, [*weights(made).values()])
     g = torch.cat([t.flatten() for t in grads])
-    toy.train_stages(made, strategy.rule(), 1, size=4, recipe=ONE)
+    toy.train_stages(made, strategy.inner_loop(), 1, size=4, recipe=ONE)
     taken = flat(before) - flat(snapshot(made))
     torch.testing.assert_close(taken, pace(g, 0.05) * strategy.rates * g, rtol=1e-4, atol=1e-7)
 

@@ -125,7 +125,7 @@ def followed(made, strategy, chosen: list, steps: int) -> dict[str, torch.Tensor
     learn(
         made,
         Task("new", chosen),
-        strategy.rule(),
+        strategy.inner_loop(),
         Recipe(
             lr=1.0,
             steps=steps,

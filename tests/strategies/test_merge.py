@@ -164,7 +164,7 @@ def test_fisher_merging_leads_to_the_joint_minimum_of_quadratics():
     class Known(FisherMerge):
         given: list = field(init=False, default_factory=lambda: list(curved))
 
-        def weigh(self, model, task):
+        def merge_coefficients(self, model, task):
             return {"parts.0": self.given.pop(0)}
 
     found = merged(Known(init_from="own"), ends).requires_grad_(True)

@@ -243,7 +243,7 @@ def test_the_other_order_composes_where_it_says_so():
     made.net.zero_grad()
     strategy.backward(made, made.batch(toy.make_examples(3, 4)))
     own = flat(gradient(made))
-    for pool in strategy.pools():
+    for pool in strategy.reference_pools():
         assert flat(gradient_of(nll, made, made.batch(pool))) @ own > -1e-4
 
 
@@ -288,7 +288,7 @@ class Anchored(Strategy):
 class Measured(Strategy):
     """Its memory has the name of a method of EWC's."""
 
-    measure: float = memory(float)
+    measure_importance: float = memory(float)
 
 
 @pytest.mark.parametrize(

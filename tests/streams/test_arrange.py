@@ -34,7 +34,7 @@ def arranged(of: Stream | None = None, **asked) -> Stream:
         "orders": ORDERS,
         "tasks": None,
         "order": None,
-        "limit": None,
+        "max_train_rows": None,
         "arrangement": "sequential",
         "seed": 0,
     }
@@ -112,7 +112,7 @@ def test_random_order_leaves_the_global_generator_alone():
 
 
 def test_limit_keeps_the_first_train_rows_and_all_dev_rows():
-    result = arranged(stream(a=9, b=1), limit=2)
+    result = arranged(stream(a=9, b=1), max_train_rows=2)
     assert [[row.id for row in t.train] for t in result.tasks] == [
         ["a/train/0", "a/train/1"],
         ["b/train/0"],
@@ -121,7 +121,7 @@ def test_limit_keeps_the_first_train_rows_and_all_dev_rows():
 
 
 def test_joint_learns_all_tasks_in_one_stage_and_scores_each():
-    result = arranged(arrangement="joint", order="backwards", limit=2)
+    result = arranged(arrangement="joint", order="backwards", max_train_rows=2)
     assert names(result.tasks) == ["c", "b", "a"]
     assert names(result.stages) == ["joint"]
     assert ids(result.stages) == ids(result.tasks)
@@ -155,7 +155,9 @@ def test_mixed_rows_keep_the_name_of_their_own_task():
 def test_no_arrangement_adds_or_loses_a_train_row(sizes, limit, seed):
     of = stream(**{f"t{i}": size for i, size in enumerate(sizes)})
     kept = {
-        kind: arranged(of, orders={}, order="random", limit=limit, arrangement=kind, seed=seed)
+        kind: arranged(
+            of, orders={}, order="random", max_train_rows=limit, arrangement=kind, seed=seed
+        )
         for kind in ("sequential", "joint", "cumulative")
     }
     assert (
@@ -205,7 +207,7 @@ def test_a_limit_below_one_is_refused(limit):
     with pytest.raises(
         ConfigError, match=f"found stream.max_train_rows={limit}, expected at least 1"
     ):
-        arranged(limit=limit)
+        arranged(max_train_rows=limit)
 
 
 def test_no_task_at_all_is_refused():

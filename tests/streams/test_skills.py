@@ -193,7 +193,7 @@ def test_there_need_be_no_pretraining_rows() -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        {"level": 4},
+        {"difficulty": 4},
         {"train_size": 0},
         {"test_size": 6000},
         {"pretraining_size": -1},
