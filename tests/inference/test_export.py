@@ -117,7 +117,7 @@ VIRTUAL = ("model.adapter=prompt_tuning", "train.lr=0.3")
         ((), "1", {}),
         ((), "first", {}),
         (LORA, "last", {}),
-        (LORA, "last", {"merged": False}),
+        (LORA, "last", {"merge": False}),
         (VIRTUAL, "last", {}),
         (("strategy=progressive_prompts", *VIRTUAL), "last", {"task": "first"}),
         (("strategy=progressive_prompts", *VIRTUAL), "last", {"task": "last"}),
@@ -158,7 +158,7 @@ def test_an_encoder_decoder_asked_by_its_tokenizers_own_template_answers_as_the_
 
 
 def test_an_adapter_is_saved_for_its_base_and_is_far_smaller(made, run_keys, tmp_path):
-    exported(made(*LORA), tmp_path / "out", merged=False)
+    exported(made(*LORA), tmp_path / "out", merge=False)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert f"model.name={config['base_model_name_or_path']}" in run_keys
     assert not (tmp_path / "out/model.safetensors").exists()
@@ -177,7 +177,7 @@ def test_an_adapter_of_a_base_that_only_this_run_has_brings_it_along(run_keys, t
         *SHORT,
     )
     run_in_process(tmp_path / "run", [k for k in run_keys if not k.startswith("model")], *words)
-    exported(tmp_path / "run", tmp_path / "out", merged=False)
+    exported(tmp_path / "run", tmp_path / "out", merge=False)
     assert answers(tmp_path / "out", asked(run_keys, "first")) == told(tmp_path / "run", 2, "first")
     assert (
         json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"]

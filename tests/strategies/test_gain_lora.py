@@ -296,7 +296,7 @@ def test_replayed_prompts_have_their_own_gates():
     made, _ = trained(0, 1, strategy=strategy)
     mixed = strategy.add_replay_examples(made.batch(toy.make_examples(2, 4)))
     assert {e.task for e in mixed.examples} > {2}
-    for e, gates in zip(mixed.examples, strategy.opened(made, mixed.examples), strict=True):
+    for e, gates in zip(mixed.examples, strategy.gate_values(made, mixed.examples), strict=True):
         for row, g in by_hand(strategy, made, prompt(e)).items():
             assert gates[row].item() == pytest.approx(g, abs=1e-12)
 
