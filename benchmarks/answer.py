@@ -56,7 +56,7 @@ def engine(made: Model, prompts: Sequence[Encoded]) -> Step:
 
 def generate(made: Model, prompts: Sequence[Encoded]) -> Step:
     """The peer, on the prompts as they come."""
-    pad, device = made.layout.pad, made.layout.device
+    pad, device = made.layout.pad_token_id, made.layout.device
 
     def step() -> list[str]:
         said: list[str] = []
@@ -110,8 +110,8 @@ def _works() -> Iterator[tuple[str, str, Sequence[Encoded]]]:
 
 def _asked(e: Encoded) -> Encoded:
     """The row's prompt."""
-    n = e.response.index(True)
-    return Encoded(e.id, e.task, e.ids[:n], e.response[:n])
+    n = e.response_mask.index(True)
+    return Encoded(e.id, e.task_index, e.ids[:n], e.response_mask[:n])
 
 
 def measure(shape: str, name: str, prompts: Sequence[Encoded], seconds: float) -> list[Row]:

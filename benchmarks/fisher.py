@@ -58,7 +58,7 @@ def avalanche(made: Model, rows: Sequence[Encoded]) -> Step:
         (
             torch.tensor(e.ids[:-1]),
             torch.tensor(
-                [y if r else -100 for y, r in zip(e.ids[1:], e.response[1:], strict=True)]
+                [y if r else -100 for y, r in zip(e.ids[1:], e.response_mask[1:], strict=True)]
             ),
             torch.tensor(0),
         )

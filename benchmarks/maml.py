@@ -55,7 +55,7 @@ def learn2learn(made: Model, tasks: Sequence[Sequence[Encoded]], second_order: b
 
     wrapper = Wrapper(made.net, lr=INNER_LR, first_order=not second_order, allow_nograd=True)
     device = made.layout.device.type
-    tokens = [sum(sum(e.response) for e in rows) for rows in tasks]
+    tokens = [sum(sum(e.response_mask) for e in rows) for rows in tasks]
 
     def loss(learner: Any, rows: Sequence[Encoded]) -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=made.bf16):
@@ -84,10 +84,10 @@ def labelled(made: Model, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         )
 
     return {
-        "input_ids": padded(lambda e: list(e.ids), made.layout.pad),
+        "input_ids": padded(lambda e: list(e.ids), made.layout.pad_token_id),
         "attention_mask": padded(lambda e: [1] * len(e.ids), 0),
         "labels": padded(
-            lambda e: [t if r else -100 for t, r in zip(e.ids, e.response, strict=True)], -100
+            lambda e: [t if r else -100 for t, r in zip(e.ids, e.response_mask, strict=True)], -100
         ),
     }
 
@@ -109,7 +109,7 @@ def run() -> list[Row]:
     """
     shape = "0.5B" if ASKED.gpu else "3M"
     rows = works.rows("agnews", TASKS * EXAMPLES)
-    tasks = [[replace(e, task=i) for e in rows[i::TASKS]] for i in range(TASKS)]
+    tasks = [[replace(e, task_index=i) for e in rows[i::TASKS]] for i in range(TASKS)]
     return [
         one
         for second_order in (False, True)

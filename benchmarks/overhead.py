@@ -155,8 +155,8 @@ def split(rows: Sequence[Encoded], tasks: int, each: int) -> list[Task[Encoded]]
     return [
         Task(
             names[i],
-            tuple(replace(e, task=i) for e in rows[i * each : (i + 1) * each]),
-            columns=names,
+            tuple(replace(e, task_index=i) for e in rows[i * each : (i + 1) * each]),
+            task_names=names,
         )
         for i in range(tasks)
     ]

@@ -209,6 +209,6 @@ def tasks(vocabulary: int, rows: int) -> Iterator[Task[Encoded]]:
         made: Sequence[Encoded] = works.rows("agnews", STAGES * rows)[i::STAGES]
         yield Task(
             name,
-            tuple(replace(e, task=i, ids=tuple(t % vocabulary for t in e.ids)) for e in made),
-            columns=names,
+            tuple(replace(e, task_index=i, ids=tuple(t % vocabulary for t in e.ids)) for e in made),
+            task_names=names,
         )

@@ -100,7 +100,7 @@ def padded(work: Work, micro: int) -> Step:
 
     def backward(model: Model, batch: Batch) -> Tensor:
         return accumulate(
-            nll, model, [batch.pick(range(i, i + micro)) for i in range(0, EXAMPLES, micro)]
+            nll, model, [batch.select(range(i, i + micro)) for i in range(0, EXAMPLES, micro)]
         )
 
     return _step(work, work.model(flat=False, tokens=WHOLE), backward)
@@ -147,7 +147,7 @@ def trl(work: Work, micro: int) -> Step:
 
     datasets.disable_progress_bars()
     rows = [
-        {"input_ids": list(e.ids), "completion_mask": [int(r) for r in e.response]}
+        {"input_ids": list(e.ids), "completion_mask": [int(r) for r in e.response_mask]}
         for e in work.examples
     ]
     with warnings.catch_warnings():
@@ -181,7 +181,7 @@ def trainer(work: Work, micro: int) -> Step:
         {
             "input_ids": list(e.ids),
             "attention_mask": [1] * len(e.ids),
-            "labels": [t if r else -100 for t, r in zip(e.ids, e.response, strict=True)],
+            "labels": [t if r else -100 for t, r in zip(e.ids, e.response_mask, strict=True)],
         }
         for e in work.examples
     ]

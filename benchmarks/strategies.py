@@ -28,7 +28,7 @@ from benchmarks import works
 from benchmarks.common import Step
 from continual.cli.main import compose_config
 from continual.config.catalogue import KEY, Choice, choices
-from continual.data.template import columns
+from continual.data.template import index_tasks
 from continual.data.types import Encoded, Task
 from continual.models.model import Model
 from continual.reports.figures import size
@@ -106,8 +106,8 @@ def measured(choice: Choice, *words: str) -> str:
     config = compose_config("run", [f"strategy=[{choice.name}]", "device=cpu", *needed, *words])
     stream = build.stream(config)
     model, strategy = build.model(config, stream), build.strategy(config)
-    encoder, names = build.encoder(config, model), columns(stream)
-    tasks = [encoder.task(stage, names, dev=False) for stage in stream.stages]
+    encoder, names = build.encoder(config, model), index_tasks(stream)
+    tasks = [encoder.encode_task(stage, names, include_dev=False) for stage in stream.stages]
     recipe = replace(build.recipe(config), steps=STEPS)
     for i, task in enumerate(tasks[:-1]):
         learn(model, task, strategy, recipe, seed=i, log=lambda event: None)
@@ -117,7 +117,7 @@ def measured(choice: Choice, *words: str) -> str:
         folder = checkpoint.save(Path(place, "stage-01"), model, strategy, toy.empty_matrix())
         bytes_ = checkpoint.size(folder, "memory.*") if any(strategy.state_dict().values()) else 0
     old = keeps_examples(strategy.state_dict()) or any(
-        len({e.task for e in task.train}) > 1 for task in tasks
+        len({e.task_index for e in task.train}) > 1 for task in tasks
     )
     return _line(
         [
@@ -183,7 +183,7 @@ def identity(choice: Choice, config: DictConfig) -> str:
         task = toy.make_task(i)
         learn(
             untold,
-            replace(task, train=[replace(e, task=0) for e in task.train]),
+            replace(task, train=[replace(e, task_index=0) for e in task.train]),
             other,
             toy.RECIPE,
             seed=i,

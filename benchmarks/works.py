@@ -21,7 +21,7 @@ from continual.data.types import Encoded, Example
 from continual.models.loading import assemble
 from continual.models.model import Model
 from continual.packing.batch import Batch
-from continual.packing.layout import common_prefix
+from continual.packing.layout import common_prefix_length
 from continual.training.scratch import byte_bpe
 
 VOCABULARY, CONTEXT, LIMIT = 8192, 1024, 512
@@ -208,17 +208,20 @@ def rows(task: str, n: int) -> list[Encoded]:
         return _synthetic(task, n, rng)
     encoder = Encoder(tokenizer(ASKED.data), "plain", LIMIT)
     chosen = rng.sample(list(_stream(ASKED.data)[task]), n)
-    return [encoder.train(e, 0) for e in chosen]
+    return [encoder.encode_example(e, 0) for e in chosen]
 
 
 def behind(instruction: int, examples: Sequence[Encoded]) -> list[Encoded]:
     """The rows with what their prompts share replaced by one instruction of so many tokens."""
-    asked = [e.ids[: e.response.index(True) - 1] for e in examples]
-    shared = common_prefix(min(asked), max(asked))  # what these two begin with, all do
+    asked = [e.ids[: e.response_mask.index(True) - 1] for e in examples]
+    shared = common_prefix_length(min(asked), max(asked))  # what these two begin with, all do
     ids = _draw(random.Random(0), instruction)
     return [
         Encoded(
-            e.id, e.task, (*ids, *e.ids[shared:]), (*[False] * instruction, *e.response[shared:])
+            e.id,
+            e.task_index,
+            (*ids, *e.ids[shared:]),
+            (*[False] * instruction, *e.response_mask[shared:]),
         )
         for e in examples
     ]

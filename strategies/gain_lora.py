@@ -17,7 +17,7 @@ from continual.errors import ConfigError
 from continual.models.lora import factors
 from continual.models.model import Model
 from continual.models.weights import weights
-from continual.packing.layout import turn
+from continual.packing.layout import response_start
 from continual.strategy.interface import memory, to_param_groups
 from strategies.incremental_lora import IncrementalLoRA
 
@@ -95,7 +95,7 @@ class GainLoRA(IncrementalLoRA):
 
     def install_gates(self, model: Model) -> None:
         """Let the model read each example with its gates, from padded rows."""
-        model.layout, model.around = replace(model.layout, flat=False), self.apply_gates
+        model.layout, model.around = replace(model.layout, packed=False), self.apply_gates
 
     @torch.no_grad()
     def init_gate(self, model: Model, task: Task[Encoded]) -> Gate:
@@ -200,7 +200,7 @@ def mean_prompt_embeddings(model: Model, examples: Sequence[Encoded]) -> Tensor:
     """
     words = model.net.get_input_embeddings().weight
     wide = torch.promote_types(words.dtype, torch.float32)
-    ends = [max(1, turn(e)) if True in e.response else None for e in examples]
+    ends = [max(1, response_start(e)) if True in e.response_mask else None for e in examples]
     return torch.stack(
         [
             words[list(e.ids[:end])].mean(0, dtype=wide)

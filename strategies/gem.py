@@ -41,7 +41,7 @@ class GEM(Replay):
         if len(self.buffer):
             own = gradient(model)
             others = [
-                flat(wide(gradient_of(nll, model, batch.of(chosen))))
+                flat(wide(gradient_of(nll, model, batch.with_examples(chosen))))
                 for chosen in self.draw_reference_examples()
             ]
             set_gradient(

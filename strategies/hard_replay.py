@@ -88,7 +88,7 @@ class HardReplay(Rehearsal):
 
 def example_key(e: Encoded) -> str:
     """Ids are unique within a task."""
-    return f"{e.task} {e.id}"
+    return f"{e.task_index} {e.id}"
 
 
 def mean_example_losses(model: Model, examples: Sequence[Encoded]) -> dict[str, float]:

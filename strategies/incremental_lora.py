@@ -59,7 +59,9 @@ class IncrementalLoRA(Strategy):
         self.first_row = -(-used // self.rank) * self.rank
         left = (min(len(a) for a, _ in pairs) - self.first_row) // self.rank
         wanted = (
-            1 if used else 1 + len(set(range(len(task.columns))) - {e.task for e in task.train})
+            1
+            if used
+            else 1 + len(set(range(len(task.task_names))) - {e.task_index for e in task.train})
         )
         if left < wanted:
             raise ConfigError(

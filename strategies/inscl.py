@@ -49,7 +49,9 @@ class InsCL(Replay):
         }
         total = sum(far.values())
         self.task_shares = {t: d / total if total > 1e-9 else 1 / len(far) for t, d in far.items()}
-        self.notes |= {f"share/{task.columns[t]}": share for t, share in self.task_shares.items()}
+        self.notes |= {
+            f"share/{task.task_names[t]}": share for t, share in self.task_shares.items()
+        }
         return trained
 
     @replaces_super
@@ -64,8 +66,10 @@ class InsCL(Replay):
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Remember what the task's instructions were."""
         super().end(model, task)
-        for t in {e.task for e in task.train}:
-            self.instructions[t] = extract_instructions([e for e in task.train if e.task == t])
+        for t in {e.task_index for e in task.train}:
+            self.instructions[t] = extract_instructions(
+                [e for e in task.train if e.task_index == t]
+            )
 
 
 @torch.no_grad()

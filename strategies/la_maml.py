@@ -71,7 +71,9 @@ class LaMAML(MAML):
     def split_episode(self, episode: Batch) -> tuple[list[list[Batch]], Batch]:
         """The new examples, dealt to the inner steps, and all, to judge."""
         k = min(self.inner_steps, self.num_new)
-        return [episode.pick(range(i, self.num_new, k)).micro_batches() for i in range(k)], episode
+        return [
+            episode.select(range(i, self.num_new, k)).micro_batches() for i in range(k)
+        ], episode
 
     def gradient_scale(self, gradient: Weights) -> float | Tensor:
         """No inner gradient is of a larger norm than `clip`."""

@@ -16,7 +16,7 @@ from continual.errors import ConfigError, DataError
 from continual.models.generation import complete, sampled
 from continual.models.model import Model
 from continual.packing.batch import Batch
-from continual.packing.layout import turn
+from continual.packing.layout import response_start
 from continual.strategy.instructions import extract_prompt_prefixes
 from continual.strategy.interface import memory
 from continual.strategy.replay_buffer import ReplayBuffer
@@ -70,7 +70,7 @@ class LAMOL(Rehearsal):
                 "lamol writes prompts with the part of a model that reads them, which an encoder "
                 "cannot; choose a causal model, or another strategy"
             )
-        if any(model.layout.pad in e.ids[: turn(e)] for e in task.train):
+        if any(model.layout.pad_token_id in e.ids[: response_start(e)] for e in task.train):
             raise DataError(
                 f"a prompt of task {task.name!r} holds the padding token, with which lamol marks "
                 "where prompts begin and end; give the tokenizer a padding token that no prompt "
@@ -79,7 +79,7 @@ class LAMOL(Rehearsal):
         wanted = round(len(task.train) * self.share / (1 - self.share))
         with model.evaluating():
             self.buffer.tasks = {
-                task.columns[t]: self.generate_examples(model, t, -(-wanted // len(self.tasks)))
+                task.task_names[t]: self.generate_examples(model, t, -(-wanted // len(self.tasks)))
                 for t in self.tasks
                 if wanted
             }
@@ -89,7 +89,7 @@ class LAMOL(Rehearsal):
 
     def generate_examples(self, model: Model, index: int, n: int) -> list[Encoded]:
         """What is usable of `n` examples of a task that the model writes."""
-        told, mark, end = self.tasks[index], model.layout.pad, model.tokenizer.eos_token_id
+        told, mark, end = self.tasks[index], model.layout.pad_token_id, model.tokenizer.eos_token_id
         generator = torch.Generator().manual_seed(self.buffer.rng.getrandbits(63))
         begins, counts = zip(*told["begins"], strict=True)
         prompts: list[list[int]] = []
@@ -114,7 +114,7 @@ class LAMOL(Rehearsal):
                 e,
                 ids=(*e.ids, *ids),
                 text=decode_text(model, [*e.ids, *ids]),
-                response=(*e.response, *(True,) * len(ids)),
+                response_mask=(*e.response_mask, *(True,) * len(ids)),
             )
             for e, ids in zip(asked, answers, strict=True)
             if ids[-1] == end
@@ -125,28 +125,34 @@ class LAMOL(Rehearsal):
         batch = super().add_replay_examples(batch)
         if not self.lm_weight:
             return batch
-        mark = batch.layout.pad
+        mark = batch.layout.pad_token_id
         prompts = [
             replace(
                 e,
                 id=f"prompt/{e.id}",
-                ids=(mark, *e.ids[: turn(e)], mark),  # what is kept of e is not its
-                response=(False, *(True,) * (turn(e) + 1)),
+                ids=(mark, *e.ids[: response_start(e)], mark),  # what is kept of e is not its
+                response_mask=(False, *(True,) * (response_start(e) + 1)),
             )
             for e in batch.examples
         ]
-        weight = self.lm_weight * batch.tokens / batch.of(prompts).tokens
-        answers = batch.scale or (1.0,) * len(batch.examples)
-        return batch.of([*batch.examples, *prompts], [*answers, *(weight,) * len(prompts)])
+        weight = (
+            self.lm_weight
+            * batch.supervised_tokens
+            / batch.with_examples(prompts).supervised_tokens
+        )
+        answers = batch.example_weights or (1.0,) * len(batch.examples)
+        return batch.with_examples(
+            [*batch.examples, *prompts], [*answers, *(weight,) * len(prompts)]
+        )
 
     def update_buffer(self, model: Model, task: Task[Encoded]) -> None:
         """Forget what was written; remember each task's instructions and its lengths."""
-        for t in {e.task for e in task.train}:
-            rows = [e for e in task.train if e.task == t]
+        for t in {e.task_index for e in task.train}:
+            rows = [e for e in task.train if e.task_index == t]
             self.tasks[t] = {
                 "begins": extract_prompt_prefixes(rows),
-                "prompt": max(map(turn, rows)),
-                "response": max(len(e.ids) - turn(e) for e in rows),
+                "prompt": max(map(response_start, rows)),
+                "response": max(len(e.ids) - response_start(e) for e in rows),
             }
         self.buffer = ReplayBuffer(0, seed=self.seed + len(self.tasks))
 

@@ -80,8 +80,8 @@ class LwF(Strategy):
             if self.teacher == "base":
                 self.base = self.base or snapshot(model)
             for i, _, logits in responses(model, task.train, self.base or None):
-                self.teacher_outputs[task.train[i].task, task.train[i].id] = self.soften_logits(
-                    logits
+                self.teacher_outputs[task.train[i].task_index, task.train[i].id] = (
+                    self.soften_logits(logits)
                 )
         return trained
 
@@ -113,9 +113,9 @@ class LwF(Strategy):
         """KL(teacher || model), a scalar: summed over the response tokens that were taught, by the
         step's tokens.
         """
-        keys = [(e.task, e.id) for e in batch.examples]
+        keys = [(e.task_index, e.id) for e in batch.examples]
         known = torch.tensor([k in self.teacher_outputs for k in keys], device=logits.device)
-        at = batch.response & known[batch.example]
+        at = batch.response_mask & known[batch.example_index]
         if not at.any():
             return logits.new_zeros(())
         taught = [self.teacher_outputs[k] for k in keys if k in self.teacher_outputs]
@@ -123,7 +123,9 @@ class LwF(Strategy):
         q = (logits[at] / self.temperature).log_softmax(-1)
         if taught[0][1] is not None:
             q = append_rest(q.gather(1, torch.cat([c for _, c in taught if c is not None]).long()))
-        return ((p.exp() * (p - q)).sum(-1) * batch.weight[at]).sum() / batch.tokens
+        return (
+            (p.exp() * (p - q)).sum(-1) * batch.token_weights[at]
+        ).sum() / batch.supervised_tokens
 
 
 def dynamic_loss_correction(batch: Batch, logits: Tensor) -> Tensor:
@@ -131,7 +133,9 @@ def dynamic_loss_correction(batch: Batch, logits: Tensor) -> Tensor:
     times it, a scalar.
     """
     loss = F.cross_entropy(logits, batch.targets, reduction="none")
-    return (((-loss.detach()).exp() - 1) * loss * batch.weight).sum() / batch.tokens
+    return (
+        ((-loss.detach()).exp() - 1) * loss * batch.token_weights
+    ).sum() / batch.supervised_tokens
 
 
 def append_rest(log_p: Tensor) -> Tensor:

@@ -51,19 +51,24 @@ class Episodic(Replay):
 
     def episodes(self, batch: Batch) -> list[Batch]:
         """The step's examples, task by task."""
-        return list(self.add_replay_examples(batch).by_task().values())
+        return list(self.add_replay_examples(batch).split_by_task().values())
 
     @replaces_super
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """The sum over episodes of what each leaves, by its share of the step's supervised tokens."""
         if not self.inner_steps:
             return super().backward(model, batch)
-        episodes = [e for e in self.episodes(batch) if e.tokens]
-        tokens, total = sum(e.tokens for e in episodes), torch.zeros((), device=batch.layout.device)
+        episodes = [e for e in self.episodes(batch) if e.supervised_tokens]
+        tokens, total = (
+            sum(e.supervised_tokens for e in episodes),
+            torch.zeros((), device=batch.layout.device),
+        )
         with summed(model.trained or list(weights(model).values()), total):
-            for episode in dealt(episodes, [e.length for e in episodes]):
+            for episode in dealt(episodes, [e.num_tokens for e in episodes]):
                 with apart():
-                    total += self.backward_episode(model, episode, episode.tokens / tokens)
+                    total += self.backward_episode(
+                        model, episode, episode.supervised_tokens / tokens
+                    )
         return total
 
     def backward_episode(self, model: Model, episode: Batch, share: float) -> Tensor:
@@ -208,7 +213,7 @@ class MAML(Episodic):
         """What each inner step learns from, in micro-batches, and what then judges."""
         n = len(episode.examples)
         half = (n + 1) // 2
-        support, query = episode.pick(range(half)), episode.pick(range(half if n > 1 else 0, n))
+        support, query = episode.select(range(half)), episode.select(range(half if n > 1 else 0, n))
         return [support.micro_batches()] * self.inner_steps, query
 
     def backward_through_steps(
@@ -223,11 +228,13 @@ class MAML(Episodic):
         seed, at = int(torch.randint(2**62, ())), clone_as_leaves(changed)
         for i, parts in enumerate(steps):
             torch.manual_seed(seed + i)
-            left = GRAPH_MEMORY_FACTOR * sum(part.length for later in steps[i:] for part in later)
+            left = GRAPH_MEMORY_FACTOR * sum(
+                part.num_tokens for later in steps[i:] for part in later
+            )
             if (
                 held := self.second_order
-                and left <= model.layout.tokens
-                and any(part.tokens for part in parts)
+                and left <= model.layout.tokens_per_microbatch
+                and any(part.supervised_tokens for part in parts)
             ):
                 g = differentiable_gradient(model, at, parts)
             else:
@@ -279,7 +286,7 @@ class Reptile(Episodic):
         n, at = len(episode.examples), clone_as_leaves(weights(model))
         k, total = min(self.inner_steps, n), torch.zeros((), device=episode.layout.device)
         for i in range(k):
-            total += self.backward_at(model, at, episode.pick(range(i, n, k)), share)
+            total += self.backward_at(model, at, episode.select(range(i, n, k)), share)
             g = pop_gradients(at)
             add_gradients(weights(model), g)
             at = clone_as_leaves(combine(lambda w, g: w - self.inner_lr / share * g, at, g))
@@ -310,9 +317,13 @@ def add_gradients(live: Weights, g: Weights) -> None:
 
 def differentiable_gradient(model: Model, at: Weights, parts: Sequence[Batch]) -> Weights:
     """The gradient of the parts' mean loss at the leaves `at`, to go back through."""
-    tokens = sum(part.tokens for part in parts)
+    tokens = sum(part.supervised_tokens for part in parts)
     loss = torch.stack(
-        [nll(model, part, at) * (part.tokens / tokens) for part in parts if part.tokens]
+        [
+            nll(model, part, at) * (part.supervised_tokens / tokens)
+            for part in parts
+            if part.supervised_tokens
+        ]
     ).sum()
     found = torch.autograd.grad(loss, list(at.values()), create_graph=True, materialize_grads=True)
     return dict(zip(at, found, strict=True))

@@ -154,5 +154,5 @@ def select_token_outputs(batch: Batch, out: Tensor, encoder: bool) -> Tensor:
     if len(rows) == ids.numel() and (encoder or ids.numel() != said.numel()):
         return rows[batch.inputs["attention_mask"].flatten().bool()]
     return (
-        rows[batch.at] if len(rows) == said.numel() else rows
+        rows[batch.output_positions] if len(rows) == said.numel() else rows
     )  # or looked up before, or an expert's

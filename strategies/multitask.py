@@ -68,15 +68,15 @@ class MultiTask(Replay):
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Count the tasks' sizes; hand the log variances to the optimizer where they are learned."""
-        self.columns = list(task.columns)
+        self.columns = list(task.task_names)
         if strange := set(self.weights or {}) - set(self.columns):
             raise ConfigError(
                 unknown("task in strategy.multitask.weights", min(strange), self.columns)
             )
         for e in task.train:
-            self.sizes[e.task] = 0
+            self.sizes[e.task_index] = 0
         for e in task.train:
-            self.sizes[e.task] += 1
+            self.sizes[e.task_index] += 1
         trained = super().begin(model, task)
         if self.weighting != "uncertainty":
             return trained
@@ -96,12 +96,15 @@ class MultiTask(Replay):
         loss = super().backward(model, batch)
         if (
             self.conflicts == "project"
-            and len(parts := [part for part in self.task_batches if part.tokens]) > 1
+            and len(parts := [part for part in self.task_batches if part.supervised_tokens]) > 1
         ):
             own = gradient(model)
-            tokens = sum(part.tokens for part in parts)
+            tokens = sum(part.supervised_tokens for part in parts)
             each = torch.stack(
-                [part.tokens / tokens * flat(gradient_of(self.loss, model, part)) for part in parts]
+                [
+                    part.supervised_tokens / tokens * flat(gradient_of(self.loss, model, part))
+                    for part in parts
+                ]
             )
             set_gradient(
                 model,
@@ -114,16 +117,16 @@ class MultiTask(Replay):
         weights.
         """
         batch = super().add_replay_examples(batch)
-        tokens = {t: part.tokens for t, part in batch.by_task().items()}
+        tokens = {t: part.supervised_tokens for t, part in batch.split_by_task().items()}
         if self.weighting == "temperature":
-            share = {t: n / batch.tokens for t, n in tokens.items()}
+            share = {t: n / batch.supervised_tokens for t, n in tokens.items()}
         else:
             raw = {t: self._unnormalized_weight(t) for t in tokens}
             share = {t: w / (sum(raw.values()) or 1) for t, w in raw.items()}
         self._log_task_weights(share)
-        scale = {t: share[t] * batch.tokens / n for t, n in tokens.items()}
-        batch = batch.of(batch.examples, [scale[e.task] for e in batch.examples])
-        self.task_batches = list(batch.by_task().values())
+        scale = {t: share[t] * batch.supervised_tokens / n for t, n in tokens.items()}
+        batch = batch.with_examples(batch.examples, [scale[e.task_index] for e in batch.examples])
+        self.task_batches = list(batch.split_by_task().values())
         return batch
 
     def _unnormalized_weight(self, task: int) -> float:
@@ -150,8 +153,8 @@ class MultiTask(Replay):
         if self.weighting != "uncertainty":
             return super().loss(model, batch)
         s = self.log_variance
-        own = (batch.weight * s[batch.task]).sum() / batch.tokens / 2
-        return super().loss(model, batch.times(torch.exp(-s))) + own
+        own = (batch.token_weights * s[batch.task_index]).sum() / batch.supervised_tokens / 2
+        return super().loss(model, batch.with_task_factors(torch.exp(-s))) + own
 
 
 def project_conflicts(gradients: Tensor, rng: random.Random) -> Tensor:

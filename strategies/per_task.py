@@ -55,7 +55,7 @@ class TaskAdapters(Strategy):
         """Keep it."""
         super().end(model, task)
         self.adapters[task.name] = snapshot(model)
-        self.home |= {task.columns[t]: task.name for t in {e.task for e in task.train}}
+        self.home |= {task.task_names[t]: task.name for t in {e.task_index for e in task.train}}
 
 
 @dataclass(kw_only=True)

@@ -78,8 +78,10 @@ class ProgressivePrompts(Strategy):
         """Raise ConfigError now where the prompts of all tasks to come would leave no room for
         examples like these.
         """
-        coming = len(set(task.columns) - stage_task_names(task) - self.reach.keys())
-        count = min(len(self.frozen_prompts()) + 1 + coming, self.max_prompts or len(task.columns))
+        coming = len(set(task.task_names) - stage_task_names(task) - self.reach.keys())
+        count = min(
+            len(self.frozen_prompts()) + 1 + coming, self.max_prompts or len(task.task_names)
+        )
         n = sum(len(w) for w in weights(model).values())
         model.fit(max(len(e.ids) for e in task.train) - 1, count * n)
 
@@ -97,4 +99,4 @@ class ProgressivePrompts(Strategy):
 
 def stage_task_names(task: Task[Encoded]) -> set[str]:
     """The names of the tasks that a stage's examples are of."""
-    return {task.columns[e.task] for e in task.train}
+    return {task.task_names[e.task_index] for e in task.train}

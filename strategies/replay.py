@@ -58,7 +58,7 @@ class Rehearsal(Strategy):
         self.fractional_carry += len(batch.examples) * self.share / (1 - self.share)
         n = int(self.fractional_carry + 1e-9)
         self.fractional_carry -= n
-        return batch.of([*batch.examples, *self.draw_replay_examples(n)])
+        return batch.with_examples([*batch.examples, *self.draw_replay_examples(n)])
 
     def draw_replay_examples(self, n: int) -> Sequence[Encoded]:
         """The `n` remembered examples of this step."""

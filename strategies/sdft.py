@@ -21,7 +21,7 @@ from continual.models.loss import accumulate, forward, numbered, responses
 from continual.models.model import Model
 from continual.models.weights import Weights, combine, snapshot, weights, wide
 from continual.packing.batch import Batch
-from continual.packing.layout import turn
+from continual.packing.layout import response_start
 from continual.strategy.interface import Strategy, memory
 
 GENERATION_BATCH_SIZE = 128  # prompts answered at a time
@@ -70,7 +70,9 @@ class SDFT(Strategy):
         trained = super().begin(model, task)
         if self.strength:
             self.teacher = wide(snapshot(model))
-            longest = max(len(e.ids) + turn(e) for e in task.train) + longest_response(task.train)
+            longest = max(len(e.ids) + response_start(e) for e in task.train) + longest_response(
+                task.train
+            )
             if model.context and longest > model.context:
                 raise DataError(
                     f"an example of task {task.name!r} behind its demonstration takes {longest} "
@@ -111,7 +113,12 @@ class SDFT(Strategy):
         part each.
         """
         prompts = [
-            replace(e, ids=e.ids[: turn(e)], response=e.response[: turn(e)]) for e in examples
+            replace(
+                e,
+                ids=e.ids[: response_start(e)],
+                response_mask=e.response_mask[: response_start(e)],
+            )
+            for e in examples
         ]
         most = longest_response(examples)
         generator = torch.Generator().manual_seed(self.generator.getrandbits(63))
@@ -132,7 +139,9 @@ class SDFT(Strategy):
             )
         told = {i: ids for share in gather([*zip(mine, said, strict=True)]) for i, ids in share}
         return [
-            replace(p, ids=(*p.ids, *told[i]), response=(*p.response, *(True,) * len(told[i])))
+            replace(
+                p, ids=(*p.ids, *told[i]), response_mask=(*p.response_mask, *(True,) * len(told[i]))
+            )
             for i, p in enumerate(prompts)
         ]
 
@@ -149,7 +158,7 @@ class SDFT(Strategy):
             )
         }
         p = torch.cat([told[i] for i in range(len(told))]).log_softmax(-1)
-        return ((q.exp() * (q - p)).sum(-1) * batch.weight).sum() / batch.tokens
+        return ((q.exp() * (q - p)).sum(-1) * batch.token_weights).sum() / batch.supervised_tokens
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """The teacher is no longer needed."""
@@ -159,7 +168,7 @@ class SDFT(Strategy):
 
 def longest_response(examples: Sequence[Encoded]) -> int:
     """The tokens of the longest response."""
-    return max(len(e.ids) - turn(e) for e in examples)
+    return max(len(e.ids) - response_start(e) for e in examples)
 
 
 def prepend_demonstration(example: Encoded, own_answer: Encoded) -> Encoded:
@@ -167,5 +176,5 @@ def prepend_demonstration(example: Encoded, own_answer: Encoded) -> Encoded:
     return replace(
         own_answer,
         ids=(*example.ids, *own_answer.ids),
-        response=(*(False,) * len(example.ids), *own_answer.response),
+        response_mask=(*(False,) * len(example.ids), *own_answer.response_mask),
     )

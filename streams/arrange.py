@@ -139,7 +139,7 @@ def episodes(tasks: Tasks) -> Tasks:
     train.batch_size / EPISODE of them. To `naive` it is the joint stage but for the order of the
     rows.
     """
-    return (replace(mixture("episodes", tasks), episode=EPISODE_ROWS),)
+    return (replace(mixture("episodes", tasks), episode_size=EPISODE_ROWS),)
 
 
 ARRANGEMENTS: dict[str, Callable[[Tasks], Tasks]] = {

@@ -147,7 +147,7 @@ def _finding(
 
 def _named(e: Example) -> str:
     """An example's id, and where it stands."""
-    return e.id if e.where in ("", e.id) else f"{e.id} ({e.where})"
+    return e.id if e.location in ("", e.id) else f"{e.id} ({e.location})"
 
 
 def majority(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from continual.data.template import Encoder, Unfit, pieces
+from continual.data.template import Encoder, UnusableExampleError, render_segments
 from continual.data.types import Example
 from continual.evaluation.scoring import PERPLEXITY, Test
 
@@ -47,9 +47,9 @@ class Lengths:
 
 def fit(encoder: Encoder, examples: Sequence[Example]) -> list[Fit]:
     """What becomes of each as a training row; the encoder counts none of it."""
-    apart = replace(encoder, on_unfit="skip", skipped=[], shortened=[])
+    apart = replace(encoder, on_unusable="skip", skipped=[], shortened=[])
     found = []
-    for encoded in apart.each(examples, lambda e: apart.train(e, 0)):
+    for encoded in apart.iter_encoded(examples, lambda e: apart.encode_example(e, 0)):
         found.append((len(encoded.ids) if encoded else 0, bool(apart.shortened)))
         apart.shortened.clear()
     return found
@@ -68,7 +68,7 @@ def measure(
 
     `room` is score.max_new_tokens: where it is None, every answer has room.
     """
-    rows, unbounded = list(zip(train, fits, strict=True)), replace(encoder, limit=sys.maxsize)
+    rows, unbounded = list(zip(train, fits, strict=True)), replace(encoder, max_tokens=sys.maxsize)
     whole = [
         length for e, (n, cut) in rows if (length := _whole(unbounded, e) if cut or not n else n)
     ]
@@ -93,15 +93,20 @@ def measure(
 def _whole(unbounded: Encoder, example: Example) -> int:
     """The tokens of the row as it stands, 0 without a response."""
     try:
-        return len(unbounded.train(example, 0).ids)
-    except Unfit:
+        return len(unbounded.encode_example(example, 0).ids)
+    except UnusableExampleError:
         return 0
 
 
 def _prompt(encoder: Encoder, example: Example) -> str:
-    return "".join(text for text, _ in pieces(example, encoder.template, encoder.tokenizer)[:-1])
+    return "".join(
+        text for text, _ in render_segments(example, encoder.template, encoder.tokenizer)[:-1]
+    )
 
 
 def _least(encoder: Encoder, example: Example) -> int:
     """The tokens of the shortest accepted answer."""
-    return min((encoder.room(replace(example, outputs=(o,))) for o in example.outputs), default=0)
+    return min(
+        (encoder.count_answer_tokens(replace(example, outputs=(o,))) for o in example.outputs),
+        default=0,
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from continual.data.types import Encoded, Example, Message, Stream, Task
 from continual.errors import ConfigError, DataError, gathered, unknown
 
-Piece = tuple[str, bool]  # text, and whether it is a response
+TextSegment = tuple[str, bool]  # text, and whether it is a response
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Template:
     response.
     """
 
-    asked: str
-    asked_with_input: str
-    lead: str = ""  # belongs to the response: most tokenizers spell a word with the space before it
-    between: str = "\n"
+    prompt_format: str
+    prompt_format_with_input: str
+    response_prefix: str = (
+        ""  # belongs to the response: most tokenizers spell a word with the space before it
+    )
+    turn_separator: str = "\n"
 
 
 TEMPLATES: Mapping[str, Template] = {
@@ -35,25 +37,25 @@ TEMPLATES: Mapping[str, Template] = {
     "alpaca": Template(
         "### Instruction:\n{instruction}\n\n### Response:\n",
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-        between="\n\n",
+        turn_separator="\n\n",
     ),
     "human_assistant": Template(
         "### Human: {instruction}\n### Assistant:",
         "### Human: {instruction}\n{input}\n### Assistant:",
-        lead=" ",
+        response_prefix=" ",
     ),
     "inst": Template(
         "[INST] {instruction} [/INST]",
         "[INST] {instruction}\n{input} [/INST]",
-        lead=" ",
-        between="",
+        response_prefix=" ",
+        turn_separator="",
     ),
 }
 CHAT = "chat"  # the tokenizer's own template
-ANYTHING = "\ue000"  # a content that no template writes of its own accord
+PLACEHOLDER = "\ue000"  # a content that no template writes of its own accord
 
 
-class Unfit(DataError):
+class UnusableExampleError(DataError):
     """One example that cannot be learned or asked as it is: no response, or too long."""
 
 
@@ -71,20 +73,20 @@ class Encoder:
 
     tokenizer: Any
     template: str = "plain"
-    limit: int = 512
+    max_tokens: int = 512
     seq2seq: bool = False
-    on_unfit: str = "error"
+    on_unusable: str = "error"
     skipped: list[str] = field(default_factory=list)
     shortened: list[str] = field(default_factory=list)
-    shown: tuple[Example, ...] = ()
+    demonstrations: tuple[Example, ...] = ()
     fewer: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse an unknown template or option before anything is read."""
         if self.template not in TEMPLATES and self.template != CHAT:
             raise ConfigError(unknown("data.template", self.template, [*TEMPLATES, CHAT]))
-        if self.on_unfit not in ("error", "skip"):
-            raise ConfigError(unknown("data.on_unfit", self.on_unfit, ["error", "skip"]))
+        if self.on_unusable not in ("error", "skip"):
+            raise ConfigError(unknown("data.on_unfit", self.on_unusable, ["error", "skip"]))
         if self.template == CHAT and not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 "data.template=chat needs a tokenizer with a chat template, and this one has "
@@ -92,7 +94,7 @@ class Encoder:
             )
 
     @cached_property
-    def specials(self) -> tuple[list[int], list[int]]:
+    def special_ids(self) -> tuple[list[int], list[int]]:
         """The ids that stand before and after a text, of the tokenizer's own accord (a BOS, T5's
         </s>).
 
@@ -103,7 +105,7 @@ class Encoder:
         at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
         return [] if self.template == CHAT else full[:at], full[at + len(bare) :]
 
-    def ids(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """The ids of one piece, no special token added."""
         return (
             list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -111,101 +113,116 @@ class Encoder:
             else []
         )
 
-    def train(self, example: Example, index: int) -> Encoded:
+    def encode_example(self, example: Example, task_index: int) -> Encoded:
         """The example with its responses marked; raises Unfit."""
         if not "".join(example.outputs).strip() or not example.outputs[0].strip():
-            raise Unfit(
-                f"{example.where}: the response is empty, and there is nothing to learn from it; "
+            raise UnusableExampleError(
+                f"{example.location}: the response is empty, and there is nothing to learn from it; "
                 "write an output, remove the row, or set data.on_unfit=skip"
             )
-        return self._fit(
-            example, index, lambda e: pieces(e, self.template, self.tokenizer), self.limit
+        return self._shorten_to_fit(
+            example,
+            task_index,
+            lambda e: render_segments(e, self.template, self.tokenizer),
+            self.max_tokens,
         )
 
-    def ask(self, example: Example, index: int, room: int) -> Encoded:
+    def encode_prompt(self, example: Example, task_index: int, max_new_tokens: int) -> Encoded:
         """The prompt alone, leaving `room` tokens for the answer; raises Unfit."""
-        limit = self.limit if self.seq2seq else self.limit - room
-        for first in range(len(self.shown)):
-            shown = self.shown[first:]
-            parts = pieces(example, self.template, self.tokenizer, shown)[:-1]
-            whole = self._join(example, index, parts, len(parts) + 1 - 2 * _answers(example))
+        limit = self.max_tokens if self.seq2seq else self.max_tokens - max_new_tokens
+        for first in range(len(self.demonstrations)):
+            shown = self.demonstrations[first:]
+            parts = render_segments(example, self.template, self.tokenizer, shown)[:-1]
+            whole = self._join_segments(
+                example, task_index, parts, len(parts) + 1 - 2 * _count_responses(example)
+            )
             if len(whole.ids) <= limit:
                 self.fewer.extend([example.id] * (first > 0))
                 return whole
-        self.fewer.extend([example.id] * (self.shown != ()))
+        self.fewer.extend([example.id] * (self.demonstrations != ()))
         left = (
             ""
             if self.seq2seq
-            else f" ({self.limit} less {room} for the answer: score.max_new_tokens)"
+            else f" ({self.max_tokens} less {max_new_tokens} for the answer: score.max_new_tokens)"
         )
-        return self._fit(
-            example, index, lambda e: pieces(e, self.template, self.tokenizer)[:-1], limit, left
+        return self._shorten_to_fit(
+            example,
+            task_index,
+            lambda e: render_segments(e, self.template, self.tokenizer)[:-1],
+            limit,
+            left,
         )
 
-    def room(self, example: Example) -> int:
+    def count_answer_tokens(self, example: Example) -> int:
         """The tokens of the longest accepted answer and its end of sequence."""
         answers = [
-            pieces(_answered(example, o), self.template, self.tokenizer)[-1][0]
+            render_segments(_with_answer(example, o), self.template, self.tokenizer)[-1][0]
             for o in example.outputs
         ]
-        return max(len(self.ids(a)) for a in answers) + 1
+        return max(len(self.tokenize(a)) for a in answers) + 1
 
-    def _fit(
+    def _shorten_to_fit(
         self,
         example: Example,
-        index: int,
-        render: Callable[[Example], list[Piece]],
+        task_index: int,
+        render: Callable[[Example], list[TextSegment]],
         limit: int,
-        left: str = "",
+        limit_note: str = "",
     ) -> Encoded:
-        whole = self._join(example, index, render(example))
+        whole = self._join_segments(example, task_index, render(example))
         if len(whole.ids) <= limit:
             return whole
         low, high, best = 0, len(example.input), None  # the longest input that fits, by bisection
         while low <= high:
             kept = (low + high) // 2
             shorter = replace(example, input=example.input[:kept])
-            tried = self._join(example, index, render(shorter))
+            tried = self._join_segments(example, task_index, render(shorter))
             if len(tried.ids) <= limit:
                 best, low = tried, kept + 1
             else:
                 high = kept - 1
         if best is None or example.messages:
             without = f" ({len(tried.ids)} with no input at all)" if example.input else ""
-            raise Unfit(
-                f"{example.where}: takes {len(whole.ids)} tokens{without}, and the limit is "
-                f"{limit}{left}; raise data.max_length as far as the model's context goes, "
+            raise UnusableExampleError(
+                f"{example.location}: takes {len(whole.ids)} tokens{without}, and the limit is "
+                f"{limit}{limit_note}; raise data.max_length as far as the model's context goes, "
                 "shorten the row, or set data.on_unfit=skip"
             )
         self.shortened.append(example.id)
         return best
 
-    def _join(
-        self, example: Example, index: int, parts: Sequence[Piece], shown: int = 0
+    def _join_segments(
+        self,
+        example: Example,
+        task_index: int,
+        parts: Sequence[TextSegment],
+        num_context_segments: int = 0,
     ) -> Encoded:
         """The pieces as ids; the first ones that are `shown` are answered, and not learned."""
-        before, after = self.specials
+        before, after = self.special_ids
         ids, response = list(before), [False] * len(before)
         for i, (text, learned) in enumerate(parts):
-            piece = self.ids(text)
-            learned = learned and not (self.seq2seq and i < shown)  # an encoder's text ends once
+            piece = self.tokenize(text)
+            learned = learned and not (
+                self.seq2seq and i < num_context_segments
+            )  # an encoder's text ends once
             if learned and piece[-1:] != [self.tokenizer.eos_token_id]:
                 piece.append(self.tokenizer.eos_token_id)
             ids += piece
-            response += [learned and i >= shown] * len(piece)
+            response += [learned and i >= num_context_segments] * len(piece)
         if self.seq2seq:
-            ids, response = _close_source(ids, response, after, example)
+            ids, response = _end_source(ids, response, after, example)
         return Encoded(
-            example.id, index, tuple(ids), tuple(response), "".join(text for text, _ in parts)
+            example.id, task_index, tuple(ids), tuple(response), "".join(text for text, _ in parts)
         )
 
-    def task(
+    def encode_task(
         self,
         task: Task[Example],
-        columns: Mapping[str, int],
+        task_indices: Mapping[str, int],
         *,
-        dev: bool = False,
-        encoded: Callable[[Sequence[Example]], tuple[Encoded, ...]] | None = None,
+        include_dev: bool = False,
+        encode_rows: Callable[[Sequence[Example]], tuple[Encoded, ...]] | None = None,
     ) -> Task[Encoded]:
         """The task with `train` encoded, and `dev` if asked; `columns` maps a task's name to its
         column.
@@ -213,30 +230,34 @@ class Encoder:
         `encoded` gives rows that were tokenised before. Raises DataError where no train row is
         left.
         """
-        encoded = encoded or (lambda rows: self.all(rows, lambda e: self.train(e, columns[e.task])))
-        if not (train := encoded(task.train)):
-            raise DataError(nothing_left(task.name))
+        encode_rows = encode_rows or (
+            lambda rows: self.encode_all(
+                rows, lambda e: self.encode_example(e, task_indices[e.task])
+            )
+        )
+        if not (train := encode_rows(task.train)):
+            raise DataError(no_rows_message(task.name))
         return Task(
             task.name,
             train,
-            encoded(task.dev) if dev else (),
+            encode_rows(task.dev) if include_dev else (),
             (),
             task.metric,
             task.labels,
             task.category,
-            tuple(columns),
-            episode=task.episode,
+            tuple(task_indices),
+            episode_size=task.episode_size,
         )
 
-    def all(
+    def encode_all(
         self, examples: Sequence[Example], encode: Callable[[Example], Encoded]
     ) -> tuple[Encoded, ...]:
         """Each example encoded; all that are unfit in one DataError, or skipped and counted where
         that was asked.
         """
-        return tuple(e for e in self.each(examples, encode) if e)
+        return tuple(e for e in self.iter_encoded(examples, encode) if e)
 
-    def each(
+    def iter_encoded(
         self, examples: Sequence[Example], encode: Callable[[Example], Encoded]
     ) -> Iterator[Encoded | None]:
         """The same one after another, None for what is skipped; the DataError comes after the last."""
@@ -244,25 +265,25 @@ class Encoder:
         for example in examples:
             try:
                 yield encode(example)
-            except Unfit as problem:
+            except UnusableExampleError as problem:
                 problems.append(str(problem))
                 self.skipped.append(example.id)
                 yield None
-        if problems and self.on_unfit == "error":
+        if problems and self.on_unusable == "error":
             raise DataError(gathered(problems))
 
 
-def nothing_left(task: str) -> str:
+def no_rows_message(task: str) -> str:
     """Why a task without a row that can be learned is refused."""
     return f"task {task!r} has no train rows left; add rows, or raise data.max_length"
 
 
-def columns(stream: Stream) -> dict[str, int]:
+def index_tasks(stream: Stream) -> dict[str, int]:
     """The column of each task in the matrix."""
     return {task.name: i for i, task in enumerate(stream.tasks)}
 
 
-def _close_source(
+def _end_source(
     ids: list[int], response: list[bool], after: list[int], example: Example
 ) -> tuple[Any, Any]:
     """An encoder's text ends with the tokenizer's own special tokens; the response is the
@@ -270,8 +291,8 @@ def _close_source(
     """
     turn = response.index(True) if True in response else len(ids)
     if not all(response[turn:]):
-        raise Unfit(
-            f"{example.where}: several assistant turns, and an encoder-decoder model learns one "
+        raise UnusableExampleError(
+            f"{example.location}: several assistant turns, and an encoder-decoder model learns one "
             "response a row; split the row into one row a turn, or choose a causal model"
         )
     return [*ids[:turn], *after, *ids[turn:]], [
@@ -281,72 +302,77 @@ def _close_source(
     ]
 
 
-def pieces(
-    example: Example, template: str, tokenizer: Any, shown: Sequence[Example] = ()
-) -> list[Piece]:
+def render_segments(
+    example: Example, template: str, tokenizer: Any, demonstrations: Sequence[Example] = ()
+) -> list[TextSegment]:
     """The example as text, behind those `shown`: prompts and responses in turn, the last piece a
     response.
 
     A chat template writes those shown as earlier turns of the first prompt.
     """
     if template == CHAT:
-        before = [m for e in shown for m in _as_messages(e) if m.role != "system"]
-        own = _as_messages(example)
+        before = [m for e in demonstrations for m in _to_messages(e) if m.role != "system"]
+        own = _to_messages(example)
         first = own[0].role == "system"
-        return _chat([*own[:first], *before, *own[first:]], tokenizer, first + len(before))
+        return _render_chat([*own[:first], *before, *own[first:]], tokenizer, first + len(before))
     t = TEMPLATES[template]
-    parts: list[Piece] = []
-    for e in (*shown, example):
-        for asked, told in _turns(e, t):
-            parts += [((t.between if parts else "") + asked, False), (t.lead + told, True)]
+    parts: list[TextSegment] = []
+    for e in (*demonstrations, example):
+        for asked, told in _render_turns(e, t):
+            parts += [
+                ((t.turn_separator if parts else "") + asked, False),
+                (t.response_prefix + told, True),
+            ]
     return parts
 
 
-def _turns(example: Example, t: Template) -> Iterator[tuple[str, str]]:
+def _render_turns(example: Example, t: Template) -> Iterator[tuple[str, str]]:
     """What is asked and answered, turn by turn."""
     if not example.messages:
-        asked = t.asked_with_input if example.input else t.asked
+        asked = t.prompt_format_with_input if example.input else t.prompt_format
         yield asked.format(instruction=example.instruction, input=example.input), example.outputs[0]
     before = ""
     for message in example.messages:
         if message.role == "system":
             before = message.content + "\n"
         elif message.role == "user":
-            before = t.asked.format(instruction=before + message.content)
+            before = t.prompt_format.format(instruction=before + message.content)
         else:
             yield before, message.content
             before = ""
 
 
-def _answers(example: Example) -> int:
+def _count_responses(example: Example) -> int:
     """How many responses it holds."""
     return sum(m.role == "assistant" for m in example.messages) or 1
 
 
-def _answered(example: Example, output: str) -> Example:
+def _with_answer(example: Example, output: str) -> Example:
     """The example with this answer as its last response."""
     turns = (*example.messages[:-1], Message("assistant", output)) if example.messages else ()
     return replace(example, outputs=(output,), messages=turns)
 
 
-def _as_messages(example: Example) -> tuple[Message, ...]:
+def _to_messages(example: Example) -> tuple[Message, ...]:
     if example.messages:
         return example.messages
     asked = f"{example.instruction}\n{example.input}" if example.input else example.instruction
     return (Message("user", asked), Message("assistant", example.outputs[0]))
 
 
-def _chat(messages: Sequence[Message], tokenizer: Any, shown: int) -> list[Piece]:
+def _render_chat(
+    messages: Sequence[Message], tokenizer: Any, num_context_messages: int
+) -> list[TextSegment]:
     """Each assistant turn behind the first `shown` messages, up to its end of turn, and the prompts
     for them.
 
     A prompt is what the tokenizer's template asks with, and all it writes before any answer.
     """
     turns = [{"role": m.role, "content": m.content} for m in messages]
-    parts: list[Piece] = []
+    parts: list[TextSegment] = []
     done = ""  # what has been rendered and cut into pieces so far
     for i, turn in enumerate(turns):
-        if turn["role"] != "assistant" or i < shown:
+        if turn["role"] != "assistant" or i < num_context_messages:
             continue
         asked = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
@@ -355,7 +381,7 @@ def _chat(messages: Sequence[Message], tokenizer: Any, shown: int) -> list[Piece
                 "this tokenizer's chat template rewrites earlier turns, so a response has no fixed "
                 f"boundary; choose one of {', '.join(TEMPLATES)}"
             )
-        begun = asked + lead(turns[:i], asked, tokenizer)
+        begun = asked + generation_prompt_suffix(turns[:i], asked, tokenizer)
         asked = (
             begun if whole.startswith(begun) else asked
         )  # a reasoned answer can have another beginning
@@ -367,14 +393,20 @@ def _chat(messages: Sequence[Message], tokenizer: Any, shown: int) -> list[Piece
     return parts
 
 
-def lead(turns: Sequence[Mapping[str, str]], asked: str, tokenizer: Any) -> str:
+def generation_prompt_suffix(
+    turns: Sequence[Mapping[str, str]], generation_prompt: str, tokenizer: Any
+) -> str:
     """What a chat template writes before any answer to these turns, behind the generation prompt
     that ends `asked`.
 
     Qwen3's writes that nothing was thought. A space there belongs to the answer's first word.
     """
     whole = tokenizer.apply_chat_template(
-        [*turns, {"role": "assistant", "content": ANYTHING}], tokenize=False
+        [*turns, {"role": "assistant", "content": PLACEHOLDER}], tokenize=False
     )
-    before, found, _ = whole.partition(ANYTHING)
-    return before.removeprefix(asked).rstrip(" ") if found and before.startswith(asked) else ""
+    before, found, _ = whole.partition(PLACEHOLDER)
+    return (
+        before.removeprefix(generation_prompt).rstrip(" ")
+        if found and before.startswith(generation_prompt)
+        else ""
+    )

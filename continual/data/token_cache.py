@@ -21,23 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from continual.data.template import TEMPLATES, Encoder, columns, nothing_left
+from continual.data.template import TEMPLATES, Encoder, index_tasks, no_rows_message
 from continual.data.types import Encoded, Example, Stream, Task
 from continual.distributed.processes import first
 from continual.errors import DataError, gathered
 from continual.io.atomic import write_whole
 
-SCHEMA = 2  # of the file and of how rows are encoded
-LOADED = (
+CACHE_SCHEMA = 2  # of the file and of how rows are encoded
+IGNORED_TOKENIZER_KEYS = (
     "is_local",
     "local_files_only",
     "name_or_path",
 )  # of a tokenizer's configuration, not of its ids
-DTYPES = {"ids": torch.int32, "response": torch.bool, "rows": torch.int32, "text": torch.uint8}
+CACHE_DTYPES = {
+    "ids": torch.int32,
+    "response": torch.bool,
+    "rows": torch.int32,
+    "text": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenCache:
     """The stream's rows as ids; only what is asked for is held as examples.
 
     `place` is each example's row; `parts` are the file's tensors and `ends` (R + 1, 2) where each
@@ -46,50 +51,57 @@ class Tokens:
 
     encoder: Encoder
     stream: Stream
-    dev: bool
-    place: dict[Example, int]
-    parts: dict[str, Tensor]
-    ends: Tensor
+    include_dev: bool
+    row_index: dict[Example, int]
+    tensors: dict[str, Tensor]
+    offsets: Tensor
 
-    def task(self, stage: Task[Example]) -> Task[Encoded]:
+    def encode_stage(self, stage: Task[Example]) -> Task[Encoded]:
         """The stage encoded; its shortened and skipped rows are counted by the encoder."""
-        return self.encoder.task(stage, columns(self.stream), dev=self.dev, encoded=self._read)
+        return self.encoder.encode_task(
+            stage,
+            index_tasks(self.stream),
+            include_dev=self.include_dev,
+            encode_rows=self._load_rows,
+        )
 
-    def some(self, n: int) -> list[Encoded]:
+    def sample_rows(self, n: int) -> list[Encoded]:
         """At most `n` rows from all over the stream, not counted."""
-        fit = [e for e, row in self.place.items() if self.parts["rows"][row, 0]]
-        return [self._row(e, 0) for e in fit[:: max(1, len(fit) // n)][:n]]
+        fit = [e for e, row in self.row_index.items() if self.tensors["rows"][row, 0]]
+        return [self._load_row(e, 0) for e in fit[:: max(1, len(fit) // n)][:n]]
 
-    def fit(self, examples: Sequence[Example]) -> list[tuple[int, bool]]:
+    def count_tokens(self, examples: Sequence[Example]) -> list[tuple[int, bool]]:
         """The tokens that each takes (0: it does not fit), and whether its input was shortened; not
         counted.
         """
-        rows = self.parts["rows"][[self.place[e] for e in examples]].tolist()
+        rows = self.tensors["rows"][[self.row_index[e] for e in examples]].tolist()
         return [(tokens, bool(shortened)) for tokens, _, shortened in rows]
 
-    def _read(self, examples: Sequence[Example]) -> tuple[Encoded, ...]:
-        index, found = columns(self.stream), []
+    def _load_rows(self, examples: Sequence[Example]) -> tuple[Encoded, ...]:
+        index, found = index_tasks(self.stream), []
         for example in examples:
-            tokens, _, shortened = self.parts["rows"][self.place[example]].tolist()
+            tokens, _, shortened = self.tensors["rows"][self.row_index[example]].tolist()
             if not tokens:
                 self.encoder.skipped.append(example.id)
                 continue
             if shortened:
                 self.encoder.shortened.append(example.id)
-            found.append(self._row(example, index[example.task]))
+            found.append(self._load_row(example, index[example.task]))
         return tuple(found)
 
-    def _row(self, example: Example, index: int) -> Encoded:
-        row = self.place[example]
-        (token, letter), (token_end, letter_end) = self.ends[row : row + 2].tolist()
+    def _load_row(self, example: Example, task_index: int) -> Encoded:
+        row = self.row_index[example]
+        (token, letter), (token_end, letter_end) = self.offsets[row : row + 2].tolist()
         ids, response = (
-            tuple(self.parts[part][token:token_end].tolist()) for part in ("ids", "response")
+            tuple(self.tensors[part][token:token_end].tolist()) for part in ("ids", "response")
         )
-        text = bytes(self.parts["text"][letter:letter_end].tolist()).decode("utf-8", "replace")
-        return Encoded(example.id, index, ids, response, text)
+        text = bytes(self.tensors["text"][letter:letter_end].tolist()).decode("utf-8", "replace")
+        return Encoded(example.id, task_index, ids, response, text)
 
 
-def tokenise(path: Path, encoder: Encoder, stream: Stream, *, dev: bool) -> Tokens:
+def load_or_tokenize(
+    path: Path, encoder: Encoder, stream: Stream, *, include_dev: bool
+) -> TokenCache:
     """The train rows of all stages, and their dev rows if asked: from `path`, or made and written
     there.
 
@@ -99,44 +111,46 @@ def tokenise(path: Path, encoder: Encoder, stream: Stream, *, dev: bool) -> Toke
     """
     place: dict[Example, int] = {}
     for stage in stream.stages:
-        for example in (*stage.train, *(stage.dev if dev else ())):
+        for example in (*stage.train, *(stage.dev if include_dev else ())):
             place.setdefault(example, len(place))
-    key = _key(encoder, place)
+    key = _cache_key(encoder, place)
     with first():
-        parts = _kept(path, key, encoder, len(place))
+        parts = _load_valid(path, key, encoder, len(place))
         if parts is None:
-            _save(path, key, _make(encoder, stream, place))
-            parts = _open(path)[1]
-    return Tokens(encoder, stream, dev, place, parts, _ends(parts["rows"]))
+            _save_tensors(path, key, _tokenize_rows(encoder, stream, place))
+            parts = _load_tensors(path)[1]
+    return TokenCache(encoder, stream, include_dev, place, parts, _row_offsets(parts["rows"]))
 
 
-def _make(encoder: Encoder, stream: Stream, place: dict[Example, int]) -> dict[str, Tensor]:
+def _tokenize_rows(
+    encoder: Encoder, stream: Stream, row_index: dict[Example, int]
+) -> dict[str, Tensor]:
     """All rows, tokenised; they are counted when their stage comes."""
     skipped, known = len(encoder.skipped), len(encoder.shortened)
     ids, response, text, rows = array("i"), bytearray(), bytearray(), array("i")
-    for made in encoder.each(list(place), lambda e: encoder.train(e, 0)):
+    for made in encoder.iter_encoded(list(row_index), lambda e: encoder.encode_example(e, 0)):
         written = made.text.encode("utf-8", "replace") if made else b""
         rows.extend((len(made.ids) if made else 0, len(written), len(encoder.shortened) > known))
         del encoder.shortened[known:]
         if made:
             ids.extend(made.ids)
-            response += bytes(made.response)
+            response += bytes(made.response_mask)
             text += written
     del encoder.skipped[skipped:]
-    if empty := [s.name for s in stream.stages if not any(rows[3 * place[e]] for e in s.train)]:
-        raise DataError(gathered([nothing_left(name) for name in empty]))
+    if empty := [s.name for s in stream.stages if not any(rows[3 * row_index[e]] for e in s.train)]:
+        raise DataError(gathered([no_rows_message(name) for name in empty]))
     found: dict[str, Any] = {"ids": ids, "response": response, "rows": rows, "text": text}
-    parts = {name: torch.frombuffer(part, dtype=DTYPES[name]) for name, part in found.items()}
+    parts = {name: torch.frombuffer(part, dtype=CACHE_DTYPES[name]) for name, part in found.items()}
     return {**parts, "rows": parts["rows"].view(-1, 3)}
 
 
-def _save(path: Path, key: str, parts: dict[str, Tensor]) -> None:
+def _save_tensors(path: Path, key: str, parts: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
-    write_whole(path, save(parts, {"key": key, "digest": _digest(parts)}))
+    write_whole(path, save(parts, {"key": key, "digest": _hash_tensors(parts)}))
 
 
-def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _load_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What `_save` wrote: the tensors are read from disk where they are used."""
     from safetensors import safe_open
 
@@ -145,7 +159,7 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
 
 
-def _kept(path: Path, key: str, encoder: Encoder, n: int) -> dict[str, Tensor] | None:
+def _load_valid(path: Path, key: str, encoder: Encoder, n: int) -> dict[str, Tensor] | None:
     """The tensors at `path` where they are those of this key's `n` rows; says what is wrong with
     them if not.
     """
@@ -154,11 +168,11 @@ def _kept(path: Path, key: str, encoder: Encoder, n: int) -> dict[str, Tensor] |
     if not path.exists():
         return None
     try:
-        told, parts = _open(path)
+        told, parts = _load_tensors(path)
         if (
             told.get("key") == key
-            and _sound(parts, encoder, n)
-            and told.get("digest") == _digest(parts)
+            and _is_valid(parts, encoder, n)
+            and told.get("digest") == _hash_tensors(parts)
         ):
             return parts
         other = "other rows, or of another tokenizer, template or length"
@@ -169,11 +183,11 @@ def _kept(path: Path, key: str, encoder: Encoder, n: int) -> dict[str, Tensor] |
     return None
 
 
-def _sound(parts: dict[str, Tensor], encoder: Encoder, n: int) -> bool:
+def _is_valid(parts: dict[str, Tensor], encoder: Encoder, n: int) -> bool:
     """Whether the numbers can be this encoder's rows: as many, of such lengths, of its words, with
     a response each.
     """
-    if {name: part.dtype for name, part in parts.items()} != DTYPES:
+    if {name: part.dtype for name, part in parts.items()} != CACHE_DTYPES:
         return False
     ids, response, text, rows = (parts[name] for name in ("ids", "response", "text", "rows"))
     if (
@@ -183,18 +197,18 @@ def _sound(parts: dict[str, Tensor], encoder: Encoder, n: int) -> bool:
     ):
         return False
     least, most = (
-        (0 if encoder.on_unfit == "skip" else 1),
+        (0 if encoder.on_unusable == "skip" else 1),
         max(encoder.tokenizer.get_vocab().values()),
     )
     if (
         rows.min() < 0
         or rows[:, 0].min() < least
-        or rows[:, 0].max() > encoder.limit
+        or rows[:, 0].max() > encoder.max_tokens
         or ids.min() < 0
         or (ids.max() > most)
     ):
         return False
-    ends = _ends(rows)
+    ends = _row_offsets(rows)
     if ends[-1].tolist() != [len(ids), len(text)] or len(response) != len(ids):
         return False
     learned = torch.cat([torch.zeros(1, dtype=torch.int32), response.cumsum(0, dtype=torch.int32)])[
@@ -203,12 +217,12 @@ def _sound(parts: dict[str, Tensor], encoder: Encoder, n: int) -> bool:
     return bool((learned > 0).eq(rows[:, 0] > 0).all())
 
 
-def _ends(rows: Tensor) -> Tensor:
+def _row_offsets(rows: Tensor) -> Tensor:
     """(R + 1, 2) where each row's tokens and text begin; the last is where all end."""
     return torch.cat([torch.zeros(1, 2, dtype=torch.long), rows[:, :2].long().cumsum(0)])
 
 
-def _digest(parts: dict[str, Tensor]) -> str:
+def _hash_tensors(parts: dict[str, Tensor]) -> str:
     """A hash of the tensors' shapes and values."""
     made = hashlib.sha256()
     for name in sorted(parts):
@@ -217,19 +231,19 @@ def _digest(parts: dict[str, Tensor]) -> str:
     return made.hexdigest()
 
 
-def _key(encoder: Encoder, rows: dict[Example, int]) -> str:
+def _cache_key(encoder: Encoder, rows: dict[Example, int]) -> str:
     """A hash of everything that the ids depend on."""
     import transformers
 
     made = hashlib.sha256()
     template = repr(TEMPLATES.get(encoder.template, encoder.template))
     head = [
-        SCHEMA,
+        CACHE_SCHEMA,
         transformers.__version__,
         template,
-        encoder.limit,
+        encoder.max_tokens,
         encoder.seq2seq,
-        encoder.on_unfit,
+        encoder.on_unusable,
     ]
     made.update(json.dumps(head).encode())
     with tempfile.TemporaryDirectory() as folder:
@@ -240,7 +254,7 @@ def _key(encoder: Encoder, rows: dict[Example, int]) -> str:
                 path.name == "tokenizer_config.json"
             ):  # it also tells where this copy was loaded from
                 told = json.dumps(
-                    {k: v for k, v in json.loads(told).items() if k not in LOADED}
+                    {k: v for k, v in json.loads(told).items() if k not in IGNORED_TOKENIZER_KEYS}
                 ).encode()
             made.update(f"\n{path.name} {len(told)}\n".encode() + told)
     for e in rows:

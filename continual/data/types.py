@@ -41,13 +41,13 @@ class Example:
     input: str = ""
     outputs: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
-    where: str = ""
+    location: str = ""
     constraints: tuple[Constraint, ...] = ()
     requirements: tuple[str, ...] = ()
     level: str = ""
 
     @property
-    def asked(self) -> str:
+    def user_request(self) -> str:
         """The instruction, or what the last turn of the user says."""
         return self.instruction or next(
             (m.content for m in reversed(self.messages) if m.role == "user"), ""
@@ -64,9 +64,9 @@ class Encoded:
     """
 
     id: str
-    task: int
+    task_index: int
     ids: tuple[int, ...]
-    response: tuple[bool, ...]
+    response_mask: tuple[bool, ...]
     text: str = ""
 
 
@@ -89,10 +89,10 @@ class Task(Generic[E]):
     metric: str = "exact_match"
     labels: tuple[str, ...] = ()
     category: str = ""
-    columns: tuple[str, ...] = ()
-    episode: int = 0
+    task_names: tuple[str, ...] = ()
+    episode_size: int = 0
 
-    def split(self, name: str) -> Sequence[E]:
+    def get_split(self, name: str) -> Sequence[E]:
         """The examples of `train`, `dev` or `test`; raises DataError if there are none."""
         rows: Sequence[E] = getattr(self, name)
         if not rows:

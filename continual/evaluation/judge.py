@@ -93,7 +93,7 @@ class Judge:
     @cached_property
     def whole(self) -> Encoder:
         """The same without a limit."""
-        return replace(self.encoder, limit=sys.maxsize)
+        return replace(self.encoder, max_tokens=sys.maxsize)
 
     def __call__(self, examples: Sequence[Example], answers: Sequence[str]) -> list[dict[str, Any]]:
         """Each answer's `score` in [0, 1], its `grades` by requirement, and whether it was `cut`
@@ -120,22 +120,26 @@ class Judge:
         """What the judge is asked, and whether the answer had to be cut; DataError where it is too
         long without.
         """
-        room, ids, cut = ROOM, self.encoder.ids(said), False
-        instruction = f"{example.asked}\n{example.input}" if example.input else example.asked
+        room, ids, cut = ROOM, self.encoder.tokenize(said), False
+        instruction = (
+            f"{example.user_request}\n{example.input}" if example.input else example.user_request
+        )
         while True:
             text = RUBRIC.format(instruction=instruction, answer=said, requirement=requirement)
-            asked = Example(example.id, example.task, text, outputs=("5",), where=example.where)
-            whole = self.whole.ask(asked, 0, room)
-            over = len(whole.ids) + room - self.encoder.limit
+            asked = Example(
+                example.id, example.task, text, outputs=("5",), location=example.location
+            )
+            whole = self.whole.encode_prompt(asked, 0, room)
+            over = len(whole.ids) + room - self.encoder.max_tokens
             if over <= 0:
                 return whole, cut
             if not ids:
                 raise DataError(
-                    f"{example.where}: the judge's prompt takes {len(whole.ids)} tokens without "
-                    f"the answer, and the limit is {self.encoder.limit} less {room}; raise "
+                    f"{example.location}: the judge's prompt takes {len(whole.ids)} tokens without "
+                    f"the answer, and the limit is {self.encoder.max_tokens} less {room}; raise "
                     "score.judge.max_length as far as its context goes, or choose another judge"
                 )
-            ids, cut = ids[: max(0, len(ids) - over - len(self.encoder.ids(CUT)))], True
+            ids, cut = ids[: max(0, len(ids) - over - len(self.encoder.tokenize(CUT)))], True
             said = self.encoder.tokenizer.decode(ids, skip_special_tokens=True) + CUT
 
     def grades(self, prompts: Sequence[Encoded]) -> list[float | None]:
@@ -153,7 +157,7 @@ def requirements(example: Example) -> list[str]:
     """What an answer is graded by: the row's own requirements, or else the sentences of its
     instruction.
     """
-    return list(example.requirements) or sentences(example.asked) or [example.asked]
+    return list(example.requirements) or sentences(example.user_request) or [example.user_request]
 
 
 def grade(said: str) -> float | None:

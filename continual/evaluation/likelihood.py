@@ -20,10 +20,10 @@ def spelled(labels: Sequence[str], encoder: Encoder) -> dict[str, tuple[int, ...
     """Each of these answers as the template writes it, to the end of sequence."""
     found = {}
     for label in labels:
-        whole = encoder.train(
-            Example(label, "", "-", outputs=(label,), where=f"label {label!r}"), 0
+        whole = encoder.encode_example(
+            Example(label, "", "-", outputs=(label,), location=f"label {label!r}"), 0
         )
-        found[label] = whole.ids[whole.response.index(True) :]
+        found[label] = whole.ids[whole.response_mask.index(True) :]
     return found
 
 
@@ -48,7 +48,7 @@ def likelihoods(
     alike: at most `batch_size` prompts together, and of those as many as leave a pass no more
     tokens than `layout.tokens`.
     """
-    if not model.layout.flat:
+    if not model.layout.packed:
         return _by_pairs(model, prompts, labels)
     model.fit(max((len(p.ids) for p in prompts), default=0) + max(map(len, labels)) - 1)
     tree: dict[
@@ -61,7 +61,7 @@ def likelihoods(
     ]
     owner, at, token = torch.tensor(paths, device=model.layout.device).T
     parents = [tree[start[:-1]] if start else -1 for start in tree]
-    together = max(1, min(batch_size, model.layout.tokens // len(tree)))
+    together = max(1, min(batch_size, model.layout.tokens_per_microbatch // len(tree)))
     order = sorted(
         range(len(prompts)), key=lambda i: prompts[i].ids
     )  # what begins alike is read together
@@ -69,7 +69,7 @@ def likelihoods(
     for begin in range(0, len(order), together):
         part = order[begin : begin + together]
         cache = read(model, [prompts[i] for i in part], parents)
-        part = [part[i] for i in cache.order]
+        part = [part[i] for i in cache.prompt_order]
         tokens = [[start[-1] if start else prompts[i].ids[-1] for start in tree] for i in part]
         logits = follow(model, cache, torch.tensor(tokens, device=model.layout.device))
         each = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))[
@@ -88,7 +88,7 @@ def _by_pairs(
             p,
             id=str(i * len(labels) + j),
             ids=p.ids + ids,
-            response=(False,) * len(p.ids) + (True,) * len(ids),
+            response_mask=(False,) * len(p.ids) + (True,) * len(ids),
         )
         for i, p in enumerate(prompts)
         for j, ids in enumerate(labels)
@@ -96,5 +96,5 @@ def _by_pairs(
     told = torch.zeros(len(pairs), dtype=torch.float64)
     for micro in Batch(tuple(pairs), replace(model.layout, instruction_weight=0.0)).micro_batches():
         rows = torch.tensor([int(e.id) for e in micro.examples])
-        told.index_add_(0, rows[micro.example.cpu()], -token_nll(model, micro).double().cpu())
+        told.index_add_(0, rows[micro.example_index.cpu()], -token_nll(model, micro).double().cpu())
     return told.view(len(prompts), -1)

@@ -91,7 +91,7 @@ def kept(answer: str, example: Example) -> Marks:
     """Instruction fidelity: the share of the instruction's concrete elements that it preserves
     (continual.evaluation.fidelity).
     """
-    score, lost = fidelity(answer, example.asked)
+    score, lost = fidelity(answer, example.user_request)
     return {"score": score, "lost": lost}
 
 
@@ -99,7 +99,9 @@ def checkable(example: Example) -> tuple[Constraint, ...]:
     """The row's constraints; of a row without any those that its instruction asks for in its own
     words.
     """
-    return example.constraints or tuple(c for d in demands(example.asked) for c in d.constraints)
+    return example.constraints or tuple(
+        c for d in demands(example.user_request) for c in d.constraints
+    )
 
 
 def relevance_checked(answer: str, example: Example) -> Marks:
@@ -126,7 +128,7 @@ MEASURES: Mapping[str, Measure] = {
     "constraint_share_loose": Measure(constraint_share_loose, *CONSTRAINED),
     "fidelity": Measure(
         kept,
-        lambda e: bool(elements(e.asked)),
+        lambda e: bool(elements(e.user_request)),
         "numbers, quotes, names or words of form in its instruction",
         "choose another metric",
     ),
@@ -147,7 +149,7 @@ def refuse(metric: str, task: str, rows: Sequence[Example]) -> None:
         raise DataError(
             gathered(
                 [
-                    f"{e.where}: found no {measure.needs}, expected them for the metric {metric}; "
+                    f"{e.location}: found no {measure.needs}, expected them for the metric {metric}; "
                     f"{measure.mend}"
                     for e in without
                 ]

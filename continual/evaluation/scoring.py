@@ -23,7 +23,7 @@ from continual.models.loss import token_nll
 from continual.models.model import Model
 from continual.models.sharding import in_step
 from continual.packing.batch import Batch
-from continual.packing.layout import turn
+from continual.packing.layout import response_start
 
 SPLITS = ("train", "dev", "test")
 PERPLEXITY = "perplexity"  # marks the reference, not an answer
@@ -53,7 +53,7 @@ class Test:
     @property
     def prompts(self) -> list[tuple[int, ...]]:
         """What is asked, without any answer: the token ids of each prompt."""
-        return [e.ids[: turn(e)] if any(e.response) else e.ids for e in self.encoded]
+        return [e.ids[: response_start(e)] if any(e.response_mask) else e.ids for e in self.encoded]
 
     def of(self, indices: Sequence[int]) -> Test:
         """Some of the examples."""
@@ -95,7 +95,7 @@ def prepare(
         raise ConfigError(unknown("score.split", split, SPLITS))
     if how not in HOW:
         raise ConfigError(unknown("score.how", how, HOW))
-    rows = list(task.split(split))[:limit]
+    rows = list(task.get_split(split))[:limit]
     if metric == JUDGED and judge is None:
         raise ConfigError(
             f"task {task.name!r}: found no judge, expected a model that grades for the metric "
@@ -109,20 +109,20 @@ def prepare(
         if labels
         else max_new_tokens or _room(task.name, metric, rows, encoder)
     )
-    if metric != PERPLEXITY and not encoder.seq2seq and room >= encoder.limit:
+    if metric != PERPLEXITY and not encoder.seq2seq and room >= encoder.max_tokens:
         whence = (
             "score.max_new_tokens" if max_new_tokens else f"the longest of its {split} references"
         )
         raise ConfigError(
             f"task {task.name!r}: an answer may take {room} tokens ({whence}), which leaves none "
-            f"of the {encoder.limit} for its prompt; set score.max_new_tokens lower, or raise "
+            f"of the {encoder.max_tokens} for its prompt; set score.max_new_tokens lower, or raise "
             "data.max_length as far as the model's context goes"
         )
     if metric == PERPLEXITY:
-        encode: Callable[[Example], Encoded] = lambda e: encoder.train(e, index)  # noqa: E731
+        encode: Callable[[Example], Encoded] = lambda e: encoder.encode_example(e, index)  # noqa: E731
     else:
-        encode = lambda e: encoder.ask(e, index, room)  # noqa: E731
-    encoded = encoder.all(rows, encode)
+        encode = lambda e: encoder.encode_prompt(e, index, room)  # noqa: E731
+    encoded = encoder.encode_all(rows, encode)
     if not encoded:
         raise DataError(
             f"task {task.name!r} has no {split} rows left to score; add rows, or raise "
@@ -149,7 +149,7 @@ def _room(task: str, metric: str, rows: Sequence[Example], encoder: Encoder) -> 
             f"task {task!r}: found no reference that tells how long an answer may be; set "
             "score.max_new_tokens"
         )
-    return max(encoder.room(e) for e in rows)
+    return max(encoder.count_answer_tokens(e) for e in rows)
 
 
 def _labels(task: Task[Example], encoder: Encoder) -> dict[str, tuple[int, ...]]:
@@ -237,7 +237,7 @@ def mark(metric: str, answer: str, example: Example) -> dict[str, Any]:
 
 def composed(example: Example) -> str:
     """The row's own level, or else how its instruction is composed (`demands.level`)."""
-    return example.level or level(example.asked)
+    return example.level or level(example.user_request)
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def _perplexity(model: Model, test: Test) -> list[dict[str, Any]]:
     for micro in Batch(tuple(test.encoded), responses).micro_batches():
         nll = token_nll(model, micro)
         for i, e in enumerate(micro.examples):
-            means[e.id] = float(nll[micro.example == i].mean())
+            means[e.id] = float(nll[micro.example_index == i].mean())
     return [
         {
             "id": e.id,

@@ -60,7 +60,7 @@ class ChatSession:
         newest = next(name for name in reversed(source.stages) if name in source.available_stages)
         self.loaded, self.console = load_run_model(source, config), console
         self.loaded.load_stage(newest)
-        most = self.loaded.encoder.limit
+        most = self.loaded.encoder.max_tokens
         self.max_new_tokens = min(
             max_new_tokens or self.loaded.config.score.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
             most // 2,
@@ -112,7 +112,7 @@ class ChatSession:
     def to_example(self, text: str) -> Example:
         """What was typed, behind the task's instruction where there is one."""
         instruction, given = (self.instruction, text) if self.instruction else (text, "")
-        return Example("typed", self.task or "", instruction, given, ("",), where="the prompt")
+        return Example("typed", self.task or "", instruction, given, ("",), location="the prompt")
 
     def ask(self, example: Example) -> None:
         """Answer, and keep the prompt to compare with."""
@@ -123,12 +123,12 @@ class ChatSession:
     def generate_answer(self, example: Example) -> str:
         """The greedy answer of the stage that is on."""
         opened = self.loaded
-        asked = opened.encoder.ask(example, 0, self.max_new_tokens)
+        asked = opened.encoder.encode_prompt(example, 0, self.max_new_tokens)
         opened.route(self.task)
         if opened.encoder.shortened:
             opened.encoder.shortened.clear()
             self.print_line(
-                f"(the input is shortened to fit {opened.encoder.limit} tokens with its answer)",
+                f"(the input is shortened to fit {opened.encoder.max_tokens} tokens with its answer)",
                 "yellow",
             )
         for _ in opened.strategy.dispatch(opened.model, [asked.ids]):
@@ -201,7 +201,7 @@ class ChatSession:
             )
         if self.task not in self.test_rows:
             self.test_rows[self.task] = cycle(
-                self.stream_task(self.task).split(self.loaded.config.score.split)
+                self.stream_task(self.task).get_split(self.loaded.config.score.split)
             )
         row = next(self.test_rows[self.task])
         asked = row.messages[:-1] if row.messages else ()

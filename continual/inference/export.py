@@ -77,7 +77,7 @@ def export(
     opened.load_stage(name)
     opened.route(task)
     adapter = not _should_merge(opened, merge)
-    if adapter and not opened.model.layout.prefix and hasattr(opened.model.net, "virtual"):
+    if adapter and not opened.model.layout.prompt_prefix and hasattr(opened.model.net, "virtual"):
         adapter = False  # no virtual token stands before anything yet: the base alone answers
     base = _base_name(opened) if adapter else None
     made = ExportResult(target, adapter, base)
@@ -227,7 +227,7 @@ def _save_virtual_tokens(folder: Path, model: Model) -> None:
     """
     from safetensors.torch import save_file
 
-    ids = torch.tensor(model.layout.prefix, device=model.layout.device)
+    ids = torch.tensor(model.layout.prompt_prefix, device=model.layout.device)
     config = copy.deepcopy(model.net.peft_config["default"])
     config.num_virtual_tokens, config.inference_mode = len(ids), True
     config.save_pretrained(str(folder))

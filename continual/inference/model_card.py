@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from continual.data.template import CHAT, TEMPLATES, Encoder, lead
+from continual.data.template import CHAT, TEMPLATES, Encoder, generation_prompt_suffix
 from continual.errors import DataError
 from continual.inference.reopen import LoadedModel
 from continual.io import untrusted
@@ -231,7 +231,7 @@ def _input_separator(encoder: Encoder) -> str:
     """What stands between an instruction and its input, where both are one message."""
     if encoder.template == CHAT:
         return "\n"
-    between = TEMPLATES[encoder.template].asked_with_input.partition("{instruction}")[2]
+    between = TEMPLATES[encoder.template].prompt_format_with_input.partition("{instruction}")[2]
     return between.partition("{input}")[0]
 
 
@@ -240,7 +240,7 @@ def build_chat_template(encoder: Encoder) -> str:
     special tokens and all.
     """
     tokenizer = encoder.tokenizer
-    before, after = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in encoder.specials)
+    before, after = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in encoder.special_ids)
     opening, closing = (
         f"{{{{ {_string_literal(part)} }}}}" if part else ""
         for part in (before, after if encoder.seq2seq else "")
@@ -248,17 +248,17 @@ def build_chat_template(encoder: Encoder) -> str:
     if encoder.template == CHAT:
         return f"{opening}{_chat_template_with_prefix(tokenizer)}{closing}"
     t = TEMPLATES[encoder.template]
-    head, _, tail = t.asked.partition("{instruction}")
+    head, _, tail = t.prompt_format.partition("{instruction}")
     end = _string_literal(tokenizer.eos_token or "")
     user = (
-        f"{{{{ ({_string_literal(t.between)} if at.begun else '') + {_string_literal(head)} + at.system + "
+        f"{{{{ ({_string_literal(t.turn_separator)} if at.begun else '') + {_string_literal(head)} + at.system + "
         f"m['content'] + {_string_literal(tail)} }}}}"
     )
     return (
         f"{opening}{{% set at = namespace(system='', begun=false) %}}{{% for m in messages "
         f"%}}{{% if m['role'] == 'system' %}}{{% set at.system = m['content'] + '\\n' %}}{{% "
         f"elif m['role'] == 'user' %}}{user}{{% set at.system = '' %}}{{% set at.begun = true "
-        f"%}}{{% else %}}{{{{ {_string_literal(t.lead)} + m['content'] + {end} }}}}{{% set at.begun = "
+        f"%}}{{% else %}}{{{{ {_string_literal(t.response_prefix)} + m['content'] + {end} }}}}{{% set at.begun = "
         f"true %}}{{% endif %}}{{% endfor %}}{closing}"
     )
 
@@ -269,7 +269,7 @@ def _chat_template_with_prefix(tokenizer: Any) -> str:
     """
     turns = [{"role": "user", "content": "a"}]
     asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    told, more = str(tokenizer.chat_template), lead(turns, asked, tokenizer)
+    told, more = str(tokenizer.chat_template), generation_prompt_suffix(turns, asked, tokenizer)
     if not more:
         return told
     more = _string_literal(more)
@@ -331,7 +331,7 @@ def _origin_section(
     told = [
         f"* base: {made}",
         f"* adapter: {escape_markdown(config.model.get('adapter', 'none'))}; precision "
-        f"{escape_markdown(config.train.precision)}; at most {escape_markdown(opened.encoder.limit)} tokens of "
+        f"{escape_markdown(config.train.precision)}; at most {escape_markdown(opened.encoder.max_tokens)} tokens of "
         f"prompt and answer; seed {escape_markdown(config.seed)}",
         f"* tasks, in the order of the matrix: {', '.join(map(escape_markdown, opened.source.tasks))}",
     ]

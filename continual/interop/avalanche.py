@@ -20,7 +20,7 @@ from hydra.utils import get_object
 from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module, Parameter
 
-from continual.data.template import Encoder, columns
+from continual.data.template import Encoder, index_tasks
 from continual.data.types import Encoded, Example, Stream, Task
 from continual.errors import ConfigError
 from continual.models.loss import forward, numbered
@@ -40,12 +40,12 @@ def to_tensors(examples: Sequence[Encoded], causal: bool, min_width: int = 0) ->
         torch.full((len(examples), width), IGNORE_INDEX),
     )
     for i, e in enumerate(examples):
-        ids, response = torch.tensor(e.ids), torch.tensor(e.response)
+        ids, response = torch.tensor(e.ids), torch.tensor(e.response_mask)
         x[i, 0, : len(ids)], x[i, 1, : len(ids)] = ids, torch.where(response, RESPONSE, PROMPT)
         y[i, : len(ids)] = torch.where(response, ids, IGNORE_INDEX)
     if causal:
         y[:, 0] = IGNORE_INDEX  # a causal model predicts nothing for a first token
-    return [x, y, torch.tensor([e.task for e in examples])]
+    return [x, y, torch.tensor([e.task_index for e in examples])]
 
 
 def to_examples(x: Tensor) -> list[Encoded]:
@@ -127,10 +127,12 @@ def make_benchmark(stream: Stream, encoder: Encoder, split: str = "test") -> Any
     are those of single tokens after the right ones. Raises DataError for a row that cannot be
     learned.
     """
-    index = columns(stream)
+    index = index_tasks(stream)
 
     def rows(task: Task[Example], part: str) -> Sequence[Encoded]:
-        return encoder.all(task.split(part), lambda e: encoder.train(e, index[e.task]))
+        return encoder.encode_all(
+            task.get_split(part), lambda e: encoder.encode_example(e, index[e.task])
+        )
 
     return make_benchmark_from_examples(
         not encoder.seq2seq,
@@ -150,7 +152,7 @@ def make_benchmark_from_examples(causal: bool, **streams: Sequence[Sequence[Enco
 
     def experience(examples: Sequence[Encoded]) -> Any:
         rows = EncodedDataset(examples, causal, flat_targets=True)
-        tasks = attribute([e.task for e in examples], "targets_task_labels")
+        tasks = attribute([e.task_index for e in examples], "targets_task_labels")
         return dataset([rows], data_attributes=[tasks], collate_fn=rows.collate_fn)
 
     made = {name: [experience(examples) for examples in parts] for name, parts in streams.items()}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from continual.data.types import Encoded
 from continual.models.model import Model
-from continual.packing.attention import flat_attention
-from continual.packing.kv_cache import Cache, Taken, cached
-from continual.packing.layout import behind
+from continual.packing.attention import use_row_attention
+from continual.packing.kv_cache import KVCache, PrefillDone, cached_attention
+from continual.packing.layout import prepend_prefix
 
 CPU_PASS = (
     1024  # tokens: what a longer pass computes falls out of a CPU's caches, and takes longer for it
@@ -68,7 +68,7 @@ def complete(
     pick: Pick = likeliest,
 ) -> list[list[int]]:
     """At most `room` tokens behind each prompt, up to the token `end` and with it."""
-    said = _from_flat_rows if model.layout.flat else _generated
+    said = _from_flat_rows if model.layout.packed else _generated
     model.fit(
         max((len(p.ids) for p in prompts), default=0) + room - 1
     )  # the last token is not read
@@ -87,16 +87,16 @@ def _generated(
     """By `transformers`, from left-padded rows: for an encoder, or attention that is not ours."""
     from transformers import GenerationConfig
 
-    pad, device = model.layout.pad, model.layout.device
+    pad, device = model.layout.pad_token_id, model.layout.device
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=room,
         pad_token_id=pad,
         eos_token_id=end,
-        decoder_start_token_id=model.layout.decoder_start,
+        decoder_start_token_id=model.layout.decoder_start_token_id,
     )
-    asked = [p.ids for p in behind(model.layout.prefix, [prompts[i] for i in part])]
+    asked = [p.ids for p in prepend_prefix(model.layout.prompt_prefix, [prompts[i] for i in part])]
     longest = max(map(len, asked))
     ids = torch.tensor([[pad] * (longest - len(p)) + [*p] for p in asked], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in asked], device=device)
@@ -127,51 +127,58 @@ def _from_flat_rows(
     asked, device = [prompts[i] for i in part], model.layout.device
     cache = read(model, asked, range(-1, room - 1))
     said: list[list[int]] = [[] for _ in part]
-    left = cache.order
+    left = cache.prompt_order
     tokens = torch.tensor([asked[i].ids[-1] for i in left], device=device)
     while True:
         logits = follow(model, cache, tokens[:, None])[:, 0]
-        tokens = pick(logits, [part[i] for i in left], cache.new.start)
+        tokens = pick(logits, [part[i] for i in left], cache.new_indices.start)
         told = tokens.tolist()
         for i, token in zip(left, told, strict=True):
             said[i].append(token)
         stay = [k for k, token in enumerate(told) if token != end]
-        if not stay or cache.new.stop == room:
+        if not stay or cache.new_indices.stop == room:
             return said
         if len(stay) < len(told):
             left, tokens = [left[k] for k in stay], tokens[stay]
-            cache.keep(stay)
+            cache.keep_prompts(stay)
 
 
-def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> Cache:
+def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> KVCache:
     """The prompts, read but for their last tokens; behind each there is room for tokens with these
     `parents`.
     """
     layers = model.net.config.get_text_config().num_hidden_layers
     layers = 0 if model.sharded else layers  # a pass that ends early would leave weights gathered
     cache, most = (
-        Cache(behind(model.layout.prefix, prompts), model.layout.pad, parents, layers),
-        model.layout.tokens,
+        KVCache(
+            prepend_prefix(model.layout.prompt_prefix, prompts),
+            model.layout.pad_token_id,
+            parents,
+            layers,
+        ),
+        model.layout.tokens_per_microbatch,
     )
-    for part in cache.passes(min(most, CPU_PASS) if model.layout.device.type == "cpu" else most):
+    for part in cache.prefill_passes(
+        min(most, CPU_PASS) if model.layout.device.type == "cpu" else most
+    ):
         ids, positions = part.to(model.layout.device)
-        with suppress(Taken):
+        with suppress(PrefillDone):
             _pass(model, ids, positions, cache)
     return cache
 
 
-def follow(model: Model, cache: Cache, tokens: Tensor) -> Tensor:
+def follow(model: Model, cache: KVCache, tokens: Tensor) -> Tensor:
     """Logits (B, n, V) after each of the next tokens (B, n) behind the prompts that are left, in
     `cache.order`.
     """
-    positions = cache.next(tokens.shape[1]).to(tokens.device)
+    positions = cache.advance(tokens.shape[1]).to(tokens.device)
     return _pass(model, tokens.flatten(), positions, cache).view(*tokens.shape, -1)
 
 
-def _pass(model: Model, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+def _pass(model: Model, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
     """Logits (N, V) after each of the row's tokens (N,)."""
     with (
-        flat_attention(model.net, cached),
+        use_row_attention(model.net, cached_attention),
         torch.autocast(ids.device.type, torch.bfloat16, enabled=model.bf16),
     ):
         out = model.net(

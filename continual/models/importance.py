@@ -25,7 +25,7 @@ from continual.models.loss import forward
 from continual.models.model import Model
 from continual.models.weights import Weights, finite, weights, wide, zeros
 from continual.packing.batch import Batch
-from continual.packing.layout import blocked
+from continual.packing.layout import block_by_length
 
 LABELS = ("empirical", "sampled")
 CPU_TOKENS = 2048  # a CPU gains nothing from more at a time, and outputs' gradients are held besides activations
@@ -146,7 +146,8 @@ def _batch(model: Model, examples: Sequence[Encoded], flat: bool = False) -> Bat
     A prefix that examples share would receive their summed gradient, which cannot be taken apart.
     """
     return Batch(
-        tuple(examples), replace(model.layout, instruction_weight=0.0, flat=flat, shared=False)
+        tuple(examples),
+        replace(model.layout, instruction_weight=0.0, packed=flat, share_prefixes=False),
     )
 
 
@@ -183,16 +184,16 @@ def _together(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weight
     """
     layers, total = _Layers(model), wide(zeros(model))
     tokens = (
-        min(model.layout.tokens, CPU_TOKENS)
+        min(model.layout.tokens_per_microbatch, CPU_TOKENS)
         if model.layout.device.type == "cpu"
-        else model.layout.tokens
+        else model.layout.tokens_per_microbatch
     )
-    for run in blocked(
+    for run in block_by_length(
         {i: len(e.ids) - 1 for i, e in enumerate(examples)}
     ):  # the last token is not read
         size = max(1, tokens // (len(examples[run[-1]].ids) - 1))
         for part in (run[i : i + size] for i in range(0, len(run), size)):
-            batch = _batch(model, [examples[i] for i in part], model.layout.flat)
+            batch = _batch(model, [examples[i] for i in part], model.layout.packed)
             with layers.watched(batch) as seen:
                 log_p = _log_likelihood(forward(model, batch), batch, [draws[i] for i in part])
             if seen.keys() != layers.owned.keys():
@@ -317,9 +318,9 @@ def _apart(batch: Batch, x: Tensor) -> Tensor:
     n = len(batch.examples)
     if len(x) == n:
         return x
-    if batch.layout.flat and x.shape[1] == batch.inputs["input_ids"].shape[1]:
+    if batch.layout.packed and x.shape[1] == batch.inputs["input_ids"].shape[1]:
         return x.view(n, -1, *x.shape[2:])
-    counts = torch.bincount(batch.example, minlength=n).tolist()
+    counts = torch.bincount(batch.example_index, minlength=n).tolist()
     return nn.utils.rnn.pad_sequence([*torch.split(x[0], counts)], batch_first=True)
 
 

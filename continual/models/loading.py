@@ -17,7 +17,7 @@ from continual.errors import ConfigError, MissingError, listed, unknown
 from continual.models.model import Model, pick_device
 from continual.models.virtual_tokens import prompted
 from continual.packing.batch import Layout
-from continual.packing.support import probe
+from continual.packing.support import detect_packing_support
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -180,14 +180,14 @@ def assemble(
     if config.is_encoder_decoder:
         start = getattr(config, "decoder_start_token_id", None)
         start = tokenizer.pad_token_id if start is None else start  # as T5 does
-    layout = Layout(pad=tokenizer.pad_token_id, device=where, decoder_start=start)
+    layout = Layout(pad_token_id=tokenizer.pad_token_id, device=where, decoder_start_token_id=start)
     made = Model(net.to(where), tokenizer, layout, context_of(config))
     if hasattr(made.net, "virtual"):
         made.behind(())
         layout = made.layout
     if not layout.seq2seq:
-        flat, made.last = probe(made.net)
-        made.layout = replace(layout, flat=flat)
+        flat, made.last = detect_packing_support(made.net)
+        made.layout = replace(layout, packed=flat)
         if not flat and leads():
             print(
                 f"{config.model_type}: its attention cannot read several examples as one row; "

@@ -19,9 +19,9 @@ from continual.errors import ConfigError
 from continual.models.model import Model
 from continual.models.sharding import at_once, in_shards
 from continual.models.weights import Weights, gradient, weights
-from continual.packing.attention import flat_attention
+from continual.packing.attention import use_row_attention
 from continual.packing.batch import Batch
-from continual.packing.support import kernel
+from continual.packing.support import select_attention
 
 
 def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
@@ -42,12 +42,14 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     model.fit(max(len(e.ids) for e in batch.examples) - 1)  # the last token is not read
     with ExitStack() as stack:
         stack.enter_context(model.around(model, batch.examples))
-        if batch.layout.flat:
-            stack.enter_context(flat_attention(model.net, kernel(batch.layout.device)))
-        if batch.layout.flat and model.last:
-            stack.enter_context(model.last.only(batch.at))
+        if batch.layout.packed:
+            stack.enter_context(use_row_attention(model.net, select_attention(batch.layout.device)))
+        if batch.layout.packed and model.last:
+            stack.enter_context(model.last.select_positions(batch.output_positions))
         else:
-            stack.enter_context(_head_only(model.net.get_output_embeddings(), batch.at))
+            stack.enter_context(
+                _head_only(model.net.get_output_embeddings(), batch.output_positions)
+            )
         stack.enter_context(
             torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16)
         )
@@ -79,7 +81,7 @@ def nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
     """The weighted mean negative log-likelihood of the batch's supervised tokens, in nats; a
     scalar.
     """
-    return (token_nll(model, batch, at) * batch.weight).sum() / batch.tokens
+    return (token_nll(model, batch, at) * batch.token_weights).sum() / batch.supervised_tokens
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def responses(
     """
     with model.evaluating():
         for part in numbered(model, examples).micro_batches() if examples else ():
-            counts = torch.bincount(part.example, minlength=len(part.examples)).tolist()
+            counts = torch.bincount(part.example_index, minlength=len(part.examples)).tolist()
             told = (torch.split(x, counts) for x in (part.targets, forward(model, part, at)))
             for e, y, z in zip(part.examples, *told, strict=True):
                 yield int(e.id), y, z
@@ -158,17 +160,17 @@ def accumulate(
     over. Several processes take a part of the parts each, and all have the whole step's gradient
     and loss; where the model is in shards, each has as many.
     """
-    tokens = sum(part.tokens for part in parts)
+    tokens = sum(part.supervised_tokens for part in parts)
     total = torch.zeros((), device=parts[0].layout.device)
-    learned = [(p, p.tokens / tokens) for p in parts if p.tokens]
+    learned = [(p, p.supervised_tokens / tokens) for p in parts if p.supervised_tokens]
     if model.sharded and learned:
-        shortest = min((p for p, _ in learned), key=lambda p: p.length)
+        shortest = min((p for p, _ in learned), key=lambda p: p.num_tokens)
         learned += [(shortest, 0.0)] * (-len(learned) % world())
     leaves = [
         p for p in model.trained or weights(model).values() if not in_shards(p)
     ]  # those in shards sum up by FSDP
     with summed(leaves, total), at_once(model):
-        for part, share in dealt(learned, [p.length for p, _ in learned], level=model.sharded):
+        for part, share in dealt(learned, [p.num_tokens for p, _ in learned], level=model.sharded):
             value = loss(model, part) * share
             value.backward(inputs=to)  # type: ignore[no-untyped-call]
             total += value.detach()

@@ -69,13 +69,13 @@ class Model:
             raise ConfigError(
                 "this model has no virtual tokens; give it some with model.adapter=prompt_tuning"
             )
-        self.layout = replace(self.layout, prefix=virtual.behind(fixed, live=live))
+        self.layout = replace(self.layout, prompt_prefix=virtual.behind(fixed, live=live))
 
     def fit(self, tokens: int, virtual: int | None = None) -> None:
         """Raise ConfigError where so many tokens have no positions behind the virtual ones, those
         of now or so many.
         """
-        before = len(self.layout.prefix) if virtual is None else virtual
+        before = len(self.layout.prompt_prefix) if virtual is None else virtual
         if before and self.context is not None and before + tokens > self.context:
             raise ConfigError(
                 f"{tokens} tokens of an example stand behind {before} virtual ones, and the "

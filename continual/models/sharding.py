@@ -35,7 +35,7 @@ def shard(model: Model, device: torch.device) -> None:
 
     kinds = set(getattr(model.net, "_no_split_modules", None) or ())
     layers = [m for m in model.net.modules() if type(m).__name__ in kinds]
-    if not layers or not model.layout.flat:
+    if not layers or not model.layout.packed:
         raise ConfigError(
             f"train.shard=true cannot cut a {model.net.config.model_type} into shards: it takes "
             "a causal model whose layers transformers names and whose attention can read several "
@@ -115,7 +115,7 @@ def at_once(model: Model) -> Iterator[None]:
         if not model.sharded:
             raise
         raise TrainingError(
-            f"out of memory with train.tokens_per_microbatch={model.layout.tokens}, which a "
+            f"out of memory with train.tokens_per_microbatch={model.layout.tokens_per_microbatch}, which a "
             "model in shards cannot go on after; set it lower, lower data.max_length, or start "
             "more processes. The same command goes on after the last checkpoint"
         ) from e

@@ -16,56 +16,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NAME = "continual_flat_row"
+ATTENTION_NAME = "continual_flat_row"
 
 
 @dataclass(frozen=True)
-class Group:
+class PrefixGroup:
     """A prefix of so many tokens, then blocks of (examples, length): each example continues the
     prefix alone.
     """
 
-    prefix: int
+    prefix_length: int
     blocks: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """The groups of one flat row, in its order."""
 
-    groups: tuple[Group, ...]
-    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
-    asked: tuple[int, ...] | None = None  # the only tokens whose attention is asked for; None: all
+    groups: tuple[PrefixGroup, ...]
+    mask_cache: dict[Any, Tensor] = field(default_factory=dict, compare=False)
+    query_positions: tuple[int, ...] | None = (
+        None  # the only tokens whose attention is asked for; None: all
+    )
 
     @cached_property
-    def longest(self) -> int:
+    def max_visible(self) -> int:
         """The most tokens that one token can see."""
-        return max(g.prefix + max((n for _, n in g.blocks), default=0) for g in self.groups)
+        return max(g.prefix_length + max((n for _, n in g.blocks), default=0) for g in self.groups)
 
-    def mask(self, prefix: int, n: int, window: int | None, like: Tensor) -> Tensor | None:
+    def causal_mask(
+        self, prefix_length: int, length: int, window: int | None, like: Tensor
+    ) -> Tensor | None:
         """(n, prefix + n) what is added to a block's scores; None where plain causal attention says
         the same.
         """
-        window = window if window is not None and window < prefix + n else None
-        if window is None and not prefix:
+        window = window if window is not None and window < prefix_length + length else None
+        if window is None and not prefix_length:
             return None
-        key = (prefix, n, window)
-        if key not in self.masks:
-            ago = torch.arange(prefix, prefix + n)[:, None] - torch.arange(prefix + n)
+        key = (prefix_length, length, window)
+        if key not in self.mask_cache:
+            ago = torch.arange(prefix_length, prefix_length + length)[:, None] - torch.arange(
+                prefix_length + length
+            )
             hidden = (ago < 0) if window is None else (ago < 0) | (ago >= window)
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-            self.masks[key] = mask.to(device=like.device, dtype=like.dtype)
-        return self.masks[key]
+            self.mask_cache[key] = mask.to(device=like.device, dtype=like.dtype)
+        return self.mask_cache[key]
 
 
-def attend(
+def sdpa_row_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    row: Row,
+    row: PackedRow,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -76,28 +82,28 @@ def attend(
     (1, N, H, D).
     """
     heads = query.shape[1]
-    key, value = of_all_heads(heads, key, value)
-    sizes = [size for g in row.groups for size in (g.prefix, *(b * n for b, n in g.blocks))]
+    key, value = repeat_kv_heads(heads, key, value)
+    sizes = [size for g in row.groups for size in (g.prefix_length, *(b * n for b, n in g.blocks))]
     parts = zip(*(torch.split(x[0], sizes, 1) for x in (query, key, value)), strict=True)
     out: list[Tensor] = []
 
     def run(q: Tensor, k: Tensor, v: Tensor, prefix: int) -> None:
-        mask = row.mask(prefix, q.shape[2], sliding_window, q)
-        out.append(causal(q, k, v, mask, scaling, softcap, dropout))
+        mask = row.causal_mask(prefix, q.shape[2], sliding_window, q)
+        out.append(causal_attention(q, k, v, mask, scaling, softcap, dropout))
 
     for group in row.groups:
         pq, pk, pv = (x[None] for x in next(parts))
-        if group.prefix:
+        if group.prefix_length:
             run(pq, pk, pv, 0)
         for b, n in group.blocks:
             q, k, v = (x.view(heads, b, n, x.shape[-1]).transpose(0, 1) for x in next(parts))
-            if group.prefix:
+            if group.prefix_length:
                 k, v = (torch.cat([p.expand(b, -1, -1, -1), x], 2) for p, x in ((pk, k), (pv, v)))
-            run(q, k, v, group.prefix)
+            run(q, k, v, group.prefix_length)
     return torch.cat(out)[None], None
 
 
-def fused() -> bool:
+def fused_kernels_allowed() -> bool:
     """Whether fused kernels may serve, which have no second derivative.
 
     Who wants one has switched them all off: `sdpa_kernel(SDPBackend.MATH)`, on a CPU too.
@@ -105,14 +111,14 @@ def fused() -> bool:
     return bool(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
 
 
-def of_all_heads(heads: int, *states: Tensor) -> list[Tensor]:
+def repeat_kv_heads(heads: int, *states: Tensor) -> list[Tensor]:
     """Keys or values (b, K, n, D), each repeated for the query heads that share it -> (b, H, n, D)."""
     return [
         x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in states
     ]
 
 
-def causal(
+def causal_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -129,11 +135,11 @@ def causal(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout
         )
     else:
-        out = _capped(q, k, v, mask, scale, dropout, cap)
+        out = _softcapped_attention(q, k, v, mask, scale, dropout, cap)
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _capped(
+def _softcapped_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,16 +161,18 @@ def _capped(
 
 
 @contextmanager
-def flat_attention(net: Any, by: Callable[..., tuple[Tensor, None]] = attend) -> Iterator[None]:
+def use_row_attention(
+    net: Any, attention_function: Callable[..., tuple[Tensor, None]] = sdpa_row_attention
+) -> Iterator[None]:
     """Within it, the network's forward pass takes `row=` and attends by it, or as `by` does with
     what `row` is.
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, by)
+    AttentionInterface.register(ATTENTION_NAME, attention_function)
     config = net.config
     before = config._attn_implementation
-    config._attn_implementation = NAME
+    config._attn_implementation = ATTENTION_NAME
     try:
         yield
     finally:

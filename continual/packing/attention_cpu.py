@@ -21,21 +21,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from continual.packing import attention
-from continual.packing.attention import Row
+from continual.packing.attention import PackedRow
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-Where = slice | Tensor
+TokenIndex = slice | Tensor
 
 
-def attend(
+def flash_row_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    row: Row,
+    row: PackedRow,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -48,10 +48,16 @@ def attend(
     Query (1, H, N, D), key and value (1, K, N, D) -> (1, N, H, D), zeros where nothing was asked
     for.
     """
-    windowed = sliding_window is not None and sliding_window < row.longest
+    windowed = sliding_window is not None and sliding_window < row.max_visible
     same = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
-    if windowed or softcap is not None or dropout or not same or not attention.fused():
-        return attention.attend(
+    if (
+        windowed
+        or softcap is not None
+        or dropout
+        or not same
+        or not attention.fused_kernels_allowed()
+    ):
+        return attention.sdpa_row_attention(
             module,
             query,
             key,
@@ -64,8 +70,10 @@ def attend(
             softcap=softcap,
             **more,
         )
-    key, value = attention.of_all_heads(query.shape[1], key, value)
-    out: Tensor = _Row.apply(query[0], key[0], value[0], list(_parts(row, query.dtype)), scaling)
+    key, value = attention.repeat_kv_heads(query.shape[1], key, value)
+    out: Tensor = _RowAttention.apply(
+        query[0], key[0], value[0], list(_plan_groups(row, query.dtype)), scaling
+    )
     return out[None], None
 
 
@@ -78,39 +86,43 @@ class _Block:
     b: int
     n: int
     keys: slice
-    queries: Where  # (b * m,)
+    queries: TokenIndex  # (b * m,)
     m: int
     mask: Tensor | None = None  # (b, 1, m, n)
 
 
 @dataclass(frozen=True)
-class _Part:
+class _GroupAttention:
     """A group: what attends within itself, the prefix among it, and which queries (M,) see the
     prefix besides.
     """
 
     blocks: list[_Block]
     prefix: slice
-    beyond: Where | None
+    prefix_queries: TokenIndex | None
 
 
-def _parts(row: Row, dtype: torch.dtype) -> Iterator[_Part]:
-    asked, end = None if row.asked is None else frozenset(row.asked), 0
+def _plan_groups(row: PackedRow, dtype: torch.dtype) -> Iterator[_GroupAttention]:
+    asked, end = None if row.query_positions is None else frozenset(row.query_positions), 0
     for group in row.groups:
         begin, blocks = end, []
-        for b, n in ((1, group.prefix), *group.blocks):
-            blocks.append(_block(b, n, end, asked, dtype))
+        for b, n in ((1, group.prefix_length), *group.blocks):
+            blocks.append(_make_block(b, n, end, asked, dtype))
             end += b * n
-        prefix = slice(begin, begin + group.prefix)
+        prefix = slice(begin, begin + group.prefix_length)
         behind = [x.queries for x in blocks[1:] if x.m]
-        beyond: Where | None = None
-        if group.prefix and behind:
+        beyond: TokenIndex | None = None
+        if group.prefix_length and behind:
             whole = all(isinstance(x, slice) for x in behind) and len(behind) == len(group.blocks)
-            beyond = slice(prefix.stop, end) if whole else torch.cat([_indices(x) for x in behind])
-        yield _Part([x for x in blocks if x.m and x.n], prefix, beyond)
+            beyond = (
+                slice(prefix.stop, end) if whole else torch.cat([_to_indices(x) for x in behind])
+            )
+        yield _GroupAttention([x for x in blocks if x.m and x.n], prefix, beyond)
 
 
-def _block(b: int, n: int, begin: int, asked: frozenset[int] | None, dtype: torch.dtype) -> _Block:
+def _make_block(
+    b: int, n: int, begin: int, asked: frozenset[int] | None, dtype: torch.dtype
+) -> _Block:
     """As many queries of each example as of the one with most: the others' are made up by some that
     none asked for.
 
@@ -133,25 +145,25 @@ def _block(b: int, n: int, begin: int, asked: frozenset[int] | None, dtype: torc
     return _Block(b, n, keys, (torch.arange(b)[:, None] * n + chosen + begin).flatten(), m, mask)
 
 
-def _indices(where: Where) -> Tensor:
+def _to_indices(where: TokenIndex) -> Tensor:
     return torch.arange(where.start, where.stop) if isinstance(where, slice) else where
 
 
-class _Row(torch.autograd.Function):
+class _RowAttention(torch.autograd.Function):
     """(H, N, D) each -> (N, H, D)."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[_Part], scale: float | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[_GroupAttention], scale: float | None
     ) -> Tensor:
         out = q.new_zeros(q.shape[1], len(q), q.shape[2])
         lse = q.new_zeros(len(q), q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
         for part in parts:
             for x in part.blocks:
-                o, each = _flash(
-                    _apart(q, x.b, x.queries),
-                    _apart(k, x.b, x.keys),
-                    _apart(v, x.b, x.keys),
+                o, each = _flash_forward(
+                    _split_examples(q, x.b, x.queries),
+                    _split_examples(k, x.b, x.keys),
+                    _split_examples(v, x.b, x.keys),
                     0.0,
                     x.mask is None,
                     attn_mask=x.mask,
@@ -159,8 +171,8 @@ class _Row(torch.autograd.Function):
                 )
                 out[x.queries] = o.transpose(1, 2).flatten(0, 1)
                 lse[:, x.queries] = each.transpose(0, 1).flatten(1)
-            if (at := part.beyond) is not None:
-                o, each = _flash(
+            if (at := part.prefix_queries) is not None:
+                o, each = _flash_forward(
                     q[None, :, at],
                     k[None, :, part.prefix],
                     v[None, :, part.prefix],
@@ -186,7 +198,7 @@ class _Row(torch.autograd.Function):
         for part in ctx.parts:
             for x in part.blocks:
                 g, mine, ks, vs, o = (
-                    _apart(t, x.b, at)
+                    _split_examples(t, x.b, at)
                     for t, at in (
                         (grad, x.queries),
                         (q, x.queries),
@@ -201,7 +213,7 @@ class _Row(torch.autograd.Function):
                     ks,
                     vs,
                     o,
-                    _apart(lse, x.b, x.queries),
+                    _split_examples(lse, x.b, x.queries),
                     0.0,
                     x.mask is None,
                     attn_mask=x.mask,
@@ -230,7 +242,7 @@ class _Row(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _apart(x: Tensor, b: int, at: Where) -> Tensor:
+def _split_examples(x: Tensor, b: int, at: TokenIndex) -> Tensor:
     """(H, N, ...) -> (b, H, n, ...), of the tokens `at`."""
     part = x[:, at]
     return part.view(len(part), b, -1, *part.shape[2:]).transpose(0, 1)

@@ -20,27 +20,34 @@ from torch import Tensor
 
 from continual.data.types import Encoded
 from continual.distributed.work import evenly
-from continual.packing.attention import Group, Row
-from continual.packing.layout import behind, common_prefix, lay, turn
+from continual.packing.attention import PackedRow, PrefixGroup
+from continual.packing.layout import (
+    common_prefix_length,
+    layout_row,
+    prepend_prefix,
+    response_start,
+)
 
 
 @dataclass(frozen=True)
 class Layout:
     """How batches are laid out for one model."""
 
-    pad: int
+    pad_token_id: int
     device: torch.device
-    decoder_start: int | None = None  # set for encoder-decoder models
-    flat: bool = False  # one flat row, or one padded row an example
-    shared: bool = True  # in a flat row, examples that begin alike share that prefix
-    tokens: int = 4096  # the most tokens in one forward pass, if no single example is longer
+    decoder_start_token_id: int | None = None  # set for encoder-decoder models
+    packed: bool = False  # one flat row, or one padded row an example
+    share_prefixes: bool = True  # in a flat row, examples that begin alike share that prefix
+    tokens_per_microbatch: int = (
+        4096  # the most tokens in one forward pass, if no single example is longer
+    )
     instruction_weight: float = 0.0  # of a prompt token's loss against a response token's
-    prefix: tuple[int, ...] = ()  # the virtual tokens that stand before every example
+    prompt_prefix: tuple[int, ...] = ()  # the virtual tokens that stand before every example
 
     @property
     def seq2seq(self) -> bool:
         """Whether prompts go to an encoder and responses to a decoder."""
-        return self.decoder_start is not None
+        return self.decoder_start_token_id is not None
 
 
 @dataclass(frozen=True)
@@ -54,26 +61,33 @@ class Batch:
 
     examples: tuple[Encoded, ...]
     layout: Layout
-    scale: tuple[float, ...] = field(default=())
-    factor: Tensor | None = None
+    example_weights: tuple[float, ...] = field(default=())
+    task_factors: Tensor | None = None
 
-    def of(self, examples: Sequence[Encoded], scale: Sequence[float] = ()) -> Batch:
+    def with_examples(
+        self, examples: Sequence[Encoded], example_weights: Sequence[float] = ()
+    ) -> Batch:
         """Other examples, for the same model."""
-        return replace(self, examples=tuple(examples), scale=tuple(scale))
+        return replace(self, examples=tuple(examples), example_weights=tuple(example_weights))
 
-    def pick(self, indices: Sequence[int]) -> Batch:
+    def select(self, indices: Sequence[int]) -> Batch:
         """Some of the examples, each with its scale."""
-        return self.of(
+        return self.with_examples(
             [self.examples[i] for i in indices],
-            [self.scale[i] for i in indices] if self.scale else (),
+            [self.example_weights[i] for i in indices] if self.example_weights else (),
         )
 
-    def times(self, factor: Tensor) -> Batch:
+    def with_task_factors(self, task_factors: Tensor) -> Batch:
         """The same tokens, in the same tensors, the loss of each task's times its `factor`
         (tasks,).
         """
-        other = replace(self, factor=factor)
-        vars(other).update({name: getattr(self, name) for name in ("_laid", "_supervised", "task")})
+        other = replace(self, task_factors=task_factors)
+        vars(other).update(
+            {
+                name: getattr(self, name)
+                for name in ("_inputs_and_offsets", "_supervision", "task_index")
+            }
+        )
         return other
 
     def micro_batches(self) -> list[Batch]:
@@ -83,12 +97,14 @@ class Batch:
         Where several processes share the work the parts are smaller, so that each has about as much
         to do.
         """
-        rows, flat = [e.ids for e in self.whole], self.layout.flat
+        rows, flat = [e.ids for e in self.prefixed_examples], self.layout.packed
         if flat:
             order = sorted(range(len(rows)), key=rows.__getitem__)
         else:
             order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        shared = [common_prefix(rows[i], rows[j]) for i, j in pairwise(order)] if flat else []
+        shared = (
+            [common_prefix_length(rows[i], rows[j]) for i, j in pairwise(order)] if flat else []
+        )
 
         def cut(limit: int) -> list[list[int]]:
             parts: list[list[int]] = [[]]
@@ -107,67 +123,70 @@ class Batch:
                 spent = cost
             return parts
 
-        parts = evenly(cut, self.layout.tokens)
-        return [self] if len(parts) == 1 else [self.pick(part) for part in parts]
+        parts = evenly(cut, self.layout.tokens_per_microbatch)
+        return [self] if len(parts) == 1 else [self.select(part) for part in parts]
 
-    def by_task(self) -> dict[int, Batch]:
+    def split_by_task(self) -> dict[int, Batch]:
         """This batch's examples, a batch for each task index."""
         tasks: dict[int, list[int]] = {}
         for i, e in enumerate(self.examples):
-            tasks.setdefault(e.task, []).append(i)
-        return {t: self.pick(tasks[t]) for t in sorted(tasks)}
+            tasks.setdefault(e.task_index, []).append(i)
+        return {t: self.select(tasks[t]) for t in sorted(tasks)}
 
     @cached_property
-    def whole(self) -> Sequence[Encoded]:
+    def prefixed_examples(self) -> Sequence[Encoded]:
         """The examples as they are read, behind the layout's prefix."""
-        return behind(self.layout.prefix, self.examples)
+        return prepend_prefix(self.layout.prompt_prefix, self.examples)
 
     @property
-    def length(self) -> int:
+    def num_tokens(self) -> int:
         """How many tokens the examples have."""
         return sum(len(e.ids) for e in self.examples)
 
     @property
-    def tokens(self) -> float:
+    def supervised_tokens(self) -> float:
         """The sum of the supervised tokens' weights: what a summed loss is divided by."""
-        if self.scale or self.layout.instruction_weight:
-            return self._supervised[4]
+        if self.example_weights or self.layout.instruction_weight:
+            return self._supervision[4]
         # Counted without laying out what another process may read; a causal model predicts nothing
         # for a first token.
         return float(
-            sum(sum(e.response) - (e.response[0] and not self.layout.seq2seq) for e in self.whole)
+            sum(
+                sum(e.response_mask) - (e.response_mask[0] and not self.layout.seq2seq)
+                for e in self.prefixed_examples
+            )
         )
 
     @property
     def targets(self) -> Tensor:
         """(S,) the token to be predicted at each supervised position."""
-        return self._supervised[0]
+        return self._supervision[0]
 
     @property
-    def example(self) -> Tensor:
+    def example_index(self) -> Tensor:
         """(S,) the index in `examples` of each supervised position's example."""
-        return self._supervised[1]
+        return self._supervision[1]
 
     @property
-    def weight(self) -> Tensor:
+    def token_weights(self) -> Tensor:
         """(S,) each supervised position's weight in the loss."""
-        weight = self._supervised[2]
-        return weight if self.factor is None else weight * self.factor[self.task]
+        weight = self._supervision[2]
+        return weight if self.task_factors is None else weight * self.task_factors[self.task_index]
 
     @property
-    def response(self) -> Tensor:
+    def response_mask(self) -> Tensor:
         """(S,) whether each supervised position is a response's: a prompt's may have a weight too."""
-        return self._supervised[5]
+        return self._supervision[5]
 
     @cached_property
-    def task(self) -> Tensor:
+    def task_index(self) -> Tensor:
         """(S,) each supervised position's task index."""
-        return torch.tensor([e.task for e in self.examples], device=self.layout.device)[
-            self.example
+        return torch.tensor([e.task_index for e in self.examples], device=self.layout.device)[
+            self.example_index
         ]
 
     @cached_property
-    def _supervised(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor]:
+    def _supervision(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor]:
         """Targets, examples, weights and positions in the model's output, the weights' sum, and
         what is a response.
         """
@@ -177,19 +196,25 @@ class Batch:
         weight: list[float] = []
         at: list[int] = []
         response: list[bool] = []
-        for i, (e, home) in enumerate(zip(self.whole, self._laid[1], strict=True)):
-            scale = self.scale[i] if self.scale else 1.0
+        for i, (e, home) in enumerate(
+            zip(self.prefixed_examples, self._inputs_and_offsets[1], strict=True)
+        ):
+            scale = self.example_weights[i] if self.example_weights else 1.0
             # A prompt without weight is passed over; a causal model predicts nothing for its first
             # token.
-            first = turn(e) if seq2seq else max(1, len(self.layout.prefix) if other else turn(e))
+            first = (
+                response_start(e)
+                if seq2seq
+                else max(1, len(self.layout.prompt_prefix) if other else response_start(e))
+            )
             for t in range(first, len(e.ids)):
-                w = 1.0 if e.response[t] else other
+                w = 1.0 if e.response_mask[t] else other
                 if w:
                     targets.append(e.ids[t])
                     owner.append(i)
                     weight.append(w * scale)
-                    at.append(home.place(t - 1))
-                    response.append(e.response[t])
+                    at.append(home.output_index(t - 1))
+                    response.append(e.response_mask[t])
         device = self.layout.device
         tensors = [torch.tensor(x, dtype=torch.long, device=device) for x in (targets, owner, at)]
         said = torch.tensor(response, device=device)
@@ -203,68 +228,82 @@ class Batch:
         )
 
     @property
-    def at(self) -> Tensor:
+    def output_positions(self) -> Tensor:
         """(S,) where, in the model's flattened output, each target is predicted."""
-        return self._supervised[3]
+        return self._supervision[3]
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The model's keyword arguments: (1, N) and the row's description, or (E, T) each."""
-        return self._laid[0]
+        return self._inputs_and_offsets[0]
 
     @cached_property
-    def _laid(self) -> tuple[dict[str, Any], list[Home]]:
+    def _inputs_and_offsets(self) -> tuple[dict[str, Any], list[TokenOffsets]]:
         """The model's keyword arguments, and where each example stands in them.
 
         An example's last token is only predicted, never read. Padding stands on the right of a
         causal model's rows, where no real token can see it: no mask is needed.
         """
-        if self.layout.flat:
-            return _flat(self.whole, self.layout)
-        start = self.layout.decoder_start
+        if self.layout.packed:
+            return _packed_inputs(self.prefixed_examples, self.layout)
+        start = self.layout.decoder_start_token_id
         if start is None:
-            ids = self._padded([e.ids[:-1] for e in self.whole])
-            return {"input_ids": ids}, [Home(i * ids.shape[1]) for i in range(len(ids))]
-        sources = [e.ids[: turn(e)] for e in self.whole]
+            ids = self._pad_rows([e.ids[:-1] for e in self.prefixed_examples])
+            return {"input_ids": ids}, [TokenOffsets(i * ids.shape[1]) for i in range(len(ids))]
+        sources = [e.ids[: response_start(e)] for e in self.prefixed_examples]
         lengths = torch.tensor([len(s) for s in sources], device=self.layout.device)
-        ids = self._padded(sources)
+        ids = self._pad_rows(sources)
         mask = torch.arange(ids.shape[1], device=self.layout.device) < lengths[:, None]
-        decoder = self._padded([(start, *e.ids[turn(e) : -1]) for e in self.whole])
+        decoder = self._pad_rows(
+            [(start, *e.ids[response_start(e) : -1]) for e in self.prefixed_examples]
+        )
         return (
             {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder},
-            [Home(i * decoder.shape[1] + 1 - turn(e)) for i, e in enumerate(self.whole)],
+            [
+                TokenOffsets(i * decoder.shape[1] + 1 - response_start(e))
+                for i, e in enumerate(self.prefixed_examples)
+            ],
         )
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def _pad_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, rows))
-        padded = [[*r, *[self.layout.pad] * (longest - len(r))] for r in rows]
+        padded = [[*r, *[self.layout.pad_token_id] * (longest - len(r))] for r in rows]
         return torch.tensor(padded, dtype=torch.long, device=self.layout.device)
 
 
 @dataclass(frozen=True)
-class Home:
+class TokenOffsets:
     """Where an example's tokens stand in the model's flattened output: `prefix` of them apart from
     the others.
     """
 
-    own: int
-    prefix: int = 0
-    shared: int = 0
+    own_start: int
+    prefix_length: int = 0
+    prefix_start: int = 0
 
-    def place(self, t: int) -> int:
+    def output_index(self, t: int) -> int:
         """Where token t stands."""
-        return self.shared + t if t < self.prefix else self.own + t - self.prefix
+        return (
+            self.prefix_start + t
+            if t < self.prefix_length
+            else self.own_start + t - self.prefix_length
+        )
 
 
-def _flat(examples: Sequence[Encoded], layout: Layout) -> tuple[dict[str, Any], list[Home]]:
+def _packed_inputs(
+    examples: Sequence[Encoded], layout: Layout
+) -> tuple[dict[str, Any], list[TokenOffsets]]:
     """The arguments of a model that reads one row, and where each example stands in it."""
-    told, places = lay(examples, layout.pad, layout.shared)
+    told, places = layout_row(examples, layout.pad_token_id, layout.share_prefixes)
     told = told.to(layout.device)
-    row = Row(
-        tuple(Group(p.prefix, tuple((len(b), n) for _, n, b in p.blocks if n)) for p in places)
+    row = PackedRow(
+        tuple(
+            PrefixGroup(p.prefix_length, tuple((len(b), n) for _, n, b in p.blocks if n))
+            for p in places
+        )
     )
     homes = {
-        i: Home(start + k * n, p.prefix, p.begin)
+        i: TokenOffsets(start + k * n, p.prefix_length, p.start)
         for p in places
         for start, n, block in p.blocks
         for k, i in enumerate(block)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from continual.data.types import Encoded
 
-OVERHEAD = (
+BLOCK_OVERHEAD_TOKENS = (
     24  # what one more block costs, in tokens: measured on a CPU for models of 1 to 40M parameters
 )
 
 
 @dataclass(frozen=True)
-class Place:
+class GroupPlacement:
     """Where a group of examples stands in a flat row: its prefix, then blocks of (start, length,
     examples).
 
@@ -26,12 +26,14 @@ class Place:
     which may be 0.
     """
 
-    begin: int
-    prefix: int
+    start: int
+    prefix_length: int
     blocks: tuple[tuple[int, int, list[int]], ...]
 
 
-def lay(examples: Sequence[Encoded], pad: int, shared: bool = True) -> tuple[Tensor, list[Place]]:
+def layout_row(
+    examples: Sequence[Encoded], pad_token_id: int, share_prefixes: bool = True
+) -> tuple[Tensor, list[GroupPlacement]]:
     """(2, N) ids and positions of one row: for each group its prefix, then its examples in blocks
     of like length.
 
@@ -39,25 +41,27 @@ def lay(examples: Sequence[Encoded], pad: int, shared: bool = True) -> tuple[Ten
     """
     ids: list[int] = []
     positions: list[int] = []
-    places: list[Place] = []
-    for prefix, members in grouped(examples) if shared else [(0, [*range(len(examples))])]:
+    places: list[GroupPlacement] = []
+    for prefix, members in (
+        group_by_prefix(examples) if share_prefixes else [(0, [*range(len(examples))])]
+    ):
         begin = len(ids)
         ids += examples[members[0]].ids[:prefix]
         positions += range(prefix)
         left = {i: len(examples[i].ids) - 1 - prefix for i in members}
         bare = [i for i, n in left.items() if not n]
         blocks = [(len(ids), 0, bare)] if bare else []
-        for block in blocked(left):
+        for block in block_by_length(left):
             longest = left[block[-1]]
             blocks.append((len(ids), longest, block))
             for i in block:
-                ids += (*examples[i].ids[prefix:-1], *[pad] * (longest - left[i]))
+                ids += (*examples[i].ids[prefix:-1], *[pad_token_id] * (longest - left[i]))
                 positions += range(prefix, prefix + longest)
-        places.append(Place(begin, prefix, tuple(blocks)))
+        places.append(GroupPlacement(begin, prefix, tuple(blocks)))
     return torch.tensor([ids, positions], dtype=torch.long), places
 
 
-def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
+def group_by_prefix(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
     """Which examples share how long a prefix of their prompts: (length, indices), as few tokens in
     all as can be.
 
@@ -66,12 +70,12 @@ def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
     without one.
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i].ids)
-    most = [turn(examples[i]) for i in order]
+    most = [response_start(examples[i]) for i in order]
     rows = [examples[i].ids for i in order]
     common = [
         0,
         *(
-            min(common_prefix(rows[k - 1], rows[k]), most[k - 1], most[k])
+            min(common_prefix_length(rows[k - 1], rows[k]), most[k - 1], most[k])
             for k in range(1, len(rows))
         ),
     ]
@@ -90,7 +94,7 @@ def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
         k = j - 1
         while prefix := common[k]:
             k = before[k]
-            if (gain := saved[k] + (j - k - 1) * prefix - 2 * OVERHEAD) > saved[j]:
+            if (gain := saved[k] + (j - k - 1) * prefix - 2 * BLOCK_OVERHEAD_TOKENS) > saved[j]:
                 saved[j], cut[j] = gain, (k, prefix)
     alone: list[int] = []
     j = len(rows)
@@ -105,7 +109,9 @@ def grouped(examples: Sequence[Encoded]) -> Iterator[tuple[int, list[int]]]:
         yield 0, alone
 
 
-def blocked(lengths: dict[int, int], overhead: int = OVERHEAD) -> list[list[int]]:
+def block_by_length(
+    lengths: dict[int, int], overhead: int = BLOCK_OVERHEAD_TOKENS
+) -> list[list[int]]:
     """The keys in runs of like length, shortest first: the least padding plus `overhead` a run, by
     a dynamic programme.
 
@@ -131,7 +137,7 @@ def blocked(lengths: dict[int, int], overhead: int = OVERHEAD) -> list[list[int]
     return runs[::-1]
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens both begin with."""
     low, high = 0, min(len(a), len(b))
     while low < high:
@@ -143,14 +149,16 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def behind(prefix: tuple[int, ...], examples: Sequence[Encoded]) -> Sequence[Encoded]:
+def prepend_prefix(prefix: tuple[int, ...], examples: Sequence[Encoded]) -> Sequence[Encoded]:
     """The examples with these tokens before their prompts."""
     if not prefix:
         return examples
     nothing = (False,) * len(prefix)
-    return [replace(e, ids=prefix + e.ids, response=nothing + e.response) for e in examples]
+    return [
+        replace(e, ids=prefix + e.ids, response_mask=nothing + e.response_mask) for e in examples
+    ]
 
 
-def turn(e: Encoded) -> int:
+def response_start(example: Encoded) -> int:
     """Where the response begins."""
-    return e.response.index(True)
+    return example.response_mask.index(True)

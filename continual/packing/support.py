@@ -12,15 +12,23 @@ from torch import Tensor, nn
 
 from continual.data.types import Encoded
 from continual.packing import attention_cpu, attention_flex
-from continual.packing.attention import Group, Row, attend, flat_attention
-from continual.packing.kv_cache import Cache, Taken, cached
+from continual.packing.attention import (
+    PackedRow,
+    PrefixGroup,
+    sdpa_row_attention,
+    use_row_attention,
+)
+from continual.packing.kv_cache import KVCache, PrefillDone, cached_attention
 
 
-def kernel(device: torch.device) -> Callable[..., tuple[Tensor, None]]:
+def select_attention(device: torch.device) -> Callable[..., tuple[Tensor, None]]:
     """What attends over a flat row on this device, with equal results: a fused kernel where there
     is one.
     """
-    return {"cpu": attention_cpu.attend, "cuda": attention_flex.attend}.get(device.type, attend)
+    return {
+        "cpu": attention_cpu.flash_row_attention,
+        "cuda": attention_flex.flex_row_attention,
+    }.get(device.type, sdpa_row_attention)
 
 
 @dataclass(frozen=True)
@@ -32,20 +40,20 @@ class LastLayer:
     layer: nn.Module
     norm: nn.Module  # the first thing in it
     attention: nn.Module
-    out: str  # the name there of the last thing in that, which an adapter may wrap later
+    output_name: str  # the name there of the last thing in that, which an adapter may wrap later
 
     @contextmanager
-    def only(self, at: Tensor) -> Iterator[None]:
+    def select_positions(self, positions: Tensor) -> Iterator[None]:
         """Within it the network's hidden states are (1, S, H), of the positions `at` (S,) of the
         row alone.
         """
         whole: list[Tensor] = []
         asked = (
-            tuple(at.tolist()) if at.device.type == "cpu" else None
+            tuple(positions.tolist()) if positions.device.type == "cpu" else None
         )  # elsewhere the wait would cost more
 
         def pick(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0].index_select(1, at), *args[1:])
+            return (args[0].index_select(1, positions), *args[1:])
 
         def enter(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             whole.append(args[0])
@@ -61,7 +69,7 @@ class LastLayer:
             self.layer.register_forward_pre_hook(enter),
             self.norm.register_forward_pre_hook(read),
             self.attention.register_forward_pre_hook(ask, with_kwargs=True),
-            self.attention.get_submodule(self.out).register_forward_pre_hook(pick),
+            self.attention.get_submodule(self.output_name).register_forward_pre_hook(pick),
         ]
         try:
             yield
@@ -71,7 +79,7 @@ class LastLayer:
 
 
 @torch.no_grad()
-def probe(net: Any) -> tuple[bool, LastLayer | None]:
+def detect_packing_support(net: Any) -> tuple[bool, LastLayer | None]:
     """Whether this network, tried on two short examples, answers a flat row as it does each example
     alone.
 
@@ -94,7 +102,7 @@ def probe(net: Any) -> tuple[bool, LastLayer | None]:
     flat = {
         "input_ids": told[:1],
         "position_ids": told[1:],
-        "row": Row((Group(3, ((2, 2),)),)),
+        "row": PackedRow((PrefixGroup(3, ((2, 2),)),)),
         "use_cache": False,
     }
     reads, last = False, None
@@ -108,13 +116,13 @@ def probe(net: Any) -> tuple[bool, LastLayer | None]:
         )
         expected = alone[[0, 1, 2, 3, 4, 8, 9]]
         close = (1e-3 if alone.dtype.itemsize > 2 else 0.1) * alone.std()
-        with _called(net) as order, flat_attention(net):
+        with _record_calls(net) as order, use_row_attention(net):
             found = net(**flat).logits[0]
         reads = bool((found - expected).abs().max() <= close) and bool(
-            (_followed(net, a, b) - alone[[3, 4, 8, 9]]).abs().max() <= close
+            (_cached_logits(net, a, b) - alone[[3, 4, 8, 9]]).abs().max() <= close
         )
-        layer, at = _last(net, order), torch.tensor([4, 6], device=device)
-        with layer.only(at), flat_attention(net):
+        layer, at = _find_last_layer(net, order), torch.tensor([4, 6], device=device)
+        with layer.select_positions(at), use_row_attention(net):
             if reads and (net(**flat).logits[0] - expected[at]).abs().max() <= close:
                 last = layer
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
@@ -124,14 +132,14 @@ def probe(net: Any) -> tuple[bool, LastLayer | None]:
     return reads, last
 
 
-def _followed(net: Any, *rows: Sequence[int]) -> Tensor:
+def _cached_logits(net: Any, *rows: Sequence[int]) -> Tensor:
     """The logits of each row's last two tokens, row by row, where what is before them has been read
     as answers do.
     """
     prompts = [
         Encoded(str(i), 0, tuple(r[:-1]), (False,) * (len(r) - 1)) for i, r in enumerate(rows)
     ]
-    cache = Cache(prompts, 0, range(-1, 1), net.config.get_text_config().num_hidden_layers)
+    cache = KVCache(prompts, 0, range(-1, 1), net.config.get_text_config().num_hidden_layers)
     device, found = next(net.parameters()).device, []
 
     def read(ids: Tensor, positions: Tensor) -> Tensor:
@@ -139,18 +147,20 @@ def _followed(net: Any, *rows: Sequence[int]) -> Tensor:
         logits: Tensor = net(**told, row=cache, use_cache=False).logits[0]
         return logits
 
-    with flat_attention(net, cached):
-        for ids, positions in cache.passes(len(rows) * len(rows[0])):
-            with suppress(Taken):
+    with use_row_attention(net, cached_attention):
+        for ids, positions in cache.prefill_passes(len(rows) * len(rows[0])):
+            with suppress(PrefillDone):
                 read(ids, positions)
         for t in (-2, -1):
-            found.append(read(torch.tensor([rows[i][t] for i in cache.order]), cache.next()))
-    back = sorted(range(len(rows)), key=cache.order.__getitem__)
+            found.append(
+                read(torch.tensor([rows[i][t] for i in cache.prompt_order]), cache.advance())
+            )
+    back = sorted(range(len(rows)), key=cache.prompt_order.__getitem__)
     return torch.stack(found, 1)[back].flatten(0, 1)
 
 
 @contextmanager
-def _called(net: Any) -> Iterator[list[nn.Module]]:
+def _record_calls(net: Any) -> Iterator[list[nn.Module]]:
     """The modules that run within it, in their order."""
     order: list[nn.Module] = []
     handles = [m.register_forward_pre_hook(lambda m, _: order.append(m)) for m in net.modules()]
@@ -161,7 +171,7 @@ def _called(net: Any) -> Iterator[list[nn.Module]]:
             handle.remove()
 
 
-def _last(net: Any, order: Sequence[nn.Module]) -> LastLayer:
+def _find_last_layer(net: Any, order: Sequence[nn.Module]) -> LastLayer:
     """The last of the modules that ran as one of a list, the first of its parts, and the part that
     attends.
     """

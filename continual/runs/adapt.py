@@ -75,7 +75,7 @@ def _adapt(
         checkpoint.load(
             folder, bench.model, bench.strategy if config.adapt.rule == "inner" else None
         )
-    task = bench.tokens.task(bench.stream.stages[0])
+    task = bench.tokens.encode_stage(bench.stream.stages[0])
     track = start_tracker(config, out)
     with EventLog(out / "events.jsonl", console, track) as events, Signals() as signals:
         with first():
@@ -83,7 +83,7 @@ def _adapt(
                 config.train.precision,
                 out / "precision.json",
                 bench.model,
-                bench.tokens.some,
+                bench.tokens.sample_rows,
                 events.print_line,
             )
         show_unfit(bench.encoder, events)

@@ -78,7 +78,7 @@ def alone(config: DictConfig, console: Console) -> Audit:
         told = audit(stream, s.split, metric=s.metric, limit=s.limit)
     else:
         reader = build.reader(config, stream)
-        encoder = replace(build.encoder(config, reader), on_unfit="skip")
+        encoder = replace(build.encoder(config, reader), on_unusable="skip")
         tests = [
             build.test(config, t, encoder, i)
             for i, t in enumerate(stream.tasks)
@@ -118,5 +118,9 @@ def _counted(
         metric=s.metric,
         limit=s.limit,
         lengths=lengths,
-        fits={"limit": encoder.limit, "max_length": config.data.max_length, "context": context},
+        fits={
+            "limit": encoder.max_tokens,
+            "max_length": config.data.max_length,
+            "context": context,
+        },
     )

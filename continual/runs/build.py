@@ -105,7 +105,9 @@ def model(config: DictConfig, tasks: Stream | None) -> Model:
             "no loss; set it to 0"
         )
     made.layout = replace(
-        made.layout, tokens=config.train.tokens_per_microbatch, instruction_weight=weight
+        made.layout,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        instruction_weight=weight,
     )
     made.bf16 = config.train.precision == "bf16"  # with auto: once it is measured
     if shards:

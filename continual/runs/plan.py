@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from continual.data.template import columns
+from continual.data.template import index_tasks
 from continual.data.types import Encoded, Example, Stream, Task
 from continual.errors import ConfigError, gathered, mistyped
 from continual.evaluation.scoring import Test
@@ -202,7 +202,7 @@ def _grown(
         return list(stages)  # they are equal
     strategy, first = build.strategy(config), work.stages[0]
     length = sorted(len(e.ids) for e in first.train)[len(first.train) // 2]
-    response = sorted(sum(e.response) for e in first.train)[len(first.train) // 2]
+    response = sorted(sum(e.response_mask) for e in first.train)[len(first.train) // 2]
     tasks = [
         _task(i, len(first.train), length, response, GROWN[1], _words(model))
         for i in range(GROWN[1])
@@ -214,11 +214,11 @@ def _grown(
 
 def _streamed(config: DictConfig, model: Model, stream: Stream) -> Work:
     """The stream's own rows, in its order."""
-    encoder, names = build.encoder(config, model), columns(stream)
+    encoder, names = build.encoder(config, model), index_tasks(stream)
     tests = [
         build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks[: config.plan.stages])
     ]
-    stages = [encoder.task(t, names, dev=False) for t in stream.stages]
+    stages = [encoder.encode_task(t, names, include_dev=False) for t in stream.stages]
     return Work(
         stages[: config.plan.stages],
         tests,
@@ -234,7 +234,8 @@ def _given(config: DictConfig, model: Model) -> Work:
     stages = [_task(i, p.examples, p.tokens, p.response, p.tasks, words) for i in range(number)]
     rows = _task(0, p.tests, p.tokens, p.response, p.tasks, words).train
     prompts = [
-        replace(e, ids=e.ids[: -p.response], response=e.response[: -p.response]) for e in rows
+        replace(e, ids=e.ids[: -p.response], response_mask=e.response_mask[: -p.response])
+        for e in rows
     ]
     test = Test(
         "task 0",
@@ -264,7 +265,7 @@ def _task(index: int, n: int, tokens: int, response: int, tasks: int, words: int
         )
         for i in range(n)
     ]
-    return Task(f"task {index}", rows, columns=tuple(f"task {i}" for i in range(tasks)))
+    return Task(f"task {index}", rows, task_names=tuple(f"task {i}" for i in range(tasks)))
 
 
 def _check(config: DictConfig) -> None:

@@ -60,7 +60,7 @@ def run(config: DictConfig, console: Console) -> Matrix:
                 bench.encoder,
                 bench.model.context,
                 bench.tests,
-                bench.tokens.fit,
+                bench.tokens.count_tokens,
                 console,
             )
             if leads()
@@ -74,7 +74,7 @@ def run(config: DictConfig, console: Console) -> Matrix:
                     config.train.precision,
                     out / "precision.json",
                     bench.model,
-                    bench.tokens.some,
+                    bench.tokens.sample_rows,
                     events.print_line,
                 )
             matrix = stages(out, bench, events, signals, audit)
@@ -270,7 +270,7 @@ def train(out: Path, bench: Bench, keeper: Keeper, within: Path | None) -> Matri
         shutil.rmtree(
             predictions(out, number), ignore_errors=True
         )  # of other weights, if there are any
-    task = bench.tokens.task(stage)
+    task = bench.tokens.encode_stage(stage)
     show_unfit(bench.encoder, keeper.events)
     spent = learn(
         bench.model,

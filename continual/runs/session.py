@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from continual.data.template import Encoder
-from continual.data.token_cache import Tokens, tokenise
+from continual.data.token_cache import TokenCache, load_or_tokenize
 from continual.data.types import Stream
 from continual.errors import ConfigError, listed
 from continual.evaluation.probes.base import Probe, Setting
@@ -36,7 +36,7 @@ class Bench:
     recipe: Recipe
     encoder: Encoder
     tests: list[Test]
-    tokens: Tokens  # the rows of all stages
+    tokens: TokenCache  # the rows of all stages
     probes: Mapping[str, Probe] = field(default_factory=dict)
 
     def load(self) -> None:
@@ -68,7 +68,9 @@ def set_up(config: DictConfig, out: Path) -> Bench:
     probes = build.probes(config)
     for probe in probes.values():
         probe.ready(Setting(config, stream, encoder, build.judge(config)))
-    tokens = tokenise(out / "tokens.safetensors", encoder, stream, dev=recipe.patience is not None)
+    tokens = load_or_tokenize(
+        out / "tokens.safetensors", encoder, stream, include_dev=recipe.patience is not None
+    )
     return Bench(config, stream, model, strategy, recipe, encoder, tests, tokens, probes)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from continual.data.types import Encoded
-from continual.packing.layout import common_prefix, grouped, turn
+from continual.packing.layout import common_prefix_length, group_by_prefix, response_start
 
 MAX_EXAMPLES = 128  # examples of a task whose instructions are looked at
 
@@ -20,8 +20,8 @@ def extract_instructions(examples: Sequence[Encoded]) -> InstructionCounts:
     """
     chosen = _subsample(examples)
     found: Counter[tuple[int, ...]] = Counter()
-    for prefix, members in grouped(chosen):
-        found.update(chosen[i].ids[: prefix or max(1, turn(chosen[i]))] for i in members)
+    for prefix, members in group_by_prefix(chosen):
+        found.update(chosen[i].ids[: prefix or max(1, response_start(chosen[i]))] for i in members)
     return [(list(ids), count) for ids, count in found.items()]
 
 
@@ -34,10 +34,12 @@ def extract_prompt_prefixes(examples: Sequence[Encoded]) -> InstructionCounts:
     """
     chosen = _subsample(examples)
     found: Counter[tuple[int, ...]] = Counter()
-    for prefix, members in grouped(chosen):
-        prompts = sorted(chosen[i].ids[: turn(chosen[i])] for i in members)
+    for prefix, members in group_by_prefix(chosen):
+        prompts = sorted(chosen[i].ids[: response_start(chosen[i])] for i in members)
         if prefix or len(prompts) > 1:
-            found[prompts[0][: prefix or common_prefix(prompts[0], prompts[-1])]] += len(prompts)
+            found[prompts[0][: prefix or common_prefix_length(prompts[0], prompts[-1])]] += len(
+                prompts
+            )
     return [(list(ids), count) for ids, count in found.items() if ids] or [([], len(chosen))]
 
 

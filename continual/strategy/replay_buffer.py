@@ -114,7 +114,7 @@ class ReplayBuffer:
         """All that is kept, by task index, also where one reservoir serves every task."""
         pools: dict[int, list[Encoded]] = {}
         for example in self.examples:
-            pools.setdefault(example.task, []).append(example)
+            pools.setdefault(example.task_index, []).append(example)
         return pools
 
     def draw(self, n: int, pool: Sequence[Encoded] | None = None) -> list[Encoded]:

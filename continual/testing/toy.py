@@ -17,7 +17,7 @@ from continual.data.types import Encoded, Task
 from continual.models.loading import adapt_with
 from continual.models.model import Model
 from continual.packing.batch import Batch, Layout
-from continual.packing.support import probe
+from continual.packing.support import detect_packing_support
 from continual.results.matrix import Matrix
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
@@ -71,7 +71,7 @@ def make_model(
         settings = {"r": lora_rank, "lora_alpha": 16 * lora_rank, "target_modules": "all-linear"}
         net = adapt_with(net, "lora", {"lora": settings}, seq2seq=False)
     tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=_decode)
-    flat, last = probe(net)
+    flat, last = detect_packing_support(net)
     made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": flat, **layout})
     return Model(net.eval(), tokenizer, made, context=CONTEXT_LENGTH, last=last)
 
@@ -122,7 +122,7 @@ def make_examples(task: int, n: int = 12, seed: int = 0) -> list[Encoded]:
 
 def make_task(index: int, n: int = 12) -> Task[Encoded]:
     """The task of that index, with `n` training examples."""
-    return Task(TASK_NAMES[index], tuple(make_examples(index, n)), columns=TASK_NAMES)
+    return Task(TASK_NAMES[index], tuple(make_examples(index, n)), task_names=TASK_NAMES)
 
 
 def train_stages(
@@ -175,7 +175,7 @@ def all_close(
 
 def limit_micro_batch(model: Model, tokens: int) -> Model:
     """The same model with so many tokens at most in a forward pass."""
-    return replace(model, layout=replace(model.layout, tokens=tokens))
+    return replace(model, layout=replace(model.layout, tokens_per_microbatch=tokens))
 
 
 def memory_tensors(strategy: Strategy) -> dict[str, torch.Tensor]:

@@ -95,11 +95,11 @@ class Patience:
         with in_step(self.model):
             total = torch.tensor(
                 sum(
-                    float(nll(self.model, micro)) * micro.tokens
-                    for micro in dealt(parts, [p.length for p in parts])
+                    float(nll(self.model, micro)) * micro.supervised_tokens
+                    for micro in dealt(parts, [p.num_tokens for p in parts])
                 ),
                 dtype=torch.float64,
             )
         add_up([total])
         self.model.net.train()
-        return float(total) / batch.tokens
+        return float(total) / batch.supervised_tokens

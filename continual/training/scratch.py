@@ -216,7 +216,7 @@ def _pretrain(
     """One stage of naive training on the pre-training examples."""
     encoder = Encoder(model.tokenizer, "plain", context)
     if stream.pretraining:
-        examples = [encoder.train(e, 0) for e in stream.pretraining]
+        examples = [encoder.encode_example(e, 0) for e in stream.pretraining]
     else:
         rows = [e for t in sorted(stream.tasks, key=lambda t: t.name) for e in t.train]
         random.Random(seed).shuffle(rows)
@@ -248,6 +248,10 @@ def _plain(e: Example, encoder: Encoder) -> Encoded:
     """The row's text without its answer, cut to the context; an instruction before an input is only
     read.
     """
-    text = [*encoder.ids(e.input or _text(e)), encoder.tokenizer.eos_token_id][: encoder.limit]
-    asked = encoder.ids(f"{e.instruction}\n")[: encoder.limit - len(text)] if e.input else []
+    text = [*encoder.tokenize(e.input or _text(e)), encoder.tokenizer.eos_token_id][
+        : encoder.max_tokens
+    ]
+    asked = (
+        encoder.tokenize(f"{e.instruction}\n")[: encoder.max_tokens - len(text)] if e.input else []
+    )
     return Encoded(e.id, 0, (*asked, *text), (False,) * len(asked) + (True,) * len(text))

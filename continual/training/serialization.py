@@ -30,11 +30,11 @@ def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, random.Random):
         return {"random": value.getstate()}
     if isinstance(value, Encoded):
-        ids, response = " ".join(map(str, value.ids)), "".join("01"[r] for r in value.response)
+        ids, response = " ".join(map(str, value.ids)), "".join("01"[r] for r in value.response_mask)
         return {
             "example": {
                 "id": value.id,
-                "task": value.task,
+                "task": value.task_index,
                 "text": value.text,
                 "ids": ids,
                 "response": response,

@@ -56,7 +56,7 @@ def learn(
     torch.manual_seed(seed)
     model.net.train()
     optimizer = _optimizer(model, strategy.begin(model, task), recipe)
-    total, budget = recipe.total(len(task.train)), model.layout.tokens
+    total, budget = recipe.total(len(task.train)), model.layout.tokens_per_microbatch
     patience = _patience(model, strategy, task, recipe)
     at = Progress(model, optimizer, _schedule(optimizer, recipe, total), patience)
     model.trained, began = at.trained, time.perf_counter()
@@ -130,12 +130,12 @@ def _halve(model: Model, budget: int, log: Log) -> None:
     """Half as many tokens in a forward pass from now on; raises TrainingError where the stage's
     budget already was.
     """
-    if model.layout.tokens < budget:
+    if model.layout.tokens_per_microbatch < budget:
         raise TrainingError(
-            f"out of memory again with train.tokens_per_microbatch={model.layout.tokens}; set it "
+            f"out of memory again with train.tokens_per_microbatch={model.layout.tokens_per_microbatch}; set it "
             "lower, lower data.max_length, or choose an adapter (model.adapter=lora)"
         )
-    model.layout = replace(model.layout, tokens=budget // 2)
+    model.layout = replace(model.layout, tokens_per_microbatch=budget // 2)
     log(
         {
             "event": "warning",
@@ -199,7 +199,7 @@ def _step(
         at.suspects |= {e.id for e in examples}
     at.optimizer.step()
     at.schedule.step()
-    at.step, at.tokens = step, at.tokens + batch.tokens
+    at.step, at.tokens = step, at.tokens + batch.supervised_tokens
     return loss
 
 
@@ -223,10 +223,14 @@ def _learned(at: Progress, task: Task[Encoded], log: Log) -> Task[Encoded]:
 
     Raises TrainingError where no row is left.
     """
-    bad = {(e.task, e.id) for e in task.train if e.id in at.suspects and not _can_be_learned(at, e)}
+    bad = {
+        (e.task_index, e.id)
+        for e in task.train
+        if e.id in at.suspects and not _can_be_learned(at, e)
+    }
     if not bad:
         return task
-    kept = tuple(e for e in task.train if (e.task, e.id) not in bad)
+    kept = tuple(e for e in task.train if (e.task_index, e.id) not in bad)
     told = (
         f"the loss or gradient of {len(task.train) - len(kept)} of the {len(task.train)} rows of "
         f"task {task.name!r} is not finite: {listed(sorted(name for _, name in bad))}"
@@ -251,7 +255,7 @@ def _patience(
 ) -> Patience | None:
     epoch = math.ceil(len(task.train) / recipe.batch_size)
     return (
-        Patience(model, strategy, list(task.split("dev")), epoch, recipe.patience)
+        Patience(model, strategy, list(task.get_split("dev")), epoch, recipe.patience)
         if recipe.patience
         else None
     )
@@ -301,13 +305,15 @@ def _order(task: Task[Encoded], rng: random.Random) -> list[int]:
     one another.
     """
     order = rng.sample(range(len(task.train)), len(task.train))
-    if not task.episode:
+    if not task.episode_size:
         return order
     by_task: dict[int, list[int]] = {}
     for i in order:
-        by_task.setdefault(task.train[i].task, []).append(i)
+        by_task.setdefault(task.train[i].task_index, []).append(i)
     episodes = [
-        of[i : i + task.episode] for of in by_task.values() for i in range(0, len(of), task.episode)
+        of[i : i + task.episode_size]
+        for of in by_task.values()
+        for i in range(0, len(of), task.episode_size)
     ]
     drawn = sorted(
         rng.sample(episodes, len(episodes)), key=len, reverse=True
@@ -324,7 +330,7 @@ def mask_instruction(example: Encoded, recipe: Recipe, model: Model, rng: random
     """
     special = set(model.tokenizer.all_special_ids)
     kept = []
-    for token, response in zip(example.ids, example.response, strict=True):
+    for token, response in zip(example.ids, example.response_mask, strict=True):
         if response or token in special or rng.random() >= recipe.mask_instruction_tokens:
             kept.append((token, response))
         elif recipe.mask_how == "replace":
@@ -334,4 +340,4 @@ def mask_instruction(example: Encoded, recipe: Recipe, model: Model, rng: random
         elif not kept:
             kept.append((token, False))
     ids, response_mask = zip(*kept, strict=True)
-    return replace(example, ids=ids, response=response_mask)
+    return replace(example, ids=ids, response_mask=response_mask)

@@ -47,7 +47,7 @@ class Progress:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "suspects": sorted(self.suspects),
-            "budget": self.model.layout.tokens,
+            "budget": self.model.layout.tokens_per_microbatch,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "patience": self.patience.state() if self.patience else None,
@@ -79,7 +79,7 @@ class Progress:
             is_number(state[key], 0) for key in ("step", "tokens", "seconds", "skipped", "budget")
         ):
             raise ValueError("its step, tokens, seconds, skipped and budget are no counts")
-        self.model.layout = replace(self.model.layout, tokens=state["budget"])
+        self.model.layout = replace(self.model.layout, tokens_per_microbatch=state["budget"])
         self.optimizer.load_state_dict(self._cut(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         if self.patience:

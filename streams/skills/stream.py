@@ -145,7 +145,7 @@ def generate_rows(
                     rng.choice(skill.phrasings),
                     f"- {' '.join(words)}",
                     (skill.solve(words),),
-                    where=name,
+                    location=name,
                 )
             )
     return tuple(found)

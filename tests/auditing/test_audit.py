@@ -36,7 +36,7 @@ from tests.support.pages import EVIL, page
 
 def row(asked="Say red.", input="", answers=("red",), id="a", task="t"):
     answers = (answers,) if isinstance(answers, str) else answers
-    return Example(id, task, asked, input, tuple(answers), where=f"{task}.jsonl:{id}")
+    return Example(id, task, asked, input, tuple(answers), location=f"{task}.jsonl:{id}")
 
 
 def task(name="t", train=(), dev=(), test=(), **more):
@@ -269,7 +269,7 @@ def test_what_the_base_scores_above_the_majority_says_whether_it_solves_a_task()
 def measured(train, test=(), limit=40, room=None, **more):
     from continual.evaluation.scoring import prepare
 
-    encoder = Encoder(train_byte_bpe(stream_text()), limit=limit, on_unfit="skip", **more)
+    encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=limit, on_unusable="skip", **more)
     made = task(train=train, test=test)
     asked = prepare(made, encoder, "test", 0, max_new_tokens=room) if test else None
     encoder.skipped.clear(), encoder.shortened.clear()

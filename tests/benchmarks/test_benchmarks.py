@@ -54,7 +54,7 @@ def test_answers_a_second_are_measured_against_generate(monkeypatch):
     assert all(set(r) >= KEYS and r["median_s"] > 0 for r in rows)
     assert {"generate"} <= set(rows[0]["ratio_to"]) <= {"generate", "generate memory"}
     assert [min(len(e.ids) for e in p) > 150 for p in prompts] == [False, True]
-    assert not any(e.response[-1] for p in prompts for e in p)
+    assert not any(e.response_mask[-1] for p in prompts for e in p)
 
 
 def test_answers_are_compared_by_their_tokens_up_to_the_end():
@@ -89,7 +89,7 @@ def test_the_meta_gradient_is_measured_against_learn2learn_s(monkeypatch, second
     monkeypatch.setattr(maml, "peaks", in_this_process)
     monkeypatch.setattr(maml, "INNER_STEPS", 2)
     rows = works.rows("agnews", 8)
-    tasks = [[replace(e, task=i) for e in rows[i::2]] for i in range(2)]
+    tasks = [[replace(e, task_index=i) for e in rows[i::2]] for i in range(2)]
     found = maml.measure("3M", tasks, second_order, seconds=0)
     assert [r["arm"] for r in found] == ["continual", "learn2learn"]
     assert all(set(r) >= KEYS and r["median_s"] > 0 for r in found)
@@ -141,7 +141,7 @@ def test_synthetic_rows_share_an_instruction_of_the_datasets_length(task):
     rows = works.rows(task, 8)
     length, inputs, _ = works.LENGTHS[task]
     assert len({e.ids[:length] for e in rows}) == 1
-    assert all(min(inputs) <= e.response.index(True) - length <= max(inputs) for e in rows)
+    assert all(min(inputs) <= e.response_mask.index(True) - length <= max(inputs) for e in rows)
 
 
 def test_a_long_instruction_takes_the_place_of_the_rows_own():

@@ -131,7 +131,7 @@ def test_every_model_config_names_a_constructor_and_its_keys(name):
 
 def test_the_hf_config_makes_its_model(model_folder, run_keys):
     made = build.model(composed("run", *run_keys), None)
-    assert made.layout.tokens == 4096
+    assert made.layout.tokens_per_microbatch == 4096
 
 
 @pytest.mark.parametrize("verb", sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "common"))

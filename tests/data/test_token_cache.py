@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from continual.data.template import Encoder, columns
-from continual.data.token_cache import _digest, tokenise
+from continual.data.template import Encoder, index_tasks
+from continual.data.token_cache import _hash_tensors, load_or_tokenize
 from continual.data.types import Message, Stream, Task
 from continual.errors import DataError
 from tests.support.models import (
@@ -50,10 +50,10 @@ def same(encoder, given_stream, path):
     """What is read at `path`, after it was seen to be what this encoder makes of the stream,
     counted alike.
     """
-    told = tokenise(path, encoder, given_stream, dev=False)
+    told = load_or_tokenize(path, encoder, given_stream, include_dev=False)
     fresh = replace(encoder, skipped=[], shortened=[])
     for stage in given_stream.stages:
-        assert told.task(stage) == fresh.task(stage, columns(given_stream))
+        assert told.encode_stage(stage) == fresh.task(stage, index_tasks(given_stream))
     assert (encoder.skipped, encoder.shortened) == (fresh.skipped, fresh.shortened)
     encoder.skipped.clear()
     encoder.shortened.clear()
@@ -66,14 +66,14 @@ def same(encoder, given_stream, path):
 @pytest.mark.parametrize(
     "encoder",
     [
-        Encoder(PLAIN, limit=40, on_unfit="skip"),
-        Encoder(CHAT, "chat", 80, on_unfit="skip"),
+        Encoder(PLAIN, max_tokens=40, on_unusable="skip"),
+        Encoder(CHAT, "chat", 80, on_unusable="skip"),
         Encoder(
             train_byte_bpe(stream_text(), append_eos=True),
             "alpaca",
             60,
             seq2seq=True,
-            on_unfit="skip",
+            on_unusable="skip",
         ),
     ],
     ids=["plain", "chat", "encoder-decoder"],
@@ -85,15 +85,15 @@ def test_what_is_read_is_what_was_tokenised_and_counts_the_same(encoder, tmp_pat
 
 
 def test_some_rows_are_from_all_over_the_stream_and_not_counted(tmp_path):
-    encoder = Encoder(PLAIN, limit=40, on_unfit="skip")
+    encoder = Encoder(PLAIN, max_tokens=40, on_unusable="skip")
     told = same(encoder, stream(*ROWS), tmp_path / "tokens.safetensors")
-    assert [e.id for e in told.some(2)] == ["a", "a"]
-    assert [e.id for e in told.some(99)] == ["a", "b", "c", "f"] * 2
+    assert [e.id for e in told.sample_rows(2)] == ["a", "a"]
+    assert [e.id for e in told.sample_rows(99)] == ["a", "b", "c", "f"] * 2
     assert not encoder.shortened
 
 
 def test_a_row_is_tokenised_once_however_many_stages_hold_it(run_keys, tmp_path, monkeypatch):
-    calls, train = [], Encoder.train
+    calls, train = [], Encoder.encode_example
     monkeypatch.setattr(
         Encoder, "train", lambda self, e, i: calls.append(e.id) or train(self, e, i)
     )
@@ -149,7 +149,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_what_the_ids_depend_on_makes_them_anew(change, tmp_path, capsys):
-    path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, limit=40)
+    path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, max_tokens=40)
     same(encoder, stream(*FIT), path)
     same(*CHANGES[change](encoder, stream(*FIT)), path)
     assert f"{path} is of other rows, or of another tokenizer" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_a_change_of_what_the_ids_depend_on_makes_them_anew(change, tmp_path, ca
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_a_file_that_lost_its_end_or_has_a_wrong_byte_is_made_anew(tmp_path, data):
-    path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, limit=40)
+    path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, max_tokens=40)
     same(encoder, stream(*FIT), path)
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
@@ -201,7 +201,7 @@ FORGED = {
 
 @pytest.mark.parametrize("how", FORGED)
 def test_numbers_that_cannot_be_rows_are_not_believed_whatever_their_hash(how, tmp_path, capsys):
-    path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, limit=40)
+    path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, max_tokens=40)
     same(encoder, stream(*FIT), path)
     with safe_open(path, framework="pt") as file:
         key, parts = (
@@ -209,7 +209,7 @@ def test_numbers_that_cannot_be_rows_are_not_believed_whatever_their_hash(how, t
             {n: file.get_tensor(n).clone() for n in list(file.keys())},
         )
     parts = FORGED[how](parts)
-    hashed = "" if how == "bfloat16" else _digest(parts)
+    hashed = "" if how == "bfloat16" else _hash_tensors(parts)
     save_file(parts, path, {"key": key, "digest": hashed})
     same(encoder, stream(*FIT), path)
     assert f"{path} is damaged; the rows are tokenised again" in capsys.readouterr().err
@@ -220,7 +220,9 @@ def test_numbers_that_cannot_be_rows_are_not_believed_whatever_their_hash(how, t
 
 def test_all_unfit_rows_of_all_stages_are_named_together(tmp_path):
     with pytest.raises(DataError) as caught:
-        tokenise(tmp_path / "tokens", Encoder(PLAIN, limit=40), stream(*ROWS), dev=False)
+        load_or_tokenize(
+            tmp_path / "tokens", Encoder(PLAIN, max_tokens=40), stream(*ROWS), include_dev=False
+        )
     assert len(str(caught.value).split("\n")) == 4
     assert not (tmp_path / "tokens").exists()
 

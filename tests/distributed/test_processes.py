@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from continual.distributed import processes, work
 from continual.packing.batch import Batch, Layout
-from continual.packing.layout import common_prefix
+from continual.packing.layout import common_prefix_length
 from tests.support import subprocesses, toy
 from tests.support.all_strategies import train_all_strategies, train_two_stages
 from tests.support.models import load_json_lines, make_encoded, run_in_process
@@ -273,7 +273,7 @@ def read(part):
     """The tokens of a part, what examples begin with alike counted once, or as a padded batch."""
     rows = sorted(e.ids for e in part.examples)
     if part.layout.flat:
-        return sum(map(len, rows)) - sum(common_prefix(a, b) for a, b in pairwise(rows))
+        return sum(map(len, rows)) - sum(common_prefix_length(a, b) for a, b in pairwise(rows))
     return len(rows) * max(map(len, rows))
 
 
@@ -284,7 +284,9 @@ def read(part):
     st.integers(2, 4),
 )
 def test_a_step_is_cut_into_smaller_parts_for_more_processes(shapes, flat, budget, world):
-    layout = Layout(pad=1, device=torch.device("cpu"), flat=flat, tokens=budget)
+    layout = Layout(
+        pad_token_id=1, device=torch.device("cpu"), packed=flat, tokens_per_microbatch=budget
+    )
     batch = Batch(
         tuple(
             make_encoded([5 + p, 3, 4], [*range(10 + 20 * i, 10 + 20 * i + n)], str(i))
@@ -302,7 +304,7 @@ def test_a_step_is_cut_into_smaller_parts_for_more_processes(shapes, flat, budge
     assert len(few) <= len(parts) <= -(-len(few) // world) * world
     assert all(read(part) <= budget for part in parts if len(part.examples) > 1)
     assert flat or len(parts) >= min(2, len(shapes))
-    assert sum(part.tokens for part in parts) == batch.tokens
+    assert sum(part.supervised_tokens for part in parts) == batch.supervised_tokens
 
 
 def test_where_each_process_works_for_itself_nothing_is_dealt_out(of):

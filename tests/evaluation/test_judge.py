@@ -48,7 +48,7 @@ def taught(tmp_path_factory):
     ]
     learn(
         net,
-        Encoder(TOKENIZER, limit=400).task(Task("t", known), {"t": 0}),
+        Encoder(TOKENIZER, max_tokens=400).encode_task(Task("t", known), {"t": 0}),
         Strategy(),
         Recipe(lr=0.01, steps=120, batch_size=6, warmup=0.1),
         seed=0,
@@ -99,7 +99,7 @@ def test_by_likelihood_the_grade_is_the_expected_one(taught, short):
     prompt, _ = judge.prompt(ROW, "red", "Say red.")
     shares = []
     for n in "12345":  # as five rows of their own
-        whole = judge.encoder.train(make_example(asked("red", "Say red."), output=n), 0)
+        whole = judge.encoder.encode_example(make_example(asked("red", "Say red."), output=n), 0)
         logits = judge.model.net(torch.tensor([whole.ids])).logits[0, :-1].log_softmax(-1)
         said = range(len(prompt.ids), len(whole.ids))
         shares.append(sum(logits[i - 1, whole.ids[i]].item() for i in said))
@@ -121,7 +121,7 @@ def test_a_blank_answer_meets_nothing_and_no_judge_is_asked():
 
 
 def test_grades_that_cannot_be_read_count_as_0_and_are_told(dull, capsys):
-    encoder = Encoder(TOKENIZER, limit=120)
+    encoder = Encoder(TOKENIZER, max_tokens=120)
     test = prepare(
         Task("t", (), (), (ROW,), "relevance_judged"),
         encoder,

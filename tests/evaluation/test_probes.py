@@ -36,7 +36,7 @@ def setting(*tasks, limit=512, on_unfit="error", stream=None, **score):
         }
     )
     return Setting(
-        config, Stream("s", "o", tasks, tasks), Encoder(PLAIN, "plain", limit, on_unfit=on_unfit)
+        config, Stream("s", "o", tasks, tasks), Encoder(PLAIN, "plain", limit, on_unusable=on_unfit)
     )
 
 
@@ -183,7 +183,7 @@ def test_the_score_is_the_mean_over_draws():
 
 def test_prompts_that_hold_fewer_for_want_of_room_are_counted_and_where_none_holds_k_it_is_not_measured():
     task = colours()
-    one = len(Encoder(PLAIN).train(task.train[0], 0).ids)
+    one = len(Encoder(PLAIN).encode_example(task.train[0], 0).ids)
     shots = Shots(k=[0, 1, 2, 6])
     told = measured(shots, setting(task, limit=4 * one), last_line)
     assert told["shots"]["k=0"] == told["shots"]["k=2"] == 1
@@ -297,9 +297,9 @@ def test_every_wording_is_scored_on_the_examples_that_fit_under_all():
         "Give the colour. " + "It is a word of the list. " * 3, "jade", "jade", id="long"
     )
     wordings = Wordings(changes=["upper"])
-    fits = len(Encoder(PLAIN).train(long, 0).ids)
+    fits = len(Encoder(PLAIN).encode_example(long, 0).ids)
     assert fits < len(
-        Encoder(PLAIN).train(make_example(long.instruction.upper(), "jade", "jade"), 0).ids
+        Encoder(PLAIN).encode_example(make_example(long.instruction.upper(), "jade", "jade"), 0).ids
     )
     wordings.ready(setting(Task("t", task.train, test=(*task.test, long)), limit=fits + 8))
     assert [len(test.examples) for test in wordings.tests["t"].values()] == [4, 4]

@@ -171,7 +171,7 @@ def test_a_row_s_own_level_goes_before_and_a_conversation_s_is_that_of_its_last_
         make_example("", messages=turns),
         make_example("Say it, then stop."),
     ]
-    encoder = Encoder(train_byte_bpe(stream_text()), limit=120)
+    encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=120)
     _, predictions = score(
         make_text_model(),
         prepare(Task("t", (), (), tuple(asked)), encoder, "test", 0, max_new_tokens=2),
@@ -256,7 +256,7 @@ def test_relevance_without_a_judge_is_the_share_of_the_checkable_requirements_th
 
 
 def ready(metric, *asked, **more):
-    encoder = Encoder(train_byte_bpe(stream_text()), limit=120)
+    encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=120)
     return prepare(
         Task("t", (), (), asked, metric), encoder, "test", 0, **{"max_new_tokens": 4, **more}
     )

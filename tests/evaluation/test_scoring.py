@@ -30,7 +30,7 @@ ROWS = [
 
 
 def ready(net, rows=ROWS, metric="exact_match", seq2seq=False, **more):
-    encoder = Encoder(net.tokenizer, limit=120, seq2seq=seq2seq)
+    encoder = Encoder(net.tokenizer, max_tokens=120, seq2seq=seq2seq)
     return prepare(Task("t", (), (), tuple(rows), metric), encoder, "test", 0, **more)
 
 
@@ -41,7 +41,7 @@ def taught(request):
     encoder = Encoder(net.tokenizer, seq2seq=request.param == "t5")
     learn(
         net,
-        encoder.task(Task("t", ROWS), {"t": 0}),
+        encoder.encode_task(Task("t", ROWS), {"t": 0}),
         Strategy(),
         Recipe(lr=0.02, steps=150, warmup=0.1),
         seed=0,
@@ -200,7 +200,7 @@ def test_the_room_is_counted_as_the_template_writes_the_answer(template):
     row = make_example(output="uncommon")
     encoder = Encoder(tokenizer, template)
     test = prepare(Task("t", (), (), (row,)), encoder, "test", 0)
-    assert test.max_new_tokens == sum(encoder.train(row, 0).response)
+    assert test.max_new_tokens == sum(encoder.encode_example(row, 0).response_mask)
 
 
 def test_the_rows_keep_their_order_and_their_marks(taught):
@@ -235,7 +235,7 @@ def test_answers_in_batches_are_those_of_plain_greedy_decoding(kind, batch_size)
 @torch.no_grad()
 def by_hand(net, ids, n):
     """Greedy decoding with no cache, no padding and no library."""
-    said = [net.layout.decoder_start] if net.layout.seq2seq else []
+    said = [net.layout.decoder_start_token_id] if net.layout.seq2seq else []
     start = len(said)
     while len(said) < n + start and net.tokenizer.eos_token_id not in said[start:]:
         inputs = (
@@ -302,7 +302,7 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
     with torch.no_grad():
         for w in net.net.parameters():
             w.mul_(3)  # labels that differ by example
-    encoder = Encoder(net.tokenizer, limit=120, seq2seq=kind == "t5")
+    encoder = Encoder(net.tokenizer, max_tokens=120, seq2seq=kind == "t5")
     rows = [
         make_example(f"Say {'it ' * (7 * i % 5)}{i}.", output="very sad", id=f"r{i}")
         for i in range(12)
@@ -312,8 +312,8 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
     )
     best = []
     for row in rows:
-        alone = [encoder.train(replace(row, outputs=(label,)), 0) for label in LABELS]
-        each = [nll(net, net.batch([e])).item() * sum(e.response) for e in alone]
+        alone = [encoder.encode_example(replace(row, outputs=(label,)), 0) for label in LABELS]
+        each = [nll(net, net.batch([e])).item() * sum(e.response_mask) for e in alone]
         best.append(LABELS[each.index(min(each))])
     value, predictions = score(net, test, batch_size=4)
     assert [p["answer"] for p in predictions] == best
@@ -369,7 +369,7 @@ def test_a_split_that_is_not_there_says_which_is():
 
 
 def test_a_prompt_longer_than_the_context_is_refused_by_file_and_line():
-    encoder = Encoder(train_byte_bpe(stream_text()), limit=40)
+    encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=40)
     rows = [
         ROWS[0],
         make_example("Say it. " * 40, where="t/test.jsonl:2"),
@@ -396,7 +396,7 @@ def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_once_a_task(more,
 
 
 def test_a_task_of_which_no_test_row_fits_is_refused_even_when_skipping():
-    encoder = Encoder(train_byte_bpe(stream_text()), limit=10, on_unfit="skip")
+    encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=10, on_unusable="skip")
     with pytest.raises(DataError, match="task 't' has no test rows left to score"):
         prepare(Task("t", (), (), (make_example("x" * 90),)), encoder, "test", 0)
 

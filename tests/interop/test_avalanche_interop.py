@@ -37,9 +37,11 @@ def test_examples_are_what_their_tensors_hold(causal):
     rows = toy.make_examples(2, 5)
     x, y, t = to_tensors(rows, causal, min_width=20)
     assert x.shape == (5, 2, 20)
-    assert [(e.ids, e.response) for e in to_examples(x)] == [(e.ids, e.response) for e in rows]
+    assert [(e.ids, e.response_mask) for e in to_examples(x)] == [
+        (e.ids, e.response_mask) for e in rows
+    ]
     assert y[y != avalanche.IGNORE_INDEX].tolist() == [
-        i for e in rows for i, r in zip(e.ids, e.response, strict=True) if r
+        i for e in rows for i, r in zip(e.ids, e.response_mask, strict=True) if r
     ]
     assert t.tolist() == [2] * 5
 
@@ -48,7 +50,8 @@ def test_examples_are_what_their_tensors_hold(causal):
 def test_a_model_as_avalanche_sees_it_has_our_logits_and_our_loss(kind):
     made = make_text_model(kind)
     rows = [
-        replace(e, ids=(*e.ids, 0), response=(*e.response, True)) for e in toy.make_examples(0, 4)
+        replace(e, ids=(*e.ids, 0), response_mask=(*e.response_mask, True))
+        for e in toy.make_examples(0, 4)
     ]
     x, y, _ = to_tensors(rows, causal=not made.layout.seq2seq)
     logits, batch = AvalancheModel(made)(x), numbered(made, rows)
@@ -64,7 +67,7 @@ def ready(stream_folder):
     """A benchmark of the small stream, and a model for it."""
     made = make_text_model()
     tasks = stream(toy.compose_run_config("stream=folder", f"stream.path={stream_folder}"))
-    return make_benchmark(tasks, Encoder(made.tokenizer, limit=128)), made
+    return make_benchmark(tasks, Encoder(made.tokenizer, max_tokens=128)), made
 
 
 def loop(made, kind="Naive", adam: float | None = None, **settings):

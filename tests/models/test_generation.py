@@ -12,8 +12,8 @@ from continual.models import generation as answers
 from continual.models.loss import token_nll
 from continual.models.model import Model
 from continual.packing.batch import Layout
-from continual.packing.kv_cache import Cache
-from continual.packing.support import probe
+from continual.packing.kv_cache import KVCache
+from continual.packing.support import detect_packing_support
 from tests.support.architectures import OWN_RULES, READ
 from tests.support.models import make_text_model
 
@@ -37,7 +37,11 @@ def made(network, dtype) -> Model:
                 -1, torch.tensor([END]), 0.6 * out.amax(-1, keepdim=True).abs()
             )
         )
-    return Model(net, Eos(), Layout(pad=0, device=torch.device("cpu"), flat=True, tokens=200))
+    return Model(
+        net,
+        Eos(),
+        Layout(pad_token_id=0, device=torch.device("cpu"), packed=True, tokens_per_microbatch=200),
+    )
 
 
 def prompts() -> list[Encoded]:
@@ -59,7 +63,7 @@ def cut(ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("kind", READ)
 def test_every_architecture_answers_as_generate_does(kind, dtype):
     net = made(READ[kind], dtype)
-    padded = replace(net, layout=replace(net.layout, flat=False))
+    padded = replace(net, layout=replace(net.layout, packed=False))
     alone = [cut(answers.complete(padded, [p], 12, 1, END)[0]) for p in prompts()]
     assert answers.complete(net, prompts(), 12, 128, END) == alone
     assert len({tuple(a) for a in alone}) > 5
@@ -70,7 +74,7 @@ def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_an
     kind,
 ):
     net = made(OWN_RULES[kind], torch.float32)
-    net.layout = replace(net.layout, flat=probe(net.net)[0])
+    net.layout = replace(net.layout, packed=detect_packing_support(net.net)[0])
     for e, said in zip(prompts(), answers.complete(net, prompts(), 12, 128, END), strict=True):
         ids = torch.tensor([e.ids])
         whole = net.net.generate(
@@ -83,13 +87,13 @@ def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_an
         )
         assert said == whole[0, len(e.ids) :].tolist()
     rows = [
-        replace(p, response=(False, *[True] * (len(p.ids) - 1)))
+        replace(p, response_mask=(False, *[True] * (len(p.ids) - 1)))
         for p in prompts()
         if len(p.ids) > 1
     ]
     batch = net.batch(rows)
     with torch.no_grad():
-        each = token_nll(net, batch).split(torch.bincount(batch.example).tolist())
+        each = token_nll(net, batch).split(torch.bincount(batch.example_index).tolist())
         for e, found in zip(rows, each, strict=True):
             ids = torch.tensor([e.ids])
             own = torch.nn.functional.cross_entropy(
@@ -101,32 +105,32 @@ def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_an
 def test_a_finished_answer_leaves_the_batch(monkeypatch):
     net = made(READ["llama"], torch.float64)
     sizes = []
-    before = Cache.next
+    before = KVCache.advance
 
     def counted(self, count):
         positions = before(self, count)
         sizes.append(len(positions))
         return positions
 
-    monkeypatch.setattr(Cache, "next", counted)
+    monkeypatch.setattr(KVCache, "next", counted)
     said = answers.complete(net, prompts(), 12, 128, END)
     assert sizes == [sum(len(a) > t for a in said) for t in range(max(map(len, said)))]
     assert sizes[0] > sizes[-1] > 0
 
 
-def read(rows: list[tuple[int, ...]], most: int) -> tuple[Cache, list[int]]:
+def read(rows: list[tuple[int, ...]], most: int) -> tuple[KVCache, list[int]]:
     """What is kept of these prompts, and how many tokens each pass reads."""
-    cache = Cache(
+    cache = KVCache(
         [Encoded(str(i), 0, r, (False,) * len(r)) for i, r in enumerate(rows)], 0, range(-1, 3), 2
     )
-    return cache, [p.shape[1] for p in cache.passes(most)]
+    return cache, [p.shape[1] for p in cache.prefill_passes(most)]
 
 
 def test_a_shared_instruction_is_read_and_kept_once():
     shared = tuple(range(10, 110))
     cache, passes = read([(*shared, i, 7) for i in range(9)], 104)
     assert passes == [104, 5]
-    assert [(b.prefix.length, b.own, len(b.lengths)) for b in cache.blocks] == [(100, 1, 9)]
+    assert [(b.prefix.length, b.own_length, len(b.lengths)) for b in cache.blocks] == [(100, 1, 9)]
 
 
 def test_no_pass_reads_more_tokens_than_were_asked_for_unless_a_single_prompt_does():
@@ -144,7 +148,7 @@ def test_prompts_are_kept_in_few_blocks_whose_padding_is_bounded():
     rows = [tuple(rng.randrange(9) for _ in range(n)) for n in range(2, 300)]
     blocks = read(rows, 4096)[0].blocks
     assert len(blocks) < 12
-    assert sum(b.own * len(b.lengths) for b in blocks) < 1.2 * sum(map(len, rows))
+    assert sum(b.own_length * len(b.lengths) for b in blocks) < 1.2 * sum(map(len, rows))
 
 
 def test_batches_do_not_change_the_answers():
@@ -172,7 +176,7 @@ LABELS = [
 @pytest.mark.parametrize("kind", READ)
 def test_labels_read_as_a_tree_have_the_likelihoods_that_each_has_alone(kind, batch_size):
     net = made(READ[kind], torch.float64)
-    padded = replace(net, layout=replace(net.layout, flat=False))
+    padded = replace(net, layout=replace(net.layout, packed=False))
     alone = torch.cat(
         [likelihoods(padded, [p], [ids], 1) for p in prompts() for ids in LABELS]
     ).view(-1, len(LABELS))
@@ -186,9 +190,9 @@ def test_labels_read_as_a_tree_have_the_likelihoods_that_each_has_alone(kind, ba
 
 def test_what_labels_begin_with_alike_is_read_once_behind_each_prompt(monkeypatch):
     net, read = made(READ["llama"], torch.float32), []
-    before = Cache.next
+    before = KVCache.advance
     monkeypatch.setattr(
-        Cache,
+        KVCache,
         "next",
         lambda self, count: read.append((len(self.order), count)) or before(self, count),
     )
@@ -198,7 +202,7 @@ def test_what_labels_begin_with_alike_is_read_once_behind_each_prompt(monkeypatc
 
 def test_no_more_labels_are_read_at_once_than_a_pass_has_tokens():
     net, read = made(READ["llama"], torch.float64), []
-    net.layout = replace(net.layout, tokens=16)
+    net.layout = replace(net.layout, tokens_per_microbatch=16)
     labels = [(i, j, 0) for i in range(5, 9) for j in range(9, 12)]
     hook = net.net.get_output_embeddings().register_forward_hook(
         lambda m, args, out: read.append(args[0].shape[1])

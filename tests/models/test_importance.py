@@ -43,7 +43,7 @@ def biased(probabilities: torch.Tensor) -> Model:
     net.lm_head.weight.zero_()
     net.lm_head.bias.copy_(probabilities.log())
     net.lm_head.bias.requires_grad_(True)
-    return Model(net.eval(), None, Layout(pad=1, device=torch.device("cpu")))
+    return Model(net.eval(), None, Layout(pad_token_id=1, device=torch.device("cpu")))
 
 
 P = torch.tensor([0.3, 0.1, 0.1, 0.2, 0.2, 0.1], dtype=torch.float64)
@@ -158,9 +158,9 @@ def test_it_does_not_depend_on_how_batches_are_laid_out(tokens):
 
 def test_one_row_of_all_examples_and_a_row_each_give_the_same():
     made, examples = toy.make_model(torch.float64), toy.make_examples(0)
-    assert made.layout.flat
+    assert made.layout.packed
     assert made.last
-    padded = replace(made, layout=replace(made.layout, flat=False))
+    padded = replace(made, layout=replace(made.layout, packed=False))
     assert toy.all_close(fisher(padded, examples), fisher(made, examples), rtol=1e-8, atol=1e-14)
 
 
@@ -212,7 +212,7 @@ def experts() -> Model:
         .double()
         .eval()
     )
-    return Model(net, None, Layout(pad=1, device=torch.device("cpu")))
+    return Model(net, None, Layout(pad_token_id=1, device=torch.device("cpu")))
 
 
 TOGETHER = {

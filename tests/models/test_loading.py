@@ -63,7 +63,9 @@ def test_a_local_folder_runs_two_stages(folders, kind, adapter, run_keys, tmp_pa
 def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
     base, lora = make_text_model(kind), make_text_model(kind, adapter="lora", adapters=LORA)
     encoder = Encoder(base.tokenizer, seq2seq=kind == "t5")
-    task = encoder.task(Task("t", tuple(make_example(f"Say {i}.") for i in range(4))), {"t": 0})
+    task = encoder.encode_task(
+        Task("t", tuple(make_example(f"Say {i}.") for i in range(4))), {"t": 0}
+    )
     torch.testing.assert_close(nll(base, base.batch(task.train)), nll(lora, lora.batch(task.train)))
     frozen = {n: p.clone() for n, p in lora.net.named_parameters() if not p.requires_grad}
     learn(lora, task, Strategy(), Recipe(lr=0.01), seed=0, log=lambda e: None)
@@ -111,7 +113,7 @@ def test_a_tokenizer_without_end_of_sequence_or_padding_gets_both():
     before = len(bare)
     net = assemble(make_network("llama", before), bare, device="cpu")
     assert net.tokenizer.eos_token_id == before
-    assert net.layout.pad == net.tokenizer.pad_token_id is not None
+    assert net.layout.pad_token_id == net.tokenizer.pad_token_id is not None
     assert net.net.get_input_embeddings().num_embeddings == before + 1
     assert net.net.get_output_embeddings().out_features == before + 1
 
@@ -124,22 +126,29 @@ def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
         make_example(f"Say {'it ' * i}.", output=o)
         for i, o in enumerate(("red", "blue gold", "grey"))
     )
-    task = encoder.task(Task("t", rows), {"t": 0})
+    task = encoder.encode_task(Task("t", rows), {"t": 0})
     learn(net, task, Strategy(), Recipe(lr=0.02, steps=80), seed=0, log=lambda e: None)
-    assert answer(net, [encoder.ask(e, 0, 9) for e in rows], 20, 4) == ["red", "blue gold", "grey"]
+    assert answer(net, [encoder.encode_prompt(e, 0, 9) for e in rows], 20, 4) == [
+        "red",
+        "blue gold",
+        "grey",
+    ]
 
 
 def test_padding_may_be_the_end_of_sequence():
     tokenizer = train_byte_bpe(stream_text(), pad=None)
     net = assemble(make_network("gpt2", len(tokenizer)), tokenizer, device="cpu")
-    assert net.layout.pad == tokenizer.eos_token_id
+    assert net.layout.pad_token_id == tokenizer.eos_token_id
     assert net.net.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
 def test_an_encoder_decoder_without_a_start_token_starts_with_padding():
     net = make_network("t5", 400)
     net.config.decoder_start_token_id = None
-    assert assemble(net, train_byte_bpe(stream_text()), device="cpu").layout.decoder_start == 1
+    assert (
+        assemble(net, train_byte_bpe(stream_text()), device="cpu").layout.decoder_start_token_id
+        == 1
+    )
 
 
 def test_the_models_context_bounds_an_example(folders):

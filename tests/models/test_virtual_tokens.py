@@ -38,7 +38,7 @@ def by_peft(made, examples):
     """
     total = torch.zeros(())
     for e in examples:
-        k = e.response.index(True)
+        k = e.response_mask.index(True)
         if made.layout.seq2seq:
             out = peft.PeftModelForSeq2SeqLM.forward(
                 made.net,
@@ -47,12 +47,12 @@ def by_peft(made, examples):
                 labels=torch.tensor([e.ids[k:]]),
             )
         else:
-            labels = [t if r else -100 for t, r in zip(e.ids, e.response, strict=True)]
+            labels = [t if r else -100 for t, r in zip(e.ids, e.response_mask, strict=True)]
             out = peft.PeftModelForCausalLM.forward(
                 made.net, input_ids=torch.tensor([e.ids]), labels=torch.tensor([labels])
             )
-        total = total + out.loss * sum(e.response)
-    return total / sum(sum(e.response) for e in examples)
+        total = total + out.loss * sum(e.response_mask)
+    return total / sum(sum(e.response_mask) for e in examples)
 
 
 def left_by(made, loss):
@@ -94,7 +94,9 @@ def test_with_a_dual_objective_every_real_token_is_predicted_and_no_virtual_one(
     batch = made.batch(EXAMPLES)
     assert len(batch.targets) == sum(len(e.ids) for e in EXAMPLES)
     assert batch.targets.max() < made.layout.prefix[0]
-    assert batch.tokens == sum(sum(e.response) + 0.5 * e.response.index(True) for e in EXAMPLES)
+    assert batch.tokens == sum(
+        sum(e.response_mask) + 0.5 * e.response_mask.index(True) for e in EXAMPLES
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_with_a_dual_objective_every_real_token_is_predicted_and_no_virtual_one(
 def test_answers_are_those_of_pefts_prompt_tuning(kind, flat):
     made = prompted(kind)
     made.layout = replace(made.layout, flat=flat)
-    prompts = [replace(e, ids=e.ids[: e.response.index(True)]) for e in EXAMPLES]
+    prompts = [replace(e, ids=e.ids[: e.response_mask.index(True)]) for e in EXAMPLES]
     ours = complete(made, prompts, 4, 8, -1)
     first = 1 if kind == "t5" else 0
     for prompt, said in zip(prompts, ours, strict=True):
@@ -144,7 +146,7 @@ def test_fixed_tokens_stand_where_they_are_put_and_do_not_train(lengths, live):
     logits = made.net(inputs_embeds=torch.cat([*own, *fixed, words])[None]).logits[
         0, sum(lengths) + 2 * live :
     ]
-    k = e.response.index(True)
+    k = e.response_mask.index(True)
     expected = torch.nn.functional.cross_entropy(logits[k - 1 : -1], torch.tensor(e.ids[k:]))
     torch.testing.assert_close(nll(made, made.batch([e])), expected)
     assert all(f.grad is None for f in fixed)

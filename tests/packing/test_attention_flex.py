@@ -18,12 +18,14 @@ from continual.models import loss
 from continual.models.loss import nll, token_nll
 from continual.models.weights import gradient
 from continual.packing import attention, attention_cpu, attention_flex, support
-from continual.packing.attention import Group, Row
-from continual.packing.layout import grouped
+from continual.packing.attention import PackedRow, PrefixGroup
+from continual.packing.layout import group_by_prefix
 from tests.support.models import make_encoded, make_text_model
 
 CPU = torch.device("cpu")
-ROW = Row((Group(0, ((2, 40), (1, 90))), Group(140, ((3, 1), (2, 30))), Group(7, ())))
+ROW = PackedRow(
+    (PrefixGroup(0, ((2, 40), (1, 90))), PrefixGroup(140, ((3, 1), (2, 30))), PrefixGroup(7, ()))
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,31 +42,31 @@ def uncompiled():
 def rows(longest: int):
     block = st.tuples(st.integers(1, 3), st.integers(1, longest))
     one = st.builds(
-        lambda prefix, blocks: Group(prefix, tuple(blocks)),
+        lambda prefix, blocks: PrefixGroup(prefix, tuple(blocks)),
         st.sampled_from([0, 1, longest // 2, longest]),
         st.lists(block, min_size=1, max_size=2),
     )
-    return st.builds(lambda groups: Row(tuple(groups)), st.lists(one, min_size=1, max_size=2))
+    return st.builds(lambda groups: PackedRow(tuple(groups)), st.lists(one, min_size=1, max_size=2))
 
 
 WINDOW = st.one_of(st.none(), st.integers(1, 200))
 
 
-def length(row: Row) -> int:
-    return sum(g.prefix + sum(b * n for b, n in g.blocks) for g in row.groups)
+def length(row: PackedRow) -> int:
+    return sum(g.prefix_length + sum(b * n for b, n in g.blocks) for g in row.groups)
 
 
-def visible(row: Row, window: int | None) -> torch.Tensor:
+def visible(row: PackedRow, window: int | None) -> torch.Tensor:
     """(N, N) by the definition: the same group, the prefix or the same example, not later, not too
     long ago.
     """
     told, example = [], 0
     for number, group in enumerate(row.groups):
-        told += [(number, -1, p) for p in range(group.prefix)]
+        told += [(number, -1, p) for p in range(group.prefix_length)]
         for b, n in group.blocks:
             for _ in range(b):
                 example += 1
-                told += [(number, example, group.prefix + p) for p in range(n)]
+                told += [(number, example, group.prefix_length + p) for p in range(n)]
     group, example, position = torch.tensor(told).T
     ago = position[:, None] - position
     seen = (
@@ -73,7 +75,7 @@ def visible(row: Row, window: int | None) -> torch.Tensor:
     return seen if window is None else seen & (ago < window)
 
 
-def states(row: Row, heads=(4, 2), dtype=torch.float64, device=CPU, size=16):
+def states(row: PackedRow, heads=(4, 2), dtype=torch.float64, device=CPU, size=16):
     """Queries, keys and values as a network's layer lays them, and what their output's gradient is."""
     torch.manual_seed(0)
     laid = [
@@ -83,7 +85,7 @@ def states(row: Row, heads=(4, 2), dtype=torch.float64, device=CPU, size=16):
     return [x.transpose(1, 2).requires_grad_() for x in laid[1:]], laid[0]
 
 
-def attended(by, row: Row, told, up, **more):
+def attended(by, row: PackedRow, told, up, **more):
     """The output, and the gradients of queries, keys and values."""
     out, _ = by(None, *told, None, row=row, **more)
     return [out, *torch.autograd.grad(out, told, up)]
@@ -131,10 +133,10 @@ def test_a_networks_losses_and_gradients_are_the_same(kind, monkeypatch, kernels
         *(make_encoded([*stem, 5 + i % 4], list(range(20, 22 + i)), f"e{i}") for i in range(6)),
         make_encoded([7], [8, 9], "alone"),
     ]
-    assert len(list(grouped(batch))) == 2
+    assert len(list(group_by_prefix(batch))) == 2
     found = []
-    for on in (support.kernel, lambda device: attention_flex.attend):
-        monkeypatch.setattr(loss, "kernel", on)
+    for on in (support.select_attention, lambda device: attention_flex.flex_row_attention):
+        monkeypatch.setattr(loss, "select_attention", on)
         net.net.zero_grad()
         nll(net, net.batch(batch)).backward()
         found.append({"loss": token_nll(net, net.batch(batch)).detach(), **gradient(net)})
@@ -163,7 +165,7 @@ def test_under_autocast_it_computes_in_the_type_asked_for(kernels):
 @given(rows(150), WINDOW)
 @settings(max_examples=15, deadline=None)
 def test_a_token_sees_its_own_example_and_prefix_up_to_itself(row, window):
-    mask, n = attention_flex.block_mask(row, window, CPU), length(row)
+    mask, n = attention_flex.make_block_mask(row, window, CPU), length(row)
     i = torch.arange(mask.seq_lengths[0])
     seen = mask.mask_mod(None, None, i[:, None], i)
     expected = torch.eye(len(i), dtype=torch.bool)  # what fills the last block sees itself
@@ -176,7 +178,7 @@ def test_a_token_sees_its_own_example_and_prefix_up_to_itself(row, window):
 def test_no_block_without_a_visible_pair_is_visited_and_none_with_a_hidden_pair_unmasked(
     row, window
 ):
-    mask = attention_flex.block_mask(row, window, CPU)
+    mask = attention_flex.make_block_mask(row, window, CPU)
     i = torch.arange(mask.seq_lengths[0])
     blocks = (
         mask.mask_mod(None, None, i[:, None], i)
@@ -195,7 +197,7 @@ def test_no_block_without_a_visible_pair_is_visited_and_none_with_a_hidden_pair_
 @given(rows(150), WINDOW)
 @settings(max_examples=15, deadline=None)
 def test_its_tables_are_those_that_torch_finds_in_the_dense_mask(row, window):
-    mask = attention_flex.block_mask(row, window, CPU)
+    mask = attention_flex.make_block_mask(row, window, CPU)
     dense = torch_flex.create_block_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu")
     for name in (
         "kv_num_blocks",
@@ -214,16 +216,16 @@ def test_of_many_examples_behind_an_instruction_few_blocks_are_visited():
     """64 examples of 64 tokens behind 128 shared ones: each block of two examples meets the prefix
     and itself.
     """
-    mask = attention_flex.block_mask(Row((Group(128, ((64, 64),)),)), None, CPU)
+    mask = attention_flex.make_block_mask(PackedRow((PrefixGroup(128, ((64, 64),)),)), None, CPU)
     assert int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) == 1 + 32 * 2
     assert int(mask.full_kv_num_blocks.sum()) == 32  # the prefix is seen whole
 
 
 def test_all_layers_of_a_kind_share_a_rows_mask():
     assert (
-        attention_flex.block_mask(ROW, 9, CPU)
-        is attention_flex.block_mask(ROW, 9, CPU)
-        is not attention_flex.block_mask(ROW, None, CPU)
+        attention_flex.make_block_mask(ROW, 9, CPU)
+        is attention_flex.make_block_mask(ROW, 9, CPU)
+        is not attention_flex.make_block_mask(ROW, None, CPU)
     )
 
 
@@ -231,8 +233,8 @@ def test_all_layers_of_a_kind_share_a_rows_mask():
 
 
 def test_on_cuda_the_kernel_attends_and_elsewhere_another():
-    assert support.kernel(torch.device("cuda:1")) is attention_flex.attend
-    assert support.kernel(CPU) is attention_cpu.attend
+    assert support.select_attention(torch.device("cuda:1")) is attention_flex.flex_row_attention
+    assert support.select_attention(CPU) is attention_cpu.flash_row_attention
 
 
 def test_attention_dropout_is_left_to_the_blocks(kernels):
@@ -275,7 +277,7 @@ def test_compiled_it_visits_the_listed_blocks_and_no_other(more, monkeypatch):
     monkeypatch.setattr(
         attention_flex, "flex_attention", torch.compile(torch_flex.flex_attention, dynamic=False)
     )
-    row = Row((Group(300, ((3, 40), (2, 333))),))
+    row = PackedRow((PrefixGroup(300, ((3, 40), (2, 333))),))
     (query, key, value), _ = states(row, dtype=torch.float32, size=32)
     with torch.no_grad():
         one, other = (
@@ -283,11 +285,14 @@ def test_compiled_it_visits_the_listed_blocks_and_no_other(more, monkeypatch):
             for by in (attention_flex, attention)
         )
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        attention_flex.block_mask(row, more.get("sliding_window"), CPU).kv_num_blocks[..., -1] -= 1
+        attention_flex.make_block_mask(row, more.get("sliding_window"), CPU).kv_num_blocks[
+            ..., -1
+        ] -= 1
         assert (
-            attention_flex.attend(None, query, key, value, None, row=row, **more)[0] - other
+            attention_flex.flex_row_attention(None, query, key, value, None, row=row, **more)[0]
+            - other
         ).abs().max() > 1e-2
-    attention_flex.block_mask.cache_clear()
+    attention_flex.make_block_mask.cache_clear()
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -304,13 +309,13 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 )
 def test_compiled_on_cuda_it_equals_sdpa(dtype, tolerance, more):
     torch._dynamo.reset()
-    attention_flex._compiled.cache_clear()
+    attention_flex._compiled_kernel.cache_clear()
     for row in (
-        Row((Group(0, ((2, 40),)),)),
-        Row(ROW.groups),
-        Row((Group(300, ((9, 100), (3, 333))),)),
-        Row((Group(128, ((64, 64),)), Group(0, ((1, 900),)))),
-        Row(ROW.groups[:2]),
+        PackedRow((PrefixGroup(0, ((2, 40),)),)),
+        PackedRow(ROW.groups),
+        PackedRow((PrefixGroup(300, ((9, 100), (3, 333))),)),
+        PackedRow((PrefixGroup(128, ((64, 64),)), PrefixGroup(0, ((1, 900),)))),
+        PackedRow(ROW.groups[:2]),
     ):
         told, up = states(row, (8, 2), dtype, torch.device("cuda"), 64)
         for one, other in zip(
@@ -327,7 +332,7 @@ def test_compiled_on_cuda_it_equals_sdpa(dtype, tolerance, more):
     ("size", "dtype"), [(8, torch.float32), (64, torch.float64)], ids=["narrow heads", "float64"]
 )
 def test_on_cuda_what_the_kernel_does_not_know_is_left_to_the_blocks(size, dtype):
-    row = Row(ROW.groups)
+    row = PackedRow(ROW.groups)
     told, up = states(row, dtype=dtype, device=torch.device("cuda"), size=size)
     for one, other in zip(
         *(attended(by.attend, row, told, up) for by in (attention_flex, attention)), strict=True

@@ -33,7 +33,7 @@ def by_hand(net, e):
     """
     logits = net.net(input_ids=torch.tensor([e.ids])).logits[0, :-1]
     return F.cross_entropy(logits, torch.tensor(e.ids[1:]), reduction="none"), torch.tensor(
-        e.response[1:]
+        e.response_mask[1:]
     )
 
 
@@ -45,12 +45,12 @@ def test_only_response_tokens_count_and_all_count_alike():
     each = [by_hand(LLAMA, e) for e in batch.examples]
     expected = sum(n[r].sum() for n, r in each) / sum(int(r.sum()) for _, r in each)
     torch.testing.assert_close(nll(LLAMA, batch), expected)
-    assert batch.tokens == sum(sum(e.response) for e in batch.examples)
+    assert batch.tokens == sum(sum(e.response_mask) for e in batch.examples)
 
 
 def test_it_is_the_networks_own_loss_with_the_prompt_labelled_minus_100():
     (e,) = some(1)
-    labels = [t if r else -100 for t, r in zip(e.ids, e.response, strict=True)]
+    labels = [t if r else -100 for t, r in zip(e.ids, e.response_mask, strict=True)]
     own = LLAMA.net(input_ids=torch.tensor([e.ids]), labels=torch.tensor([labels])).loss
     torch.testing.assert_close(nll(LLAMA, LLAMA.batch([e])), own.double(), rtol=1e-6, atol=1e-6)
 
@@ -76,7 +76,7 @@ def test_instruction_weight_one_is_plain_language_modelling():
 
 def test_an_encoder_decoders_loss_is_its_own_loss_for_the_response_as_labels():
     for e in some(3):
-        at = e.response.index(True)
+        at = e.response_mask.index(True)
         own = T5.net(input_ids=torch.tensor([e.ids[:at]]), labels=torch.tensor([e.ids[at:]])).loss
         torch.testing.assert_close(nll(T5, T5.batch([e])), own.double(), rtol=1e-6, atol=1e-6)
 
@@ -96,7 +96,7 @@ def test_prompt_tokens_and_padding_never_reach_the_lm_head(net):
     batch = net.batch(some(6))
     logits = forward(net, batch)
     hook.remove()
-    responses = sum(sum(e.response) for e in batch.examples)
+    responses = sum(sum(e.response_mask) for e in batch.examples)
     assert [shape.numel() for shape in seen] == [responses]
     assert logits.shape == (responses, net.net.config.vocab_size)
 
@@ -116,7 +116,7 @@ def test_padded_together_equals_one_at_a_time(net, n, seed):
     batch = net.batch(some(n, seed))
     together = token_nll(net, batch)
     for i in range(n):
-        torch.testing.assert_close(together[batch.example == i], token_nll(net, batch.pick([i])))
+        torch.testing.assert_close(together[batch.example == i], token_nll(net, batch.select([i])))
 
 
 @pytest.mark.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
@@ -143,10 +143,10 @@ def test_each_supervised_position_knows_its_example_and_task():
     for i, e in enumerate(batch.examples):
         mine = batch.example == i
         assert batch.targets[mine].tolist() == [
-            t for t, r in zip(e.ids, e.response, strict=True) if r
+            t for t, r in zip(e.ids, e.response_mask, strict=True) if r
         ]
         assert set(batch.task[mine].tolist()) == {e.task}
-    assert {t: len(b.examples) for t, b in batch.by_task().items()} == {
+    assert {t: len(b.examples) for t, b in batch.split_by_task().items()} == {
         t: sum(e.task == t for e in batch.examples)
         for t in sorted({e.task for e in batch.examples})
     }
@@ -156,7 +156,7 @@ def test_a_scale_multiplies_an_examples_weight():
     a, b = some(2)
     scaled = LLAMA.batch([a, b]).of([a, b], scale=[3.0, 1.0])
     mine, other = (token_nll(LLAMA, LLAMA.batch([e])).sum() for e in (a, b))
-    tokens = 3 * sum(a.response) + sum(b.response)
+    tokens = 3 * sum(a.response_mask) + sum(b.response_mask)
     torch.testing.assert_close(nll(LLAMA, scaled), (3 * mine + other) / tokens)
 
 
@@ -196,8 +196,8 @@ def test_about_the_asked_share_of_the_instruction_is_replaced_or_dropped(share):
 def test_the_response_and_special_tokens_are_never_hidden(share, how, seed):
     made = hidden(share, how, LONG, seed)
     assert made.ids[0] == LLAMA.tokenizer.eos_token_id
-    assert [t for t, r in zip(made.ids, made.response, strict=True) if r] == [7, 8, 9]
-    assert len(made.ids) == len(made.response)
+    assert [t for t, r in zip(made.ids, made.response_mask, strict=True) if r] == [7, 8, 9]
+    assert len(made.ids) == len(made.response_mask)
 
 
 @pytest.mark.parametrize("how", ["replace", "drop"])
@@ -235,5 +235,5 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 def test_the_encoder_and_the_batch_agree_on_what_is_learned():
     from tests.support.models import make_example
 
-    e = Encoder(LLAMA.tokenizer).train(make_example("Do it.", "a b", "red"), 0)
+    e = Encoder(LLAMA.tokenizer).encode_example(make_example("Do it.", "a b", "red"), 0)
     assert LLAMA.tokenizer.decode(LLAMA.batch([e]).targets) == "red<eos>"

@@ -17,8 +17,8 @@ from continual.models.loss import nll, token_nll
 from continual.models.model import Model
 from continual.models.weights import gradient
 from continual.packing.batch import Layout
-from continual.packing.layout import OVERHEAD, blocked, grouped
-from continual.packing.support import probe
+from continual.packing.layout import BLOCK_OVERHEAD_TOKENS, block_by_length, group_by_prefix
+from continual.packing.support import detect_packing_support
 from tests.support.architectures import OWN_RULES, READ
 from tests.support.models import make_encoded, make_text_model
 
@@ -28,9 +28,11 @@ LLAMA = make_text_model(dtype=torch.float64)
 def made(network) -> Model:
     torch.manual_seed(0)
     net = network().double().eval()
-    flat, last = probe(net)
+    flat, last = detect_packing_support(net)
     assert flat
-    return Model(net, None, Layout(pad=0, device=torch.device("cpu"), flat=True), last=last)
+    return Model(
+        net, None, Layout(pad_token_id=0, device=torch.device("cpu"), packed=True), last=last
+    )
 
 
 def draw(rng: random.Random, n: int) -> list[int]:
@@ -53,14 +55,14 @@ def two_instructions(n: int = 12, length: int = 30) -> list[Encoded]:
 
 
 def padded(net: Model) -> Model:
-    return replace(net, layout=replace(net.layout, flat=False))
+    return replace(net, layout=replace(net.layout, packed=False))
 
 
 def losses(net: Model, examples) -> torch.Tensor:
     """(E,) each example's summed loss."""
     batch = net.batch(examples)
     each = token_nll(net, batch)
-    return torch.zeros(len(examples), dtype=each.dtype).index_add(0, batch.example, each)
+    return torch.zeros(len(examples), dtype=each.dtype).index_add(0, batch.example_index, each)
 
 
 # The same numbers
@@ -93,7 +95,7 @@ def test_of_the_last_layer_only_keys_and_values_are_computed_everywhere(kind):
     )
     token_nll(net, net.batch(examples))
     hook.remove()
-    assert seen == [(1, sum(sum(e.response) for e in examples), 32)]
+    assert seen == [(1, sum(sum(e.response_mask) for e in examples), 32)]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "olmo2"])
@@ -130,7 +132,7 @@ def test_in_float64_without_such_norms_they_agree_to_rounding(kind, weight):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_networks_that_cannot_read_a_flat_row_are_found_out(network):
-    assert probe(network()) == (False, None)
+    assert detect_packing_support(network()) == (False, None)
 
 
 def test_a_network_that_cannot_read_a_flat_row_says_so_and_is_padded(capsys):
@@ -141,7 +143,7 @@ def test_a_network_that_cannot_read_a_flat_row_says_so_and_is_padded(capsys):
         tf.BloomForCausalLM(tf.BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=2)),
         train_byte_bpe(),
     )
-    assert not net.layout.flat
+    assert not net.layout.packed
     assert capsys.readouterr().err == (
         "bloom: its attention cannot read several examples as one row; batches are padded\n"
     )
@@ -204,22 +206,22 @@ def test_a_tasks_shared_instruction_is_read_once():
 
 
 def test_several_tasks_in_one_batch_share_a_prefix_each():
-    found = sorted((n, sorted(members)) for n, members in grouped(two_instructions()))
+    found = sorted((n, sorted(members)) for n, members in group_by_prefix(two_instructions()))
     assert found == [(0, [12]), (30, [0, 2, 4, 6, 8, 10]), (30, [1, 3, 5, 7, 9, 11])]
 
 
 def test_a_response_is_never_part_of_a_shared_prefix():
     same = [make_encoded(list(range(10, 90)), [7, 8, 9], f"e{i}") for i in range(4)]
-    assert list(grouped(same)) == [(80, [0, 1, 2, 3])]
+    assert list(group_by_prefix(same)) == [(80, [0, 1, 2, 3])]
 
 
 @given(st.dictionaries(st.integers(0, 9), st.integers(0, 60), max_size=6))
 @settings(deadline=None)
 def test_blocks_have_the_least_padding_and_overhead_of_all_ways_to_cut(lengths):
     def cost(runs):
-        return sum(len(run) * max(lengths[k] for k in run) + OVERHEAD for run in runs)
+        return sum(len(run) * max(lengths[k] for k in run) + BLOCK_OVERHEAD_TOKENS for run in runs)
 
-    blocks = blocked(lengths)
+    blocks = block_by_length(lengths)
     keys = sorted((k for k, n in lengths.items() if n), key=lengths.__getitem__)
     assert sorted(k for run in blocks for k in run) == sorted(keys)
     ways = []

@@ -35,7 +35,7 @@ def even(index: int, n: int = 6) -> Task:
         make_encoded([*e.ids[:2]], [*e.ids[-1:], 3 + i], e.id, index)
         for i, e in enumerate(toy.make_examples(index, n))
     ]
-    return Task(toy.TASK_NAMES[index], tuple(rows), columns=toy.TASK_NAMES)
+    return Task(toy.TASK_NAMES[index], tuple(rows), task_names=toy.TASK_NAMES)
 
 
 def ended(strategy, task, dtype=torch.float64):

@@ -33,7 +33,7 @@ def prepared(**settings):
 def logits_by_hand(made, e):
     """(S, V) straight from the network, one example at a time."""
     out = made.net(input_ids=torch.tensor([e.ids])).logits[0]
-    return torch.stack([out[t - 1] for t in range(1, len(e.ids)) if e.response[t]])
+    return torch.stack([out[t - 1] for t in range(1, len(e.ids)) if e.response_mask[t]])
 
 
 def drawn(strategy):
@@ -199,7 +199,7 @@ def test_a_step_is_avalanche_s_where_both_terms_have_the_same_examples(monkeypat
         "avalanche.training.supervised.der", reason="the extra avalanche-lib"
     )
     torch.manual_seed(0)
-    ours = Model(Bigrams(), None, Layout(pad=1, device=torch.device("cpu")))
+    ours = Model(Bigrams(), None, Layout(pad_token_id=1, device=torch.device("cpu")))
     theirs = torch.nn.Sequential(ours.net.words, ours.net.head)
     rows = [make_encoded([x], [y], id=str(x)) for x, y in ((2, 3), (4, 8), (5, 2), (6, 6), (7, 3))]
     strategy = DER(alpha=0.3, beta=0.7, minibatch_size=2, capacity=2)

@@ -43,8 +43,8 @@ def drawn(sizes, episode, batch_size, epochs=1):
     mixed = Task(
         "mixed",
         [e for i, n in enumerate(sizes) for e in toy.make_examples(i, n)],
-        columns=toy.TASK_NAMES,
-        episode=episode,
+        task_names=toy.TASK_NAMES,
+        episode_size=episode,
     )
     noting = Noting()
     learn(
@@ -97,14 +97,14 @@ def test_the_arrangement_is_one_stage_of_all_tasks_with_the_episodes_of_its_mixt
         seed=0, train_size=20, dev_size=2, test_size=2, pretraining_size=0, arrangement="episodes"
     )
     (stage,) = stream.stages
-    assert (stage.name, stage.episode, len(stage.train)) == (
+    assert (stage.name, stage.episode_size, len(stage.train)) == (
         "episodes",
         EPISODE_ROWS,
         20 * len(stream.tasks),
     )
     columns = {t.name: i for i, t in enumerate(stream.tasks)}
     tokenizer = train_byte_bpe([f"{e.instruction} {e.input} {e.outputs[0]}" for e in stage.train])
-    assert Encoder(tokenizer, "plain", 64).task(stage, columns).episode == EPISODE_ROWS
+    assert Encoder(tokenizer, "plain", 64).encode_task(stage, columns).episode_size == EPISODE_ROWS
 
 
 def test_meta_training_as_preparation_and_as_a_strategy_are_one_command(run_keys, tmp_path):

@@ -84,7 +84,7 @@ def merged(strategy: GainLoRA, made: Model, prompt) -> Model:
 
 
 def prompt(e):
-    return e.ids[: e.response.index(True)]
+    return e.ids[: e.response_mask.index(True)]
 
 
 # One pass
@@ -99,7 +99,7 @@ def test_each_example_s_logits_are_those_of_weights_merged_by_its_gates():
     for i, e in enumerate(batch.examples):
         alone = merged(strategy, made, prompt(e))
         logits = alone.net(input_ids=torch.tensor([e.ids])).logits[0]
-        expected = logits[[t - 1 for t, said in enumerate(e.response) if said]]
+        expected = logits[[t - 1 for t, said in enumerate(e.response_mask) if said]]
         torch.testing.assert_close(found[batch.example == i], expected, rtol=1e-9, atol=1e-10)
         gates = by_hand(strategy, made, prompt(e)).values()
         lowest, highest = min(lowest, *gates), max(highest, *gates)
@@ -109,13 +109,13 @@ def test_each_example_s_logits_are_those_of_weights_merged_by_its_gates():
 def test_prompts_are_answered_together_as_each_is_by_its_merged_weights():
     made, strategy = trained(0, 1)
     asked = [
-        replace(e, ids=prompt(e), response=(False,) * len(prompt(e)))
+        replace(e, ids=prompt(e), response_mask=(False,) * len(prompt(e)))
         for e in (*toy.make_examples(0, 5), *toy.make_examples(1, 5), *toy.make_examples(2, 3))
     ]
     made = replace(
         toy.make_model(torch.float64, kind="gpt2", lora_rank=ROOM), net=made.net
     )  # as it is when it is built again
-    assert made.layout.flat
+    assert made.layout.packed
     (turn,) = strategy.dispatch(made, [e.ids for e in asked])
     assert [*turn] == [*range(13)]
     said = complete(made, asked, 4, 6, 0)

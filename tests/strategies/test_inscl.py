@@ -91,8 +91,10 @@ def test_of_many_examples_some_from_everywhere_are_looked_at():
 def prepared():
     made, strategy = toy.make_model(), InsCL(capacity=30, share=0.5)
     for t, opening in enumerate(([*range(2, 12)], [*range(2, 11), 50], [*range(40, 50)])):
-        strategy.end(made, Task(toy.TASK_NAMES[t], tuple(rows(t, opening)), columns=toy.TASK_NAMES))
-    new = Task("d", tuple(rows(3, [*range(2, 11), 51])), columns=toy.TASK_NAMES)
+        strategy.end(
+            made, Task(toy.TASK_NAMES[t], tuple(rows(t, opening)), task_names=toy.TASK_NAMES)
+        )
+    new = Task("d", tuple(rows(3, [*range(2, 11), 51])), task_names=toy.TASK_NAMES)
     strategy.begin(made, new)
     return made, strategy, new
 
@@ -124,7 +126,8 @@ def test_tasks_with_the_new_one_s_own_instruction_are_all_alike():
     made, strategy = toy.make_model(), InsCL(capacity=30)
     for t in (0, 1):
         strategy.end(
-            made, Task(toy.TASK_NAMES[t], tuple(rows(t, [*range(2, 12)])), columns=toy.TASK_NAMES)
+            made,
+            Task(toy.TASK_NAMES[t], tuple(rows(t, [*range(2, 12)])), task_names=toy.TASK_NAMES),
         )
-    strategy.begin(made, Task("c", tuple(rows(2, [*range(2, 12)])), columns=toy.TASK_NAMES))
+    strategy.begin(made, Task("c", tuple(rows(2, [*range(2, 12)])), task_names=toy.TASK_NAMES))
     assert strategy.task_shares == pytest.approx({0: 0.5, 1: 0.5})

@@ -15,7 +15,7 @@ from continual.errors import ConfigError, DataError
 from continual.models.generation import complete, sampled
 from continual.models.loss import forward
 from continual.models.weights import restore, snapshot
-from continual.packing.layout import turn
+from continual.packing.layout import response_start
 from continual.strategy.compose import compose
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
@@ -43,7 +43,7 @@ def rows(task: int, n: int = 16) -> list[Encoded]:
 
 
 def task(index: int, n: int = 16) -> Task[Encoded]:
-    return Task(toy.TASK_NAMES[index], tuple(rows(index, n)), columns=toy.TASK_NAMES)
+    return Task(toy.TASK_NAMES[index], tuple(rows(index, n)), task_names=toy.TASK_NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def test_what_the_model_writes_has_the_form_of_the_task_s_examples(learned):
             assert e.task == t
             assert e.ids[:2] == (2, 3 + t)
             assert e.ids[-1] == END
-            assert 2 < turn(e) <= 4
-            assert all(e.response[turn(e) :])
+            assert 2 < response_start(e) <= 4
+            assert all(e.response_mask[response_start(e) :])
             assert MARK not in e.ids
-            assert not any(e.response[: turn(e)])
+            assert not any(e.response_mask[: response_start(e)])
 
 
 WORDINGS = {0: [(2, *[40] * 7), (2, *[42] * 7)], 1: [(2, *[41] * 7), (2, *[43] * 7)]}
@@ -87,17 +87,19 @@ def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_
             replace(
                 e,
                 ids=(*(seldom if i % 4 == 3 else often), *e.ids[2:]),
-                response=(*[False] * 6, *e.response),
+                response_mask=(*[False] * 6, *e.response_mask),
             )
             for i, e in enumerate(rows(t, 64))
         ]
-        strategy.update_buffer(made, Task(toy.TASK_NAMES[t], tuple(worded), columns=toy.TASK_NAMES))
+        strategy.update_buffer(
+            made, Task(toy.TASK_NAMES[t], tuple(worded), task_names=toy.TASK_NAMES)
+        )
     for t, (often, seldom) in WORDINGS.items():
         written = strategy.generate_examples(made, t, 400)
         found = Counter(e.ids[:8] for e in written)
         assert found.keys() == {often, seldom}
         assert 1 / 8 < found[seldom] / len(written) < 3 / 8
-        assert {e.task for e in written} == {t}
+        assert {e.task_index for e in written} == {t}
 
 
 def test_a_prompt_like_no_other_is_not_kept():
@@ -107,15 +109,15 @@ def test_a_prompt_like_no_other_is_not_kept():
     ]
     for some in (alone, alone[:1]):
         strategy = LAMOL()
-        strategy.update_buffer(toy.make_model(), Task("a", tuple(some), columns=toy.TASK_NAMES))
+        strategy.update_buffer(toy.make_model(), Task("a", tuple(some), task_names=toy.TASK_NAMES))
         assert strategy.tasks[0]["begins"] == [([], len(some))]
 
 
 def test_the_old_model_answers_what_it_wrote_greedily(learned):
     made, strategy = learned
     for e in strategy.buffer.examples:
-        prompt = make_prompt("p", e.task, e.ids[: turn(e)])
-        assert complete(made, [prompt], 2, 1, END) == [list(e.ids[turn(e) :])]
+        prompt = make_prompt("p", e.task, e.ids[: response_start(e)])
+        assert complete(made, [prompt], 2, 1, END) == [list(e.ids[response_start(e) :])]
 
 
 def test_each_earlier_task_gets_an_equal_part_of_what_is_written(learned):
@@ -153,7 +155,11 @@ def test_the_loss_is_that_of_the_responses_and_of_the_prompts_by_their_weight():
     new = rows(0)[:5]
     loss = strategy.backward(made, made.batch(new))
     prompts = [
-        replace(e, ids=(MARK, *e.ids[: turn(e)], MARK), response=(False, *(True,) * (turn(e) + 1)))
+        replace(
+            e,
+            ids=(MARK, *e.ids[: response_start(e)], MARK),
+            response_mask=(False, *(True,) * (response_start(e) + 1)),
+        )
         for e in new
     ]
     expected = (toy.mean_loss(made.net, new) + 0.4 * toy.mean_loss(made.net, prompts)) / 1.4
@@ -200,7 +206,7 @@ def test_what_is_sampled_behind_one_prompt_does_not_depend_on_the_others(batch_s
     )
     draws = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = complete(made, prompts, 6, batch_size, END, sampled(20, draws))
-    padded = replace(made, layout=replace(made.layout, flat=False))
+    padded = replace(made, layout=replace(made.layout, packed=False))
     alone = [
         complete(made, [p], 6, 1, END, sampled(20, draws[i : i + 1]))[0]
         for i, p in enumerate(prompts)
@@ -217,7 +223,7 @@ def test_a_prompt_that_holds_the_mark_is_refused():
 
 def test_an_encoder_decoder_model_is_refused():
     made = toy.make_model()
-    made.layout = replace(made.layout, decoder_start=1)
+    made.layout = replace(made.layout, decoder_start_token_id=1)
     with pytest.raises(ConfigError, match="choose a causal model"):
         LAMOL().begin(made, task(0))
 

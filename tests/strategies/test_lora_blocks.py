@@ -169,7 +169,9 @@ def test_a_lora_without_room_for_the_stream_is_refused_at_its_first_task():
     ):
         IncrementalLoRA(rank=2).begin(toy.make_model(lora_rank=7), toy.make_task(0))
     mixed = Task(
-        "all", tuple(e for t in range(4) for e in toy.make_examples(t, 2)), columns=toy.TASK_NAMES
+        "all",
+        tuple(e for t in range(4) for e in toy.make_examples(t, 2)),
+        task_names=toy.TASK_NAMES,
     )
     IncrementalLoRA(rank=2).begin(
         toy.make_model(lora_rank=3), mixed

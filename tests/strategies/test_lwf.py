@@ -63,8 +63,8 @@ def test_the_divergence_has_its_closed_form_on_two_tokens():
     0.1438.
     """
     strategy, made = LwF(temperature=1.0, top_logits=2), toy.make_model()
-    e = replace(toy.make_examples(0)[0], ids=(2, 3), response=(False, True))
-    strategy.teacher_outputs[e.task, e.id] = strategy.soften_logits(
+    e = replace(toy.make_examples(0)[0], ids=(2, 3), response_mask=(False, True))
+    strategy.teacher_outputs[e.task_index, e.id] = strategy.soften_logits(
         torch.tensor([[3.0, 1.0]]).log()
     )
     found = strategy.divergence(made.batch([e]), torch.zeros(1, 2))
@@ -89,12 +89,12 @@ def test_telling_fewer_tokens_apart_never_makes_the_divergence_greater(seed, top
     p, q = (3 * torch.randn(4, 12, generator=draw, dtype=torch.float64) for _ in range(2))
     made = toy.make_model()
     e = replace(
-        toy.make_examples(0)[0], ids=(2, 3, 4, 5, 6), response=(False, True, True, True, True)
+        toy.make_examples(0)[0], ids=(2, 3, 4, 5, 6), response_mask=(False, True, True, True, True)
     )
     found = []
     for top in [*sorted(tops), 12]:
         strategy = LwF(top_logits=top)
-        strategy.teacher_outputs[e.task, e.id] = strategy.soften_logits(p)
+        strategy.teacher_outputs[e.task_index, e.id] = strategy.soften_logits(p)
         found.append(strategy.divergence(made.batch([e]), q).item())
     assert all(0 <= a <= b + 1e-12 for a, b in pairwise(found))
 

@@ -30,7 +30,7 @@ def walked(net, chosen: list, steps: int, lr: float):
 
 
 def tokens(chosen: list) -> int:
-    return sum(sum(e.response) for e in chosen)
+    return sum(sum(e.response_mask) for e in chosen)
 
 
 def meta_objective(net, episodes: list[list], steps: int) -> float:

@@ -19,7 +19,7 @@ def squared_logits(net, e) -> torch.Tensor:
     network; a scalar.
     """
     logits = net(input_ids=torch.tensor([e.ids])).logits[0]
-    return sum(logits[t - 1].square().sum() for t in range(1, len(e.ids)) if e.response[t])
+    return sum(logits[t - 1].square().sum() for t in range(1, len(e.ids)) if e.response_mask[t])
 
 
 def test_of_a_linear_layer_it_is_its_closed_form():
@@ -33,7 +33,7 @@ def test_of_a_linear_layer_it_is_its_closed_form():
     for e in toy.make_examples(0):
         with torch.no_grad():
             hidden = made.net.model(input_ids=torch.tensor([e.ids])).last_hidden_state[0]
-            h = torch.stack([hidden[t - 1] for t in range(1, len(e.ids)) if e.response[t]])
+            h = torch.stack([hidden[t - 1] for t in range(1, len(e.ids)) if e.response_mask[t]])
             expected += (2 * head @ h.T @ h).abs() / 12
     found = sensitivity(made, toy.make_examples(0))
     assert list(found) == ["lm_head.weight"]

@@ -111,7 +111,7 @@ def test_with_early_stopping_the_best_weights_are_merged():
         "a",
         tuple(toy.make_examples(0)),
         tuple(toy.make_examples(0, 6, seed=1)),
-        columns=toy.TASK_NAMES,
+        task_names=toy.TASK_NAMES,
     )
     recipe = toy.replace(toy.RECIPE, lr=0.1, epochs=6, patience=1)
     learn(made, task, strategy, recipe, seed=0, log=lambda event: None)

@@ -36,7 +36,7 @@ def loudest(made, chosen, kept: float) -> dict[str, set[int]]:
         made.net(input_ids=torch.tensor([e.ids]))
         for n, out in outputs.items():
             for t in range(1, len(e.ids)):
-                if e.response[t]:
+                if e.response_mask[t]:
                     sums[n] = sums.get(n, 0) + out[t - 1].abs() / out[t - 1].abs().sum()
     for handle in handles:
         handle.remove()
@@ -56,7 +56,7 @@ def step(made, strategy, chosen) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_loudest_neurons_of_each_layer_have_their_gradient_and_no_others(kind, flat):
     made = toy.make_model(torch.float64, kind=kind)
-    made.layout = replace(made.layout, flat=flat and made.layout.flat)
+    made.layout = replace(made.layout, packed=flat and made.layout.packed)
     chosen = toy.make_examples(1, 5)
     plain, masked = step(made, Strategy(), chosen), step(made, later(neuron_share=0.3), chosen)
     layers, names = trained_linear_layers(made), {p: n for n, p in made.net.named_parameters()}

@@ -34,7 +34,7 @@ def remembering(dtype=torch.float64, share: float = 0.5, **keys):
 def parts(made, strategy, n: int = 8) -> dict[int, list]:
     """A step's examples by task."""
     batch = strategy.add_replay_examples(made.batch(toy.make_examples(2, n)))
-    return {t: list(part.examples) for t, part in batch.by_task().items()}
+    return {t: list(part.examples) for t, part in batch.split_by_task().items()}
 
 
 def by_hand(made, step: dict[int, list], weight: dict[int, float]) -> torch.Tensor:
@@ -47,7 +47,7 @@ def by_hand(made, step: dict[int, list], weight: dict[int, float]) -> torch.Tens
 def both(made, strategy, weight: dict[int, float]):
     """The loss and gradient of a step, ours and by hand."""
     batch = strategy.add_replay_examples(made.batch(toy.make_examples(2, 8)))
-    step = {t: list(part.examples) for t, part in batch.by_task().items()}
+    step = {t: list(part.examples) for t, part in batch.split_by_task().items()}
     assert set(step) == {0, 1, 2}
     found = []
     for loss in (strategy.loss(made, batch), by_hand(made, step, weight)):
@@ -127,7 +127,7 @@ def test_learned_weights_are_kendall_s_uncertainties():
     with torch.no_grad():
         strategy.log_variance[:3] = torch.tensor(s)
     batch = strategy.add_replay_examples(made.batch(toy.make_examples(2, 8)))
-    means = {t: toy.mean_loss(made.net, list(p.examples)) for t, p in batch.by_task().items()}
+    means = {t: toy.mean_loss(made.net, list(p.examples)) for t, p in batch.split_by_task().items()}
     expected = sum((torch.tensor(-s[t]).exp() * means[t] + s[t] / 2) / 3 for t in range(3))
     loss = strategy.loss(made, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -215,7 +215,7 @@ def test_a_step_with_conflicts_projected_is_the_sum_of_the_tasks_gradients_after
     plain, batch = deepcopy(strategy), made.batch(toy.make_examples(2, 8))
     step = {
         t: list(p.examples)
-        for t, p in deepcopy(strategy).add_replay_examples(batch).by_task().items()
+        for t, p in deepcopy(strategy).add_replay_examples(batch).split_by_task().items()
     }
     each, share = [], {0: 0.5, 1: 0.25, 2: 0.25}
     for t, chosen in step.items():

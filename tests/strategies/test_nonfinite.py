@@ -48,7 +48,7 @@ def rows(index: int, bad: tuple[int, ...] = ()) -> Task:
     return Task(
         toy.TASK_NAMES[index],
         tuple(replace(e, ids=(BROKEN, *e.ids[1:])) if n in bad else e for n, e in enumerate(whole)),
-        columns=toy.TASK_NAMES,
+        task_names=toy.TASK_NAMES,
     )
 
 
@@ -92,8 +92,8 @@ def test_what_is_measured_is_of_the_other_rows(strategy):
     kept = []
     for train in (rows(0, (3,)).train, rows(0).train[:3] + rows(0).train[4:]):
         own, again = deepcopy(strategy), model()
-        own.begin(again, Task("a", train, columns=toy.TASK_NAMES))
-        stage(again, own, Task("a", train, columns=toy.TASK_NAMES), replace(SKIP, lr=0.0))
+        own.begin(again, Task("a", train, task_names=toy.TASK_NAMES))
+        stage(again, own, Task("a", train, task_names=toy.TASK_NAMES), replace(SKIP, lr=0.0))
         kept.append(toy.memory_tensors(own))
     assert toy.bitwise_equal(*kept)
 
@@ -102,10 +102,10 @@ def test_a_row_of_another_task_with_the_same_id_is_kept():
     """Ids are unique within a task, and a joint stage has several."""
     made, strategy = model(), Replay(capacity=24)
     both = [replace(e, id=e.id[2:]) for t, bad in ((0, (3,)), (1, ())) for e in rows(t, bad).train]
-    told = stage(made, strategy, Task("all", tuple(both), columns=toy.TASK_NAMES))
-    assert {(e.task, e.id) for e in both} - {(e.task, e.id) for e in strategy.buffer.examples} == {
-        (0, "3")
-    }
+    told = stage(made, strategy, Task("all", tuple(both), task_names=toy.TASK_NAMES))
+    assert {(e.task, e.id) for e in both} - {
+        (e.task_index, e.id) for e in strategy.buffer.examples
+    } == {(0, "3")}
     assert "of 1 of the 24 rows" in warned(told)[-1]
 
 

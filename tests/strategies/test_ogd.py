@@ -16,7 +16,7 @@ KEPT = 3
 def right_logits(made, e) -> torch.Tensor:
     """The sum of the logits of an example's response, straight from the network; a scalar."""
     logits = made.net(input_ids=torch.tensor([e.ids])).logits[0]
-    return sum(logits[t - 1, e.ids[t]] for t in range(1, len(e.ids)) if e.response[t])
+    return sum(logits[t - 1, e.ids[t]] for t in range(1, len(e.ids)) if e.response_mask[t])
 
 
 def direction(made, e) -> torch.Tensor:

@@ -61,7 +61,7 @@ def test_a_task_that_no_stage_learned_is_answered_by_what_its_adapter_would_star
 def test_tasks_that_were_learned_in_one_stage_share_its_adapter():
     made, strategy = toy.make_model(), PerTask()
     mixed = Task(
-        "mixed", (*toy.make_examples(0, 4), *toy.make_examples(2, 4)), columns=toy.TASK_NAMES
+        "mixed", (*toy.make_examples(0, 4), *toy.make_examples(2, 4)), task_names=toy.TASK_NAMES
     )
     strategy.begin(made, mixed)
     strategy.end(made, mixed)
@@ -89,7 +89,7 @@ def task(index: int, *openings: list[int], n: int = 30) -> Task:
         for opening in openings
         for i in range(n)
     ]
-    return Task(toy.TASK_NAMES[index], tuple(rows), columns=toy.TASK_NAMES)
+    return Task(toy.TASK_NAMES[index], tuple(rows), task_names=toy.TASK_NAMES)
 
 
 def routed(*tasks: Task) -> tuple:

@@ -52,7 +52,7 @@ def test_a_stage_reads_its_own_prompt_then_the_earlier_ones_from_the_newest_to_t
     words = made.net.get_input_embeddings()(torch.tensor(e.ids))
     read = torch.cat([live(made), second, first, words])
     told = made.net(inputs_embeds=read[None]).logits[0, 6:]
-    k = e.response.index(True)
+    k = e.response_mask.index(True)
     torch.testing.assert_close(forward(made, made.batch([e])), told[k - 1 : -1])
 
 
@@ -71,7 +71,7 @@ def test_no_prompt_changes_after_its_stage_and_no_other_weight_ever():
 def test_a_learned_task_is_answered_as_it_was_bit_for_bit():
     made, strategy = trained(0)
     before = logits(made, strategy, 0)
-    ask = [replace(e, ids=e.ids[: e.response.index(True)]) for e in toy.make_examples(0)]
+    ask = [replace(e, ids=e.ids[: e.response_mask.index(True)]) for e in toy.make_examples(0)]
     said = complete(made, ask, 4, 5, 0)
     toy.train_stages(made, strategy, 1, 2, recipe=RECIPE)
     assert torch.equal(logits(made, strategy, 0), before)

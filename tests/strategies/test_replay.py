@@ -89,7 +89,7 @@ def test_a_balanced_buffer_is_uniform_within_each_task():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 40), st.integers(0, 9))
 def test_a_balanced_buffer_parts_its_capacity_equally(sizes, capacity, seed):
-    kept = Counter(e.task for e in filled(sizes, capacity, seed=seed).examples)
+    kept = Counter(e.task_index for e in filled(sizes, capacity, seed=seed).examples)
     part, rest = divmod(capacity, len(sizes))
     assert sum(kept.values()) <= capacity
     for t, n in enumerate(sizes):
@@ -115,7 +115,7 @@ def test_a_reservoir_is_full_as_soon_as_it_can_be(sizes, capacity, seed):
     st.sampled_from(["balanced", "reservoir"]),
 )
 def test_a_fraction_is_kept_of_each_task_and_at_least_one_example(sizes, fraction, kind):
-    kept = Counter(e.task for e in filled(sizes, fraction, kind).examples)
+    kept = Counter(e.task_index for e in filled(sizes, fraction, kind).examples)
     assert kept == {t: max(1, round(fraction * n)) for t, n in enumerate(sizes)}
 
 
@@ -203,12 +203,12 @@ def test_the_rest_of_a_share_is_carried_to_the_next_step():
 def test_the_running_share_is_exact_to_within_one_example(share, sizes):
     strategy, batch = (
         Replay(capacity=8, share=share),
-        Batch((), Layout(pad=1, device=torch.device("cpu"))),
+        Batch((), Layout(pad_token_id=1, device=torch.device("cpu"))),
     )
     strategy.buffer.add("a", rows(0, 8))
     new = old = 0
     for n in sizes:
-        joined = strategy.add_replay_examples(batch.of(rows(1, n)))
+        joined = strategy.add_replay_examples(batch.with_examples(rows(1, n)))
         assert list(joined.examples[:n]) == rows(1, n)
         new, old = new + n, old + len(joined.examples) - n
         assert -1e-6 <= share * (new + old) - old < 1

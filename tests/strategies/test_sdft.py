@@ -14,7 +14,7 @@ from continual.models.loss import forward, numbered
 from continual.models.model import Model
 from continual.models.weights import gradient, restore, snapshot
 from continual.packing.batch import Layout
-from continual.packing.layout import turn
+from continual.packing.layout import response_start
 from strategies import sdft
 from strategies.sdft import SDFT, prepend_demonstration
 from tests.support import toy
@@ -41,7 +41,7 @@ def test_the_term_is_the_reverse_divergence_from_the_model_that_saw_the_answer_o
     found = strategy.divergence(made, numbered(made, own), shown)
     parts = []
     for e, y in zip(rows, own, strict=True):
-        prompt, answer = y.ids[: turn(y)], y.ids[turn(y) :]
+        prompt, answer = y.ids[: response_start(y)], y.ids[response_start(y) :]
         q = logits_behind(made.net, prompt, answer).log_softmax(-1)
         p = logits_behind(made.net, (*e.ids, *prompt), answer).log_softmax(-1)
         parts.append(
@@ -81,9 +81,9 @@ def test_answers_are_the_model_s_own_and_drawn_anew_by_the_seed():
     assert first != second
     assert first != other
     for e, y in zip(rows, first, strict=True):
-        assert y.ids[: turn(y)] == e.ids[: turn(e)]
-        assert 1 <= len(y.ids) - turn(y) <= 4
-        assert (y.id, y.task) == (e.id, e.task)
+        assert y.ids[: response_start(y)] == e.ids[: response_start(e)]
+        assert 1 <= len(y.ids) - response_start(y) <= 4
+        assert (y.id, y.task) == (e.id, e.task_index)
 
 
 def test_the_teacher_s_weights_are_a_moving_average_that_begins_with_the_stage():
@@ -166,7 +166,9 @@ def test_a_model_that_learns_in_context_learns_the_answers_without_being_trained
     found = []
     for demonstrated in (True, False):
         made = Model(
-            Inductive(), SimpleNamespace(eos_token_id=0), Layout(pad=0, device=torch.device("cpu"))
+            Inductive(),
+            SimpleNamespace(eos_token_id=0),
+            Layout(pad_token_id=0, device=torch.device("cpu")),
         )
         strategy = SDFT(strength=1.0)
         strategy.begin(made, replace(toy.make_task(0), train=tuple(rows)))

@@ -209,7 +209,7 @@ def test_each_row_knows_its_file_and_line_and_blank_lines_count(tmp_path):
     file = lines(
         tmp_path / "train.jsonl", json.dumps(ROW), "", "  ", json.dumps({**ROW, "id": "mine"}), ""
     )
-    assert [(e.id, e.where) for e in load_jsonl(file, "t")] == [
+    assert [(e.id, e.location) for e in load_jsonl(file, "t")] == [
         ("t/train/0", f"{file}:1"),
         ("mine", f"{file}:4"),
     ]

@@ -33,7 +33,7 @@ def train_two_stages(
             toy.TASK_NAMES[i],
             tuple(toy.make_examples(i, 8)),
             tuple(toy.make_examples(i, 5, seed=1)),
-            columns=toy.TASK_NAMES,
+            task_names=toy.TASK_NAMES,
         )
         learn(made, task, strategy, RECIPE, seed=i, log=log)
     kept = {f"memory{path}": t for path, t in toy.memory_tensors(strategy).items()}

@@ -81,7 +81,7 @@ def make_example(
         instruction,
         input,
         outputs,
-        where=more.pop("where", "t/train.jsonl:1"),
+        location=more.pop("where", "t/train.jsonl:1"),
         **more,
     )
 

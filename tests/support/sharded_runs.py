@@ -82,7 +82,7 @@ def train_stage(
         "a",
         tuple(toy.make_examples(0, 20)),
         tuple(toy.make_examples(0, 5, seed=1)),
-        columns=toy.TASK_NAMES,
+        task_names=toy.TASK_NAMES,
     )
     learn(
         made,

@@ -112,13 +112,15 @@ def log_likelihood(net, e: Encoded) -> torch.Tensor:
     """The response's, straight from the network's own logits at every position; a scalar."""
     logits = net(input_ids=torch.tensor([e.ids])).logits[0]
     return sum(
-        logits[t - 1].log_softmax(-1)[e.ids[t]] for t in range(1, len(e.ids)) if e.response[t]
+        logits[t - 1].log_softmax(-1)[e.ids[t]] for t in range(1, len(e.ids)) if e.response_mask[t]
     )
 
 
 def mean_loss(net, examples: list[Encoded]) -> torch.Tensor:
     """The mean over the response tokens of all of them, one example at a time; a scalar."""
-    return -sum(log_likelihood(net, e) for e in examples) / sum(sum(e.response) for e in examples)
+    return -sum(log_likelihood(net, e) for e in examples) / sum(
+        sum(e.response_mask) for e in examples
+    )
 
 
 @contextmanager

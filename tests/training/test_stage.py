@@ -154,7 +154,7 @@ def test_the_gradient_is_clipped_to_the_asked_norm(clip):
 def test_the_tokens_of_a_stage_are_its_supervised_ones():
     _, events = train(epochs=2)
     assert events[-1]["event"] == "stage"
-    assert events[-1]["tokens"] == 2 * sum(sum(e.response) for e in ROWS)
+    assert events[-1]["tokens"] == 2 * sum(sum(e.response_mask) for e in ROWS)
 
 
 # Schedules

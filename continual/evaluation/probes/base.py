@@ -63,7 +63,7 @@ class Setting:
 
     def rows(self, task: Task[Example], limit: int | None) -> Sequence[Example]:
         """The first rows that are scored, at most `limit`."""
-        return task.split(self.config.score.split)[:limit]
+        return task.get_split(self.config.score.split)[:limit]
 
     def metric(self, task: Task[Example]) -> str:
         """What marks the task's answers."""

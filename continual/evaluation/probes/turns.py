@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from continual.data.template import Encoder, Unfit
+from continual.data.template import Encoder, UnusableExampleError
 from continual.data.types import Example, Message
 from continual.errors import ConfigError, DataError
 from continual.evaluation.metrics import METRICS
@@ -46,8 +46,8 @@ class Chats:
         found, encoded = [dict(UNANSWERED) for _ in turns], {}
         for i, turn in enumerate(turns):
             try:
-                encoded[i] = self.encoder.ask(turn, self.index, self.room)
-            except Unfit:
+                encoded[i] = self.encoder.encode_prompt(turn, self.index, self.room)
+            except UnusableExampleError:
                 continue
         if encoded:
             test = Test(
@@ -92,9 +92,9 @@ class Turns(Probe):
         answered("turns", setting)
         for index, task in enumerate(setting.stream.tasks):
             metric, encoder = setting.metric(task), setting.apart()
-            rows = [e for e in task.split(setting.config.score.split) if len(_questions(e)) > 1][
-                : self.limit
-            ]
+            rows = [
+                e for e in task.get_split(setting.config.score.split) if len(_questions(e)) > 1
+            ][: self.limit]
             if not rows:
                 continue
             if metric not in METRICS:
@@ -103,16 +103,18 @@ class Turns(Probe):
                     f"score.metric to one of {', '.join(METRICS)}, or leave the probe out"
                 )
             room = setting.config.score.max_new_tokens or max(
-                encoder.room(_turn(e, (), t)) for e in rows for t in range(len(_questions(e)))
+                encoder.count_answer_tokens(_turn(e, (), t))
+                for e in rows
+                for t in range(len(_questions(e)))
             )
             fit = [e for e in rows if _fits(encoder, _again(e, _references(e)), room)]
             self.left_out += len(rows) - len(fit)
             if fit:
                 self.chats.append(Chats(task.name, index, metric, fit, room, encoder))
-        if self.left_out and setting.encoder.on_unfit == "error":
+        if self.left_out and setting.encoder.on_unusable == "error":
             raise DataError(
                 f"probe=[turns]: {self.left_out} conversations leave no room for their first "
-                f"question asked again ({setting.encoder.limit} tokens); raise data.max_length "
+                f"question asked again ({setting.encoder.max_tokens} tokens); raise data.max_length "
                 "as far as the model's context goes, or set data.on_unfit=skip"
             )
         if not self.chats:
@@ -197,7 +199,7 @@ def _conversation(
         for q, a in zip(questions, (*answers, reference), strict=True)
         for m in (Message("user", q), Message("assistant", a))
     ]
-    return Example(f"{e.id} {name}", e.task, "", "", (reference,), (*system, *spoken), e.where)
+    return Example(f"{e.id} {name}", e.task, "", "", (reference,), (*system, *spoken), e.location)
 
 
 def _turn(e: Example, answers: Sequence[str], t: int) -> Example:
@@ -219,7 +221,7 @@ def _again(e: Example, answers: Sequence[str]) -> Example:
 
 def _fits(encoder: Encoder, e: Example, room: int) -> bool:
     try:
-        encoder.ask(e, 0, room)
-    except Unfit:
+        encoder.encode_prompt(e, 0, room)
+    except UnusableExampleError:
         return False
     return True

@@ -104,7 +104,7 @@ class Wordings(Probe):
     ) -> None:
         """The task's wordings, encoded, of the examples that fit under all of them."""
         encoder = setting.apart()
-        skipping = replace(encoder, on_unfit="skip")
+        skipping = replace(encoder, on_unusable="skip")
         tests, fit = {}, {e.id for e in worded[AS_IT_IS]}
         for name, rows in worded.items():
             try:
