@@ -103,12 +103,12 @@ def padded(work: Work, micro: int) -> Step:
             nll, model, [batch.select(range(i, i + micro)) for i in range(0, EXAMPLES, micro)]
         )
 
-    return _step(work, work.model(flat=False, tokens=WHOLE), backward)
+    return _step(work, work.model(packed=False, tokens_per_microbatch=WHOLE), backward)
 
 
 def padded_sorted(work: Work) -> Step:
     """The engine's step on padded batches that it cuts itself."""
-    return _step(work, work.model(flat=False), Strategy().backward)
+    return _step(work, work.model(packed=False), Strategy().backward)
 
 
 def _step(work: Work, model: Model, backward: Callable[[Model, Batch], Tensor]) -> Step:

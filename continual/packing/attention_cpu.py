@@ -223,7 +223,7 @@ class _RowAttention(torch.autograd.Function):
                     (dq, dk, dv), (x.queries, x.keys, x.keys), found, strict=True
                 ):
                     d[:, at] += new.transpose(0, 1).flatten(1, 2)
-            if (at := part.beyond) is not None:
+            if (at := part.prefix_queries) is not None:
                 found = _flash_backward(
                     grad[None, :, at],
                     q[None, :, at],

@@ -72,7 +72,7 @@ def make_model(
         net = adapt_with(net, "lora", {"lora": settings}, seq2seq=False)
     tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=_decode)
     flat, last = detect_packing_support(net)
-    made = Layout(**{"pad": 1, "device": torch.device("cpu"), "flat": flat, **layout})
+    made = Layout(**{"pad_token_id": 1, "device": torch.device("cpu"), "packed": flat, **layout})
     return Model(net.eval(), tokenizer, made, context=CONTEXT_LENGTH, last=last)
 
 

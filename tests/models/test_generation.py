@@ -112,7 +112,7 @@ def test_a_finished_answer_leaves_the_batch(monkeypatch):
         sizes.append(len(positions))
         return positions
 
-    monkeypatch.setattr(KVCache, "next", counted)
+    monkeypatch.setattr(KVCache, "advance", counted)
     said = answers.complete(net, prompts(), 12, 128, END)
     assert sizes == [sum(len(a) > t for a in said) for t in range(max(map(len, said)))]
     assert sizes[0] > sizes[-1] > 0
@@ -155,7 +155,7 @@ def test_batches_do_not_change_the_answers():
     net = make_text_model(dtype=torch.float64)
     whole = answers.answer(net, prompts(), 6, 128)
     assert answers.answer(net, prompts(), 6, 3) == whole
-    net.layout = replace(net.layout, flat=False)
+    net.layout = replace(net.layout, packed=False)
     assert answers.answer(net, prompts(), 6, 128) == whole
 
 

@@ -104,7 +104,7 @@ def test_with_a_dual_objective_every_real_token_is_predicted_and_no_virtual_one(
 )
 def test_answers_are_those_of_pefts_prompt_tuning(kind, flat):
     made = prompted(kind)
-    made.layout = replace(made.layout, flat=flat)
+    made.layout = replace(made.layout, packed=flat)
     prompts = [replace(e, ids=e.ids[: e.response_mask.index(True)]) for e in EXAMPLES]
     ours = complete(made, prompts, 4, 8, -1)
     first = 1 if kind == "t5" else 0
@@ -126,7 +126,7 @@ def test_the_likelihood_of_labels_is_that_behind_the_virtual_tokens():
     made = prompted()
     prompts, labels = [replace(e, ids=e.ids[:2]) for e in EXAMPLES], [(9, 0), (9, 4, 0), (11, 0)]
     flat = likelihoods(made, prompts, labels, 8)
-    made.layout = replace(made.layout, flat=False)
+    made.layout = replace(made.layout, packed=False)
     torch.testing.assert_close(flat, likelihoods(made, prompts, labels, 8), rtol=1e-4, atol=1e-5)
     pair = make_encoded(list(prompts[0].ids), list(labels[1]))
     torch.testing.assert_close(

@@ -123,7 +123,7 @@ def test_padded_together_equals_one_at_a_time(net, n, seed):
 @pytest.mark.parametrize(("tokens", "least"), [(1, 7), (40, 3), (1000, 1)])
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(net, tokens, least):
     whole = net.batch(some(7, seed=3))
-    parts = replace(whole, layout=replace(net.layout, tokens=tokens)).micro_batches()
+    parts = replace(whole, layout=replace(net.layout, tokens_per_microbatch=tokens)).micro_batches()
     assert sorted(e.id for p in parts for e in p.examples) == [f"e{i}" for i in range(7)]
     assert len(parts) == 7 if tokens == 1 else len(parts) >= least
     for part in parts:

@@ -284,7 +284,7 @@ def test_an_episode_in_parts_has_the_gradient_of_the_whole_episode(kind, keys):
 
 @every
 def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, keys):
-    made = toy.make_model(tokens=12)
+    made = toy.make_model(tokens_per_microbatch=12)
     read = []
     made.net.register_forward_pre_hook(
         lambda _, args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
@@ -295,7 +295,7 @@ def test_no_forward_pass_reads_more_tokens_than_the_budget(kind, keys):
 
 
 def test_the_way_back_drops_out_what_the_way_there_did():
-    made, dropped = toy.make_model(kind="gpt2", tokens=1), []
+    made, dropped = toy.make_model(kind="gpt2", tokens_per_microbatch=1), []
     made.net.train()
     made.net.transformer.h[0].mlp.dropout.register_forward_hook(
         lambda _, args, out: dropped.append(out == 0)

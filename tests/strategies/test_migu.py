@@ -78,9 +78,9 @@ def test_an_encoder_s_layers_are_masked_too_and_padding_does_not_count():
         models.make_encoded([5, 6, 7], [8, 9]),
         models.make_encoded([9, 8, 7, 6, 5, 4], [3, 2, 9, 4]),
     )
-    made.layout = replace(made.layout, tokens=1)
+    made.layout = replace(made.layout, tokens_per_microbatch=1)
     apart = step(made, later(), [short, long])
-    made.layout = replace(made.layout, tokens=100)
+    made.layout = replace(made.layout, tokens_per_microbatch=100)
     assert toy.all_close(step(made, later(), [short, long]), apart, rtol=1e-7, atol=1e-10)
     for name, layer in trained_linear_layers(made).items():
         if name != "lm_head":

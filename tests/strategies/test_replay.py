@@ -176,7 +176,10 @@ class Counting(Replay):
 
 
 def counted(share: float, batch_size: int, tokens: int = 4096) -> list[tuple[int, int]]:
-    made, strategy = toy.make_model(tokens=tokens), Counting(capacity=20, share=share)
+    made, strategy = (
+        toy.make_model(tokens_per_microbatch=tokens),
+        Counting(capacity=20, share=share),
+    )
     recipe = Recipe(lr=1e-3, batch_size=batch_size)
     toy.train_stages(made, strategy, 0, recipe=recipe)
     assert all(old == 0 for _, old in strategy.steps)

@@ -98,7 +98,7 @@ class Starved(Strategy):
 def test_out_of_memory_halves_the_tokens_of_a_forward_pass_once_and_goes_on_to_the_same_weights():
     nets = [make_text_model(dtype=torch.float64) for _ in range(2)]
     for net in nets:
-        net.layout = replace(net.layout, tokens=60)
+        net.layout = replace(net.layout, tokens_per_microbatch=60)
     _, events = train(nets[0], strategy=Starved(room=3), batch_size=4, epochs=2)
     train(nets[1], batch_size=4, epochs=2)
     assert [e["text"] for e in events if e["event"] == "warning"] == [
