@@ -18,7 +18,7 @@ import torch
 from benchmarks import works
 from benchmarks.common import ASKED, Row, Step, interleaved, medians, peaks, ratios, row
 from continual.data.types import Encoded
-from continual.models.generation import answer
+from continual.models.generation import generate_answers
 from continual.models.model import Model
 
 PROMPTS, NEW = 192, 4
@@ -51,7 +51,7 @@ def model(shape: works.Shape, device: str, dtype: torch.dtype) -> Model:
 
 def engine(made: Model, prompts: Sequence[Encoded]) -> Step:
     """Ours."""
-    return lambda: answer(made, prompts, NEW, TOGETHER)
+    return lambda: generate_answers(made, prompts, NEW, TOGETHER)
 
 
 def generate(made: Model, prompts: Sequence[Encoded]) -> Step:

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import works
 from benchmarks.common import ASKED, Row, Step, interleaved, medians, peaks, ratios, row
 from continual.data.types import Encoded
-from continual.models.importance import fisher, fisher_by_example
+from continual.models.importance import fisher, fisher_per_example
 from continual.models.model import Model
 from continual.models.weights import Weights, weights
 
@@ -37,7 +37,7 @@ def engine(made: Model, rows: Sequence[Encoded]) -> Step:
 
 def loop(made: Model, rows: Sequence[Encoded]) -> Step:
     """Ours, one example at a time."""
-    return lambda: fisher_by_example(made, rows)
+    return lambda: fisher_per_example(made, rows)
 
 
 def avalanche(made: Model, rows: Sequence[Encoded]) -> Step:

@@ -219,7 +219,7 @@ READERS: dict[str, tuple[Callable[[Path, bytes], None], bytes]] = {
     "predictions": (_in_run("predictions/stage-02/a.jsonl"), _json(ANSWER) + b"\n"),
     "config": (
         config,
-        b"seed: 0\nout: runs/x\nmodel:\n  _target_: continual.models.loading.hf\n  lr: 1.0e-3\n  a: [1, 'b']\n",
+        b"seed: 0\nout: runs/x\nmodel:\n  _target_: continual.models.loading.load_pretrained\n  lr: 1.0e-3\n  a: [1, 'b']\n",
     ),
     "curve": (
         curve,

@@ -164,7 +164,7 @@ def tuned(folders: Sequence[Path]) -> str:
     """What each search found, a line of YAML each with the score that it had."""
     lines = ["tuned:"]
     for folder in folders:
-        told = untrusted.yaml_mapping(folder / BEST)
+        told = untrusted.load_yaml_mapping(folder / BEST)
         found: dict[str, dict[str, str]] = {}
         for key, value in told["best_params"].items():
             _, name, setting = key.split(".", 2)

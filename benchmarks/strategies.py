@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from benchmarks import works
 from benchmarks.common import Step
 from continual.cli.main import compose_config
-from continual.config.catalogue import KEY, Choice, choices
+from continual.config.catalogue import KEY, Choice, list_choices
 from continual.data.template import index_tasks
 from continual.data.types import Encoded, Task
 from continual.models.model import Model
@@ -68,7 +68,7 @@ def main() -> None:
         "--to", type=Path, default=README, metavar="PATH", help="a file with the table's two marks"
     )
     asked = parser.parse_args()
-    for choice in choices("strategy"):
+    for choice in list_choices("strategy"):
         if not asked.names or choice.name in asked.names:
             line = measured(choice)
             print(line, flush=True)
@@ -87,7 +87,7 @@ def written(text: str, known: dict[str, str]) -> str:
     out.
     """
     before, _, rest = text.partition(BEGIN)
-    there = {c.name for c in choices("strategy")}
+    there = {c.name for c in list_choices("strategy")}
     lines = [
         _line(HEADS),
         "|---" * len(HEADS) + "|",

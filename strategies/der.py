@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from continual.errors import ConfigError
-from continual.models.loss import accumulate, forward, nll, numbered, responses
+from continual.models.loss import accumulate, forward, nll, number_examples, response_logits
 from continual.models.model import Model
-from continual.models.sharding import clip
+from continual.models.sharding import clip_gradients
 from continual.models.weights import weights
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
@@ -80,16 +80,16 @@ class DER(Strategy):
             far = accumulate(
                 lambda model, part: self.alpha * logit_distance(model, part, drawn),
                 model,
-                numbered(model, [r["example"] for r in drawn]).micro_batches(),
+                number_examples(model, [r["example"] for r in drawn]).micro_batches(),
             )
             total, self.notes["logits"] = total + far, float(far)
         if self.kept and self.beta:
-            again = numbered(model, [r["example"] for r in self.draw_records()])
+            again = number_examples(model, [r["example"] for r in self.draw_records()])
             total = total + accumulate(
                 lambda *at: self.beta * nll(*at), model, again.micro_batches()
             )
         if torch.isfinite(
-            total + clip([*weights(model).values()], math.inf)
+            total + clip_gradients([*weights(model).values()], math.inf)
         ):  # else the step is not taken
             self.store_logits(model, batch)
         return total
@@ -106,7 +106,7 @@ class DER(Strategy):
         kept, rng = [*self.kept], copy(self.rng)
         update_reservoir(kept, arrivals, self.capacity, self.seen, rng)
         new = [r for r in kept if "logits" not in r]
-        for i, _, logits in responses(model, [r["example"] for r in new]):
+        for i, _, logits in response_logits(model, [r["example"] for r in new]):
             columns = None
             if self.top_logits < logits.shape[1]:
                 logits, columns = logits.topk(self.top_logits)

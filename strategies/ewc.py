@@ -15,7 +15,7 @@ from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
 from continual.models.importance import fisher, sensitivity
 from continual.models.model import Model
-from continual.models.weights import Weights, combine, portion, snapshot, weights, wide
+from continual.models.weights import Weights, combine, safe_ratio, snapshot, to_float32, weights
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
 from continual.strategy.replay_buffer import sample_task_examples
@@ -78,7 +78,9 @@ class L2(Strategy):
         """Measure the importance of each weight and anchor it where it is."""
         super().end(model, task)
         if self.strength:
-            self.consolidate(wide(snapshot(model)), wide(self.measure_importance(model, task)))
+            self.consolidate(
+                to_float32(snapshot(model)), to_float32(self.measure_importance(model, task))
+            )
 
     def measure_importance(self, model: Model, task: Task[Encoded]) -> Weights:
         """How much each weight matters to the task that was just learned."""
@@ -124,7 +126,7 @@ class EWC(L2):
             self.anchor, self.importance = end_weights, task_importance
             return
         total = combine(torch.add, self.importance, task_importance)
-        part = portion(task_importance, total)
+        part = safe_ratio(task_importance, total)
         apart = combine(torch.sub, end_weights, self.anchor)
         left_over = combine(
             lambda s, p, d: (s * p * d.square()).sum(), self.importance, part, apart

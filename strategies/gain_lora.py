@@ -95,7 +95,7 @@ class GainLoRA(IncrementalLoRA):
 
     def install_gates(self, model: Model) -> None:
         """Let the model read each example with its gates, from padded rows."""
-        model.layout, model.around = replace(model.layout, packed=False), self.apply_gates
+        model.layout, model.forward_context = replace(model.layout, packed=False), self.apply_gates
 
     @torch.no_grad()
     def init_gate(self, model: Model, task: Task[Encoded]) -> Gate:

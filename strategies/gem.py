@@ -12,7 +12,13 @@ from torch import Tensor
 from continual.data.types import Encoded
 from continual.models.loss import gradient_of, nll
 from continual.models.model import Model
-from continual.models.weights import flat, gradient, set_gradient, unflat, wide
+from continual.models.weights import (
+    flatten_weights,
+    gradient,
+    set_gradient,
+    to_float32,
+    unflatten_weights,
+)
 from continual.packing.batch import Batch
 from strategies.replay import Replay
 
@@ -41,12 +47,17 @@ class GEM(Replay):
         if len(self.buffer):
             own = gradient(model)
             others = [
-                flat(wide(gradient_of(nll, model, batch.with_examples(chosen))))
+                flatten_weights(to_float32(gradient_of(nll, model, batch.with_examples(chosen))))
                 for chosen in self.draw_reference_examples()
             ]
             set_gradient(
                 model,
-                unflat(project_gradient(flat(wide(own)), torch.stack(others), self.margin), own),
+                unflatten_weights(
+                    project_gradient(
+                        flatten_weights(to_float32(own)), torch.stack(others), self.margin
+                    ),
+                    own,
+                ),
             )
         return loss
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, unknown
-from continual.models.loss import responses
+from continual.models.loss import response_logits
 from continual.models.model import Model
 from continual.strategy.interface import memory, replaces_super
 from continual.strategy.replay_buffer import ReplayBuffer
@@ -95,5 +95,5 @@ def mean_example_losses(model: Model, examples: Sequence[Encoded]) -> dict[str, 
     """Each example's mean negative log-likelihood of a response token, in nats, by name."""
     return {
         example_key(examples[i]): float(F.cross_entropy(z, y))
-        for i, y, z in responses(model, examples)
+        for i, y, z in response_logits(model, examples)
     }

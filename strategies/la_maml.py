@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from continual.data.types import Encoded
 from continual.models import sharding
 from continual.models.model import Model
-from continual.models.weights import Weights, unflat, weights
+from continual.models.weights import Weights, unflatten_weights, weights
 from continual.packing.batch import Batch
 from strategies.maml import MAML
 
@@ -87,7 +87,7 @@ class LaMAML(MAML):
         loss = super().backward(model, batch)
         live, rates, limit = weights(model), self.rates.detach(), self.clip or math.inf
         if (g := self.rates.grad) is not None:
-            norm = sharding.clip([self.rates], limit) + sharding.clip(
+            norm = sharding.clip_gradients([self.rates], limit) + sharding.clip_gradients(
                 [*live.values()], limit
             )  # in place
             # The stage passes over a step that is not finite, and so do the rates.
@@ -95,6 +95,6 @@ class LaMAML(MAML):
             self.rates.grad = (
                 None  # the optimizer has the rates, for what processes share, and leaves them alone
             )
-            for n, rate in unflat(rates.clamp(min=0), live).items():
+            for n, rate in unflatten_weights(rates.clamp(min=0), live).items():
                 live[n].grad = None if (g := live[n].grad) is None else rate * g
         return loss

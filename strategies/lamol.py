@@ -13,7 +13,7 @@ import torch
 
 from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, DataError
-from continual.models.generation import complete, sampled
+from continual.models.generation import generate_ids, top_k_rule
 from continual.models.model import Model
 from continual.packing.batch import Batch
 from continual.packing.layout import response_start
@@ -77,7 +77,7 @@ class LAMOL(Rehearsal):
                 "holds"
             )
         wanted = round(len(task.train) * self.share / (1 - self.share))
-        with model.evaluating():
+        with model.eval_mode():
             self.buffer.tasks = {
                 task.task_names[t]: self.generate_examples(model, t, -(-wanted // len(self.tasks)))
                 for t in self.tasks
@@ -101,14 +101,14 @@ class LAMOL(Rehearsal):
                 told["prompt"] - len(begins[i]) + 1,
             )
             draws = torch.rand(many, room, dtype=torch.float64, generator=generator)
-            said = complete(
-                model, starts, room, GENERATION_BATCH_SIZE, mark, sampled(self.top_k, draws)
+            said = generate_ids(
+                model, starts, room, GENERATION_BATCH_SIZE, mark, top_k_rule(self.top_k, draws)
             )
             prompts += [[*begins[i], *ids[:-1]] for ids in said if ids[-1] == mark]
         asked = [
             make_prompt(f"pseudo/{index}/{i}", index, ids) for i, ids in enumerate(prompts) if ids
         ]
-        answers = complete(model, asked, told["response"], GENERATION_BATCH_SIZE, end)
+        answers = generate_ids(model, asked, told["response"], GENERATION_BATCH_SIZE, end)
         return [
             replace(
                 e,

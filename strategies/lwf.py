@@ -13,7 +13,7 @@ from torch import Tensor
 
 from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, unknown
-from continual.models.loss import overheard, responses
+from continual.models.loss import capture_logits, response_logits
 from continual.models.model import Model
 from continual.models.weights import Weights, snapshot
 from continual.packing.batch import Batch
@@ -79,7 +79,7 @@ class LwF(Strategy):
         if self.strength:
             if self.teacher == "base":
                 self.base = self.base or snapshot(model)
-            for i, _, logits in responses(model, task.train, self.base or None):
+            for i, _, logits in response_logits(model, task.train, self.base or None):
                 self.teacher_outputs[task.train[i].task_index, task.train[i].id] = (
                     self.soften_logits(logits)
                 )
@@ -99,7 +99,7 @@ class LwF(Strategy):
         """The task's loss and the divergence from the teacher."""
         if not self.teacher_outputs and not self.weight_by_probability:
             return super().loss(model, batch)
-        with overheard(model, batch) as logits:
+        with capture_logits(model, batch) as logits:
             loss = super().loss(model, batch)
         if self.weight_by_probability:
             loss = loss + dynamic_loss_correction(batch, logits())

@@ -17,12 +17,12 @@ from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from continual.data.types import Encoded, Task
-from continual.distributed.processes import apart, summed
-from continual.distributed.work import dealt
+from continual.distributed.processes import all_reduce_gradients, single_process
+from continual.distributed.work import iter_own_items
 from continual.errors import ConfigError, unknown
-from continual.models.loss import accumulate, evaluated_at, nll
+from continual.models.loss import accumulate, evaluate_at, nll
 from continual.models.model import Model
-from continual.models.weights import Weights, combine, flat, unflat, weights
+from continual.models.weights import Weights, combine, flatten_weights, unflatten_weights, weights
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory, replaces_super, to_param_groups
 from strategies.replay import Replay
@@ -63,9 +63,9 @@ class Episodic(Replay):
             sum(e.supervised_tokens for e in episodes),
             torch.zeros((), device=batch.layout.device),
         )
-        with summed(model.trained or list(weights(model).values()), total):
-            for episode in dealt(episodes, [e.num_tokens for e in episodes]):
-                with apart():
+        with all_reduce_gradients(model.trained or list(weights(model).values()), total):
+            for episode in iter_own_items(episodes, [e.num_tokens for e in episodes]):
+                with single_process():
                     total += self.backward_episode(
                         model, episode, episode.supervised_tokens / tokens
                     )
@@ -98,7 +98,7 @@ class Episodic(Replay):
         The terms of strategies that this one is composed with have their part in it.
         """
         return accumulate(
-            lambda model, part: share * evaluated_at(model, at, lambda: self.loss(model, part)),
+            lambda model, part: share * evaluate_at(model, at, lambda: self.loss(model, part)),
             model,
             batch.micro_batches(),
         )
@@ -180,7 +180,7 @@ class MAML(Episodic):
             return trained
         start = self.rates.detach()
         if not len(start):
-            start = flat(
+            start = flatten_weights(
                 {n: torch.full_like(w, self.inner_lr) for n, w in self.inner_weights(model).items()}
             )
         self.rates = Parameter(start.to(model.layout.device))
@@ -196,7 +196,7 @@ class MAML(Episodic):
     def inner_rates(self, inner_weights: Weights) -> Weights:
         """The one rate of all, or the learned ones."""
         return (
-            unflat(self.rates.detach(), inner_weights)
+            unflatten_weights(self.rates.detach(), inner_weights)
             if len(self.rates)
             else super().inner_rates(inner_weights)
         )
@@ -265,7 +265,7 @@ class MAML(Episodic):
 
     def add_rate_gradient(self, g: Weights) -> None:
         """Add to the rates' gradient."""
-        row = flat(g)
+        row = flatten_weights(g)
         self.rates.grad = row if self.rates.grad is None else self.rates.grad + row
 
 

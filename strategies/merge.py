@@ -14,13 +14,13 @@ from continual.models.model import Model
 from continual.models.weights import (
     Weights,
     combine,
-    flat,
-    portion,
+    flatten_weights,
     restore,
+    safe_ratio,
     snapshot,
-    top,
+    to_float32,
+    top_mask,
     weights,
-    wide,
 )
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
@@ -79,7 +79,7 @@ class Merge(Strategy):
         here = snapshot(model)
         if self.init_from == "own":
             self.own = here
-        merged = self.merge(model, task, wide(here))
+        merged = self.merge(model, task, to_float32(here))
         restore(
             model, combine(lambda w, m: w.lerp(m.to(w.dtype), self.interpolation), here, merged)
         )
@@ -108,13 +108,13 @@ class Average(Merge):
         measured = self.merge_coefficients(model, task)
         self.total = combine(torch.add, self.total, measured) if self.total else measured
         self.mean = combine(
-            torch.lerp, self.mean or stage_weights, stage_weights, portion(measured, self.total)
+            torch.lerp, self.mean or stage_weights, stage_weights, safe_ratio(measured, self.total)
         )
         return self.mean
 
     def merge_coefficients(self, model: Model, task: Task[Encoded]) -> Weights:
         """How much each of the stage's weights counts: a number, or one for every weight."""
-        return wide(
+        return to_float32(
             {n: torch.ones((), dtype=w.dtype, device=w.device) for n, w in weights(model).items()}
         )
 
@@ -142,7 +142,7 @@ class FisherMerge(Average):
         """The diagonal Fisher information at the stage's own weights, of norm 1."""
         self.merges += 1
         f = task_fisher(model, task, self.num_examples, self.labels, f"{self.seed}/{self.merges}")
-        norm = flat(f).norm().clamp(min=torch.finfo(torch.float32).tiny)
+        norm = flatten_weights(f).norm().clamp(min=torch.finfo(torch.float32).tiny)
         return combine(lambda t: t / norm, f)
 
 
@@ -174,7 +174,7 @@ class EMA(Merge):
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """The mean begins with the first stage."""
         trained = super().begin(model, task)
-        self.mean, self.taken = self.mean or wide(snapshot(model)), 0
+        self.mean, self.taken = self.mean or to_float32(snapshot(model)), 0
         return trained
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
@@ -225,8 +225,8 @@ class TaskVectors(Merge):
 
     def merge(self, model: Model, task: Task[Encoded], stage_weights: Weights) -> Weights:
         """Join this stage's vector to those before it."""
-        joined = self.merge_vector(combine(torch.sub, stage_weights, wide(self.origin)))
-        return combine(lambda o, v: o + self.scale * v, wide(self.origin), joined)
+        joined = self.merge_vector(combine(torch.sub, stage_weights, to_float32(self.origin)))
+        return combine(lambda o, v: o + self.scale * v, to_float32(self.origin), joined)
 
     def merge_vector(self, vector: Weights) -> Weights:
         """One vector for all, with this one among them."""
@@ -282,7 +282,7 @@ class TIES(TaskVectors):
             self.ups = self.downs = combine(
                 lambda v: torch.zeros_like(v, dtype=torch.int16), vector
             )
-        kept = combine(torch.mul, vector, top(combine(torch.abs, vector), self.density))
+        kept = combine(torch.mul, vector, top_mask(combine(torch.abs, vector), self.density))
         self.up = combine(lambda s, v: s + v.clamp(min=0), self.up, kept)
         self.down = combine(lambda s, v: s + v.clamp(max=0), self.down, kept)
         self.ups = combine(lambda n, v: n + (v > 0), self.ups, kept)

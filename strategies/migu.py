@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from continual.data.types import Encoded, Task
-from continual.distributed.processes import add_up
+from continual.distributed.processes import all_reduce_sum
 from continual.errors import ConfigError
-from continual.models.importance import linear
+from continual.models.importance import is_linear
 from continual.models.model import Model
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
@@ -63,7 +63,7 @@ class MIGU(Strategy):
             for n, m in layers.items()
         }
         loss = super().backward(model, batch)
-        add_up([*self.magnitude_sums.values()])
+        all_reduce_sum([*self.magnitude_sums.values()])
         for n, m in layers.items():
             if self.magnitude_sums[n].any():
                 mask_gradient(
@@ -90,7 +90,7 @@ class MIGU(Strategy):
 
 def trained_linear_layers(model: Model) -> dict[str, Any]:
     """Those whose weights are trained, by name."""
-    return {n: m for n, m in model.net.named_modules() if linear(m) and m.weight.requires_grad}
+    return {n: m for n, m in model.net.named_modules() if is_linear(m) and m.weight.requires_grad}
 
 
 def count_neurons(layer: Any) -> int:

@@ -14,7 +14,7 @@ from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, unknown
 from continual.models.loss import gradient_of
 from continual.models.model import Model
-from continual.models.weights import flat, gradient, set_gradient, unflat
+from continual.models.weights import flatten_weights, gradient, set_gradient, unflatten_weights
 from continual.packing.batch import Batch
 from continual.strategy.interface import memory, to_param_groups
 from strategies.replay import Replay
@@ -102,13 +102,18 @@ class MultiTask(Replay):
             tokens = sum(part.supervised_tokens for part in parts)
             each = torch.stack(
                 [
-                    part.supervised_tokens / tokens * flat(gradient_of(self.loss, model, part))
+                    part.supervised_tokens
+                    / tokens
+                    * flatten_weights(gradient_of(self.loss, model, part))
                     for part in parts
                 ]
             )
             set_gradient(
                 model,
-                unflat(flat(own) + (project_conflicts(each, self.buffer.rng) - each).sum(0), own),
+                unflatten_weights(
+                    flatten_weights(own) + (project_conflicts(each, self.buffer.rng) - each).sum(0),
+                    own,
+                ),
             )
         return loss
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from continual.data.types import Encoded, Task
-from continual.models.importance import by_example
+from continual.models.importance import per_example_gradients
 from continual.models.model import Model
-from continual.models.weights import flat, gradient, set_gradient, unflat
+from continual.models.weights import flatten_weights, gradient, set_gradient, unflatten_weights
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
 from continual.strategy.replay_buffer import sample_task_examples
@@ -40,7 +40,7 @@ class OGD(Strategy):
         loss = super().backward(model, batch)
         if len(self.basis):
             g = gradient(model)
-            set_gradient(model, unflat(project_out(flat(g), self.basis), g))
+            set_gradient(model, unflatten_weights(project_out(flatten_weights(g), self.basis), g))
         return loss
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
@@ -48,8 +48,8 @@ class OGD(Strategy):
         super().end(model, task)
         self.turns += 1
         kept = sample_task_examples(task, self.num_examples, f"{self.seed}/{self.turns}")
-        for g in by_example(model, kept, _sum_target_logits):
-            self.basis = extend_basis(self.basis, flat(g))
+        for g in per_example_gradients(model, kept, _sum_target_logits):
+            self.basis = extend_basis(self.basis, flatten_weights(g))
 
 
 def _sum_target_logits(logits: Tensor, batch: Batch) -> Tensor:

@@ -53,7 +53,7 @@ class ProgressivePrompts(Strategy):
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """The earlier prompts stand still, and a new one starts."""
         still = self.frozen_prompts()
-        model.behind(still[::-1])
+        model.set_prompt_prefix(still[::-1])
         if still and len(still) == len(self.prompts):
             restore(model, self.draw_prompt(model, f"{self.seed}/{len(still)}"))
         self.check_prompts_fit(model, task)
@@ -83,7 +83,7 @@ class ProgressivePrompts(Strategy):
             len(self.frozen_prompts()) + 1 + coming, self.max_prompts or len(task.task_names)
         )
         n = sum(len(w) for w in weights(model).values())
-        model.fit(max(len(e.ids) for e in task.train) - 1, count * n)
+        model.check_fits_context(max(len(e.ids) for e in task.train) - 1, count * n)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
         """Keep the prompt."""
@@ -94,7 +94,7 @@ class ProgressivePrompts(Strategy):
     def route(self, model: Model, task: str) -> None:
         """Behind the task's own prompt and those before it; behind all where it has none."""
         super().route(model, task)
-        model.behind(self.prompts[: self.reach.get(task)][::-1], live=False)
+        model.set_prompt_prefix(self.prompts[: self.reach.get(task)][::-1], live=False)
 
 
 def stage_task_names(task: Task[Encoded]) -> set[str]:

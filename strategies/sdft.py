@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from continual.data.types import Encoded, Task
-from continual.distributed.processes import apart, gather
-from continual.distributed.work import deal
+from continual.distributed.processes import all_gather, single_process
+from continual.distributed.work import assign_work
 from continual.errors import ConfigError, DataError
-from continual.models.generation import complete, sampled
-from continual.models.loss import accumulate, forward, numbered, responses
+from continual.models.generation import generate_ids, top_k_rule
+from continual.models.loss import accumulate, forward, number_examples, response_logits
 from continual.models.model import Model
-from continual.models.weights import Weights, combine, snapshot, weights, wide
+from continual.models.weights import Weights, combine, snapshot, to_float32, weights
 from continual.packing.batch import Batch
 from continual.packing.layout import response_start
 from continual.strategy.interface import Strategy, memory
@@ -69,7 +69,7 @@ class SDFT(Strategy):
         """
         trained = super().begin(model, task)
         if self.strength:
-            self.teacher = wide(snapshot(model))
+            self.teacher = to_float32(snapshot(model))
             longest = max(len(e.ids) + response_start(e) for e in task.train) + longest_response(
                 task.train
             )
@@ -96,14 +96,14 @@ class SDFT(Strategy):
         self.teacher = combine(
             lambda w, t: self.ema_rate * w.to(t.dtype) + (1 - self.ema_rate) * t,
             here,
-            self.teacher or wide(here),
+            self.teacher or to_float32(here),
         )
         own = self.sample_answers(model, batch.examples)
         shown = [prepend_demonstration(e, y) for e, y in zip(batch.examples, own, strict=True)]
         far = accumulate(
             lambda model, part: self.strength * self.divergence(model, part, shown),
             model,
-            numbered(model, own).micro_batches(),
+            number_examples(model, own).micro_batches(),
         )
         self.notes["divergence"] = float(far) / self.strength
         return total + far
@@ -123,21 +123,21 @@ class SDFT(Strategy):
         most = longest_response(examples)
         generator = torch.Generator().manual_seed(self.generator.getrandbits(63))
         draws = torch.rand(len(prompts), most, dtype=torch.float64, generator=generator)
-        mine = deal([len(p.ids) for p in prompts])
-        with model.evaluating(), apart():
+        mine = assign_work([len(p.ids) for p in prompts])
+        with model.eval_mode(), single_process():
             said = (
-                complete(
+                generate_ids(
                     model,
                     [prompts[i] for i in mine],
                     most,
                     GENERATION_BATCH_SIZE,
                     model.tokenizer.eos_token_id,
-                    sampled(ALL_TOKENS, draws[mine]),
+                    top_k_rule(ALL_TOKENS, draws[mine]),
                 )
                 if mine
                 else []
             )
-        told = {i: ids for share in gather([*zip(mine, said, strict=True)]) for i, ids in share}
+        told = {i: ids for share in all_gather([*zip(mine, said, strict=True)]) for i, ids in share}
         return [
             replace(
                 p, ids=(*p.ids, *told[i]), response_mask=(*p.response_mask, *(True,) * len(told[i]))
@@ -153,7 +153,7 @@ class SDFT(Strategy):
         at = combine(lambda w, t: t.to(w.dtype), weights(model), self.teacher)
         told = {
             i: z
-            for i, _, z in responses(
+            for i, _, z in response_logits(
                 model, [teacher_examples[int(e.id)] for e in batch.examples], at
             )
         }

@@ -13,12 +13,12 @@ from continual.models.importance import fisher
 from continual.models.model import Model
 from continual.models.weights import (
     Weights,
+    all_finite,
     combine,
-    finite,
     gradient,
     snapshot,
+    to_float32,
     weights,
-    wide,
     zeros,
 )
 from continual.packing.batch import Batch
@@ -54,7 +54,7 @@ class SI(SummedImportance):
         trained = super().begin(model, task)
         if self.strength:
             self.omega, self.start, self.before, self.slope = (
-                wide(zeros(model)),
+                to_float32(zeros(model)),
                 snapshot(model),
                 {},
                 {},
@@ -147,14 +147,16 @@ class RWalk(SI):
         """A new score begins; the Fisher information runs on."""
         trained = super().begin(model, task)
         if self.strength:
-            self.score, self.steps = wide(zeros(model)), 0
+            self.score, self.steps = to_float32(zeros(model)), 0
         return trained
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Now and then, score the path walked since and move the running Fisher on."""
         loss = super().backward(model, batch)
         # A step that is not finite is not taken.
-        if self.strength and (self.steps % self.every_steps or finite({"": loss, **self.slope})):
+        if self.strength and (
+            self.steps % self.every_steps or all_finite({"": loss, **self.slope})
+        ):
             if self.steps % self.every_steps == 0:
                 self.update_score(model)
                 now = fisher(model, batch.examples)
@@ -174,7 +176,7 @@ class RWalk(SI):
             self.start,
         )
         self.score = combine(torch.add, self.score, part)
-        self.omega, self.start = wide(zeros(model)), snapshot(model)
+        self.omega, self.start = to_float32(zeros(model)), snapshot(model)
 
     def compute_path_importance(self, model: Model) -> Weights:
         """Of the whole stage, and the earlier ones."""

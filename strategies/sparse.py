@@ -11,7 +11,7 @@ from torch import Tensor
 from continual.data.types import Encoded, Task
 from continual.errors import ConfigError
 from continual.models.model import Model
-from continual.models.weights import Weights, combine, snapshot, top, weights
+from continual.models.weights import Weights, combine, snapshot, top_mask, weights
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy, memory
 from strategies.ewc import task_fisher
@@ -64,7 +64,7 @@ class Sparse(Strategy):
         """Choose the weights that this stage trains, without dropout."""
         trained = super().begin(model, task)
         if self.fraction < 1:
-            with model.evaluating():
+            with model.eval_mode():
                 self.held, self.mask = (
                     snapshot(model),
                     self.select_mask(self.measure_importance(model, task)),
@@ -81,9 +81,9 @@ class Sparse(Strategy):
             importance = combine(
                 lambda f, old: f.masked_fill(old, -1),
                 importance,
-                top(self.needed, self.protected_fraction),
+                top_mask(self.needed, self.protected_fraction),
             )
-        return top(importance, self.fraction)
+        return top_mask(importance, self.fraction)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
         """Leave the gradient of the chosen weights."""

@@ -87,7 +87,7 @@ def _load_index_object(root: Path, file: Path) -> dict[str, Any]:
             f"found no {file}, expected the file that names the stream's tasks; {mend}"
         )
     _check_inside(root, [file])
-    index = untrusted.json_file(file)
+    index = untrusted.load_json(file)
     if not isinstance(index, dict):
         raise DataError(
             f'{file}: found no object, expected {{"tasks": [...], "orders": {{...}}}}; write it so'
@@ -216,7 +216,7 @@ def _task_folder(root: Path, entry: Mapping[str, Any], files: Mapping[str, str])
     """The folder of one task, inside the stream's and with rows of at least one split."""
     name, place = entry["name"], entry.get("dir") or entry["name"]
     where: Path = root / place
-    if Path(place).is_absolute() or not untrusted.inside(where, root):
+    if Path(place).is_absolute() or not untrusted.is_inside(where, root):
         raise DataError(
             f"{root / 'stream.json'}: found dir {brief(place)} of task {name!r}, expected a "
             f"folder inside {root}; move the data there"
@@ -241,7 +241,7 @@ def _check_inside(root: Path, files: Sequence[Path]) -> None:
     if out := [
         f"{file} is a link that leads out of {root}; put the file itself there"
         for file in files
-        if file.is_symlink() and not untrusted.inside(file, root)
+        if file.is_symlink() and not untrusted.is_inside(file, root)
     ]:
         raise DataError(gathered(out))
 

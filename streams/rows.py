@@ -92,7 +92,7 @@ def load_jsonl(path: Path, task: str) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     lines: dict[str, int] = {}  # the line where each id was first seen
-    for n, (number, line) in enumerate(untrusted.lines(path)):
+    for n, (number, line) in enumerate(untrusted.iter_lines(path)):
         where = f"{path}:{number}"
         try:
             row = _parse_object(line, where)
@@ -126,7 +126,7 @@ def find_misspellings(found: Iterable[str], known: Sequence[str]) -> list[tuple[
 
 def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object of one line."""
-    row: Any = untrusted.parse(line, where, line=True)
+    row: Any = untrusted.parse_json(line, where, line=True)
     if not isinstance(row, dict):
         raise DataError(
             f'{where}: found {_json_type(row)}, expected a JSON object; write {{"instruction": ...}}'

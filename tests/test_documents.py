@@ -85,11 +85,11 @@ def shown():
 
 def test_the_readme_s_table_has_every_strategy(shown):
     """`python -m benchmarks.strategies NAME` adds the row of a new one."""
-    assert set(shown) == {c.name for c in catalogue.choices("strategy")}
+    assert set(shown) == {c.name for c in catalogue.list_choices("strategy")}
 
 
 def test_the_readme_s_table_says_what_the_strategies_say(shown):
-    for choice in catalogue.choices("strategy"):
+    for choice in catalogue.list_choices("strategy"):
         cells = dict(zip(table.HEADS, shown[choice.name], strict=True))
         assert (cells["stores"], cells["a step takes"]) == (
             choice.facts["stores"],
@@ -110,7 +110,9 @@ def test_the_readme_names_every_strategy_in_its_prose():
         .partition("**Strategies**")[2]
         .partition(table.BEGIN)[0]
     )
-    assert {c.name for c in catalogue.choices("strategy")} <= set(re.findall(r"`(\w+)`", prose))
+    assert {c.name for c in catalogue.list_choices("strategy")} <= set(
+        re.findall(r"`(\w+)`", prose)
+    )
 
 
 def test_a_row_is_measured_by_one_command(stream_folder, model_folder, tmp_path):
@@ -121,7 +123,7 @@ def test_a_row_is_measured_by_one_command(stream_folder, model_folder, tmp_path)
         f"model.name={model_folder}",
         "train.batch_size=6",
     )
-    choice = next(c for c in catalogue.choices("strategy") if c.name == "multitask")
+    choice = next(c for c in catalogue.list_choices("strategy") if c.name == "multitask")
     name, stores, size, costs, ratio, *told = table.measured(choice, *keys).strip("| ").split(" | ")
     assert (name, stores, costs) == ("`multitask`", choice.facts["stores"], choice.facts["costs"])
     assert float(size.split()[0]) > 0

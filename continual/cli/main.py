@@ -13,9 +13,15 @@ from rich.console import Console
 
 from continual.cli.arguments import count, given, truth
 from continual.cli.help import HELP, VERB_HELP
-from continual.distributed.processes import agreed, joined, leads, let_first_speak, started
+from continual.distributed.processes import (
+    broadcast,
+    is_main_process,
+    num_started_processes,
+    process_group,
+    wait_for_first_message,
+)
 from continual.errors import ConfigError, ContinualError, MissingError, unknown
-from continual.io.terminal import safe
+from continual.io.terminal import escape_control
 from continual.runs.signals import Stopped
 from continual.runs.stop_if import STATUS, Gated
 from continual.tracking.events import silence_libraries
@@ -34,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if verb not in VERBS:
             raise ConfigError(unknown("command", verb, VERBS))
-        if started() > 1 and verb not in MULTI_PROCESS_VERBS:
+        if num_started_processes() > 1 and verb not in MULTI_PROCESS_VERBS:
             raise ConfigError(
-                f"continual {verb} is the work of one process, and {started()} were started; "
+                f"continual {verb} is the work of one process, and {num_started_processes()} were started; "
                 f"several can share continual {' or '.join(MULTI_PROCESS_VERBS)}"
             )
         if "-h" in rest or "--help" in rest:
@@ -47,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         VERBS[verb](rest)
     except (Stopped, Gated) as stop:
-        let_first_speak()
+        wait_for_first_message()
         Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
         sys.exit(128 + stop.number if isinstance(stop, Stopped) else STATUS)
     except ContinualError as error:
@@ -74,9 +80,13 @@ def exit_with_error(error: ContinualError) -> None:
     """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
-    let_first_speak()
+    wait_for_first_message()
     Console(stderr=True).print(
-        safe(f"error: {error}"), style="red", markup=False, highlight=False, soft_wrap=True
+        escape_control(f"error: {error}"),
+        style="red",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     sys.exit(2)
 
@@ -93,11 +103,11 @@ def compose_config(verb: str, overrides: Sequence[str], **compose_options: Any) 
 
     from continual.config import overrides as words
 
-    overrides = words.spelled(verb, overrides)
+    overrides = words.normalize_overrides(verb, overrides)
     with initialize_config_module("conf", version_base=None):
         try:
-            config = words.composed(verb, overrides, partial(compose, **compose_options))
-            words.resolved(config)
+            config = words.compose_config(verb, overrides, partial(compose, **compose_options))
+            words.check_values(config)
         except ConfigError:
             raise
         except (
@@ -105,7 +115,7 @@ def compose_config(verb: str, overrides: Sequence[str], **compose_options: Any) 
             OmegaConfBaseException,
             ValueError,
         ) as error:  # ValueError: null for a group
-            raise words.explained(error, verb, overrides, compose) from None
+            raise words.explain_error(error, verb, overrides, compose) from None
     return config
 
 
@@ -128,10 +138,12 @@ def _run_or_adapt(verb: str, rest: Sequence[str]) -> None:
     from continual.runs.run import run
 
     silence_libraries()
-    with joined(config.device):
-        config.out = agreed(config.out)  # which may hold the time of day
-        {"run": run, "adapt": adapt}[verb](config, Console(stderr=True, quiet=not leads()))
-        if leads():
+    with process_group(config.device):
+        config.out = broadcast(config.out)  # which may hold the time of day
+        {"run": run, "adapt": adapt}[verb](
+            config, Console(stderr=True, quiet=not is_main_process())
+        )
+        if is_main_process():
             write.tables(Console(), Path(config.out))
 
 
@@ -156,7 +168,7 @@ def _compare(rest: Sequence[str]) -> None:
     from continual.config import overrides
     from continual.runs import compare
 
-    compare.compare(overrides.spelled("compare", rest), compose_config)
+    compare.compare(overrides.normalize_overrides("compare", rest), compose_config)
 
 
 def _parse_run_arguments(
@@ -234,9 +246,9 @@ def _verify(rest: Sequence[str]) -> None:
 
 
 def _list(rest: Sequence[str]) -> None:
-    from continual.config.catalogue import show
+    from continual.config.catalogue import print_catalogue
 
-    show(rest, Console())
+    print_catalogue(rest, Console())
 
 
 VERBS: dict[str, Callable[[Sequence[str]], Any]] = {

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from continual.errors import DataError, MissingError
-from continual.io.terminal import safe
-from continual.io.untrusted import LONGEST, parse, refuse_links_out
+from continual.io.terminal import escape_control
+from continual.io.untrusted import LONGEST, check_links_inside, parse_json
 from continual.reports.figures import NONE, count, percent, seconds
 from continual.results import comparison
 from continual.results.matrix import BASE, Matrix, forgetting, mean
@@ -59,7 +59,7 @@ class EventTail:
             if not line.strip():
                 continue
             try:
-                event = parse(line, str(self.path), line=True)
+                event = parse_json(line, str(self.path), line=True)
             except DataError:
                 event = None
             if event is not None and is_event(event):
@@ -252,7 +252,7 @@ def refresh_runs(folders: Sequence[Path], runs: dict[Path, WatchedRun]) -> list[
         for path in find_run_folders(folder):
             if path not in runs:
                 if path.is_dir():
-                    refuse_links_out(path)
+                    check_links_inside(path)
                 runs[path] = WatchedRun(path, str(path) if path == folder else path.name)
             runs[path].refresh()
     return list(runs.values())
@@ -297,7 +297,7 @@ def build_runs_table(runs: Sequence[WatchedRun], screen: Console | None = None) 
             min_width=10 if text else None,
         )
     for run in runs:
-        made.add_row(*(Text(safe(cell)) for cell in run.table_row()))
+        made.add_row(*(Text(escape_control(cell)) for cell in run.table_row()))
     told += [f"{broken} broken lines of events are left out"] if broken else []
     made.caption = "; ".join(told) or None
     return made

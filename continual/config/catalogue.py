@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from continual.config.plugins import outside
+from continual.config.plugins import plugins
 from continual.errors import ConfigError, unknown
 
 GROUPS = {"strategies": "strategy", "streams": "stream", "models": "model", "probes": "probe"}
@@ -45,13 +45,13 @@ class Choice:
     facts: Mapping[str, str] = field(default_factory=dict)  # stores, costs
     moments: Sequence[str] = ()
 
-    def told(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """All of it, for machines."""
         of_strategies = {"class": self.target, "moments": list(self.moments), **self.facts}
         return {"name": self.name, "source": self.source, **(of_strategies if self.facts else {})}
 
 
-def show(words: Sequence[str], console: Console) -> None:
+def print_catalogue(words: Sequence[str], console: Console) -> None:
     """Print the choices of the named groups, all of them by default; with json=true as JSON.
 
     Raises ConfigError for an unknown group.
@@ -60,11 +60,11 @@ def show(words: Sequence[str], console: Console) -> None:
     for name in names:
         if name not in GROUPS:
             raise ConfigError(unknown("list", name, [*GROUPS, *ASKED]))
-    found = {name: choices(GROUPS[name]) for name in names or GROUPS}
+    found = {name: list_choices(GROUPS[name]) for name in names or GROUPS}
     if any(ASKED.get(word) for word in words):
         print(
             json.dumps(
-                {name: [c.told() for c in told] for name, told in found.items()},
+                {name: [c.to_dict() for c in told] for name, told in found.items()},
                 indent=1,
                 ensure_ascii=False,
             )
@@ -100,7 +100,7 @@ def show(words: Sequence[str], console: Console) -> None:
         console.print()
 
 
-def choices(group: str) -> list[Choice]:
+def list_choices(group: str) -> list[Choice]:
     """The configurations of a group, each with the first comment line of its file, and strategies
     of other packages.
     """
@@ -112,38 +112,40 @@ def choices(group: str) -> list[Choice]:
             comments = [line[1:].strip() for line in text.splitlines() if line.startswith("#")]
             source = next((c for c in comments if c and not c.startswith("@package")), "")
             found.append(
-                _described(name, source, _target(text, name))
+                _describe_strategy(name, source, _strategy_target(text, name))
                 if group == "strategy"
                 else Choice(name, source)
             )
     if group != "strategy":
         return found
     own = {c.name for c in found}
-    return found + [_theirs(name, path) for name, path in outside().items() if name not in own]
+    return found + [
+        _describe_plugin(name, path) for name, path in plugins().items() if name not in own
+    ]
 
 
-def _target(text: str, name: str) -> str:
+def _strategy_target(text: str, name: str) -> str:
     """The class that a strategy's configuration names; an arrangement's sets the stream's keys too."""
     told = yaml.safe_load(text)
     return str(told.get("strategy", told)[name]["_target_"])
 
 
-def _theirs(name: str, target: str) -> Choice:
+def _describe_plugin(name: str, target: str) -> Choice:
     """Another package's strategy, with the first line of its class's docstring; or why it cannot be
     read.
     """
     try:
-        said = ast.get_docstring(_class(target)[0]) or target
-        return _described(name, said.splitlines()[0], target)
+        said = ast.get_docstring(_class_node(target)[0]) or target
+        return _describe_strategy(name, said.splitlines()[0], target)
     except ConfigError as error:
         return Choice(name, str(error), target, dict.fromkeys(FACTS, "?"))
 
 
-def _described(name: str, source: str, target: str) -> Choice:
+def _describe_strategy(name: str, source: str, target: str) -> Choice:
     """A strategy, with what its class and those it inherits from say."""
     moments: set[str] = set()
     said: dict[str, str] = {}
-    for path, node in (*lineage(target), (ROOT, _class(ROOT)[0])):
+    for path, node in (*iter_class_nodes(target), (ROOT, _class_node(ROOT)[0])):
         if path != ROOT:
             moments |= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
         told = (
@@ -164,21 +166,21 @@ def _described(name: str, source: str, target: str) -> Choice:
     )
 
 
-def lineage(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
+def iter_class_nodes(target: str) -> Iterator[tuple[str, ast.ClassDef]]:
     """A class's dotted path and code, then those of each class it inherits from, as far as the
     source can be read.
 
     Raises ConfigError where the class itself cannot be found.
     """
-    node, known = _class(target)
+    node, known = _class_node(target)
     yield target, node
     for path in (known.get(ast.unparse(base)) for base in node.bases):
         if path:
-            yield from lineage(path)
+            yield from iter_class_nodes(path)
 
 
 @cache
-def _class(target: str) -> tuple[ast.ClassDef, dict[str, str]]:
+def _class_node(target: str) -> tuple[ast.ClassDef, dict[str, str]]:
     """A class's code, and the dotted path of each class that its module defines or takes from its
     own or our packages.
 

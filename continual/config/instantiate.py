@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from continual.config.plugins import outside
+from continual.config.plugins import plugins
 from continual.config.renamed import KEYS, current_target
 from continual.errors import ConfigError, gathered, mistyped, unknown
 
@@ -51,7 +51,7 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
     return target(**settings)
 
 
-def targets(group: str) -> dict[str, list[str]]:
+def targets_by_name(group: str) -> dict[str, list[str]]:
     """The constructors that each configuration of a group names, by the configuration's name."""
     texts = {
         p.name.removesuffix(".yaml"): p.read_text("utf-8")
@@ -64,27 +64,27 @@ def targets(group: str) -> dict[str, list[str]]:
     }
 
 
-def registry(group: str) -> set[str]:
+def allowed_targets(group: str) -> set[str]:
     """The constructors that the configurations of a group name, such as model: all that a run
     folder may ask for.
     """
-    return {found for named in targets(group).values() for found in named}
+    return {found for named in targets_by_name(group).values() for found in named}
 
 
-def strategies() -> set[str]:
+def allowed_strategies() -> set[str]:
     """The constructors of strategies that a run folder may ask for: continual's and those of
     installed packages.
     """
-    return registry("strategy") | set(outside().values())
+    return allowed_targets("strategy") | set(plugins().values())
 
 
-def lacking(section: Any) -> list[str]:
+def strategies_without_complete_weights(section: Any) -> list[str]:
     """Of a run's strategies, as its config.yaml has them, those without whose memory its weights
     are no model of its.
 
     Only constructors that are continual's or an installed package's are looked at.
     """
-    known = strategies()
+    known = allowed_strategies()
     parts = section.items() if isinstance(section, DictConfig) else ()
     return [
         str(name)

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from continual.config.catalogue import choices
+from continual.config.catalogue import list_choices
 from continual.config.plugins import register
-from continual.config.quoting import quoted
+from continual.config.quoting import quote_value
 from continual.config.renamed import KEYS
-from continual.distributed.processes import leads
+from continual.distributed.processes import is_main_process
 from continual.errors import ConfigError, gathered, unknown
 
 SHORT = {"stream.arrange": "stream.arrangement"}
@@ -22,7 +22,7 @@ SECTIONS = ("data", "loss", "checkpoint", "stop_if", "adapt", "plan")  # that no
 TEXTS = ("out", "device")
 
 
-def spelled(verb: str, overrides: Sequence[str]) -> list[str]:
+def normalize_overrides(verb: str, overrides: Sequence[str]) -> list[str]:
     """The overrides with short keys written out: stream.arrange, of adapt checkpoint and task (one
     name); and gates.
 
@@ -35,7 +35,7 @@ def spelled(verb: str, overrides: Sequence[str]) -> list[str]:
             f"comment in continual {verb} --cfg has a meaning for that"
         )
     keys, found = {**SHORT, **SHORT_IN.get(verb, {})}, []
-    for word in map(_replace_renamed_key, map(_gate, overrides)):
+    for word in map(_replace_renamed_key, map(_rewrite_stop_if, overrides)):
         key, given, value = word.partition("=")
         whole = f"[{value}]" if key == "task" and not value.startswith("[") else value
         found.append(f"{keys[key]}={whole}" if given and key in keys else word)
@@ -52,12 +52,12 @@ def _replace_renamed_key(word: str) -> str:
     current = KEYS.get(key.removeprefix(plus))
     if current is None:
         return word
-    if leads():
+    if is_main_process():
         print(f"{key.removeprefix(plus)} is now called {current}", file=sys.stderr)
     return f"{plus}{current}{sign}{value}"
 
 
-def _gate(word: str) -> str:
+def _rewrite_stop_if(word: str) -> str:
     """`stop_if.NAME>SHARE` as Hydra writes it."""
     if re.fullmatch(r"stop_if\.\w+", word):
         raise ConfigError(
@@ -67,7 +67,9 @@ def _gate(word: str) -> str:
     return re.sub(r"^(stop_if\.\w+)>", r"\1=", word)
 
 
-def composed(verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]) -> DictConfig:
+def compose_config(
+    verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]
+) -> DictConfig:
     """The verb's configuration; a strategy that it lacks is looked for in other packages."""
     from hydra.errors import MissingConfigException
 
@@ -80,7 +82,7 @@ def composed(verb: str, overrides: Sequence[str], compose: Callable[..., DictCon
                 raise
 
 
-def resolved(config: DictConfig) -> None:
+def check_values(config: DictConfig) -> None:
     """Raise ConfigError if a key without an honest default was not given, or one that everything
     builds on is of another kind; Hydra fills in its own.
     """
@@ -107,7 +109,7 @@ def resolved(config: DictConfig) -> None:
         raise ConfigError(gathered(wrong))
 
 
-def explained(
+def explain_error(
     error: Exception, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]
 ) -> ConfigError:
     """The error in our words: an unknown choice or key with the nearest valid names, else Hydra's
@@ -121,11 +123,11 @@ def explained(
             f"not installed: pip install hydra-{choice}-{kind}"
         )
     if group:
-        return ConfigError(unknown(group, choice, [c.name for c in choices(group)]))
+        return ConfigError(unknown(group, choice, [c.name for c in list_choices(group)]))
     key = getattr(error.__cause__, "full_key", None)
     if key:
         return ConfigError(unknown("key", str(key), _siblings(str(key), verb, overrides, compose)))
-    if unread := [told for word in overrides if (told := _unread(word))]:
+    if unread := [told for word in overrides if (told := _explain_syntax_error(word))]:
         return ConfigError(gathered(unread))
     if nothing := [
         w for w in overrides if re.fullmatch(r"[\w/]+=null", w) and isinstance(error, ValueError)
@@ -137,7 +139,7 @@ def explained(
     return ConfigError(" ".join(lines) + " Keys are given as key=value; lists as key=[a,b].")
 
 
-def _unread(word: str) -> str:
+def _explain_syntax_error(word: str) -> str:
     """What is wrong with an override that is not in Hydra's grammar, or has several values; empty
     where it is sound.
     """
@@ -145,7 +147,7 @@ def _unread(word: str) -> str:
     from hydra.errors import HydraException
 
     key, given, value = word.partition("=")
-    mend = f'; a text with signs such as , = ( é in quotes: "{key}={quoted(value)}"'
+    mend = f'; a text with signs such as , = ( é in quotes: "{key}={quote_value(value)}"'
     try:
         parsed = OverridesParser.create().parse_override(word)
         found = (

@@ -13,7 +13,7 @@ from continual.errors import ConfigError, gathered
 GROUP = "continual.strategies"
 
 
-def outside() -> dict[str, str]:
+def plugins() -> dict[str, str]:
     """The dotted path of each one's class, by name; nothing of theirs is imported.
 
     Raises ConfigError where two packages give different classes one name.
@@ -40,12 +40,12 @@ def register(name: str) -> bool:
     from hydra.core.config_store import ConfigStore
     from hydra.utils import get_class
 
-    path = outside().get(name)
+    path = plugins().get(name)
     store = ConfigStore.instance()
     if path is None or f"{name}.yaml" in store.repo.get("strategy", {}):
         return False
     try:
-        keys = settings(get_class(path))
+        keys = default_settings(get_class(path))
     except Exception as error:  # of code that is not ours
         raise ConfigError(
             f"strategy={name} is {path} by an installed package's entry point, and cannot be had "
@@ -55,7 +55,7 @@ def register(name: str) -> bool:
     return True
 
 
-def settings(kind: type[Any]) -> dict[str, Any]:
+def default_settings(kind: type[Any]) -> dict[str, Any]:
     """A strategy's configuration: its hyper-parameters' defaults, ??? where there is none, and the
     run's seed.
     """

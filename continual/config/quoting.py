@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 
-def quoted(text: str) -> str:
+def quote_value(text: str) -> str:
     """A text as a value on the command line: in the quotes of Hydra's grammar where it needs them
     to be that text.
     """

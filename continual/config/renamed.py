@@ -13,7 +13,7 @@ MEMORY_FIELDS = {"owed": "fractional_carry"}
 
 # Dotted path -> dotted path, for the `_target_` of run folders and configurations.
 TARGETS = {
-    "continual.model.hf": "continual.models.loading.hf",
+    "continual.model.hf": "continual.models.loading.load_pretrained",
     "continual.probes.general.General": "continual.evaluation.probes.general.General",
     "continual.probes.shots.Shots": "continual.evaluation.probes.shots.Shots",
     "continual.probes.transfer.Transfer": "continual.evaluation.probes.transfer.Transfer",

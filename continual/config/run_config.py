@@ -10,13 +10,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from continual.config.renamed import rename_in_config
 from continual.errors import DataError, brief, gathered
-from continual.io.untrusted import yaml_mapping
+from continual.io.untrusted import load_yaml_mapping
 
 
 def read_config(path: Path) -> DictConfig:
     """The config.yaml of a run folder; raises DataError where it is damaged."""
-    told = rename_in_config(yaml_mapping(path))
-    if asked := [key for key, value in flat(told).items() if "${" in f"{key}{value}"]:
+    told = rename_in_config(load_yaml_mapping(path))
+    if asked := [key for key, value in flatten_keys(told).items() if "${" in f"{key}{value}"]:
         raise DataError(
             gathered(
                 [
@@ -34,12 +34,12 @@ def read_config(path: Path) -> DictConfig:
         ) from e
 
 
-def flat(value: Any, name: str = "") -> dict[str, Any]:
+def flatten_keys(value: Any, name: str = "") -> dict[str, Any]:
     """A nested mapping as one of dotted keys."""
     if not isinstance(value, dict) or not value:
         return {name: value}
     return {
         k: v
         for key, part in value.items()
-        for k, v in flat(part, f"{name}.{key}" if name else str(key)).items()
+        for k, v in flatten_keys(part, f"{name}.{key}" if name else str(key)).items()
     }

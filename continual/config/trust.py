@@ -11,7 +11,7 @@ from continual.config.run_config import read_config
 from continual.errors import ConfigError, DataError, brief, gathered
 
 
-def foreign(theirs: DictConfig, path: Path) -> list[str]:
+def unknown_strategies(theirs: DictConfig, path: Path) -> list[str]:
     """What a run's config.yaml has under strategy that is none of continual's or of an installed
     package's; raises DataError where it has no such key.
     """
@@ -20,7 +20,7 @@ def foreign(theirs: DictConfig, path: Path) -> list[str]:
             f"{path} has no key of strategy, and expected are those of a run; give a folder made "
             "by continual run"
         )
-    known = instantiate.strategies()
+    known = instantiate.allowed_strategies()
     targets = {
         name: str(part.get("_target_")) if isinstance(part, DictConfig) else ""
         for name, part in theirs.strategy.items()
@@ -33,7 +33,7 @@ def foreign(theirs: DictConfig, path: Path) -> list[str]:
     ]
 
 
-def take_over(config: DictConfig, path: Path) -> None:
+def inherit_model_and_data(config: DictConfig, path: Path) -> None:
     """Give `config` the model and data keys of a run's config.yaml, which may be anyone's: it names
     no code to run.
 
@@ -53,8 +53,12 @@ def take_over(config: DictConfig, path: Path) -> None:
         f"{path} asks for {key}._target_={brief(section.get('_target_'))}, which is not one of "
         f"continual's ({', '.join(sorted(known))}); only those are built from a run folder"
         for key, section, known in (
-            ("model", model, instantiate.registry("model") - instantiate.registry("stream")),
-            ("stream", stream, instantiate.registry("stream")),
+            (
+                "model",
+                model,
+                instantiate.allowed_targets("model") - instantiate.allowed_targets("stream"),
+            ),
+            ("stream", stream, instantiate.allowed_targets("stream")),
         )
         if str(section.get("_target_")) not in known
     ]

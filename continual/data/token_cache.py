@@ -23,9 +23,9 @@ from torch import Tensor
 
 from continual.data.template import TEMPLATES, Encoder, index_tasks, no_rows_message
 from continual.data.types import Encoded, Example, Stream, Task
-from continual.distributed.processes import first
+from continual.distributed.processes import main_process_first
 from continual.errors import DataError, gathered
-from continual.io.atomic import write_whole
+from continual.io.atomic import write_atomically
 
 CACHE_SCHEMA = 2  # of the file and of how rows are encoded
 IGNORED_TOKENIZER_KEYS = (
@@ -114,7 +114,7 @@ def load_or_tokenize(
         for example in (*stage.train, *(stage.dev if include_dev else ())):
             place.setdefault(example, len(place))
     key = _cache_key(encoder, place)
-    with first():
+    with main_process_first():
         parts = _load_valid(path, key, encoder, len(place))
         if parts is None:
             _save_tensors(path, key, _tokenize_rows(encoder, stream, place))
@@ -147,7 +147,7 @@ def _tokenize_rows(
 def _save_tensors(path: Path, key: str, parts: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
-    write_whole(path, save(parts, {"key": key, "digest": _hash_tensors(parts)}))
+    write_atomically(path, save(parts, {"key": key, "digest": _hash_tensors(parts)}))
 
 
 def _load_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

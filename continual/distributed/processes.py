@@ -34,29 +34,29 @@ BUCKET = 2**25  # so many numbers are sent at a time
 _world = 1
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes share the work."""
     return _world
 
 
 def rank() -> int:
     """This process's number among those that were started together, 0 if it was started alone."""
-    return int(os.environ["RANK"]) if started() > 1 else 0
+    return int(os.environ["RANK"]) if num_started_processes() > 1 else 0
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes and speaks."""
     return rank() == 0
 
 
-def started() -> int:
+def num_started_processes() -> int:
     """How many processes were started together, whether or not they have met."""
     count = os.environ.get("WORLD_SIZE", "")
     return int(count) if count.isdecimal() and "RANK" in os.environ else 1
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[None]:
+def process_group(device: str = "auto") -> Iterator[None]:
     """Within it this process shares the work with those it was started with; on a GPU of its own
     where there are some.
 
@@ -64,7 +64,7 @@ def joined(device: str = "auto") -> Iterator[None]:
     where one is lost.
     """
     global _world
-    if (count := started()) == 1:
+    if (count := num_started_processes()) == 1:
         yield
         return
     import torch
@@ -77,10 +77,14 @@ def joined(device: str = "auto") -> Iterator[None]:
             "or unset them"
         )
     gpu = torch.cuda.is_available() and device != "cpu"
-    _refuse(device, int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() if gpu else 0)
+    _check_device_share(
+        device, int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() if gpu else 0
+    )
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    _checked(dist.init_process_group, "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=SILENCE)
+    _call_collective(
+        dist.init_process_group, "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=SILENCE
+    )
     _world = count
     try:
         yield
@@ -89,7 +93,7 @@ def joined(device: str = "auto") -> Iterator[None]:
         _world = 1
 
 
-def _refuse(device: str, local: int, gpus: int) -> None:
+def _check_device_share(device: str, local: int, gpus: int) -> None:
     import torch
 
     if gpus and device not in ("auto", "cuda"):
@@ -109,21 +113,21 @@ def _refuse(device: str, local: int, gpus: int) -> None:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Within it this process works for itself."""
-    with _among(1):
+    with _limit_world(1):
         yield
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def all_processes() -> Iterator[None]:
     """Within it this process shares with all, even where it works for itself."""
-    with _among(started()):
+    with _limit_world(num_started_processes()):
         yield
 
 
 @contextmanager
-def _among(count: int) -> Iterator[None]:
+def _limit_world(count: int) -> Iterator[None]:
     global _world
     before, _world = _world, count
     try:
@@ -133,19 +137,19 @@ def _among(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Within it each works for itself, rank 0 before the others: what it builds and keeps on disk
     they find.
     """
-    if not leads():
-        wait()
-    with apart():
+    if not is_main_process():
+        barrier()
+    with single_process():
         yield
-    if leads():
-        wait()
+    if is_main_process():
+        barrier()
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     """Make each tensor, in place, the sum of all processes'."""
     if _world == 1:
         return
@@ -158,7 +162,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
             if len(bucket) == 1
             else torch.cat([t.reshape(-1) for t in bucket])
         )
-        _checked(dist.all_reduce, row)
+        _call_collective(dist.all_reduce, row)
         for t, whole in zip(bucket, torch.split(row, [t.numel() for t in bucket]), strict=True):
             t.copy_(whole.view_as(t))
 
@@ -178,7 +182,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def summed(leaves: Sequence[Tensor], *more: Tensor) -> Iterator[None]:
+def all_reduce_gradients(leaves: Sequence[Tensor], *more: Tensor) -> Iterator[None]:
     """What is back-propagated within it to the `leaves`, and what `more` then hold, become the sums
     of all processes'.
 
@@ -192,25 +196,25 @@ def summed(leaves: Sequence[Tensor], *more: Tensor) -> Iterator[None]:
     before = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
-    with alike():
+    with sync_oom():
         yield
     with torch.no_grad():
         reached = [
             leaf
             for leaf, here in zip(
-                leaves, most(*(leaf.grad is not None for leaf in leaves)), strict=True
+                leaves, all_reduce_max(*(leaf.grad is not None for leaf in leaves)), strict=True
             )
             if here
         ]
         for leaf in reached:
             leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        add_up([*(leaf.grad for leaf in reached if leaf.grad is not None), *more])
+        all_reduce_sum([*(leaf.grad for leaf in reached if leaf.grad is not None), *more])
         for leaf, g in zip(leaves, before, strict=True):
             leaf.grad = g if leaf.grad is None else leaf.grad if g is None else leaf.grad + g
 
 
 @contextmanager
-def alike() -> Iterator[None]:
+def sync_oom() -> Iterator[None]:
     """Each does its part within it; where one runs out of memory, all do."""
     import torch
 
@@ -221,12 +225,12 @@ def alike() -> Iterator[None]:
         if _world == 1:
             raise
         error = e
-    if most(error is not None)[0]:
+    if all_reduce_max(error is not None)[0]:
         torch.manual_seed(0)  # some have drawn more than others
         raise error or torch.OutOfMemoryError("another process ran out of memory")
 
 
-def most(*values: float) -> list[int]:
+def all_reduce_max(*values: float) -> list[int]:
     """The largest of all processes' whole numbers, place by place; the same on all."""
     if _world == 1:
         return [int(v) for v in values]
@@ -234,16 +238,16 @@ def most(*values: float) -> list[int]:
     import torch.distributed as dist
 
     row = torch.tensor([int(v) for v in values])
-    _checked(dist.all_reduce, row, dist.ReduceOp.MAX)
+    _call_collective(dist.all_reduce, row, dist.ReduceOp.MAX)
     return [int(v) for v in row.tolist()]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    most(0)
+    all_reduce_max(0)
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """Every process's value, which can be JSON, by rank."""
     if _world == 1:
         return [value]
@@ -251,26 +255,26 @@ def gather(value: Any) -> list[Any]:
     import torch.distributed as dist
 
     text = bytearray(json.dumps(value).encode())
-    longest = most(len(text))[0]
+    longest = all_reduce_max(len(text))[0]
     row = torch.frombuffer(text.ljust(longest), dtype=torch.uint8)
     rows = [torch.empty_like(row) for _ in range(_world)]
-    _checked(dist.all_gather, rows, row)
+    _call_collective(dist.all_gather, rows, row)
     return [json.loads(bytes(r.tolist())) for r in rows]
 
 
-def agreed(value: T) -> T:
+def broadcast(value: T) -> T:
     """Rank 0's value, which can be JSON, on all."""
-    found: T = gather(value)[0]
+    found: T = all_gather(value)[0]
     return found
 
 
-def compare(tensors: Sequence[Tensor]) -> None:
+def check_equal_on_all(tensors: Sequence[Tensor]) -> None:
     """Raise TrainingError where these are not the same in all processes, as where a strategy draws
     without a seed.
     """
     if _world == 1:
         return
-    norms = gather([float(t.detach().norm()) for t in tensors])
+    norms = all_gather([float(t.detach().norm()) for t in tensors])
     if any(
         not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) and not math.isnan(a)
         for told in norms
@@ -283,7 +287,7 @@ def compare(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def _checked(call: Callable[..., Any], *args: Any, **more: Any) -> None:
+def _call_collective(call: Callable[..., Any], *args: Any, **more: Any) -> None:
     """A call that needs the other processes."""
     import torch
 
@@ -293,16 +297,16 @@ def _checked(call: Callable[..., Any], *args: Any, **more: Any) -> None:
         raise
     except (RuntimeError, ValueError) as e:
         raise ContinualError(
-            f"another of the {started()} processes is lost or cannot be reached: "
+            f"another of the {num_started_processes()} processes is lost or cannot be reached: "
             f"{str(e).splitlines()[0]} The same command with the same out= goes on after the last "
             "checkpoint, also with another number of processes"
         ) from e
 
 
-def let_first_speak() -> None:
+def wait_for_first_message() -> None:
     """Before this process fails: rank 0 most likely fails of the same, and says so; then this one
     is ended with it.
     """
-    if not leads():
+    if not is_main_process():
         time.sleep(GRACE)
-        print(f"process {rank()} of {started()}:", file=sys.stderr)
+        print(f"process {rank()} of {num_started_processes()}:", file=sys.stderr)

@@ -8,21 +8,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from continual.distributed.processes import rank, world
+from continual.distributed.processes import rank, world_size
 
 T = TypeVar("T")
 
 
-def deal(sizes: Sequence[float], *, level: bool = False) -> list[int]:
+def assign_work(sizes: Sequence[float], *, level: bool = False) -> list[int]:
     """Which of the items of these sizes are this process's, in their order: to each about as much
     as to the others.
 
     With `level` each has as many, where their number is a multiple of the processes'.
     """
-    if world() == 1:
+    if world_size() == 1:
         return list(range(len(sizes)))
-    loads, hands = [0.0] * world(), [list[int]() for _ in range(world())]
-    most = -(-len(sizes) // world()) if level else len(sizes)
+    loads, hands = [0.0] * world_size(), [list[int]() for _ in range(world_size())]
+    most = -(-len(sizes) // world_size()) if level else len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         to = loads.index(min(loads))
         loads[to] += sizes[i]
@@ -32,34 +32,36 @@ def deal(sizes: Sequence[float], *, level: bool = False) -> list[int]:
     return sorted(hands[rank()])
 
 
-def dealt(items: Sequence[T], sizes: Sequence[float], *, level: bool = False) -> Iterator[T]:
+def iter_own_items(
+    items: Sequence[T], sizes: Sequence[float], *, level: bool = False
+) -> Iterator[T]:
     """This process's items, one after another; what is drawn at one by torch does not depend on who
     does which.
 
     After the last one the generators are again the same on all processes. With `level` as in
     `deal`.
     """
-    if world() == 1:
+    if world_size() == 1:
         yield from items
         return
     import torch
 
     seed = int(torch.randint(2**62, ()))
-    for i in deal(sizes, level=level):
+    for i in assign_work(sizes, level=level):
         torch.manual_seed(seed + i)
         yield items[i]
     torch.manual_seed(seed)
 
 
-def evenly(cut: Callable[[int], list[T]], limit: int) -> list[T]:
+def split_evenly(cut: Callable[[int], list[T]], limit: int) -> list[T]:
     """What `cut` gives at the lowest limit at which no process has more parts than at this one.
 
     The lower its limit, the smaller and more numerous are the parts that `cut` gives.
     """
     parts = cut(limit)
-    if world() == 1:
+    if world_size() == 1:
         return parts
-    most = -(-len(parts) // world()) * world()
+    most = -(-len(parts) // world_size()) * world_size()
     low = 1
     while low < limit:
         middle = (low + limit) // 2

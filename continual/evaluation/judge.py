@@ -18,8 +18,8 @@ from continual.data.types import Encoded, Example
 from continual.errors import ConfigError, DataError, unknown
 from continual.evaluation.likelihood import likelihoods, spelled
 from continual.evaluation.text import sentences
-from continual.models.generation import answer
-from continual.models.loading import DTYPES, hf
+from continual.models.generation import generate_answers
+from continual.models.loading import DTYPES, load_pretrained
 from continual.models.model import Model
 
 RUBRIC = """Grade how an answer meets one requirement of its instruction.
@@ -80,7 +80,7 @@ class Judge:
         """
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(list(devices)):
-            made = hf(name=self.name, device=self.device, dtype=self.dtype)
+            made = load_pretrained(name=self.name, device=self.device, dtype=self.dtype)
         made.net.eval().requires_grad_(False)
         return made
 
@@ -147,7 +147,9 @@ class Judge:
         if not prompts:
             return []
         if self.how == "generate":
-            return [grade(said) for said in answer(self.model, prompts, ROOM, self.batch_size)]
+            return [
+                grade(said) for said in generate_answers(self.model, prompts, ROOM, self.batch_size)
+            ]
         labels = list(spelled(GRADES, self.encoder).values())
         shares = likelihoods(self.model, prompts, labels, self.batch_size).softmax(-1)
         return [round(float(g), 6) for g in shares @ torch.arange(1.0, 6.0, dtype=shares.dtype)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from continual.data.template import Encoder
 from continual.data.types import Encoded, Example
-from continual.models.generation import follow, read
+from continual.models.generation import next_logits, prefill
 from continual.models.loss import token_nll
 from continual.models.model import Model
 from continual.packing.batch import Batch
@@ -50,7 +50,9 @@ def likelihoods(
     """
     if not model.layout.packed:
         return _by_pairs(model, prompts, labels)
-    model.fit(max((len(p.ids) for p in prompts), default=0) + max(map(len, labels)) - 1)
+    model.check_fits_context(
+        max((len(p.ids) for p in prompts), default=0) + max(map(len, labels)) - 1
+    )
     tree: dict[
         tuple[int, ...], int
     ] = {}  # each beginning of a label that another token follows, parents first
@@ -68,10 +70,10 @@ def likelihoods(
     told = torch.zeros(len(prompts), len(labels), dtype=torch.float64)
     for begin in range(0, len(order), together):
         part = order[begin : begin + together]
-        cache = read(model, [prompts[i] for i in part], parents)
+        cache = prefill(model, [prompts[i] for i in part], parents)
         part = [part[i] for i in cache.prompt_order]
         tokens = [[start[-1] if start else prompts[i].ids[-1] for start in tree] for i in part]
-        logits = follow(model, cache, torch.tensor(tokens, device=model.layout.device))
+        logits = next_logits(model, cache, torch.tensor(tokens, device=model.layout.device))
         each = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))[
             :, at, token
         ].double()

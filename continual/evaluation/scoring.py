@@ -11,17 +11,17 @@ import torch
 
 from continual.data.template import Encoder
 from continual.data.types import Encoded, Example, Task
-from continual.distributed.processes import apart, gather, leads
-from continual.distributed.work import deal
+from continual.distributed.processes import all_gather, is_main_process, single_process
+from continual.distributed.work import assign_work
 from continual.errors import ConfigError, ContinualError, DataError, unknown
 from continual.evaluation.demands import level
 from continual.evaluation.likelihood import likeliest, spelled
 from continual.evaluation.metrics import METRICS
 from continual.evaluation.row_metrics import MEASURES, refuse, unread
-from continual.models.generation import answer
+from continual.models.generation import generate_answers
 from continual.models.loss import token_nll
 from continual.models.model import Model
-from continual.models.sharding import in_step
+from continual.models.sharding import synced_passes
 from continual.packing.batch import Batch
 from continual.packing.layout import response_start
 
@@ -182,24 +182,24 @@ def score(
             "and each must be once; the strategy's dispatch is wrong"
         )
     rows = [row for _, row in sorted(told, key=lambda each: each[0])]
-    if leads() and (said := unread(rows)):
+    if is_main_process() and (said := unread(rows)):
         print(f"{test.task}: {said}", file=sys.stderr)
     return sum(r["score"] for r in rows) / len(rows), rows
 
 
 def _scored(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
     """Every prediction with its mark."""
-    mine = deal([len(e.ids) for e in test.encoded])
+    mine = assign_work([len(e.ids) for e in test.encoded])
     part = test.of(mine)
     found: list[dict[str, Any]] = []
-    with in_step(model), apart():
+    with synced_passes(model), single_process():
         if mine:
             found = (
                 _perplexity(model, part)
                 if test.metric == PERPLEXITY
                 else _answers(model, part, batch_size)
             )
-    told = {i: row for share in gather([*zip(mine, found, strict=True)]) for i, row in share}
+    told = {i: row for share in all_gather([*zip(mine, found, strict=True)]) for i, row in share}
     return [told[i] for i in range(len(told))]
 
 
@@ -207,7 +207,7 @@ def _answers(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
     if test.labels:
         answers = likeliest(model, test.encoded, test.labels, batch_size)
     else:
-        answers = answer(model, test.encoded, test.max_new_tokens, batch_size)
+        answers = generate_answers(model, test.encoded, test.max_new_tokens, batch_size)
     marks = (
         test.judge(test.examples, answers)
         if test.judge

@@ -21,8 +21,8 @@ from continual.data.types import Example, Task
 from continual.errors import ConfigError, ContinualError, DataError, listed, unknown
 from continual.evaluation.metrics import METRICS
 from continual.inference.reopen import ModelSource, load_run_model
-from continual.io.terminal import safe
-from continual.models.generation import answer
+from continual.io.terminal import escape_control
+from continual.models.generation import generate_answers
 from continual.reports.figures import percent
 from continual.results.run_folder import Run
 from continual.runs import build
@@ -92,7 +92,7 @@ class ChatSession:
 
     def print_line(self, text: str, style: str = "") -> None:
         """One line that no terminal obeys."""
-        self.console.print(Text(safe(text), style=style), soft_wrap=True)
+        self.console.print(Text(escape_control(text), style=style), soft_wrap=True)
 
     def __call__(self, line: str) -> None:
         """Do a command, or answer; what is wrong is said."""
@@ -132,7 +132,7 @@ class ChatSession:
                 "yellow",
             )
         for _ in opened.strategy.dispatch(opened.model, [asked.ids]):
-            return answer(opened.model, [asked], self.max_new_tokens, 1)[0]
+            return generate_answers(opened.model, [asked], self.max_new_tokens, 1)[0]
         raise ConfigError("the strategy dispatched no prompt; its dispatch is wrong")
 
     def list_stages(self, _: str) -> None:
@@ -242,10 +242,10 @@ def build_answer_table(answers: dict[str, str], example: Example) -> Table:
         for name, said in answers.items()
     }
     cells = {
-        name: Text(safe(said), style="bold green" if right[name] else "")
+        name: Text(escape_control(said), style="bold green" if right[name] else "")
         for name, said in answers.items()
     }
-    heads = {name: Text(safe(name) + (" ✓" if right[name] else "")) for name in answers}
+    heads = {name: Text(escape_control(name) + (" ✓" if right[name] else "")) for name in answers}
     table = Table(show_lines=False, expand=False)
     if len(answers) <= MAX_COLUMNS:
         for name in answers:
@@ -294,7 +294,7 @@ def input_lines(console: Console) -> Iterator[str]:
     """The lines of the terminal, or of whatever stdin is, which are shown as if they were typed."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
-            console.print(Text(f"> {safe(line.rstrip())}", style="cyan"), soft_wrap=True)
+            console.print(Text(f"> {escape_control(line.rstrip())}", style="cyan"), soft_wrap=True)
             yield line
         return
     with suppress(ImportError):

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from continual.errors import ConfigError, ContinualError, listed, unknown
 from continual.inference import model_card
 from continual.inference.reopen import LoadedModel, ModelSource, load_run_model
-from continual.io.atomic import file_name, flush, write_whole
+from continual.io.atomic import flush_to_disk, task_file_name, write_atomically
 from continual.models.model import Model
 
 EXPORT_DEFAULTS = {
@@ -68,7 +68,7 @@ def export(
     name = source.resolve_stage(stage)
     if task is not None and task not in source.tasks:
         raise ConfigError(unknown("task", task, source.tasks))
-    place = "-".join(file_name(part) for part in (name, task) if part is not None)
+    place = "-".join(task_file_name(part) for part in (name, task) if part is not None)
     target = out or path / "export" / place
     if target.exists():
         raise ConfigError(f"{target} is there already; remove it, or give another out=")
@@ -167,12 +167,12 @@ def _write_atomically(target: Path, opened: LoadedModel, made: ExportResult, tex
         temporary.mkdir(parents=True)
         _check_disk_space(temporary, opened.model, made)
         _write_files(temporary, opened, made)
-        write_whole(temporary / "README.md", text)
+        write_atomically(temporary / "README.md", text)
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # weights come for their owner alone
-            flush(path)
+            flush_to_disk(path)
         temporary.rename(target)
-        flush(target.parent)
+        flush_to_disk(target.parent)
     except (OSError, SafetensorError) as e:
         raise ContinualError(
             f"{target} cannot be written: {e}; see to the space there, or give another out="
@@ -240,4 +240,4 @@ def _set_base_name(path: Path, name: str) -> None:
     elsewhere.
     """
     told: dict[str, Any] = {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": name}
-    write_whole(path, json.dumps(told, indent=2, sort_keys=True) + "\n")
+    write_atomically(path, json.dumps(told, indent=2, sort_keys=True) + "\n")

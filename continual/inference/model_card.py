@@ -19,7 +19,7 @@ from continual.data.template import CHAT, TEMPLATES, Encoder, generation_prompt_
 from continual.errors import DataError
 from continual.inference.reopen import LoadedModel
 from continual.io import untrusted
-from continual.io.terminal import safe
+from continual.io.terminal import escape_control
 from continual.reports.figures import percent
 from continual.results.curve import Curve
 from continual.results.run_folder import Run
@@ -63,7 +63,7 @@ def render_model_card(
 
 def escape_markdown(text: object) -> str:
     """Any text as Markdown that shows it, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", safe(str(text)).replace("\n", " "))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", escape_control(str(text)).replace("\n", " "))
 
 
 def _title(opened: LoadedModel) -> str:
@@ -111,13 +111,15 @@ def _model_index_results(opened: LoadedModel) -> Iterator[dict[str, Any]]:
     for name, score in zip(matrix.tasks, row, strict=True):
         if score is not None:
             yield {
-                "task": {"type": "text-generation", "name": safe(name)},
+                "task": {"type": "text-generation", "name": escape_control(name)},
                 "dataset": {
-                    "type": safe(matrix.stream),
-                    "name": f"{safe(matrix.stream)}: {safe(name)}",
+                    "type": escape_control(matrix.stream),
+                    "name": f"{escape_control(matrix.stream)}: {escape_control(name)}",
                     "split": str(opened.config.score.split),
                 },
-                "metrics": [{"type": safe(matrix.metrics[name]), "value": round(100 * score, 2)}],
+                "metrics": [
+                    {"type": escape_control(matrix.metrics[name]), "value": round(100 * score, 2)}
+                ],
             }
 
 
@@ -137,7 +139,7 @@ def _licences(config: DictConfig) -> dict[str, str]:
     if path is None or not file.is_file():
         return {}
     try:
-        entries = untrusted.json_file(file)["tasks"]
+        entries = untrusted.load_json(file)["tasks"]
         told = {e["name"]: e.get("licence") or e.get("license") for e in entries}
     except (
         DataError,

@@ -15,10 +15,10 @@ from omegaconf import DictConfig, open_dict
 
 from continual.config import instantiate
 from continual.config.run_config import read_config
-from continual.config.trust import foreign, take_over
+from continual.config.trust import inherit_model_and_data, unknown_strategies
 from continual.data.template import Encoder
 from continual.errors import ConfigError, DataError, MissingError, brief, gathered, listed, unknown
-from continual.io.untrusted import json_file
+from continual.io.untrusted import load_json
 from continual.models.model import Model
 from continual.models.weights import Weights, restore, snapshot
 from continual.results.curve import Curve
@@ -173,13 +173,13 @@ def load_run_model(source: ModelSource, config: DictConfig) -> LoadedModel:
         raise MissingError(
             f"{path}: there is no such file, and it says which model this is; restore it"
         )
-    take_over(config, path)
+    inherit_model_and_data(config, path)
     _inherit_answer_settings(config, path)
     adapted = not isinstance(source.result, Run)
     if adapted and config.model.get("adapter", "none") == "none":
         with open_dict(config):
             config.model = {
-                "_target_": "continual.models.loading.hf",
+                "_target_": "continual.models.loading.load_pretrained",
                 "name": str((source.path / "model").absolute()),
                 "dtype": config.model.get("dtype", "fp32"),
                 "trust_remote_code": config.model.get("trust_remote_code", False),
@@ -212,8 +212,8 @@ def _inherit_answer_settings(config: DictConfig, path: Path) -> None:
             f"{path} has no keys of {', '.join(parts)}, and expected are those of a run; give a "
             "folder made by continual run"
         )
-    wrong = foreign(theirs, path)
-    if str(theirs.stream.get("_target_")) not in instantiate.registry("stream"):
+    wrong = unknown_strategies(theirs, path)
+    if str(theirs.stream.get("_target_")) not in instantiate.allowed_targets("stream"):
         wrong.append(
             f"{path} asks for stream._target_={brief(theirs.stream.get('_target_'))}, which is "
             "not one of continual's; only those are built from a run folder"
@@ -235,7 +235,7 @@ def _resolve_precision(config: DictConfig, path: Path) -> Any:
     """fp32 or bf16, as configured or, where it was measured, as the run's folder says."""
     if config.train.precision != "auto" or not (path / "precision.json").is_file():
         return config.train.precision
-    told = json_file(path / "precision.json")
+    told = load_json(path / "precision.json")
     return told.get("precision") if isinstance(told, dict) else None
 
 

@@ -23,7 +23,7 @@ from torch.nn import CrossEntropyLoss, Module, Parameter
 from continual.data.template import Encoder, index_tasks
 from continual.data.types import Encoded, Example, Stream, Task
 from continual.errors import ConfigError
-from continual.models.loss import forward, numbered
+from continual.models.loss import forward, number_examples
 from continual.models.model import Model
 from continual.models.weights import weights
 
@@ -69,7 +69,7 @@ class AvalancheModel(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits that predict the responses, example after example."""
-        return forward(self.model, numbered(self.model, to_examples(x)))
+        return forward(self.model, number_examples(self.model, to_examples(x)))
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str) -> Path:
+def write_atomically(path: Path, content: bytes | str) -> Path:
     """Put `content` at `path`, flushed to disk before the rename, and make its folder where there
     is none.
 
@@ -29,7 +29,7 @@ def write_whole(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Wait until a file or a folder's list of names is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -38,6 +38,6 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def file_name(task: str) -> str:
+def task_file_name(task: str) -> str:
     """A task's name as a file's, whatever it holds: no two names give the same one."""
     return re.sub(r"^\.|[^\w .-]", lambda m: f"%{ord(m[0]):02X}", task)

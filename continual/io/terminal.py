@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-OBEYED = re.compile(
+CONTROL_CHARACTERS = re.compile(
     "[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
 )
 
 
-def safe(text: str) -> str:
+def escape_control(text: str) -> str:
     """The text with every character but the line feed that a terminal obeys as it is written in
     Python.
     """
-    return OBEYED.sub(lambda m: repr(m[0])[1:-1], text)
+    return CONTROL_CHARACTERS.sub(lambda m: repr(m[0])[1:-1], text)

@@ -22,7 +22,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what no name needs,
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half of a surrogate pair
 
 
-def parse(raw: bytes, where: str, *, line: bool = False) -> Any:
+def parse_json(raw: bytes, where: str, *, line: bool = False) -> Any:
     """The JSON value of these bytes; DataError says where it ends to be one, by line and column
     unless it is a `line`.
 
@@ -36,7 +36,7 @@ def parse(raw: bytes, where: str, *, line: bool = False) -> Any:
     )
     try:
         text = (raw.rstrip(b"\r\n") if line else raw).decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
         if HALF.search(raw):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
@@ -47,7 +47,7 @@ def parse(raw: bytes, where: str, *, line: bool = False) -> Any:
         ) from e
     except UnicodeDecodeError as e:
         raise DataError(
-            f"{where}:{_place(raw, e.start, line)}: found the byte 0x{raw[e.start]:02x}, "
+            f"{where}:{_error_position(raw, e.start, line)}: found the byte 0x{raw[e.start]:02x}, "
             "expected UTF-8; save the file as UTF-8"
         ) from e
     except json.JSONDecodeError as e:
@@ -57,7 +57,7 @@ def parse(raw: bytes, where: str, *, line: bool = False) -> Any:
         raise DataError(
             f"{where}: found hundreds of brackets within one another, expected {whole}"
         ) from e
-    except _Twice as e:
+    except _DuplicateKey as e:
         raise DataError(
             f"{where}: found the key {e.args[0]!r} twice in one object, expected each once; "
             "remove one"
@@ -66,26 +66,26 @@ def parse(raw: bytes, where: str, *, line: bool = False) -> Any:
         raise DataError(f"{where}: found a number of thousands of digits, expected {whole}") from e
 
 
-class _Twice(Exception):
+class _DuplicateKey(Exception):
     """A key that an object has already."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object, each of whose keys stands once: of two values there is no telling which is meant."""
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
-        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return made
 
 
-def _place(raw: bytes, at: int, line: bool) -> str:
+def _error_position(raw: bytes, at: int, line: bool) -> str:
     """The column from 1, in bytes, and the line before it where there are several."""
     start = raw.rfind(b"\n", 0, at) + 1
     return f"{at + 1}" if line else f"{raw.count(bytes([10]), 0, at) + 1}:{at - start + 1}"
 
 
-def contents(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     """The bytes of a file that is held whole; raises DataError where it is no file, or more than
     any of ours.
     """
@@ -102,18 +102,18 @@ def contents(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def json_file(path: Path) -> Any:
+def load_json(path: Path) -> Any:
     """The JSON value that a file holds; raises DataError."""
-    return parse(contents(path), str(path))
+    return parse_json(read_bytes(path), str(path))
 
 
-def schema_file(
+def load_json_with_schema(
     path: Path, what: str, mend: str, check: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
     """The JSON object of schema 1 that a file holds; raises DataError where it is not, or where
     `check` fails.
     """
-    told: dict[str, Any] = json_file(path)
+    told: dict[str, Any] = load_json(path)
     try:
         if told["schema"] != 1:
             raise ValueError(f"schema {brief(told['schema'])}; this version reads schema 1")
@@ -123,19 +123,19 @@ def schema_file(
         raise DataError(f"{path}: no {what} of schema 1 ({error!r}); {mend}") from error
 
 
-def text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a file, empty where there is none; raises DataError where it is no UTF-8."""
-    raw = contents(path) if path.is_file() else b""
+    raw = read_bytes(path) if path.is_file() else b""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise DataError(
-            f"{path}:{_place(raw, e.start, False)}: found the byte 0x{raw[e.start]:02x}, "
+            f"{path}:{_error_position(raw, e.start, False)}: found the byte 0x{raw[e.start]:02x}, "
             "expected UTF-8; save the file as UTF-8, or restore it"
         ) from e
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Each line that is not blank, with its number from 1; parted where a line feed stands, and
     nowhere else.
 
@@ -182,11 +182,11 @@ _Plain.add_implicit_resolver(
 )  # 1e-3, which YAML 1.1 takes for text and OmegaConf for a number
 
 
-def yaml_mapping(path: Path) -> dict[str, Any]:
+def load_yaml_mapping(path: Path) -> dict[str, Any]:
     """The plain values of a YAML file, a mapping; nothing in it is called, resolved or unfolded.
     Raises DataError.
     """
-    told = text(path)
+    told = read_text(path)
     try:
         loader = _Plain(told)
         made = loader.get_single_data() or {}
@@ -210,7 +210,7 @@ def yaml_mapping(path: Path) -> dict[str, Any]:
         ) from e
 
 
-def inside(path: Path, root: Path) -> bool:
+def is_inside(path: Path, root: Path) -> bool:
     """Whether a path, its links followed, lies in this folder; names that no file can have lie
     nowhere.
     """
@@ -225,7 +225,7 @@ def inside(path: Path, root: Path) -> bool:
         return False
 
 
-def refuse_links_out(folder: Path) -> None:
+def check_links_inside(folder: Path) -> None:
     """Raise DataError naming the symbolic links in a folder that lead out of it: through them
     others' files would be read, or written.
     """
@@ -234,7 +234,7 @@ def refuse_links_out(folder: Path) -> None:
         "there, or remove it"
         for at, folders, files in os.walk(folder)
         for path in (Path(at, name) for name in (*folders, *files))
-        if path.is_symlink() and not inside(path, folder)
+        if path.is_symlink() and not is_inside(path, folder)
     ]
     if out:
         raise DataError(gathered(sorted(out)))

@@ -26,12 +26,12 @@ CPU_PASS = (
 Pick = Callable[[Tensor, Sequence[int], int], Tensor]
 
 
-def likeliest(logits: Tensor, prompts: Sequence[int], step: int) -> Tensor:
+def greedy_rule(logits: Tensor, prompts: Sequence[int], step: int) -> Tensor:
     """Greedy decoding."""
     return logits.argmax(-1)
 
 
-def sampled(top_k: int, draws: Tensor) -> Pick:
+def top_k_rule(top_k: int, draws: Tensor) -> Pick:
     """Sampling from the `top_k` likeliest tokens, by numbers in [0, 1) for each prompt and step,
     (prompts, room).
 
@@ -48,28 +48,28 @@ def sampled(top_k: int, draws: Tensor) -> Pick:
     return pick
 
 
-def answer(
+def generate_answers(
     model: Model, prompts: Sequence[Encoded], max_new_tokens: int, batch_size: int
 ) -> list[str]:
     """Greedy answers, each up to the end-of-sequence token; at most `batch_size` prompts are
     answered together.
     """
-    ids = complete(model, prompts, max_new_tokens, batch_size, model.tokenizer.eos_token_id)
+    ids = generate_ids(model, prompts, max_new_tokens, batch_size, model.tokenizer.eos_token_id)
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 @torch.no_grad()
-def complete(
+def generate_ids(
     model: Model,
     prompts: Sequence[Encoded],
     room: int,
     batch_size: int,
     end: int,
-    pick: Pick = likeliest,
+    pick: Pick = greedy_rule,
 ) -> list[list[int]]:
     """At most `room` tokens behind each prompt, up to the token `end` and with it."""
-    said = _from_flat_rows if model.layout.packed else _generated
-    model.fit(
+    said = _generate_packed if model.layout.packed else _generate_padded
+    model.check_fits_context(
         max((len(p.ids) for p in prompts), default=0) + room - 1
     )  # the last token is not read
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), prompts[i].ids))
@@ -81,7 +81,7 @@ def complete(
     return found
 
 
-def _generated(
+def _generate_padded(
     model: Model, prompts: Sequence[Encoded], part: Sequence[int], room: int, end: int, pick: Pick
 ) -> list[list[int]]:
     """By `transformers`, from left-padded rows: for an encoder, or attention that is not ours."""
@@ -106,9 +106,9 @@ def _generated(
         chosen = pick(scores, part, read.shape[1] - before)[:, None]
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
-    more = {} if pick is likeliest else {"logits_processor": [only]}
+    more = {} if pick is greedy_rule else {"logits_processor": [only]}
     with (
-        model.around(model, [prompts[i] for i in part]),
+        model.forward_context(model, [prompts[i] for i in part]),
         torch.autocast(device.type, torch.bfloat16, enabled=model.bf16),
     ):
         out = model.net.generate(
@@ -121,16 +121,16 @@ def _generated(
     ]
 
 
-def _from_flat_rows(
+def _generate_packed(
     model: Model, prompts: Sequence[Encoded], part: Sequence[int], room: int, end: int, pick: Pick
 ) -> list[list[int]]:
     asked, device = [prompts[i] for i in part], model.layout.device
-    cache = read(model, asked, range(-1, room - 1))
+    cache = prefill(model, asked, range(-1, room - 1))
     said: list[list[int]] = [[] for _ in part]
     left = cache.prompt_order
     tokens = torch.tensor([asked[i].ids[-1] for i in left], device=device)
     while True:
-        logits = follow(model, cache, tokens[:, None])[:, 0]
+        logits = next_logits(model, cache, tokens[:, None])[:, 0]
         tokens = pick(logits, [part[i] for i in left], cache.new_indices.start)
         told = tokens.tolist()
         for i, token in zip(left, told, strict=True):
@@ -143,7 +143,7 @@ def _from_flat_rows(
             cache.keep_prompts(stay)
 
 
-def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> KVCache:
+def prefill(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> KVCache:
     """The prompts, read but for their last tokens; behind each there is room for tokens with these
     `parents`.
     """
@@ -163,19 +163,19 @@ def read(model: Model, prompts: Sequence[Encoded], parents: Sequence[int]) -> KV
     ):
         ids, positions = part.to(model.layout.device)
         with suppress(PrefillDone):
-            _pass(model, ids, positions, cache)
+            _forward_pass(model, ids, positions, cache)
     return cache
 
 
-def follow(model: Model, cache: KVCache, tokens: Tensor) -> Tensor:
+def next_logits(model: Model, cache: KVCache, tokens: Tensor) -> Tensor:
     """Logits (B, n, V) after each of the next tokens (B, n) behind the prompts that are left, in
     `cache.order`.
     """
     positions = cache.advance(tokens.shape[1]).to(tokens.device)
-    return _pass(model, tokens.flatten(), positions, cache).view(*tokens.shape, -1)
+    return _forward_pass(model, tokens.flatten(), positions, cache).view(*tokens.shape, -1)
 
 
-def _pass(model: Model, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+def _forward_pass(model: Model, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
     """Logits (N, V) after each of the row's tokens (N,)."""
     with (
         use_row_attention(model.net, cached_attention),

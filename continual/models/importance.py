@@ -18,12 +18,12 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from continual.data.types import Encoded
-from continual.distributed.processes import add_up, world
-from continual.distributed.work import deal
+from continual.distributed.processes import all_reduce_sum, world_size
+from continual.distributed.work import assign_work
 from continual.errors import ConfigError, TrainingError, not_finite, unknown
 from continual.models.loss import forward
 from continual.models.model import Model
-from continual.models.weights import Weights, finite, weights, wide, zeros
+from continual.models.weights import Weights, all_finite, to_float32, weights, zeros
 from continual.packing.batch import Batch
 from continual.packing.layout import block_by_length
 
@@ -59,22 +59,22 @@ def fisher(
     with the same result but for rounding. Raises ConfigError for other labels, TrainingError with
     the examples' ids where it is not finite.
     """
-    draws = _draws(model, examples, labels, generator)
-    mine = deal([len(e.ids) for e in examples])
+    draws = _draw_labels(model, examples, labels, generator)
+    mine = assign_work([len(e.ids) for e in examples])
     part = [examples[i] for i in mine], [draws[i] for i in mine]
     try:
-        found = _together(model, *part)
+        found = _sum_batched(model, *part)
     except _Entangled:
-        found = _one_by_one(model, *part)
-    if world() > 1:
+        found = _sum_one_by_one(model, *part)
+    if world_size() > 1:
         found = {n: f * (len(mine) / len(examples)) for n, f in found.items()}
-        add_up(list(found.values()))
+        all_reduce_sum(list(found.values()))
     return (
-        found if finite(found) else _one_by_one(model, examples, draws)
+        found if all_finite(found) else _sum_one_by_one(model, examples, draws)
     )  # which names those at fault
 
 
-def fisher_by_example(
+def fisher_per_example(
     model: Model,
     examples: Sequence[Encoded],
     labels: str = "empirical",
@@ -83,10 +83,10 @@ def fisher_by_example(
     """What `fisher` gives and raises, of the labels that it draws, by one backward pass an example:
     slower.
     """
-    return _one_by_one(model, examples, _draws(model, examples, labels, generator))
+    return _sum_one_by_one(model, examples, _draw_labels(model, examples, labels, generator))
 
 
-def by_example(
+def per_example_gradients(
     model: Model, examples: Sequence[Encoded], of: Callable[[Tensor, Batch], Tensor]
 ) -> Iterator[Weights]:
     """The gradient of `of`(logits, batch), a scalar, of each example alone, in their order.
@@ -104,7 +104,7 @@ def by_example(
             n: torch.zeros_like(w) if g is None else g
             for (n, w), g in zip(live.items(), grads, strict=True)
         }
-        bad += [] if finite(found) else [e.id for e in batch.examples]
+        bad += [] if all_finite(found) else [e.id for e in batch.examples]
         if not bad:
             yield found
     if bad:
@@ -119,14 +119,14 @@ def sensitivity(model: Model, examples: Sequence[Encoded]) -> Weights:
     absolute value taken after that sum. Which tokens are right does not matter, but for those
     before a position.
     """
-    total = wide(zeros(model))
-    for grads in by_example(model, examples, lambda logits, _: logits.square().sum()):
+    total = to_float32(zeros(model))
+    for grads in per_example_gradients(model, examples, lambda logits, _: logits.square().sum()):
         for name, g in grads.items():
             total[name] += g.abs() / len(examples)
     return total
 
 
-def _draws(
+def _draw_labels(
     model: Model, examples: Sequence[Encoded], labels: str, generator: torch.Generator | None
 ) -> Draws:
     """Drawn here for all examples, so that labels do not depend on which examples run together."""
@@ -162,14 +162,14 @@ def _log_likelihood(logits: Tensor, batch: Batch, draws: Draws) -> Tensor:
     return log_probs.gather(1, y[:, None]).sum()
 
 
-def _one_by_one(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
-    total, left = wide(zeros(model)), iter(draws)
-    for grads in by_example(
+def _sum_one_by_one(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
+    total, left = to_float32(zeros(model)), iter(draws)
+    for grads in per_example_gradients(
         model, examples, lambda logits, batch: _log_likelihood(logits, batch, [next(left)])
     ):
         for name, g in grads.items():
             total[name] += g.square() / len(examples)
-    if not finite(total):
+    if not all_finite(total):
         raise TrainingError(not_finite([e.id for e in examples]))
     return total
 
@@ -178,11 +178,11 @@ class _Entangled(Exception):
     """A trainable parameter's use by one example cannot be told from its use by others."""
 
 
-def _together(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
+def _sum_batched(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
     """Examples of like length at a time; raises _Entangled, on the first of them, where that cannot
     be done.
     """
-    layers, total = _Layers(model), wide(zeros(model))
+    layers, total = _Layers(model), to_float32(zeros(model))
     tokens = (
         min(model.layout.tokens_per_microbatch, CPU_TOKENS)
         if model.layout.device.type == "cpu"
@@ -230,7 +230,7 @@ class _Layers:
         }
         self.head, self.words = model.net.get_output_embeddings(), model.net.get_input_embeddings()
         if not all(
-            linear(m) or _norm(m) or (_embedding(m) and not model.layout.seq2seq)
+            is_linear(m) or _is_norm(m) or (_is_embedding(m) and not model.layout.seq2seq)
             for m in self.owned
         ):
             raise _Entangled
@@ -257,7 +257,7 @@ class _Layers:
                 raise _Entangled
             x = args[0]
             if (
-                _embedding(module) and len(x) == 1 and x.shape not in whole
+                _is_embedding(module) and len(x) == 1 and x.shape not in whole
             ):  # positions, once for all examples
                 x, out = (t.expand(len(batch.examples), *t.shape[1:]) for t in (x, out))
             if out.ndim < 3 or out.shape[:2] not in whole | {looked_up}:
@@ -283,9 +283,9 @@ class _Layers:
                 _add_tied(
                     to["weight"], x, g, *self._read(self.head, batch, *seen[self.head], g.dtype)
                 )
-            elif _embedding(module):
+            elif _is_embedding(module):
                 _add_rows(to["weight"], x, g)
-            elif linear(module):
+            elif is_linear(module):
                 if "weight" in to and not (module is self.head and self.tied):
                     _add_products(to["weight"], *((g, x) if type(module) is nn.Linear else (x, g)))
                 if "bias" in to:
@@ -299,7 +299,7 @@ class _Layers:
         """Input and output gradient, (E, positions, ...) each, as the layer multiplied them, in
         this precision.
         """
-        x, g = (_apart(batch, t) for t in (x, g))
+        x, g = (_split_by_example(batch, t) for t in (x, g))
         if isinstance(module, nn.Embedding):
             g = g.to(dtype)
             return x, g if module.padding_idx is None else g.masked_fill(
@@ -308,7 +308,7 @@ class _Layers:
         return x.to(g.dtype).to(dtype), g.to(dtype)
 
 
-def _apart(batch: Batch, x: Tensor) -> Tensor:
+def _split_by_example(batch: Batch, x: Tensor) -> Tensor:
     """(E, positions, ...) of what stands in rows of an example each, in one row, or at supervised
     positions alone.
 
@@ -324,19 +324,19 @@ def _apart(batch: Batch, x: Tensor) -> Tensor:
     return nn.utils.rnn.pad_sequence([*torch.split(x[0], counts)], batch_first=True)
 
 
-def linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer, exactly: a subclass may compute something else."""
     return (
         type(module) is nn.Linear or type(module).__name__ == "Conv1D"
     )  # the linear layer of GPT-2, transposed
 
 
-def _norm(module: nn.Module) -> bool:
+def _is_norm(module: nn.Module) -> bool:
     """Most architectures of `transformers` have their own."""
     return type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
-def _embedding(module: nn.Module) -> bool:
+def _is_embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding and not module.scale_grad_by_freq
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from continual.distributed.processes import leads
+from continual.distributed.processes import is_main_process
 from continual.errors import ConfigError, MissingError, listed, unknown
 from continual.models.model import Model, pick_device
 from continual.models.virtual_tokens import prompted
@@ -22,7 +22,7 @@ from continual.packing.support import detect_packing_support
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def hf(
+def load_pretrained(
     *,
     name: str,
     device: str = "auto",
@@ -172,7 +172,7 @@ def assemble(
     _complete(net, tokenizer)
     config = net.config
     if adapter != "none":
-        net = adapt_with(
+        net = add_adapter(
             net, adapter, dict(adapters or {}), seq2seq=bool(config.is_encoder_decoder)
         )
     where = pick_device(device)
@@ -183,12 +183,12 @@ def assemble(
     layout = Layout(pad_token_id=tokenizer.pad_token_id, device=where, decoder_start_token_id=start)
     made = Model(net.to(where), tokenizer, layout, context_of(config))
     if hasattr(made.net, "virtual"):
-        made.behind(())
+        made.set_prompt_prefix(())
         layout = made.layout
     if not layout.seq2seq:
-        flat, made.last = detect_packing_support(made.net)
+        flat, made.last_layer = detect_packing_support(made.net)
         made.layout = replace(layout, packed=flat)
-        if not flat and leads():
+        if not flat and is_main_process():
             print(
                 f"{config.model_type}: its attention cannot read several examples as one row; "
                 "batches are padded",
@@ -245,7 +245,7 @@ def _complete(net: Any, tokenizer: Any) -> None:
     )
 
 
-def adapt_with(net: Any, kind: str, adapters: dict[str, Any], *, seq2seq: bool) -> Any:
+def add_adapter(net: Any, kind: str, adapters: dict[str, Any], *, seq2seq: bool) -> Any:
     """The network with a new peft adapter of this kind, the only part of it that trains from now
     on.
     """

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from continual.data.types import Encoded
-from continual.distributed.processes import summed, world
-from continual.distributed.work import dealt
+from continual.distributed.processes import all_reduce_gradients, world_size
+from continual.distributed.work import iter_own_items
 from continual.errors import ConfigError
 from continual.models.model import Model
-from continual.models.sharding import at_once, in_shards
+from continual.models.sharding import explain_sharded_oom, is_sharded
 from continual.models.weights import Weights, gradient, weights
 from continual.packing.attention import use_row_attention
 from continual.packing.batch import Batch
@@ -39,31 +39,33 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
             "a model in shards (train.shard=true) cannot be evaluated at other weights than its "
             "own; set train.shard=false, or choose another strategy"
         )
-    model.fit(max(len(e.ids) for e in batch.examples) - 1)  # the last token is not read
+    model.check_fits_context(
+        max(len(e.ids) for e in batch.examples) - 1
+    )  # the last token is not read
     with ExitStack() as stack:
-        stack.enter_context(model.around(model, batch.examples))
+        stack.enter_context(model.forward_context(model, batch.examples))
         if batch.layout.packed:
             stack.enter_context(use_row_attention(model.net, select_attention(batch.layout.device)))
-        if batch.layout.packed and model.last:
-            stack.enter_context(model.last.select_positions(batch.output_positions))
+        if batch.layout.packed and model.last_layer:
+            stack.enter_context(model.last_layer.select_positions(batch.output_positions))
         else:
             stack.enter_context(
-                _head_only(model.net.get_output_embeddings(), batch.output_positions)
+                _head_at_positions(model.net.get_output_embeddings(), batch.output_positions)
             )
         stack.enter_context(
             torch.autocast(batch.layout.device.type, torch.bfloat16, enabled=model.bf16)
         )
         inputs = {**batch.inputs, "use_cache": False}
         out = model.net(**inputs) if at is None else functional_call(model.net, at, (), inputs)
-    return _precise(out.logits[0])
+    return _at_least_float32(out.logits[0])
 
 
-def _precise(logits: Tensor) -> Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager
-def _head_only(head: Any, at: Tensor) -> Iterator[None]:
+def _head_at_positions(head: Any, at: Tensor) -> Iterator[None]:
     """Within it the LM head sees the positions `at` (S,) of the flattened (E * T) output alone."""
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at].unsqueeze(0),))
     try:
@@ -85,7 +87,7 @@ def nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
 
 
 @contextmanager
-def overheard(model: Model, batch: Batch) -> Iterator[Callable[[], Tensor]]:
+def capture_logits(model: Model, batch: Batch) -> Iterator[Callable[[], Tensor]]:
     """Gives the logits (S, V) that a forward pass of this very batch gave within it, or else those
     of one more pass.
 
@@ -99,12 +101,12 @@ def overheard(model: Model, batch: Batch) -> Iterator[Callable[[], Tensor]]:
 
     handle = model.net.register_forward_hook(hear, with_kwargs=True)
     try:
-        yield lambda: _precise(heard[-1]) if heard else forward(model, batch)
+        yield lambda: _at_least_float32(heard[-1]) if heard else forward(model, batch)
     finally:
         handle.remove()
 
 
-def numbered(model: Model, examples: Sequence[Encoded]) -> Batch:
+def number_examples(model: Model, examples: Sequence[Encoded]) -> Batch:
     """The examples as a batch of their responses alone, each with its place among them as its id."""
     return Batch(
         tuple(replace(e, id=str(i)) for i, e in enumerate(examples)),
@@ -113,7 +115,7 @@ def numbered(model: Model, examples: Sequence[Encoded]) -> Batch:
 
 
 @torch.no_grad()
-def responses(
+def response_logits(
     model: Model, examples: Sequence[Encoded], at: Weights | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Of each example its index, its response tokens (S,), and the logits (S, V) that predict them,
@@ -121,15 +123,15 @@ def responses(
 
     Examples run together as `layout.tokens` allows, in an order that follows from them alone.
     """
-    with model.evaluating():
-        for part in numbered(model, examples).micro_batches() if examples else ():
+    with model.eval_mode():
+        for part in number_examples(model, examples).micro_batches() if examples else ():
             counts = torch.bincount(part.example_index, minlength=len(part.examples)).tolist()
             told = (torch.split(x, counts) for x in (part.targets, forward(model, part, at)))
             for e, y, z in zip(part.examples, *told, strict=True):
                 yield int(e.id), y, z
 
 
-def evaluated_at(model: Model, at: Weights, f: Callable[[], Tensor]) -> Tensor:
+def evaluate_at(model: Model, at: Weights, f: Callable[[], Tensor]) -> Tensor:
     """What `f` gives where the model's weights are `at`, whatever it does with the model."""
 
     class Call(torch.nn.Module):
@@ -165,12 +167,14 @@ def accumulate(
     learned = [(p, p.supervised_tokens / tokens) for p in parts if p.supervised_tokens]
     if model.sharded and learned:
         shortest = min((p for p, _ in learned), key=lambda p: p.num_tokens)
-        learned += [(shortest, 0.0)] * (-len(learned) % world())
+        learned += [(shortest, 0.0)] * (-len(learned) % world_size())
     leaves = [
-        p for p in model.trained or weights(model).values() if not in_shards(p)
+        p for p in model.trained or weights(model).values() if not is_sharded(p)
     ]  # those in shards sum up by FSDP
-    with summed(leaves, total), at_once(model):
-        for part, share in dealt(learned, [p.num_tokens for p, _ in learned], level=model.sharded):
+    with all_reduce_gradients(leaves, total), explain_sharded_oom(model):
+        for part, share in iter_own_items(
+            learned, [p.num_tokens for p, _ in learned], level=model.sharded
+        ):
             value = loss(model, part) * share
             value.backward(inputs=to)  # type: ignore[no-untyped-call]
             total += value.detach()

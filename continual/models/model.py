@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from continual.data.types import Encoded
-from continual.distributed.processes import started
+from continual.distributed.processes import num_started_processes
 from continual.errors import ConfigError, unknown
 from continual.packing.batch import Batch, Layout
 from continual.packing.support import LastLayer
@@ -18,7 +18,7 @@ from continual.packing.support import LastLayer
 Around = Callable[["Model", Sequence[Encoded]], AbstractContextManager[None]]
 
 
-def _alike(model: Model, examples: Sequence[Encoded]) -> AbstractContextManager[None]:
+def _no_context(model: Model, examples: Sequence[Encoded]) -> AbstractContextManager[None]:
     """The network reads all examples alike."""
     return nullcontext()
 
@@ -40,17 +40,17 @@ class Model:
     layout: Layout
     context: int | None = None
     bf16: bool = False
-    last: LastLayer | None = None
+    last_layer: LastLayer | None = None
     trained: Sequence[torch.Tensor] = ()
     sharded: bool = False
-    around: Around = _alike
+    forward_context: Around = _no_context
 
     def batch(self, examples: Sequence[Encoded]) -> Batch:
         """The examples as one batch for this model."""
         return Batch(tuple(examples), self.layout)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def eval_mode(self) -> Iterator[None]:
         """Within it the network drops nothing out; behind it is in the mode that it was in."""
         training = self.net.training
         self.net.eval()
@@ -59,7 +59,7 @@ class Model:
         finally:
             self.net.train(training)
 
-    def behind(self, fixed: Sequence[torch.Tensor], *, live: bool = True) -> None:
+    def set_prompt_prefix(self, fixed: Sequence[torch.Tensor], *, live: bool = True) -> None:
         """Read examples behind the virtual tokens that train, if `live`, and then these (n, H)
         each, which do not.
 
@@ -71,7 +71,7 @@ class Model:
             )
         self.layout = replace(self.layout, prompt_prefix=virtual.behind(fixed, live=live))
 
-    def fit(self, tokens: int, virtual: int | None = None) -> None:
+    def check_fits_context(self, tokens: int, virtual: int | None = None) -> None:
         """Raise ConfigError where so many tokens have no positions behind the virtual ones, those
         of now or so many.
         """
@@ -94,7 +94,7 @@ def pick_device(name: str = "auto") -> torch.device:
         *(["mps"] if torch.backends.mps.is_available() else []),
         "cpu",
     ]
-    if name in ("auto", "cuda") and there[0] == "cuda" and started() > 1:
+    if name in ("auto", "cuda") and there[0] == "cuda" and num_started_processes() > 1:
         return torch.device(
             "cuda", torch.cuda.current_device()
         )  # named, for files are read to the first otherwise

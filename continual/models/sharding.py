@@ -17,14 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from continual.distributed.processes import leads, most, together, world
+from continual.distributed.processes import (
+    all_processes,
+    all_reduce_max,
+    is_main_process,
+    world_size,
+)
 from continual.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from continual.models.model import Model
 
 
-def shard(model: Model, device: torch.device) -> None:
+def shard_model(model: Model, device: torch.device) -> None:
     """Deal the weights of a model, still whole in the host's memory, out over the processes'
     devices, layer by layer.
 
@@ -41,7 +46,7 @@ def shard(model: Model, device: torch.device) -> None:
             "a causal model whose layers transformers names and whose attention can read several "
             "examples as one row; set train.shard=false"
         )
-    mesh = init_device_mesh(device.type, (world(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     for module in (*layers, model.net):
         made = fully_shard(module, mesh=mesh, reshard_after_forward=True)
         assert isinstance(made, FSDPModule)
@@ -50,28 +55,32 @@ def shard(model: Model, device: torch.device) -> None:
     model.layout, model.sharded = replace(model.layout, device=device), True
 
 
-def in_shards(t: Tensor) -> bool:
+def is_sharded(t: Tensor) -> bool:
     """Whether this process holds a part of it only."""
     return hasattr(t, "full_tensor")
 
 
-def whole(t: Any) -> Tensor:
+def full_tensor(t: Any) -> Tensor:
     """All of a tensor; where it is in shards, all processes must ask for it."""
-    found: Tensor = t.full_tensor() if in_shards(t) else t
+    found: Tensor = t.full_tensor() if is_sharded(t) else t
     return found
 
 
-def collected(t: Tensor) -> Tensor:
+def gather_on_cpu(t: Tensor) -> Tensor:
     """All of a tensor, on the CPU; where it is in shards all processes must ask for it, and rank 0
     alone has it.
     """
-    found = whole(t.detach())
-    return found.contiguous().cpu() if leads() or not in_shards(t) else found.new_zeros(()).cpu()
+    found = full_tensor(t.detach())
+    return (
+        found.contiguous().cpu()
+        if is_main_process() or not is_sharded(t)
+        else found.new_zeros(()).cpu()
+    )
 
 
-def cut_as(t: Tensor, other: Any) -> Tensor:
+def shard_like(t: Tensor, other: Any) -> Tensor:
     """A whole tensor in shards as another one is, or as it is where that one is whole."""
-    if in_shards(t) or not in_shards(other):
+    if is_sharded(t) or not is_sharded(other):
         return t
     from torch.distributed.tensor import distribute_tensor
 
@@ -81,18 +90,18 @@ def cut_as(t: Tensor, other: Any) -> Tensor:
     )
 
 
-def clip(trained: Sequence[Tensor], limit: float) -> Tensor:
+def clip_gradients(trained: Sequence[Tensor], limit: float) -> Tensor:
     """Scale the gradients down to the norm `limit` in all, in place; returns their norm before, a
     scalar.
     """
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
     kinds = [
-        [p for p in trained if p.grad is not None and in_shards(p) == kind]
+        [p for p in trained if p.grad is not None and is_sharded(p) == kind]
         for kind in (False, True)
     ]
     norms = [
-        whole(get_total_norm([p.grad for p in kind if p.grad is not None]))
+        full_tensor(get_total_norm([p.grad for p in kind if p.grad is not None]))
         for kind in kinds
         if kind
     ]
@@ -103,7 +112,7 @@ def clip(trained: Sequence[Tensor], limit: float) -> Tensor:
 
 
 @contextmanager
-def at_once(model: Model) -> Iterator[None]:
+def explain_sharded_oom(model: Model) -> Iterator[None]:
     """Within it, where the model is in shards, running out of memory ends the stage: the others are
     amid a pass.
 
@@ -122,7 +131,7 @@ def at_once(model: Model) -> Iterator[None]:
 
 
 @contextmanager
-def in_step(model: Model) -> Iterator[None]:
+def synced_passes(model: Model) -> Iterator[None]:
     """Within it each process may do as many passes without gradients as it needs: one that is done
     joins the others'.
 
@@ -133,8 +142,8 @@ def in_step(model: Model) -> Iterator[None]:
         return
 
     def announce(*_: Any) -> None:
-        with together():
-            most(True)
+        with all_processes():
+            all_reduce_max(True)
 
     handle = model.net.register_forward_pre_hook(announce, prepend=True)
     try:
@@ -142,6 +151,6 @@ def in_step(model: Model) -> Iterator[None]:
     finally:
         handle.remove()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.layout.device)
-    with together(), torch.no_grad():
-        while any(most(False)):
+    with all_processes(), torch.no_grad():
+        while any(all_reduce_max(False)):
             model.net(input_ids=token, use_cache=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from continual.models.sharding import cut_as
+from continual.models.sharding import shard_like
 
 if TYPE_CHECKING:
     from continual.models.model import Model
@@ -33,7 +33,7 @@ def snapshot(model: Model) -> Weights:
 def restore(model: Model, saved: Weights) -> None:
     """Give the trainable parameters the `saved` values; raises KeyError where one is missing."""
     for n, p in weights(model).items():
-        p.copy_(cut_as(saved[n], p))
+        p.copy_(shard_like(saved[n], p))
 
 
 def gradient(model: Model) -> Weights:
@@ -61,39 +61,39 @@ def combine(f: Callable[..., Tensor], *terms: Weights) -> Weights:
         return {n: f(*(t[n] for t in terms)) for n in terms[0]}
 
 
-def finite(w: Weights) -> bool:
+def all_finite(w: Weights) -> bool:
     """Whether all of it is."""
     return bool(torch.stack([t.isfinite().all() for t in w.values()]).all())
 
 
-def flat(w: Weights) -> Tensor:
+def flatten_weights(w: Weights) -> Tensor:
     """All of it as one vector (P,)."""
     return torch.cat([t.flatten() for t in w.values()])
 
 
-def unflat(row: Tensor, like: Weights) -> Weights:
+def unflatten_weights(row: Tensor, like: Weights) -> Weights:
     """A vector (P,) as weights, in the names, shapes and precisions of others."""
-    return {n: part.to(like[n].dtype) for n, part in _parts(row, like).items()}
+    return {n: part.to(like[n].dtype) for n, part in _split_like(row, like).items()}
 
 
-def top(scores: Weights, fraction: float) -> Weights:
+def top_mask(scores: Weights, fraction: float) -> Weights:
     """True for this fraction of all values, the largest, rounded down but at least one."""
-    row = flat(scores)
+    row = flatten_weights(scores)
     chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
     chosen[row.topk(max(1, int(fraction * len(row)))).indices] = True
-    return _parts(chosen, scores)
+    return _split_like(chosen, scores)
 
 
-def portion(part: Weights, whole: Weights) -> Weights:
+def safe_ratio(part: Weights, whole: Weights) -> Weights:
     """part / whole, and 1 where there is nothing of either."""
     return combine(lambda p, s: torch.where(s > 0, p / s, torch.ones_like(s)), part, whole)
 
 
-def wide(w: Weights) -> Weights:
+def to_float32(w: Weights) -> Weights:
     """In float32 at least: sums over stages lose too much in less."""
     return {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in w.items()}
 
 
-def _parts(row: Tensor, like: Weights) -> Weights:
+def _split_like(row: Tensor, like: Weights) -> Weights:
     parts = torch.split(row, [t.numel() for t in like.values()])
     return {n: part.view_as(t) for (n, t), part in zip(like.items(), parts, strict=True)}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from continual.data.types import Encoded
-from continual.distributed.work import evenly
+from continual.distributed.work import split_evenly
 from continual.packing.attention import PackedRow, PrefixGroup
 from continual.packing.layout import (
     common_prefix_length,
@@ -123,7 +123,7 @@ class Batch:
                 spent = cost
             return parts
 
-        parts = evenly(cut, self.layout.tokens_per_microbatch)
+        parts = split_evenly(cut, self.layout.tokens_per_microbatch)
         return [self] if len(parts) == 1 else [self.select(part) for part in parts]
 
     def split_by_task(self) -> dict[int, Batch]:

@@ -132,5 +132,7 @@ def _one(c: Curve, name: str, i: int) -> list[Section | None]:
             f"Start: {c.start}. Rows: shots; columns: optimizer steps.",
             table=table,
         ),
-        config(untrusted.text(c.path / "config.yaml"), f"Configuration of {c.task}, from {name}"),
+        config(
+            untrusted.read_text(c.path / "config.yaml"), f"Configuration of {c.task}, from {name}"
+        ),
     ]

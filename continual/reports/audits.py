@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from continual.errors import gathered
-from continual.io.untrusted import schema_file
+from continual.io.untrusted import load_json_with_schema
 from continual.reports.figures import NONE, count, percent
 
 FILE = "audit.json"
@@ -27,7 +27,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    return schema_file(
+    return load_json_with_schema(
         path,
         "audit",
         "remove it",

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from continual.io.untrusted import CONTROL, is_number, schema_file
+from continual.io.untrusted import CONTROL, is_number, load_json_with_schema
 from continual.reports.figures import percent
 
 FILE = "probes.json"
@@ -23,7 +23,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    return schema_file(path, "probes", "remove it, or run again", _check)
+    return load_json_with_schema(path, "probes", "remove it, or run again", _check)
 
 
 def _check(told: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from continual.io.atomic import write_whole
+from continual.io.atomic import write_atomically
 
 VEGA_LITE = "6.4"  # among the versions of Vega-Lite that the package holds
 
@@ -40,7 +40,7 @@ def packed() -> tuple[str, str]:
         with contextlib.suppress(
             OSError
         ):  # a cache folder that cannot be written to costs that at each report
-            write_whole(kept, script)
+            write_atomically(kept, script)
     return base64.b64encode(script).decode(), digest(gzip.decompress(script))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from continual.errors import ConfigError
-from continual.io.atomic import write_whole
+from continual.io.atomic import write_atomically
 from continual.results import comparison
 from continual.results.curve import Curve
 from continual.results.run_folder import Run, find, grouped, kind
@@ -84,10 +84,10 @@ def compare(folders: Sequence[Path], out: Path, curves: Sequence[Curve] = ()) ->
     shown = comparison_page(runs, groups, waiting, out, _unfinished(folders))
     shown.sections = [*shown.sections, *_adapted(curves)]
     return [
-        write_whole(out / "comparison.json", told.encode()),
-        write_whole(out / FILE, parquet(groups, out)),
-        write_whole(out / PAGE, render(shown)),
-        write_whole(out / PICTURE, plots.comparison(groups)),
+        write_atomically(out / "comparison.json", told.encode()),
+        write_atomically(out / FILE, parquet(groups, out)),
+        write_atomically(out / PAGE, render(shown)),
+        write_atomically(out / PICTURE, plots.comparison(groups)),
     ]
 
 
@@ -111,8 +111,8 @@ def _run(run: Run, out: Path, curves: Sequence[Curve] = ()) -> list[Path]:
     shown = run_page(run)
     shown.sections = [*shown.sections, *_adapted(curves)]
     return [
-        write_whole(out / PAGE, render(shown)),
-        write_whole(out / PICTURE, plots.run(run.matrix)),
+        write_atomically(out / PAGE, render(shown)),
+        write_atomically(out / PICTURE, plots.run(run.matrix)),
     ]
 
 
@@ -121,8 +121,8 @@ def _adaptation(curves: Sequence[Curve], out: Path) -> list[Path]:
     from continual.reports.adaptations import adapt_page
 
     return [
-        write_whole(out / PAGE, render(adapt_page(curves))),
-        write_whole(out / PICTURE, plots.adaptation(curves)),
+        write_atomically(out / PAGE, render(adapt_page(curves))),
+        write_atomically(out / PICTURE, plots.adaptation(curves)),
     ]
 
 

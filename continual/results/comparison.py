@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from continual.config.quoting import quoted
+from continual.config.quoting import quote_value
 from continual.errors import DataError
-from continual.io.atomic import write_whole
-from continual.io.terminal import safe
-from continual.io.untrusted import CONTROL, contents, json_file
+from continual.io.atomic import write_atomically
+from continual.io.terminal import escape_control
+from continual.io.untrusted import CONTROL, load_json, read_bytes
 
 PLAN = "cells.json"
 FAILED = "failed.txt"  # in a run's folder
@@ -26,7 +26,7 @@ def plan(out: Path, words: Sequence[str], names: Sequence[str]) -> None:
     """
     earlier = [told for told in _plans(out) if not set(told["cells"]) <= set(names)]
     plans = [*earlier, {"words": list(words), "cells": list(names)}]
-    write_whole(
+    write_atomically(
         out / PLAN,
         json.dumps({"schema": 1, "commands": plans}, indent=1, ensure_ascii=False) + "\n",
     )
@@ -34,7 +34,7 @@ def plan(out: Path, words: Sequence[str], names: Sequence[str]) -> None:
 
 def command(out: Path, words: Sequence[str]) -> str:
     """What is typed to go on with the comparison in `out`."""
-    return shlex.join(["continual", "compare", *words, f"out={quoted(str(out))}"])
+    return shlex.join(["continual", "compare", *words, f"out={quote_value(str(out))}"])
 
 
 def commands(out: Path) -> list[str]:
@@ -63,7 +63,7 @@ def unfinished(out: Path) -> list[str]:
         if left := failures(out, told["cells"]):
             runs = "".join(f"\n  {name}: {state}" for name, state in left.items())
             found.append(
-                safe(
+                escape_control(
                     f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis "
                     f"finishes them:\n  {command(out, told['words'])}"
                 )
@@ -81,7 +81,7 @@ def _state(run: Path) -> str:
     if (run / "finished").exists():
         return ""
     if (run / FAILED).is_file():
-        return "failed: " + contents(run / FAILED).decode("utf-8", "replace").strip()
+        return "failed: " + read_bytes(run / FAILED).decode("utf-8", "replace").strip()
     return "begun, and not at its end" if (run / "config.yaml").exists() else "not begun"
 
 
@@ -90,7 +90,7 @@ def _plans(out: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        told = json_file(path)
+        told = load_json(path)
         plans = [
             {"words": list(map(str, t["words"])), "cells": list(map(str, t["cells"]))}
             for t in told["commands"]
@@ -107,7 +107,7 @@ def _plans(out: Path) -> list[dict[str, Any]]:
         if name in ("", ".", "..") or "/" in name or CONTROL.search(name)
     ]:
         raise DataError(
-            f"{path} names {safe(', '.join(strange))}, which are no folders in it; remove the "
+            f"{path} names {escape_control(', '.join(strange))}, which are no folders in it; remove the "
             "file: the same continual compare writes it again"
         )
     return plans

@@ -33,7 +33,7 @@ class Curve:
     def read(cls, path: Path, name: str = FILE) -> Curve:
         """The curve in the folder `path`; raises DataError where it is not of schema 1."""
         file = path / name
-        told = untrusted.json_file(file)
+        told = untrusted.load_json(file)
         try:
             if told["schema"] != 1:
                 raise ValueError(f"schema {brief(told['schema'])}; this version reads schema 1")

@@ -20,7 +20,7 @@ from typing import Any
 
 from continual.errors import DataError, MissingError, brief, gathered
 from continual.io import untrusted
-from continual.io.atomic import write_whole
+from continual.io.atomic import write_atomically
 
 SCHEMA = 1
 BASE = "base"
@@ -133,7 +133,7 @@ class Matrix:
 
     def save(self, path: Path) -> None:
         """Write matrix.json all or nothing."""
-        write_whole(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Matrix:
@@ -143,7 +143,7 @@ class Matrix:
                 f"{path}: there is no such matrix; give a run folder in which a stage has been "
                 "scored"
             )
-        data = untrusted.json_file(path)
+        data = untrusted.load_json(path)
         try:
             return cls.from_json(data)
         except DataError as error:

@@ -77,7 +77,7 @@ def _files(path: Path) -> list[Path]:
             f"{path}: there is no such file or folder; give a matrix.json, a .csv of scores, or a "
             "folder of them"
         )
-    untrusted.refuse_links_out(path)
+    untrusted.check_links_inside(path)
     named = (
         [path / "matrix.json"]
         if (path / "matrix.json").is_file()
@@ -95,7 +95,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _json(path: Path) -> Told:
-    data = untrusted.json_file(path)
+    data = untrusted.load_json(path)
     try:
         matrix = Matrix.from_json(data)
     except DataError as error:
@@ -184,7 +184,7 @@ def _csv(path: Path) -> Told:
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Each line's number and cells, without blank lines."""
-    reader = csv.reader(io.StringIO(untrusted.text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(untrusted.read_text(path), newline=""), strict=True)
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):

@@ -16,7 +16,7 @@ from typing import Any
 
 from continual.errors import DataError, MissingError, gathered
 from continual.io import untrusted
-from continual.io.atomic import file_name
+from continual.io.atomic import task_file_name
 from continual.results import comparison
 from continual.results.matrix import BASE, Matrix, mean
 
@@ -33,7 +33,7 @@ def kind(folder: Path) -> str:
     """`run`, `adapt` or `comparison`, told by the files; raises MissingError for any other folder."""
     if not folder.is_dir():
         raise MissingError(f"{folder}: there is no such folder; expected {EXPECTED}")
-    untrusted.refuse_links_out(folder)
+    untrusted.check_links_inside(folder)
     if (folder / "curve.json").is_file():
         return "adapt"
     if (folder / "matrix.json").is_file():
@@ -88,14 +88,14 @@ class Run:
     @cached_property
     def config(self) -> str:
         """The text of config.yaml, empty where there is none."""
-        return untrusted.text(self.path / "config.yaml")
+        return untrusted.read_text(self.path / "config.yaml")
 
     @cached_property
     def settings(self) -> dict[str, str]:
         """Every key of config.yaml in dotted form, but those in which repetitions of one experiment
         differ.
         """
-        told = dict(_flat(untrusted.yaml_mapping(self.path / "config.yaml")))
+        told = dict(_flat(untrusted.load_yaml_mapping(self.path / "config.yaml")))
         return {
             key: value for key, value in told.items() if not REPEATED & {key.rpartition(".")[2]}
         }
@@ -128,14 +128,15 @@ class Run:
             self.path
             / "predictions"
             / f"stage-{self.number(stage):02d}"
-            / f"{file_name(task)}.jsonl"
+            / f"{task_file_name(task)}.jsonl"
         )
         rows, problems = [], []
-        for number, line in untrusted.lines(path) if path.is_file() else ():
+        for number, line in untrusted.iter_lines(path) if path.is_file() else ():
             try:
                 rows.append(
                     _prediction(
-                        untrusted.parse(line, f"{path}:{number}", line=True), f"{path}:{number}"
+                        untrusted.parse_json(line, f"{path}:{number}", line=True),
+                        f"{path}:{number}",
                     )
                 )
             except DataError as error:
@@ -319,9 +320,9 @@ def _prediction(row: Any, where: str) -> dict[str, Any]:
 def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of events.jsonl, and how many of its lines are broken."""
     told, broken, path = [], 0, folder / "events.jsonl"
-    for number, line in untrusted.lines(path) if path.is_file() else ():
+    for number, line in untrusted.iter_lines(path) if path.is_file() else ():
         try:
-            event = untrusted.parse(line, f"{path}:{number}", line=True)
+            event = untrusted.parse_json(line, f"{path}:{number}", line=True)
             told += [event] if (whole := is_event(event)) else []
             broken += not whole
         except DataError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from continual.errors import DataError
-from continual.io.untrusted import CONTROL, is_number, json_file
+from continual.io.untrusted import CONTROL, is_number, load_json
 
 FILE = "stopped.json"
 
@@ -31,7 +31,7 @@ def _read(out: Path) -> dict[str, Any] | None:
     path = out / FILE
     if not path.is_file():
         return None
-    told = json_file(path)
+    told = load_json(path)
     if not (
         isinstance(told, dict)
         and told.get("schema") == 1

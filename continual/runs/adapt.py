@@ -15,14 +15,14 @@ from rich.console import Console
 
 from continual.config import instantiate
 from continual.config.run_config import read_config
-from continual.config.trust import foreign, take_over
+from continual.config.trust import inherit_model_and_data, unknown_strategies
 from continual.data.types import Encoded, Task
-from continual.distributed.processes import agreed, first, leads
+from continual.distributed.processes import broadcast, is_main_process, main_process_first
 from continual.errors import ConfigError, MissingError, gathered
 from continual.evaluation.scoring import score
-from continual.io.atomic import write_whole
-from continual.io.untrusted import refuse_links_out
-from continual.models.sharding import collected
+from continual.io.atomic import write_atomically
+from continual.io.untrusted import check_links_inside
+from continual.models.sharding import gather_on_cpu
 from continual.models.weights import restore, snapshot
 from continual.reports import write
 from continual.results.curve import FILE, Curve
@@ -78,7 +78,7 @@ def _adapt(
     task = bench.tokens.encode_stage(bench.stream.stages[0])
     track = start_tracker(config, out)
     with EventLog(out / "events.jsonl", console, track) as events, Signals() as signals:
-        with first():
+        with main_process_first():
             settle(
                 config.train.precision,
                 out / "precision.json",
@@ -92,14 +92,14 @@ def _adapt(
         )
         found = curves(bench, task, empty, events, signals)
     state = (
-        {n: collected(t) for n, t in bench.model.net.state_dict().items()}
+        {n: gather_on_cpu(t) for n, t in bench.model.net.state_dict().items()}
         if bench.model.sharded
         else None
     )
-    if leads():
+    if is_main_process():
         bench.model.net.save_pretrained(out / "model", state_dict=state)
         bench.model.tokenizer.save_pretrained(out / "model")
-        write_whole(
+        write_atomically(
             out / FILE, json.dumps(found.to_json(), indent=1)
         )  # last: where it is, the rest is whole
         (out / HALF).unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def start_of(config: DictConfig) -> Path | None:
         return None
     path = Path(config.adapt.start)
     if path.is_dir():
-        refuse_links_out(path)
+        check_links_inside(path)
     folder = path if (path / "weights.safetensors").exists() else checkpoint.find(path).trained
     source = next((p for p in (path, *path.parents) if (p / "config.yaml").exists()), None)
     if folder is None or source is None:
@@ -145,15 +145,15 @@ def start_of(config: DictConfig) -> Path | None:
             "adapt.start=base"
         )
     theirs = read_config(source / "config.yaml")
-    if names := instantiate.lacking(theirs.get("strategy")):
+    if names := instantiate.strategies_without_complete_weights(theirs.get("strategy")):
         raise ConfigError(
             f"adapt.start={path}: the strategy {'+'.join(names)} has a part of the "
             "model in its memory, and the weights alone never answered; start from "
             "a run of another strategy, or from adapt.start=base"
         )
-    take_over(config, source / "config.yaml")
+    inherit_model_and_data(config, source / "config.yaml")
     if inner:
-        if wrong := foreign(theirs, source / "config.yaml"):
+        if wrong := unknown_strategies(theirs, source / "config.yaml"):
             raise ConfigError(gathered(wrong))
         config.strategy = theirs.strategy
         build.strategy(config).inner_loop()  # refused before anything that takes long
@@ -172,7 +172,7 @@ def curves(
     settings, every, start = bench.config.adapt, len(task.train), snapshot(bench.model)
     shots = dict.fromkeys(every if n is None else min(n, every) for n in settings.shots)
     wanted = [(n, draw) for n in shots for draw in range(settings.draws)]
-    kept = agreed((empty.path / HALF).exists())
+    kept = broadcast((empty.path / HALF).exists())
     points = list(Curve.read(empty.path, HALF).points) if kept else []
     before, done = _scored(bench), {point[:2] for point in points}
     for number, (n, draw) in enumerate(wanted, 1):
@@ -180,8 +180,8 @@ def curves(
             events.stage = number
             restore(bench.model, start)
             points += _curve(bench, task, n, draw, before, events, signals)
-            if leads() and (n, draw) != wanted[-1]:  # whose model is kept with it
-                write_whole(
+            if is_main_process() and (n, draw) != wanted[-1]:  # whose model is kept with it
+                write_atomically(
                     empty.path / HALF,
                     json.dumps(replace(empty, points=tuple(points)).to_json(), indent=1),
                 )

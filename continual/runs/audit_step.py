@@ -17,7 +17,7 @@ from continual.auditing.lengths import Fit, fit, measure
 from continual.data.template import Encoder
 from continual.data.types import Example, Stream
 from continual.evaluation.scoring import Test
-from continual.io.atomic import write_whole
+from continual.io.atomic import write_atomically
 from continual.reports import audits
 from continual.runs import build, validate
 from continual.tracking.events import EventLog
@@ -57,7 +57,7 @@ def shown(
 def noted(out: Path, told: Mapping[str, Any], events: EventLog) -> None:
     """Tell `events` what was `shown`, and write audit.json: the run has begun."""
     events({"event": "audit", "findings": told["findings"]})
-    write_whole(out / audits.FILE, json.dumps(told, indent=1))
+    write_atomically(out / audits.FILE, json.dumps(told, indent=1))
 
 
 def base_scored(out: Path, scores: Mapping[str, float], events: EventLog) -> None:

@@ -18,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from continual.config.instantiate import construct
 from continual.data.template import Encoder
 from continual.data.types import Example, Stream, Task
-from continual.distributed.processes import world
+from continual.distributed.processes import world_size
 from continual.errors import ConfigError, DataError, brief, gathered, unknown
 from continual.evaluation.judge import Judge
 from continual.evaluation.probes.base import Probe
 from continual.evaluation.scoring import Test, prepare
-from continual.io.atomic import file_name
+from continual.io.atomic import task_file_name
 from continual.models.model import Model, pick_device
-from continual.models.sharding import shard
+from continual.models.sharding import shard_model
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
@@ -42,7 +42,9 @@ def stream(config: DictConfig) -> Stream:
         raise ConfigError(
             "stream.arrangement=none learns nothing, and is for probes; choose another"
         )
-    if long := [t.name for t in made.tasks if len(os.fsencode(file_name(t.name))) > LONGEST_NAME]:
+    if long := [
+        t.name for t in made.tasks if len(os.fsencode(task_file_name(t.name))) > LONGEST_NAME
+    ]:
         raise DataError(
             gathered(
                 [
@@ -97,7 +99,7 @@ def model(config: DictConfig, tasks: Stream | None) -> Model:
     precision.
     """
     weight = config.loss.instruction_weight
-    shards = config.train.shard and world() > 1
+    shards = config.train.shard and world_size() > 1
     made = _model(config, tasks, **({"device": "cpu"} if shards else {}))
     if made.layout.seq2seq and weight:
         raise ConfigError(
@@ -111,7 +113,7 @@ def model(config: DictConfig, tasks: Stream | None) -> Model:
     )
     made.bf16 = config.train.precision == "bf16"  # with auto: once it is measured
     if shards:
-        shard(made, pick_device(config.device))
+        shard_model(made, pick_device(config.device))
     elif config.train.shard:
         print("train.shard=true: one process alone holds the whole model", file=sys.stderr)
     return made

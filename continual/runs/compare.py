@@ -17,10 +17,10 @@ from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from rich.markup import escape
 
-from continual.config.quoting import quoted
+from continual.config.quoting import quote_value
 from continual.errors import ConfigError, ContinualError, gathered, unknown
-from continual.io.atomic import write_whole
-from continual.io.untrusted import yaml_mapping
+from continual.io.atomic import write_atomically
+from continual.io.untrusted import load_yaml_mapping
 from continual.results import comparison
 from continual.runs.lock import alone
 from continual.runs.signals import Signals, Stopped
@@ -70,7 +70,7 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     fixed = [
         key for o in words if not _sweeps(o) and (key := o.split("=")[0].lstrip("+")) not in NAMED
     ]
-    words.append(f"out={quoted(str(out.absolute()))}")
+    words.append(f"out={quote_value(str(out.absolute()))}")
     searches = sweeper._target_ != BASIC
     if searches and not any(_sweeps(word) and word.split("=")[0] not in NAMED for word in words):
         raise ConfigError(
@@ -135,14 +135,14 @@ def cell(config: DictConfig) -> float | None:
         return run(config, console).summary()["average_performance"]
     except Stopped as stop:
         if not beside:
-            write_whole(folder / STOP, str(stop.number))
+            write_atomically(folder / STOP, str(stop.number))
     except Exception as error:
         if not isinstance(error, ContinualError):
             console.print_exception()
         told = (
             str(error) if isinstance(error, ContinualError) else f"{type(error).__name__}: {error}"
         )
-        write_whole(out / comparison.FAILED, told + "\n")
+        write_atomically(out / comparison.FAILED, told + "\n")
         console.print(f"error: {told}", style="red", markup=False, highlight=False)
     return None
 
@@ -192,7 +192,7 @@ class _Noted(Signals):
         self.out = out
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        write_whole(self.out / STOP, str(number))
+        write_atomically(self.out / STOP, str(number))
         super()._note(number, frame)
 
 
@@ -241,7 +241,7 @@ def _tell(out: Path, words: Sequence[str], names: Sequence[str], trouble: Except
     if written:
         write.tables(Console(), out)
     if (best := out / BEST).is_file():
-        told = yaml_mapping(best)
+        told = load_yaml_mapping(best)
         print(
             f"best: {' '.join(f'{k}={v}' for k, v in told['best_params'].items())}, with an "
             f"average performance of {told['best_value']:.3f}"

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from continual.data.types import Stream
-from continual.distributed.processes import agreed, leads
+from continual.distributed.processes import broadcast, is_main_process
 from continual.errors import DataError
 from continual.evaluation.scoring import Test, score
-from continual.io.atomic import file_name
-from continual.io.untrusted import is_number, lines, parse
+from continual.io.atomic import task_file_name
+from continual.io.untrusted import is_number, iter_lines, parse_json
 from continual.models.model import Model
 from continual.models.weights import restore, snapshot
 from continual.results.matrix import mean
@@ -81,7 +81,7 @@ class Early:
         if self.every is None:
             return None
         while len(self.rows) < number:
-            self.rows.append(agreed(self._row(len(self.rows)) if leads() else {}))
+            self.rows.append(broadcast(self._row(len(self.rows)) if is_main_process() else {}))
         return self._event(
             number, 0, {t.task: self.rows[number - 1][t.task] for t in self._seen(number)}
         )
@@ -108,7 +108,7 @@ class Early:
         """S[number], of the tasks that are seen in the next stage."""
         found = {}
         for test in self._seen(number + 1):
-            told = marks(path := self.where(number) / f"{file_name(test.task)}.jsonl", test)
+            told = marks(path := self.where(number) / f"{task_file_name(test.task)}.jsonl", test)
             if told is None:
                 raise DataError(
                     f"{path}: found no mark of every test example, expected them for "
@@ -155,7 +155,7 @@ def aside(model: Model, strategy: Strategy) -> Iterator[None]:
     drawn, layout, virtual = random_state(), model.layout, getattr(model.net, "virtual", None)
     held, fixed = snapshot(model) if routed else None, virtual.fixed if virtual else None
     try:
-        with model.evaluating(), torch.no_grad():
+        with model.eval_mode(), torch.no_grad():
             yield
     finally:
         if held is not None:
@@ -179,7 +179,7 @@ def marks(path: Path, test: Test) -> list[float] | None:
     are not whole.
     """
     try:
-        told = [parse(line, f"{path}:{n}", line=True) for n, line in lines(path)]
+        told = [parse_json(line, f"{path}:{n}", line=True) for n, line in iter_lines(path)]
         found = [t["score"] for t in told]
         whole = all(is_number(m, 0, 1) for m in found) and [t["id"] for t in told] == [
             e.id for e in test.examples

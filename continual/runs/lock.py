@@ -9,11 +9,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from continual.config.run_config import flat, read_config
-from continual.distributed.processes import leads
+from continual.config.run_config import flatten_keys, read_config
+from continual.distributed.processes import is_main_process
 from continual.errors import ConfigError
-from continual.io.atomic import write_whole
-from continual.io.untrusted import refuse_links_out
+from continual.io.atomic import write_atomically
+from continual.io.untrusted import check_links_inside
 
 # What changes nothing of what is learned and scored.
 FREE = ("out.", "track.", "checkpoint.", "stop_if.", "score.during")
@@ -23,7 +23,7 @@ def claim(out: Path, config: DictConfig) -> None:
     """Write the configuration, or check that the folder's run has the same one; raises ConfigError
     naming the keys.
     """
-    if not leads():
+    if not is_main_process():
         return
     path = out / "config.yaml"
     text = OmegaConf.to_yaml(config, resolve=True)
@@ -32,7 +32,7 @@ def claim(out: Path, config: DictConfig) -> None:
         for name in ("events.jsonl", "matrix.json", "checkpoints", "predictions")
     )
     if not begun:  # a run that was refused may be given again, put right
-        write_whole(path, text)
+        write_atomically(path, text)
         return
     if not path.exists():
         raise ConfigError(
@@ -40,7 +40,7 @@ def claim(out: Path, config: DictConfig) -> None:
             "are its keys; restore that file, or give another out="
         )
     before, now = (
-        flat(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text))
+        flatten_keys(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text))
     )
     differ = [
         f"{k}: {before.get(k, 'absent')} there, {now.get(k, 'absent')} now"
@@ -63,13 +63,13 @@ def alone(out: Path) -> Iterator[None]:
     """
     import fcntl
 
-    if not leads():
+    if not is_main_process():
         yield
         return
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; give a folder, new or of an unfinished run")
     out.mkdir(parents=True, exist_ok=True)
-    refuse_links_out(out)
+    check_links_inside(out)
     with (out / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

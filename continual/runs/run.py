@@ -16,12 +16,12 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from continual.distributed.processes import agreed, first, leads
+from continual.distributed.processes import broadcast, is_main_process, main_process_first
 from continual.errors import DataError, listed
 from continual.evaluation.probes.base import Ask
 from continual.evaluation.probes.record import record
 from continual.evaluation.scoring import Test, score
-from continual.io.atomic import file_name, write_whole
+from continual.io.atomic import task_file_name, write_atomically
 from continual.reports import write
 from continual.results.matrix import BASE, Matrix
 from continual.runs import stop_if
@@ -63,13 +63,13 @@ def run(config: DictConfig, console: Console) -> Matrix:
                 bench.tokens.count_tokens,
                 console,
             )
-            if leads()
+            if is_main_process()
             else None
         )
         bench.load()
         track = start_tracker(config, out)
         with EventLog(out / "events.jsonl", console, track) as events, Signals() as signals:
-            with first():
+            with main_process_first():
                 settle(
                     config.train.precision,
                     out / "precision.json",
@@ -79,7 +79,7 @@ def run(config: DictConfig, console: Console) -> Matrix:
                 )
             matrix = stages(out, bench, events, signals, audit)
             events({"event": "end", "summary": matrix.summary()})
-        if leads():
+        if is_main_process():
             checkpoint.prune(
                 out, config.checkpoint.keep
             )  # again: a process that was killed may not have come to it
@@ -231,7 +231,7 @@ class Keeper:
 
     def save(self, name: str, matrix: Matrix, progress: dict[str, Any] | None = None) -> None:
         """Write a checkpoint, and remove what it makes superfluous."""
-        if leads() or self.bench.model.sharded:
+        if is_main_process() or self.bench.model.sharded:
             folder = checkpoint.save(
                 self.out / "checkpoints" / f"stage-{self.number:02d}{name}",
                 self.bench.model,
@@ -239,7 +239,7 @@ class Keeper:
                 matrix,
                 progress,
             )
-        if leads():
+        if is_main_process():
             checkpoint.prune(self.out, self.bench.config.checkpoint.keep, folder)
             self.events(
                 {
@@ -266,7 +266,7 @@ def train(out: Path, bench: Bench, keeper: Keeper, within: Path | None) -> Matri
     told = keeper.early.begin(number)
     if not within and (over := keeper.tell(told)):
         stop_if.stop(out, over)
-    if leads():
+    if is_main_process():
         shutil.rmtree(
             predictions(out, number), ignore_errors=True
         )  # of other weights, if there are any
@@ -301,14 +301,14 @@ def add_row(out: Path, bench: Bench, matrix: Matrix, events: EventLog, signals: 
             "scores": dict(zip(matrix.tasks, row, strict=True)),
         }
     )
-    if leads():
+    if is_main_process():
         matrix.save(out / "matrix.json")
     events.print_line(
         f"stage {number}/{len(bench.stream.stages)} {stage}: average "
         f"{sum(row) / len(row):.3f}"
         + "".join(f", {name} {value:.3f}" for name, value in zip(matrix.tasks, row, strict=True))
     )
-    if not number and leads():
+    if not number and is_main_process():
         base_scored(out, dict(zip(matrix.tasks, row, strict=True)), events)
     if bench.probes:
         record(
@@ -340,12 +340,12 @@ def score_all(folder: Path, bench: Bench, events: EventLog, signals: Signals) ->
     row = []
     for done, test in enumerate(bench.tests):
         events.update_bar("scoring", len(bench.tests), done, test.task)
-        path = folder / f"{file_name(test.task)}.jsonl"
-        value = agreed(marked(path, test))
+        path = folder / f"{task_file_name(test.task)}.jsonl"
+        value = broadcast(marked(path, test))
         if value is None:
             value, answers = answered(bench, test)
-            if leads():
-                write_whole(
+            if is_main_process():
+                write_atomically(
                     path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers)
                 )
         row.append(value)

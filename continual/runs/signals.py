@@ -11,8 +11,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from continual.config.quoting import quoted
-from continual.distributed.processes import leads, most, started, wait
+from continual.config.quoting import quote_value
+from continual.distributed.processes import (
+    all_reduce_max,
+    barrier,
+    is_main_process,
+    num_started_processes,
+)
 from continual.errors import ContinualError
 
 
@@ -55,7 +60,7 @@ class Signals:
         if self.caught is not None:
             raise KeyboardInterrupt
         self.caught = number
-        if leads():
+        if is_main_process():
             print(
                 "\nstopping once this is kept; the same signal again stops at once", file=sys.stderr
             )
@@ -68,14 +73,14 @@ class Signals:
         """
         caught = self.any()[0] if caught is None else caught
         if caught:
-            wait()  # whoever keeps the work has kept it
+            barrier()  # whoever keeps the work has kept it
             raise Stopped(f"stopped {where}; nothing is lost. Go on with:\n  {again(out)}", caught)
 
     def any(self, due: bool = False) -> tuple[int, bool]:
         """The signal that came to any process, 0 for none, and whether something is due in any: the
         same in all.
         """
-        caught, is_due = most(self.caught or 0, due)
+        caught, is_due = all_reduce_max(self.caught or 0, due)
         return caught, bool(is_due)
 
 
@@ -84,7 +89,7 @@ def again(out: Path) -> str:
     words = [w for w in sys.argv[1:] if not w.startswith("out=")]
     start = (
         ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"]
-        if started() > 1
+        if num_started_processes() > 1
         else []
     )
-    return shlex.join([*start, "continual", *words, f"out={quoted(str(out))}"])
+    return shlex.join([*start, "continual", *words, f"out={quote_value(str(out))}"])

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from continual.distributed.processes import agreed, leads, wait
+from continual.distributed.processes import barrier, broadcast, is_main_process
 from continual.errors import ContinualError
-from continual.io.atomic import write_whole
+from continual.io.atomic import write_atomically
 from continual.results.stopped import FILE, _read, _says
 
 STATUS = 3  # what the command line exits with
@@ -39,9 +39,9 @@ def over(point: Mapping[str, Any], stage: str, limit: float | None) -> dict[str,
 
 def stop(out: Path, event: Mapping[str, Any]) -> NoReturn:
     """Write down what stopped the run, and raise Gated."""
-    if leads():
-        write_whole(out / FILE, json.dumps({"schema": 1, **event}, ensure_ascii=False) + "\n")
-    wait()  # whoever keeps the run has kept it
+    if is_main_process():
+        write_atomically(out / FILE, json.dumps({"schema": 1, **event}, ensure_ascii=False) + "\n")
+    barrier()  # whoever keeps the run has kept it
     raise Gated(_says(event, out))
 
 
@@ -49,8 +49,8 @@ def passed(out: Path, limit: float | None) -> None:
     """Let a run that a gate stopped go on, where its forgetting is not above this limit; else
     raises Gated again.
     """
-    told = agreed(_read(out) if leads() else None)
+    told = broadcast(_read(out) if is_main_process() else None)
     if told and limit is not None and told["forgetting"] > limit:
         raise Gated(_says({**told, "limit": limit}, out))
-    if told and leads():
+    if told and is_main_process():
         (out / FILE).unlink()

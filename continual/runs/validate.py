@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from continual.config.instantiate import targets
+from continual.config.instantiate import targets_by_name
 from continual.errors import ConfigError, gathered, mistyped, unknown
 from continual.models.model import pick_device
 from continual.strategy.interface import Strategy
@@ -106,7 +106,9 @@ def refuse_shards(config: DictConfig, learner: Strategy) -> None:
         return
     if not learner.shardable:
         can = [
-            name for name, (kind, *_) in targets("strategy").items() if get_object(kind).shardable
+            name
+            for name, (kind, *_) in targets_by_name("strategy").items()
+            if get_object(kind).shardable
         ]
         raise ConfigError(
             f"strategy={'+'.join(map(str, config.strategy))} works on whole "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from continual.data.types import Encoded, Task
-from continual.models.loading import adapt_with
+from continual.models.loading import add_adapter
 from continual.models.model import Model
 from continual.packing.batch import Batch, Layout
 from continual.packing.support import detect_packing_support
@@ -69,11 +69,11 @@ def make_model(
     net = (make_llama(seed=seed) if net is None else net).to(dtype)
     if lora_rank:
         settings = {"r": lora_rank, "lora_alpha": 16 * lora_rank, "target_modules": "all-linear"}
-        net = adapt_with(net, "lora", {"lora": settings}, seq2seq=False)
+        net = add_adapter(net, "lora", {"lora": settings}, seq2seq=False)
     tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=_decode)
     flat, last = detect_packing_support(net)
     made = Layout(**{"pad_token_id": 1, "device": torch.device("cpu"), "packed": flat, **layout})
-    return Model(net.eval(), tokenizer, made, context=CONTEXT_LENGTH, last=last)
+    return Model(net.eval(), tokenizer, made, context=CONTEXT_LENGTH, last_layer=last)
 
 
 def add_virtual_tokens(model: Model, tokens: int = 2) -> Model:
@@ -81,11 +81,11 @@ def add_virtual_tokens(model: Model, tokens: int = 2) -> Model:
     settings = {"num_virtual_tokens": tokens, "prompt_tuning_init": "SAMPLE_VOCAB"}
     dtype = next(model.net.parameters()).dtype
     model.net = (
-        adapt_with(model.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False)
+        add_adapter(model.net, "prompt_tuning", {"prompt_tuning": settings}, seq2seq=False)
         .to(dtype)
         .eval()
     )
-    model.behind(())
+    model.set_prompt_prefix(())
     return model
 
 

@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from continual.distributed.processes import leads
+from continual.distributed.processes import is_main_process
 
 if TYPE_CHECKING:
     from continual.tracking.trackers import Tracker
@@ -78,7 +78,7 @@ class EventLog:
 
     def __init__(self, path: Path, console: Console, tracker: Tracker | None = None) -> None:
         """Append to `path`; show on `console`; and tell a tracker, if there is one."""
-        if not leads():
+        if not is_main_process():
             path, console = Path(os.devnull), Console(quiet=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.console, self.stage, self.tracker = console, 0, tracker

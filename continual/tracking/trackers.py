@@ -21,11 +21,11 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from continual.config.run_config import flat
-from continual.distributed.processes import leads
+from continual.config.run_config import flatten_keys
+from continual.distributed.processes import is_main_process
 from continual.errors import ConfigError, unknown
-from continual.io.atomic import write_whole
-from continual.io.untrusted import is_number, json_file
+from continual.io.atomic import write_atomically
+from continual.io.untrusted import is_number, load_json
 from continual.results.matrix import mean
 from continual.results.run_folder import read_events
 
@@ -198,9 +198,9 @@ def start_tracker(config: DictConfig, out: Path) -> Tracker | None:
 
     Raises ConfigError where the tracker cannot begin.
     """
-    if config.track == NO_TRACKER or not leads():
+    if config.track == NO_TRACKER or not is_main_process():
         return None
-    settings = flat(OmegaConf.to_container(config, resolve=True))
+    settings = flatten_keys(OmegaConf.to_container(config, resolve=True))
     try:
         sink = TRACKERS[config.track](
             out, "/".join(out.absolute().parts[-2:]), _load_run_id(out), settings
@@ -285,12 +285,12 @@ class Tracker:
 def _load_run_id(out: Path) -> str:
     """What the tracker knows this run by, the same whenever it is resumed."""
     path = out / TRACKER_ID_FILE
-    told = json_file(path) if path.is_file() else {}
+    told = load_json(path) if path.is_file() else {}
     known = told.get("id") if isinstance(told, dict) else None
     if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{12}", known):
         return known
     made = secrets.token_hex(6)
-    write_whole(path, f'{{"id": "{made}"}}\n')
+    write_atomically(path, f'{{"id": "{made}"}}\n')
     return made
 
 

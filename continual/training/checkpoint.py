@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from continual.config.renamed import MEMORY_FIELDS
-from continual.distributed.processes import leads
+from continual.distributed.processes import is_main_process
 from continual.errors import ContinualError, DataError, MissingError, brief
-from continual.io.atomic import flush
-from continual.io.untrusted import json_file
+from continual.io.atomic import flush_to_disk
+from continual.io.untrusted import load_json
 from continual.models.model import Model
-from continual.models.sharding import collected
+from continual.models.sharding import gather_on_cpu
 from continual.models.weights import restore, snapshot, weights
 from continual.results.matrix import Matrix
 from continual.strategy.interface import Strategy
@@ -52,11 +52,11 @@ def save(
 
     kept: dict[str, Tensor] = {}
     memory = {"memory.json": to_json(strategy.state_dict(), "memory", kept)}
-    tensors = {"weights": {n: collected(w) for n, w in snapshot(model).items()}, "memory": kept}
+    tensors = {"weights": {n: gather_on_cpu(w) for n, w in snapshot(model).items()}, "memory": kept}
     if progress is not None:
         tensors["progress"] = {}
         memory["progress.json"] = to_json(dict(progress), "progress", tensors["progress"])
-    if not leads():
+    if not is_main_process():
         return folder
     texts = {
         name: json.dumps(value, indent=1, ensure_ascii=False).encode()
@@ -81,7 +81,7 @@ def save(
         ) from e
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    flush(folder.parent)
+    flush_to_disk(folder.parent)
     return folder
 
 
@@ -97,8 +97,8 @@ def _write(
         (folder / name).write_bytes(text)
     (folder / "manifest.json").write_text(json.dumps(_manifest(folder), indent=1), encoding="utf-8")
     for path in folder.iterdir():
-        flush(path)
-    flush(folder)
+        flush_to_disk(path)
+    flush_to_disk(folder)
 
 
 def _refuse_full(folder: Path, size: int) -> None:
@@ -121,7 +121,7 @@ def _sha256(path: Path) -> str:
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by its manifest; None where it is whole."""
     try:
-        manifest = json_file(folder / "manifest.json")
+        manifest = load_json(folder / "manifest.json")
         for name, told in manifest.items():
             path = folder / name
             if Path(name).name != name or path.is_symlink():
@@ -194,7 +194,7 @@ def progress(folder: Path, model: Model) -> dict[str, Any]:
 def _values(folder: Path, name: str, model: Model) -> Any:
     words = model.net.get_input_embeddings().num_embeddings
     return from_json(
-        json_file(folder / f"{name}.json"), _tensors(folder / f"{name}.safetensors", model), words
+        load_json(folder / f"{name}.json"), _tensors(folder / f"{name}.safetensors", model), words
     )
 
 

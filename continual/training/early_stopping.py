@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from continual.data.types import Encoded
-from continual.distributed.processes import add_up
-from continual.distributed.work import dealt
+from continual.distributed.processes import all_reduce_sum
+from continual.distributed.work import iter_own_items
 from continual.models.loss import nll
 from continual.models.model import Model
-from continual.models.sharding import in_step
+from continual.models.sharding import synced_passes
 from continual.models.weights import Weights, restore, snapshot
 from continual.strategy.interface import Strategy
 
@@ -92,14 +92,14 @@ class Patience:
         self.model.net.eval()
         batch = self.model.batch(self.dev)
         parts = batch.micro_batches()
-        with in_step(self.model):
+        with synced_passes(self.model):
             total = torch.tensor(
                 sum(
                     float(nll(self.model, micro)) * micro.supervised_tokens
-                    for micro in dealt(parts, [p.num_tokens for p in parts])
+                    for micro in iter_own_items(parts, [p.num_tokens for p in parts])
                 ),
                 dtype=torch.float64,
             )
-        add_up([total])
+        all_reduce_sum([total])
         self.model.net.train()
         return float(total) / batch.supervised_tokens

@@ -11,8 +11,8 @@ import torch
 
 from continual.data.types import Encoded
 from continual.errors import DataError
-from continual.io.atomic import write_whole
-from continual.io.untrusted import json_file
+from continual.io.atomic import write_atomically
+from continual.io.untrusted import load_json
 from continual.models.loss import accumulate, nll
 from continual.models.model import Model
 
@@ -42,14 +42,14 @@ def settle(
     else:
         ratio = measure(model, rows(ROWS))
         chosen = "bf16" if ratio >= WORTH else "fp32"
-        write_whole(path, json.dumps({"precision": chosen, "bf16_speed": round(ratio, 3)}))
+        write_atomically(path, json.dumps({"precision": chosen, "bf16_speed": round(ratio, 3)}))
         say(f"train.precision=auto: {chosen}; bf16 is {ratio:.2f} times as fast as fp32 here")
     model.bf16 = chosen == "bf16"
 
 
 def _kept(path: Path) -> str:
     try:
-        chosen = json_file(path)["precision"]
+        chosen = load_json(path)["precision"]
         if chosen in ("fp32", "bf16"):
             return str(chosen)
     except (ValueError, KeyError, TypeError):

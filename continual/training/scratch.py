@@ -19,7 +19,7 @@ from rich.console import Console
 
 from continual.data.template import Encoder
 from continual.data.types import Encoded, Example, Stream, Task
-from continual.distributed.processes import first
+from continual.distributed.processes import main_process_first
 from continual.errors import ConfigError
 from continual.models.loading import assemble, reader
 from continual.models.model import Model
@@ -106,7 +106,7 @@ def build(
             else byte_bpe(corpus, vocabulary, context),
             context,
         )
-    with first():
+    with main_process_first():
         if not folder.exists():
             with _turn(folder):
                 if not folder.exists():

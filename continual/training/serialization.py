@@ -13,7 +13,7 @@ from torch import Tensor
 
 from continual.data.types import Encoded
 from continual.errors import ContinualError, brief
-from continual.models.sharding import collected
+from continual.models.sharding import gather_on_cpu
 from continual.strategy.replay_buffer import ReplayBuffer
 
 VALUES: Mapping[str, type[Any]] = {"ReplayBuffer": ReplayBuffer}  # what memory may hold
@@ -25,7 +25,7 @@ def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     Raises ContinualError for a value of a kind that no checkpoint can hold.
     """
     if isinstance(value, Tensor):
-        tensors[name] = collected(value).clone()
+        tensors[name] = gather_on_cpu(value).clone()
         return {"tensor": name}
     if isinstance(value, random.Random):
         return {"random": value.getstate()}

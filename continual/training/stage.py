@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from continual.data.types import Encoded, Task
-from continual.distributed.processes import compare
+from continual.distributed.processes import check_equal_on_all
 from continual.errors import DataError, TrainingError, listed
 from continual.models.loss import accumulate, nll
 from continual.models.model import Model
-from continual.models.sharding import clip, in_shards
+from continual.models.sharding import clip_gradients, is_sharded
 from continual.packing.batch import Batch
 from continual.strategy.interface import Strategy
 from continual.training.early_stopping import Patience
@@ -94,7 +94,7 @@ def learn(
         if patience and patience.spent:
             break
     _close(at, task)
-    compare([p for p in at.trained if not in_shards(p)])
+    check_equal_on_all([p for p in at.trained if not is_sharded(p)])
     strategy.end(model, _learned(at, task, log))
     spent = {
         "steps": at.step,
@@ -156,7 +156,7 @@ def _finite(
     """Clip the gradient; whether it and the loss are finite. Raises TrainingError where they are
     not and must be.
     """
-    norm = clip(trained, recipe.clip or math.inf)
+    norm = clip_gradients(trained, recipe.clip or math.inf)
     if torch.isfinite(
         norm + loss
     ):  # the one wait of a step: a weight that is not finite cannot be mended
@@ -245,7 +245,7 @@ def _can_be_learned(at: Progress, example: Encoded) -> bool:
     """Whether a plain step on this row alone would be taken."""
     at.optimizer.zero_grad()
     loss = accumulate(nll, at.model, [at.model.batch([example])])
-    norm = clip(at.trained, math.inf)
+    norm = clip_gradients(at.trained, math.inf)
     at.optimizer.zero_grad()
     return bool(torch.isfinite(norm + loss))
 

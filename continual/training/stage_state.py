@@ -14,7 +14,7 @@ import torch
 from continual.errors import DataError
 from continual.io.untrusted import is_number
 from continual.models.model import Model
-from continual.models.sharding import cut_as
+from continual.models.sharding import shard_like
 from continual.training.early_stopping import Patience
 
 
@@ -92,7 +92,7 @@ class Progress:
             return state
         kept = {
             i: {
-                k: cut_as(t, self.trained[i]) if t.shape == self.trained[i].shape else t
+                k: shard_like(t, self.trained[i]) if t.shape == self.trained[i].shape else t
                 for k, t in own.items()
             }
             for i, own in state["state"].items()

@@ -504,7 +504,9 @@ def test_adapt_needs_a_checkpoint_to_start_from(cli_error, run_keys, tmp_path):
 def test_adapt_builds_nothing_but_our_own_from_a_run_folder(cli_error, run_keys, tmp_path):
     run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]")
     config = tmp_path / "run/config.yaml"
-    config.write_text(config.read_text().replace("continual.models.loading.hf", "os.system"))
+    config.write_text(
+        config.read_text().replace("continual.models.loading.load_pretrained", "os.system")
+    )
     told = cli_error(
         "adapt", *run_keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
     )

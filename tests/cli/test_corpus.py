@@ -749,7 +749,7 @@ def test_a_bad_model_folder(told, model_folder, tmp_path, name):
     spoil, expected = MODEL[name]
     at = shutil.copytree(model_folder, tmp_path / "model")
     spoil(at)
-    message = told(lambda: loading.hf(name=str(at), device="cpu"))
+    message = told(lambda: loading.load_pretrained(name=str(at), device="cpu"))
     assert f"error: model.name={at}" in f"error: {message}"
     assert expected in message
     assert "Give a local folder with config.json, tokenizer and safetensors weights" in message
@@ -762,7 +762,7 @@ def test_weights_that_lack_some_are_not_filled_at_random(told, tmp_path):
     weights = load_file(at / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, at / "model.safetensors", {"format": "pt"})
-    message = told(lambda: loading.hf(name=str(at), device="cpu"))
+    message = told(lambda: loading.load_pretrained(name=str(at), device="cpu"))
     assert (
         "its weights lack model.layers.1.mlp.up_proj.weight, which would be drawn at random"
         in message

@@ -159,14 +159,14 @@ def test_a_name_that_is_mistyped_is_told_the_outside_ones_too(package, cli_error
 def test_what_cannot_be_had_is_one_clear_error_and_breaks_no_list(package, cli_error, points, told):
     package(points)
     assert told in cli_error("run", "strategy=held")
-    assert {c.name for c in catalogue.choices("strategy")} > {"held", "naive"}
+    assert {c.name for c in catalogue.list_choices("strategy")} > {"held", "naive"}
 
 
 def test_two_packages_with_one_name_are_refused(package, cli_error):
     package({"held": "their_own_package:Held"})
     package({"held": "their_own_package:HeldReplay"}, name="others")
     with pytest.raises(ConfigError, match="are both called 'held'"):
-        catalogue.choices("strategy")
+        catalogue.list_choices("strategy")
 
 
 def test_ours_keep_their_names(package):
@@ -175,6 +175,6 @@ def test_ours_keep_their_names(package):
         compose_config("run", ["strategy=replay"]).strategy.replay["_target_"]
         == "strategies.replay.Replay"
     )
-    assert [c.target for c in catalogue.choices("strategy") if c.name == "replay"] == [
+    assert [c.target for c in catalogue.list_choices("strategy") if c.name == "replay"] == [
         "strategies.replay.Replay"
     ]

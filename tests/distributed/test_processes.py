@@ -263,7 +263,7 @@ def test_every_item_is_dealt_once_and_to_each_about_as_much(sizes, world):
         dealt = []
         for rank in range(world):
             patch.setenv("RANK", str(rank))
-            dealt.append(work.deal(sizes))
+            dealt.append(work.assign_work(sizes))
     assert sorted(i for mine in dealt for i in mine) == list(range(len(sizes)))
     loads = [sum(sizes[i] for i in mine) for mine in dealt]
     assert max(loads) - min(loads) <= max(sizes, default=0)
@@ -309,10 +309,10 @@ def test_a_step_is_cut_into_smaller_parts_for_more_processes(shapes, flat, budge
 
 def test_where_each_process_works_for_itself_nothing_is_dealt_out(of):
     of(1, 2)
-    with processes.apart():
-        assert work.deal([1, 1, 1]) == [0, 1, 2]
-        assert processes.gather("mine") == ["mine"]
-    assert len(work.deal([1, 1, 1])) == 1
+    with processes.single_process():
+        assert work.assign_work([1, 1, 1]) == [0, 1, 2]
+        assert processes.all_gather("mine") == ["mine"]
+    assert len(work.assign_work([1, 1, 1])) == 1
 
 
 def test_what_torch_draws_does_not_depend_on_who_does_which_part(of):
@@ -320,7 +320,9 @@ def test_what_torch_draws_does_not_depend_on_who_does_which_part(of):
     for rank in (0, 1):
         of(rank, 2)
         torch.manual_seed(0)
-        drawn.update({part: torch.rand(2).tolist() for part in work.dealt("abcd", [1, 2, 3, 4])})
+        drawn.update(
+            {part: torch.rand(2).tolist() for part in work.iter_own_items("abcd", [1, 2, 3, 4])}
+        )
         after = torch.rand(1).item()
         drawn.setdefault("after", after)
         assert drawn["after"] == after

@@ -14,7 +14,7 @@ from continual.errors import ConfigError, DataError
 from continual.evaluation.metrics import METRICS, exact_match, rouge_l, token_f1
 from continual.evaluation.scoring import prepare, score
 from continual.evaluation.text import normalise
-from continual.models.generation import answer
+from continual.models.generation import generate_answers
 from continual.models.loading import assemble
 from continual.models.loss import nll
 from continual.strategy.interface import Strategy
@@ -228,7 +228,7 @@ def test_answers_in_batches_are_those_of_plain_greedy_decoding(kind, batch_size)
             w.mul_(3)
     test = ready(net, seq2seq=kind == "t5")
     alone = [by_hand(net, e.ids, 12) for e in test.encoded]
-    assert answer(net, test.encoded, 12, batch_size) == alone
+    assert generate_answers(net, test.encoded, 12, batch_size) == alone
     assert len(set(alone)) > 1
 
 
@@ -250,7 +250,7 @@ def by_hand(net, ids, n):
 def test_a_models_own_generation_settings_do_not_change_its_answers():
     net = make_text_model()
     test = ready(net)
-    plain = answer(net, test.encoded, 12, 8)
+    plain = generate_answers(net, test.encoded, 12, 8)
     for key, value in {
         "repetition_penalty": 5.0,
         "do_sample": True,
@@ -259,7 +259,7 @@ def test_a_models_own_generation_settings_do_not_change_its_answers():
     }.items():
         setattr(net.net.generation_config, key, value)
     again = assemble(net.net, net.tokenizer, device="cpu")
-    assert answer(again, test.encoded, 12, 8) == plain
+    assert generate_answers(again, test.encoded, 12, 8) == plain
 
 
 def test_an_empty_answer_is_wrong_and_stays_in_the_denominator():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from continual.io.terminal import safe
+from continual.io.terminal import escape_control
 from tests.support.models import load_json_lines, run_in_process
 
 SHORT = ("stream.tasks=[first,last]", "score.max_new_tokens=6", "train.lr=0.01", "train.epochs=10")
@@ -38,7 +38,7 @@ def say(run_cli, monkeypatch):
 def first_answer(path, number, task):
     """The last line that is shown of it."""
     told = load_json_lines(path / f"predictions/stage-{number:02d}/{task}.jsonl")[0]["answer"]
-    return safe(told).splitlines()[-1] if told else "(an empty answer)"
+    return escape_control(told).splitlines()[-1] if told else "(an empty answer)"
 
 
 def test_a_prompt_from_a_pipe_is_answered(say, done):

@@ -413,7 +413,7 @@ def test_a_full_disk_leaves_nothing_behind(cli_error, made, tmp_path, monkeypatc
     ("old", "new", "expected"),
     [
         (
-            "continual.models.loading.hf",
+            "continual.models.loading.load_pretrained",
             "os.system",
             "asks for model._target_='os.system', which is not one of continual's",
         ),

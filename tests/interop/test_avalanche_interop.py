@@ -21,7 +21,7 @@ from continual.interop.avalanche import (
     to_examples,
     to_tensors,
 )
-from continual.models.loss import forward, nll, numbered
+from continual.models.loss import forward, nll, number_examples
 from continual.models.weights import gradient, snapshot
 from continual.results.matrix import Matrix
 from continual.runs.build import stream
@@ -54,7 +54,7 @@ def test_a_model_as_avalanche_sees_it_has_our_logits_and_our_loss(kind):
         for e in toy.make_examples(0, 4)
     ]
     x, y, _ = to_tensors(rows, causal=not made.layout.seq2seq)
-    logits, batch = AvalancheModel(made)(x), numbered(made, rows)
+    logits, batch = AvalancheModel(made)(x), number_examples(made, rows)
     assert torch.allclose(logits, forward(made, batch), atol=1e-5)
     assert Criterion()(logits, y).item() == pytest.approx(nll(made, batch).item(), rel=1e-5)
 
@@ -124,7 +124,7 @@ def test_avalanche_s_own_strategies_run_over_our_tasks(ready, kind, settings):
 
 
 def token_accuracy(made, rows) -> float:
-    batch = numbered(made, rows)
+    batch = number_examples(made, rows)
     return (forward(made, batch).argmax(-1) == batch.targets).float().mean().item()
 
 

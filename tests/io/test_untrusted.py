@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from continual.config import instantiate, trust
 from continual.config.run_config import read_config
 from continual.errors import ConfigError, DataError
-from continual.io.atomic import file_name
+from continual.io.atomic import task_file_name
 from continual.reports import write
 from continual.training import checkpoint
 from tests.support.fake_run import write_fake_adaptation, write_fake_run
@@ -202,7 +202,7 @@ def theirs(tmp_path):
     path.parent.mkdir()
     good = {
         "model": {
-            "_target_": "continual.models.loading.hf",
+            "_target_": "continual.models.loading.load_pretrained",
             "name": "x",
             "adapters": {"lora": {"r": 8}},
         },
@@ -215,7 +215,7 @@ def theirs(tmp_path):
         config = OmegaConf.create(
             {"model": {"_target_": "continual.training.scratch.build"}, "data": {"max_length": 5}}
         )
-        trust.take_over(config, path)
+        trust.inherit_model_and_data(config, path)
         return config
 
     return take_over
@@ -230,7 +230,7 @@ def test_the_model_and_data_keys_of_a_run_are_taken_over(theirs):
     "target",
     [
         "os.system",
-        "continual.io.atomic.write_whole",
+        "continual.io.atomic.write_atomically",
         "continual.cli.main.main",
         "builtins.eval",
         "streams.folder.load_folder",
@@ -243,7 +243,7 @@ def test_the_model_and_data_keys_of_a_run_are_taken_over(theirs):
 def test_only_the_constructors_of_the_registry_are_built_from_a_run_folder(theirs, target):
     with pytest.raises(
         ConfigError,
-        match=r"asks for model._target_=.* not one of continual's \(continual.models.loading.hf, "
+        match=r"asks for model._target_=.* not one of continual's \(continual.models.loading.load_pretrained, "
         r"continual.training.scratch.build\); only those are built",
     ):
         theirs(model={"_target_": target})
@@ -275,11 +275,11 @@ def test_nothing_is_built_within_the_keys(theirs, change):
 
 
 def test_the_registry_is_what_the_configurations_name():
-    assert instantiate.registry("model") - instantiate.registry("stream") == {
-        "continual.models.loading.hf",
+    assert instantiate.allowed_targets("model") - instantiate.allowed_targets("stream") == {
+        "continual.models.loading.load_pretrained",
         "continual.training.scratch.build",
     }
-    assert instantiate.registry("stream") == {
+    assert instantiate.allowed_targets("stream") == {
         "streams.folder.load_folder",
         "streams.hub.load_hub",
         "streams.skills.stream.generate_skills",
@@ -381,7 +381,7 @@ def test_links_that_go_in_a_circle_are_refused(run_cli, tmp_path):
     "task", ["../../x", "/etc/passwd", "..", ".", "a/../../b", "a\\b", "~", "x\n", "C:", "é" * 20]
 )
 def test_a_task_of_any_name_has_its_predictions_in_the_folder(task, tmp_path):
-    path = tmp_path / f"{file_name(task)}.jsonl"
+    path = tmp_path / f"{task_file_name(task)}.jsonl"
     assert path.resolve().parent == tmp_path.resolve()
     path.write_text("")
 

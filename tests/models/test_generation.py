@@ -64,8 +64,8 @@ def cut(ids: list[int]) -> list[int]:
 def test_every_architecture_answers_as_generate_does(kind, dtype):
     net = made(READ[kind], dtype)
     padded = replace(net, layout=replace(net.layout, packed=False))
-    alone = [cut(answers.complete(padded, [p], 12, 1, END)[0]) for p in prompts()]
-    assert answers.complete(net, prompts(), 12, 128, END) == alone
+    alone = [cut(answers.generate_ids(padded, [p], 12, 1, END)[0]) for p in prompts()]
+    assert answers.generate_ids(net, prompts(), 12, 128, END) == alone
     assert len({tuple(a) for a in alone}) > 5
 
 
@@ -75,7 +75,7 @@ def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_an
 ):
     net = made(OWN_RULES[kind], torch.float32)
     net.layout = replace(net.layout, packed=detect_packing_support(net.net)[0])
-    for e, said in zip(prompts(), answers.complete(net, prompts(), 12, 128, END), strict=True):
+    for e, said in zip(prompts(), answers.generate_ids(net, prompts(), 12, 128, END), strict=True):
         ids = torch.tensor([e.ids])
         whole = net.net.generate(
             ids,
@@ -113,7 +113,7 @@ def test_a_finished_answer_leaves_the_batch(monkeypatch):
         return positions
 
     monkeypatch.setattr(KVCache, "advance", counted)
-    said = answers.complete(net, prompts(), 12, 128, END)
+    said = answers.generate_ids(net, prompts(), 12, 128, END)
     assert sizes == [sum(len(a) > t for a in said) for t in range(max(map(len, said)))]
     assert sizes[0] > sizes[-1] > 0
 
@@ -153,10 +153,10 @@ def test_prompts_are_kept_in_few_blocks_whose_padding_is_bounded():
 
 def test_batches_do_not_change_the_answers():
     net = make_text_model(dtype=torch.float64)
-    whole = answers.answer(net, prompts(), 6, 128)
-    assert answers.answer(net, prompts(), 6, 3) == whole
+    whole = answers.generate_answers(net, prompts(), 6, 128)
+    assert answers.generate_answers(net, prompts(), 6, 3) == whole
     net.layout = replace(net.layout, packed=False)
-    assert answers.answer(net, prompts(), 6, 128) == whole
+    assert answers.generate_answers(net, prompts(), 6, 128) == whole
 
 
 # Likelihoods

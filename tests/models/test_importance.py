@@ -12,8 +12,8 @@ import transformers
 from continual.data.types import Encoded
 from continual.errors import ConfigError
 from continual.models import importance
-from continual.models.importance import LABELS, fisher, fisher_by_example
-from continual.models.loading import adapt_with
+from continual.models.importance import LABELS, fisher, fisher_per_example
+from continual.models.loading import add_adapter
 from continual.models.model import Model
 from continual.packing.batch import Layout
 from tests.support import toy
@@ -159,7 +159,7 @@ def test_it_does_not_depend_on_how_batches_are_laid_out(tokens):
 def test_one_row_of_all_examples_and_a_row_each_give_the_same():
     made, examples = toy.make_model(torch.float64), toy.make_examples(0)
     assert made.layout.packed
-    assert made.last
+    assert made.last_layer
     padded = replace(made, layout=replace(made.layout, packed=False))
     assert toy.all_close(fisher(padded, examples), fisher(made, examples), rtol=1e-8, atol=1e-14)
 
@@ -169,7 +169,7 @@ def test_one_row_of_all_examples_and_a_row_each_give_the_same():
 
 def lora(made: Model, **keys) -> Model:
     """Both halves of every adapter away from zero."""
-    net = adapt_with(made.net, "lora", {"lora": {"r": 4, **keys}}, seq2seq=made.layout.seq2seq)
+    net = add_adapter(made.net, "lora", {"lora": {"r": 4, **keys}}, seq2seq=made.layout.seq2seq)
     for p in net.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
@@ -257,9 +257,9 @@ def not_so(*_):
 @pytest.mark.parametrize("kind", TOGETHER)
 def test_examples_together_give_what_a_loop_gives(kind, labels, monkeypatch):
     made = TOGETHER[kind]()
-    expected = fisher_by_example(made, repeating(), labels, torch.Generator().manual_seed(0))
+    expected = fisher_per_example(made, repeating(), labels, torch.Generator().manual_seed(0))
     assert all(f.abs().max() > 0 for f in expected.values())
-    monkeypatch.setattr(importance, "_one_by_one", not_so)
+    monkeypatch.setattr(importance, "_sum_one_by_one", not_so)
     found = fisher(made, repeating(), labels, torch.Generator().manual_seed(0))
     assert toy.all_close(found, expected, rtol=1e-6, atol=1e-12)
 
@@ -269,10 +269,10 @@ def test_examples_together_give_what_a_loop_gives(kind, labels, monkeypatch):
 def test_models_whose_weights_mix_examples_run_one_at_a_time(kind, labels):
     made = APART[kind]()
     with pytest.raises(importance._Entangled):
-        importance._together(made, repeating(), [None] * len(repeating()))
+        importance._sum_batched(made, repeating(), [None] * len(repeating()))
     one, other = (
         f(made, repeating(), labels, torch.Generator().manual_seed(0))
-        for f in (fisher, fisher_by_example)
+        for f in (fisher, fisher_per_example)
     )
     assert toy.bitwise_equal(one, other)
 
@@ -298,7 +298,7 @@ def test_the_network_is_left_as_it_was(kind):
 def test_in_bfloat16_it_is_the_loop_s_to_its_rounding(how):
     made = toy.make_model()
     made = replace(made, bf16=True) if how == "autocast" else replace(made, net=made.net.bfloat16())
-    found, expected = fisher(made, repeating()), fisher_by_example(made, repeating())
+    found, expected = fisher(made, repeating()), fisher_per_example(made, repeating())
     for name, f in expected.items():
         assert found[name].dtype == f.dtype
         assert (found[name] - f).float().norm() < 0.05 * f.float().norm(), name

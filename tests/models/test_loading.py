@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from continual.data.template import Encoder
 from continual.data.types import Task
 from continual.errors import ConfigError, MissingError
-from continual.models.generation import answer
-from continual.models.loading import assemble, hf
+from continual.models.generation import generate_answers
+from continual.models.loading import assemble, load_pretrained
 from continual.models.loss import nll
 from continual.models.weights import snapshot, weights
 from continual.strategy.interface import Strategy
@@ -120,7 +120,7 @@ def test_a_tokenizer_without_end_of_sequence_or_padding_gets_both():
 
 def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
     write_model(tmp_path, tokenizer=train_byte_bpe(stream_text(), eos=None, pad=None))
-    net = hf(name=str(tmp_path), device="cpu")
+    net = load_pretrained(name=str(tmp_path), device="cpu")
     encoder = Encoder(net.tokenizer)
     rows = tuple(
         make_example(f"Say {'it ' * i}.", output=o)
@@ -128,7 +128,7 @@ def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
     )
     task = encoder.encode_task(Task("t", rows), {"t": 0})
     learn(net, task, Strategy(), Recipe(lr=0.02, steps=80), seed=0, log=lambda e: None)
-    assert answer(net, [encoder.encode_prompt(e, 0, 9) for e in rows], 20, 4) == [
+    assert generate_answers(net, [encoder.encode_prompt(e, 0, 9) for e in rows], 20, 4) == [
         "red",
         "blue gold",
         "grey",
@@ -152,7 +152,7 @@ def test_an_encoder_decoder_without_a_start_token_starts_with_padding():
 
 
 def test_the_models_context_bounds_an_example(folders):
-    assert [hf(name=str(folders[kind]), device="cpu").context for kind in KINDS] == [
+    assert [load_pretrained(name=str(folders[kind]), device="cpu").context for kind in KINDS] == [
         128,
         128,
         128,
@@ -166,27 +166,27 @@ def test_the_models_context_bounds_an_example(folders):
 
 def test_a_folder_that_is_not_there_is_told():
     with pytest.raises(MissingError, match=r"model.name=./nowhere: no such folder"):
-        hf(name="./nowhere")
+        load_pretrained(name="./nowhere")
 
 
 def test_a_folder_without_a_model_is_told(tmp_path):
     with pytest.raises(
         MissingError, match=r"could not be loaded: .* Give a local folder with config.json"
     ):
-        hf(name=str(tmp_path))
+        load_pretrained(name=str(tmp_path))
 
 
 def test_damaged_weights_are_told(tmp_path):
     write_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(MissingError, match="could not be loaded"):
-        hf(name=str(tmp_path))
+        load_pretrained(name=str(tmp_path))
 
 
 def test_a_model_folder_without_a_tokenizer_is_told(tmp_path):
     make_network("llama", 300).save_pretrained(tmp_path)
     with pytest.raises(MissingError, match=r"could not be loaded: .* tokenizer"):
-        hf(name=str(tmp_path))
+        load_pretrained(name=str(tmp_path))
 
 
 def test_an_unknown_adapter_names_the_nearest(folders):
@@ -214,7 +214,7 @@ def test_wrong_settings_of_an_adapter_are_told(settings):
 
 def test_an_unknown_dtype_names_the_known(folders):
     with pytest.raises(ConfigError, match=r"unknown model.dtype 'fp23'; did you mean 'fp32'"):
-        hf(name=str(folders["llama"]), dtype="fp23")
+        load_pretrained(name=str(folders["llama"]), dtype="fp23")
 
 
 # Built from scratch

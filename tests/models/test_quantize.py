@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from continual.models.loading import hf
+from continual.models.loading import load_pretrained
 from continual.models.loss import accumulate, forward, nll
 from continual.models.weights import gradient, weights
 from tests.support.models import make_encoded, write_model
@@ -46,8 +46,10 @@ def test_through_4_bits_the_adapter_gets_the_gradient_that_it_has_on_the_weights
     from bitsandbytes.functional import dequantize_4bit
 
     folder = write_model(tmp_path / "model")
-    made = hf(name=str(folder), device="cpu", adapter="lora", quantize="4bit", adapters=ADAPTERS)
-    plain = hf(name=str(folder), device="cpu", adapter="lora", adapters=ADAPTERS)
+    made = load_pretrained(
+        name=str(folder), device="cpu", adapter="lora", quantize="4bit", adapters=ADAPTERS
+    )
+    plain = load_pretrained(name=str(folder), device="cpu", adapter="lora", adapters=ADAPTERS)
     told = dict(plain.net.named_parameters())
     packed = {n: p for n, p in made.net.named_parameters() if p.dtype == torch.uint8}
     assert len(packed) == 2 * 7

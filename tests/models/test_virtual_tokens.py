@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from continual.errors import ConfigError
 from continual.evaluation.likelihood import likelihoods
-from continual.models.generation import complete
+from continual.models.generation import generate_ids
 from continual.models.loss import nll
 from continual.models.weights import gradient, weights
 from tests.support import toy
@@ -106,7 +106,7 @@ def test_answers_are_those_of_pefts_prompt_tuning(kind, flat):
     made = prompted(kind)
     made.layout = replace(made.layout, packed=flat)
     prompts = [replace(e, ids=e.ids[: e.response_mask.index(True)]) for e in EXAMPLES]
-    ours = complete(made, prompts, 4, 8, -1)
+    ours = generate_ids(made, prompts, 4, 8, -1)
     first = 1 if kind == "t5" else 0
     for prompt, said in zip(prompts, ours, strict=True):
         ids = list(said[:first])
@@ -139,7 +139,7 @@ def test_the_likelihood_of_labels_is_that_behind_the_virtual_tokens():
 def test_fixed_tokens_stand_where_they_are_put_and_do_not_train(lengths, live):
     made = TOY
     fixed = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in lengths]
-    made.behind(fixed, live=live)
+    made.set_prompt_prefix(fixed, live=live)
     own = [made.net.prompt_encoder["default"].embedding.weight] if live else []
     e = toy.make_examples(0)[0]
     words = made.net.get_input_embeddings()(torch.tensor(e.ids))
@@ -168,7 +168,7 @@ def test_what_a_run_saves_is_pefts_own_adapter(tmp_path):
 
 def test_a_row_that_has_no_positions_behind_the_virtual_tokens_is_refused():
     made = toy.make_prompt_model()
-    made.behind([torch.zeros(25, 32)])
+    made.set_prompt_prefix([torch.zeros(25, 32)])
     long = make_encoded([5] * 4, [6, 7])
     nll(made, made.batch([long]))
     with pytest.raises(
@@ -177,11 +177,11 @@ def test_a_row_that_has_no_positions_behind_the_virtual_tokens_is_refused():
     ):
         nll(made, made.batch([make_encoded([5] * 5, [6, 7])]))
     with pytest.raises(ConfigError, match="8 tokens of an example stand behind 27"):
-        complete(made, [make_encoded([5] * 5, [6])], 3, 8, 0)
+        generate_ids(made, [make_encoded([5] * 5, [6])], 3, 8, 0)
 
 
 def test_a_model_without_virtual_tokens_is_told_how_to_get_them():
     with pytest.raises(
         ConfigError, match=r"no virtual tokens; give it some with model.adapter=prompt_tuning"
     ):
-        toy.make_model().behind(())
+        toy.make_model().set_prompt_prefix(())

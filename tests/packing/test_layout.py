@@ -31,7 +31,7 @@ def made(network) -> Model:
     flat, last = detect_packing_support(net)
     assert flat
     return Model(
-        net, None, Layout(pad_token_id=0, device=torch.device("cpu"), packed=True), last=last
+        net, None, Layout(pad_token_id=0, device=torch.device("cpu"), packed=True), last_layer=last
     )
 
 
@@ -72,7 +72,7 @@ def losses(net: Model, examples) -> torch.Tensor:
 def test_every_architecture_that_reads_flat_rows_gives_the_padded_losses_and_gradients(kind):
     net = made(READ[kind])
     found = []
-    for way in (net, replace(net, last=None), padded(net)):
+    for way in (net, replace(net, last_layer=None), padded(net)):
         way.net.zero_grad()
         each = losses(way, two_instructions())
         nll(way, way.batch(two_instructions())).backward()
@@ -90,7 +90,7 @@ def test_every_architecture_that_reads_flat_rows_gives_the_padded_losses_and_gra
 def test_of_the_last_layer_only_keys_and_values_are_computed_everywhere(kind):
     net, seen = made(READ[kind]), []
     examples = two_instructions()
-    hook = net.last.layer.register_forward_hook(
+    hook = net.last_layer.layer.register_forward_hook(
         lambda _, args, out: seen.append((out[0] if isinstance(out, tuple) else out).shape)
     )
     token_nll(net, net.batch(examples))
@@ -100,7 +100,7 @@ def test_of_the_last_layer_only_keys_and_values_are_computed_everywhere(kind):
 
 @pytest.mark.parametrize("kind", ["gpt2", "olmo2"])
 def test_a_network_that_is_built_otherwise_computes_its_last_layer_whole(kind):
-    assert made(READ[kind]).last is None
+    assert made(READ[kind]).last_layer is None
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])

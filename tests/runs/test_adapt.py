@@ -326,7 +326,7 @@ def test_a_killed_adaptation_keeps_its_finished_curves_and_ends_as_if_it_had_not
 def test_killed_before_its_model_is_kept_it_learns_the_last_curve_anew(
     run_keys, tmp_path, monkeypatch, learned
 ):
-    monkeypatch.setattr(adapt, "write_whole", failing(adapt.write_whole, "curve.json"))
+    monkeypatch.setattr(adapt, "write_atomically", failing(adapt.write_atomically, "curve.json"))
     with pytest.raises(KeyboardInterrupt):
         adapted(tmp_path, run_keys)
     monkeypatch.undo()

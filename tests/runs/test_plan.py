@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import common
 from continual.evaluation import scoring
-from continual.models.loading import adapt_with, hf
+from continual.models.loading import add_adapter, load_pretrained
 from continual.models.weights import snapshot, weights
 from continual.runs.plan import plan, show
 from continual.runs.rehearse import Ghosts, rehearse, scored
@@ -38,7 +38,7 @@ SHORT = replace(toy.RECIPE, steps=2)
 def network(adapter="none"):
     made = toy.make_model()
     if adapter != "none":
-        made.net = adapt_with(made.net, adapter, LORA, seq2seq=False)
+        made.net = add_adapter(made.net, adapter, LORA, seq2seq=False)
     return made
 
 
@@ -116,9 +116,9 @@ def test_scoring_counts_the_flops_of_answers_as_long_as_may_be(model_folder):
     test = scoring.Test("a", "perplexity", [make_example(id=e.id) for e in rows], rows, 4)
     ghosts = Ghosts()
     with ghosts.shapes():
-        model = hf(name=str(model_folder), device="cpu", drawn=True)
+        model = load_pretrained(name=str(model_folder), device="cpu", drawn=True)
     ghosts.haunt(model.net)
-    real = hf(name=str(model_folder), device="cpu")
+    real = load_pretrained(name=str(model_folder), device="cpu")
     assert scored(ghosts, model, test, 6) == common.flops(lambda: scoring.score(real, test, 6))
 
 

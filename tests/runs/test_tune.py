@@ -43,7 +43,7 @@ def told(group: str, name: str) -> dict:
 def test_the_leaderboard_has_every_strategy():
     strategies = params("leaderboard")["strategy"].replace(" ", "").split(",")
     assert len(set(strategies)) == len(strategies)
-    assert {*strategies, *ELSEWHERE} == {c.name for c in catalogue.choices("strategy")}
+    assert {*strategies, *ELSEWHERE} == {c.name for c in catalogue.list_choices("strategy")}
     assert not ELSEWHERE.keys() & set(strategies)
 
 

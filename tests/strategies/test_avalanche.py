@@ -12,9 +12,9 @@ from continual.data.types import Task
 from continual.errors import ConfigError
 from continual.interop.avalanche import AvalancheModel, Criterion, make_benchmark_from_examples
 from continual.models.importance import fisher, sensitivity
-from continual.models.loading import adapt_with
+from continual.models.loading import add_adapter
 from continual.models.loss import gradient_of, nll
-from continual.models.weights import flat, gradient, restore, snapshot, weights
+from continual.models.weights import flatten_weights, gradient, restore, snapshot, weights
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
@@ -181,10 +181,10 @@ def test_a_hosted_gem_bounds_steps_by_the_gradients_that_bound_ours():
     rows = [
         replace(e, ids=(*e.ids[:-2], 60, 61)) for e in even(0).train
     ]  # other answers than it has learned
-    found = flat(step(made, hosted, rows))
-    other = flat(gradient_of(nll, made, made.batch(even(0).train)))
+    found = flatten_weights(step(made, hosted, rows))
+    other = flatten_weights(gradient_of(nll, made, made.batch(even(0).train)))
     assert torch.allclose(hosted.plugin_instance.G, other[None], rtol=1e-6, atol=1e-9)
-    own = flat(step(made, Strategy(), rows))
+    own = flatten_weights(step(made, Strategy(), rows))
     assert own @ other < 0, "nothing is bounded here"
     assert abs(found @ other) < 0.02 * abs(
         own @ other
@@ -306,7 +306,7 @@ def test_what_a_plugin_makes_of_the_loss_is_what_is_differentiated():
 )  # peft asks for it
 def test_with_an_adapter_a_plugin_sees_its_parameters_alone_by_the_names_that_checkpoints_have():
     made = toy.make_model()
-    made.net = adapt_with(
+    made.net = add_adapter(
         made.net, "lora", {"lora": {"r": 2, "target_modules": ["q_proj"]}}, seq2seq=False
     )
     hosted = Avalanche(plugin="EWCPlugin", args={"ewc_lambda": 1.0})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from continual.errors import ConfigError
-from continual.models.loss import responses
+from continual.models.loss import response_logits
 from continual.models.model import Model
 from continual.models.weights import gradient, snapshot
 from continual.packing.batch import Layout
@@ -87,11 +87,11 @@ def test_a_step_that_is_tried_again_with_less_memory_offers_its_examples_once(mo
         tried.append(len(examples))
         if len(tried) == 3:
             raise torch.OutOfMemoryError("once")
-        return responses(model, examples, at)
+        return response_logits(model, examples, at)
 
     whole, again = DER(**WHOLE), DER(**WHOLE)
     toy.train_stages(toy.make_model(), whole, 0)
-    monkeypatch.setattr(der, "responses", once)
+    monkeypatch.setattr(der, "response_logits", once)
     toy.train_stages(toy.make_model(), again, 0)
     assert tried[3] == tried[2] > 0
     assert (again.seen, [r["example"] for r in again.kept]) == (
@@ -162,7 +162,7 @@ def test_the_buffer_never_holds_more_than_its_capacity():
 def test_kept_logits_are_those_without_dropout_and_leave_the_model_as_it_was():
     made = toy.make_model()
     made.net.train()
-    first = {i: z for i, _, z in responses(made, toy.make_examples(0))}
+    first = {i: z for i, _, z in response_logits(made, toy.make_examples(0))}
     assert made.net.training
     assert all(
         torch.allclose(first[i], logits_by_hand(made, e), atol=1e-5)

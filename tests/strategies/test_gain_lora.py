@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from continual.errors import ConfigError
 from continual.evaluation.likelihood import likelihoods
-from continual.models.generation import complete
+from continual.models.generation import generate_ids
 from continual.models.lora import factors
 from continual.models.loss import forward, nll
 from continual.models.model import Model
@@ -118,8 +118,8 @@ def test_prompts_are_answered_together_as_each_is_by_its_merged_weights():
     assert made.layout.packed
     (turn,) = strategy.dispatch(made, [e.ids for e in asked])
     assert [*turn] == [*range(13)]
-    said = complete(made, asked, 4, 6, 0)
-    assert said == [complete(merged(strategy, made, e.ids), [e], 4, 1, 0)[0] for e in asked]
+    said = generate_ids(made, asked, 4, 6, 0)
+    assert said == [generate_ids(merged(strategy, made, e.ids), [e], 4, 1, 0)[0] for e in asked]
     labels = [(5, 6, 7), (8,)]
     alone = torch.cat([likelihoods(merged(strategy, made, e.ids), [e], labels, 1) for e in asked])
     torch.testing.assert_close(likelihoods(made, asked, labels, 6), alone, rtol=1e-8, atol=1e-9)

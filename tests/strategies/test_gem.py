@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from continual.models.weights import flat, gradient, weights
+from continual.models.weights import flatten_weights, gradient, weights
 from strategies.gem import AGEM, GEM, project_gradient
 from tests.support import toy
 
@@ -137,7 +137,7 @@ def remembering(kind, dtype=torch.float64, **more):
 def step(made, strategy, batch) -> torch.Tensor:
     made.net.zero_grad()
     strategy.backward(made, batch)
-    return flat(gradient(made))
+    return flatten_weights(gradient(made))
 
 
 def gradient_of(made, chosen) -> torch.Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from continual.errors import TrainingError
 from continual.models.loss import nll
-from continual.models.weights import flat, snapshot, unflat, weights
+from continual.models.weights import flatten_weights, snapshot, unflatten_weights, weights
 from continual.training.recipe import Recipe
 from strategies.la_maml import LaMAML
 from strategies.maml import MAML
@@ -31,7 +31,7 @@ def looking(*tasks: int, seed: int = 0, **keys):
     for part in made.net.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    strategy.rates = flat(scattered(made, seed)) - 0.3
+    strategy.rates = flatten_weights(scattered(made, seed)) - 0.3
     return made, strategy
 
 
@@ -63,14 +63,17 @@ def test_a_stage_moves_the_rates_and_then_the_weights_as_algorithm_1_does(second
     assert (len(old), {e.task for e in old}) == (12, {0, 1})
     inner = [new[i::5] for i in range(5)]
     found = looked_ahead(
-        net, inner, judges, unflat(rates, before), second_order, lambda g: pace(g, clip)
+        net, inner, judges, unflatten_weights(rates, before), second_order, lambda g: pace(g, clip)
     )
-    of_weights, of_rates = (flat(g) * pace(flat(g), clip) for g in found)
+    of_weights, of_rates = (flatten_weights(g) * pace(flatten_weights(g), clip) for g in found)
     expected = rates - strategy.rates_lr * of_rates
     assert torch.allclose(strategy.rates, expected, 1e-6, 1e-9)
     assert ((expected > 0) != (rates > 0)).any()  # so that it shows which of the two is first
     assert torch.allclose(
-        flat(snapshot(made)), flat(before) - expected.clamp(min=0) * of_weights, 1e-6, 1e-9
+        flatten_weights(snapshot(made)),
+        flatten_weights(before) - expected.clamp(min=0) * of_weights,
+        1e-6,
+        1e-9,
     )
 
 
@@ -83,12 +86,12 @@ def test_the_new_rates_look_ahead_to_a_lower_loss_and_a_weight_whose_rate_is_not
     strategy.begin(made, toy.make_task(1))
     chosen, before = toy.make_examples(1, 6), strategy.rates.detach().clone()
     judges = drawn(made, strategy, chosen)
-    got, after = flat(step(made, strategy, chosen)), strategy.rates.detach()
+    got, after = flatten_weights(step(made, strategy, chosen)), strategy.rates.detach()
     live = weights(made)
     slope = torch.autograd.grad(toy.mean_loss(made.net, chosen), list(live.values()))
 
     def ahead(rates: torch.Tensor) -> float:
-        steps = zip(live.items(), unflat(rates, live).values(), slope, strict=True)
+        steps = zip(live.items(), unflatten_weights(rates, live).values(), slope, strict=True)
         return functional(made.net, judges, {n: w - r * g for (n, w), r, g in steps}).item()
 
     assert ahead(after) < ahead(before)
@@ -119,7 +122,7 @@ def test_a_step_of_its_rule_is_one_of_its_inner_loop_at_the_same_clip():
     grads = torch.autograd.grad(loss, [*weights(made).values()])
     g = torch.cat([t.flatten() for t in grads])
     toy.train_stages(made, strategy.inner_loop(), 1, size=4, recipe=ONE)
-    taken = flat(before) - flat(snapshot(made))
+    taken = flatten_weights(before) - flatten_weights(snapshot(made))
     torch.testing.assert_close(taken, pace(g, 0.05) * strategy.rates * g, rtol=1e-4, atol=1e-7)
 
 

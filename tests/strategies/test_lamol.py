@@ -12,7 +12,7 @@ import torch
 
 from continual.data.types import Encoded, Task
 from continual.errors import ConfigError, DataError
-from continual.models.generation import complete, sampled
+from continual.models.generation import generate_ids, top_k_rule
 from continual.models.loss import forward
 from continual.models.weights import restore, snapshot
 from continual.packing.layout import response_start
@@ -117,7 +117,7 @@ def test_the_old_model_answers_what_it_wrote_greedily(learned):
     made, strategy = learned
     for e in strategy.buffer.examples:
         prompt = make_prompt("p", e.task, e.ids[: response_start(e)])
-        assert complete(made, [prompt], 2, 1, END) == [list(e.ids[response_start(e) :])]
+        assert generate_ids(made, [prompt], 2, 1, END) == [list(e.ids[response_start(e) :])]
 
 
 def test_each_earlier_task_gets_an_equal_part_of_what_is_written(learned):
@@ -193,7 +193,7 @@ def test_the_same_seed_writes_the_same_and_another_seed_something_else(learned):
 def test_sampling_follows_the_model_s_distribution_over_the_likeliest_tokens():
     logits, n = torch.tensor([0.1, 0.5, 0.4]).log(), 4000
     draws = torch.rand(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = torch.bincount(sampled(2, draws)(logits.expand(n, 3), range(n), 0), minlength=3)
+    found = torch.bincount(top_k_rule(2, draws)(logits.expand(n, 3), range(n), 0), minlength=3)
     assert found[0] == 0
     assert abs(found[1] / n - 5 / 9) < 4 * (5 / 9 * 4 / 9 / n) ** 0.5
 
@@ -205,14 +205,16 @@ def test_what_is_sampled_behind_one_prompt_does_not_depend_on_the_others(batch_s
         [make_prompt(str(i), 0, e.ids) for i, e in enumerate(toy.make_examples(0))],
     )
     draws = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = complete(made, prompts, 6, batch_size, END, sampled(20, draws))
+    found = generate_ids(made, prompts, 6, batch_size, END, top_k_rule(20, draws))
     padded = replace(made, layout=replace(made.layout, packed=False))
     alone = [
-        complete(made, [p], 6, 1, END, sampled(20, draws[i : i + 1]))[0]
+        generate_ids(made, [p], 6, 1, END, top_k_rule(20, draws[i : i + 1]))[0]
         for i, p in enumerate(prompts)
     ]
-    assert found == alone == complete(padded, prompts, 6, batch_size, END, sampled(20, draws))
-    assert any(a != b for a, b in zip(found, complete(made, prompts, 6, 12, END), strict=True))
+    assert (
+        found == alone == generate_ids(padded, prompts, 6, batch_size, END, top_k_rule(20, draws))
+    )
+    assert any(a != b for a, b in zip(found, generate_ids(made, prompts, 6, 12, END), strict=True))
 
 
 def test_a_prompt_that_holds_the_mark_is_refused():

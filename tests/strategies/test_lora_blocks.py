@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from continual.data.types import Task
 from continual.errors import ConfigError
-from continual.models.loading import adapt_with
+from continual.models.loading import add_adapter
 from continual.models.lora import factors
 from continual.models.weights import gradient, restore, snapshot, weights
 from continual.strategy.compose import compose
@@ -55,7 +55,7 @@ def merged(made, lora: int):
     net = made.net.merge_and_unload()
     return toy.replace(
         made,
-        net=adapt_with(
+        net=add_adapter(
             net,
             "lora",
             {"lora": {"r": lora, "lora_alpha": 16 * lora, "target_modules": "all-linear"}},

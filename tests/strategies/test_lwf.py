@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual.errors import ConfigError
-from continual.models.loss import forward, overheard
+from continual.models.loss import capture_logits, forward
 from continual.models.weights import gradient, restore, snapshot
 from strategies.lwf import LwF
 from tests.support import toy
@@ -154,7 +154,7 @@ def test_the_term_needs_no_forward_pass_of_its_own():
 def test_logits_that_no_pass_gave_are_computed():
     made = toy.make_model()
     batch, other = made.batch(toy.make_examples(0)), made.batch(toy.make_examples(1))
-    with overheard(made, batch) as logits:
+    with capture_logits(made, batch) as logits:
         forward(made, other)
     assert torch.allclose(logits(), forward(made, batch))
 

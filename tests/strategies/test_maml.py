@@ -9,7 +9,7 @@ import torch
 
 from continual.data.types import Task
 from continual.errors import ConfigError
-from continual.models.weights import snapshot, unflat, weights
+from continual.models.weights import snapshot, unflatten_weights, weights
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
@@ -163,7 +163,7 @@ def test_the_rule_of_meta_sgd_has_the_learned_rates():
     strategy = MAML(capacity=0, inner_optimizer="meta_sgd")
     strategy.begin(made, toy.make_task(0))
     strategy.rates.data.uniform_(0, INNER)
-    rates = unflat(strategy.rates.detach(), weights(made))
+    rates = unflatten_weights(strategy.rates.detach(), weights(made))
     before, slope = snapshot(made), step(made, Strategy(), chosen)
     after = followed(made, strategy, chosen, 1)
     assert toy.all_close(after, {n: w - rates[n] * slope[n] for n, w in before.items()}, rtol=1e-8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 
 from continual.errors import ConfigError
-from continual.models.weights import combine, flat, restore, snapshot
+from continual.models.weights import combine, flatten_weights, restore, snapshot
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
 from continual.training.stage import learn
@@ -78,7 +78,7 @@ def merged(strategy, ends: list[torch.Tensor], *shapes: int) -> torch.Tensor:
         strategy.begin(model, toy.make_task(0))
         restore(model, dict(zip(names, torch.split(end, [*shapes] or len(end)), strict=True)))
         strategy.end(model, toy.make_task(0))
-    return flat(snapshot(model))
+    return flatten_weights(snapshot(model))
 
 
 def drawn(seed: int, n: int) -> list[torch.Tensor]:
@@ -176,7 +176,7 @@ def test_fisher_merging_leads_to_the_joint_minimum_of_quadratics():
 
 def test_fisher_merging_weighs_each_stage_by_its_fisher_of_norm_one():
     strategy, _, _ = watched(FisherMerge, 0)
-    assert flat(strategy.total).norm().item() == pytest.approx(1)
+    assert flatten_weights(strategy.total).norm().item() == pytest.approx(1)
     made = toy.make_model(torch.float64)
     restore(made, strategy.ended[0])
     again = deepcopy(FisherMerge())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from continual.errors import ConfigError
-from continual.models.loading import adapt_with
-from continual.models.weights import flat
+from continual.models.loading import add_adapter
+from continual.models.weights import flatten_weights
 from strategies.maml import MAML, head_weights
 from tests.support import toy
 from tests.support.meta import INNER, halves, looked_ahead, scattered, step
@@ -47,7 +47,7 @@ def test_the_head_is_the_lm_head_s_own_weight_or_what_is_trained_in_the_last_lay
 )  # peft asks for it
 def test_under_an_adapter_the_head_is_the_last_layer_s_part_of_it():
     made = toy.make_model()
-    made.net = adapt_with(
+    made.net = add_adapter(
         made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False
     )
     assert head_weights(made)
@@ -82,7 +82,7 @@ def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_ord
         toy.mean_loss(learner, chosen[3:]).backward()
     ours = MAML(capacity=0, inner_steps=2, inner_optimizer="meta_sgd", second_order=not first_order)
     ours.begin(made, toy.make_task(0))
-    ours.rates.data.copy_(flat(rates))
+    ours.rates.data.copy_(flatten_weights(rates))
     assert toy.all_close(
         step(made, ours, chosen), {n: p.grad for n, p in net.named_parameters()}, rtol=1e-8
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from continual.errors import ConfigError
-from continual.models.loading import adapt_with
+from continual.models.loading import add_adapter
 from continual.models.weights import gradient
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
@@ -106,7 +106,7 @@ def test_the_first_stage_is_as_if_alone():
 def test_a_layer_that_is_silent_is_not_masked():
     """A LoRA's B before its first step."""
     made = toy.make_model()
-    made.net = adapt_with(
+    made.net = add_adapter(
         made.net, "lora", {"lora": {"r": 4, "target_modules": ["q_proj"]}}, seq2seq=False
     )
     found = step(made, later(), toy.make_examples(1, 5))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continual.errors import ConfigError
-from continual.models.weights import flat, gradient
+from continual.models.weights import flatten_weights, gradient
 from continual.strategy.interface import Strategy
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
@@ -221,14 +221,14 @@ def test_a_step_with_conflicts_projected_is_the_sum_of_the_tasks_gradients_after
     for t, chosen in step.items():
         made.net.zero_grad()
         (share[t] * toy.mean_loss(made.net, chosen)).backward()
-        each.append(flat(gradient(made)))
+        each.append(flatten_weights(gradient(made)))
     found = []
     for conflicts in ("project", "keep"):
         own = deepcopy(plain)
         own.conflicts = conflicts
         made.net.zero_grad()
         own.backward(made, batch)
-        found.append(flat(gradient(made)))
+        found.append(flatten_weights(gradient(made)))
     rng = deepcopy(plain)
     rng.add_replay_examples(batch)
     expected = project_conflicts(torch.stack(each), rng.buffer.rng).sum(0)

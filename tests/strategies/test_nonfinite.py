@@ -10,7 +10,12 @@ import torch
 
 from continual.data.types import Task
 from continual.errors import TrainingError
-from continual.models.importance import by_example, fisher, fisher_by_example, sensitivity
+from continual.models.importance import (
+    fisher,
+    fisher_per_example,
+    per_example_gradients,
+    sensitivity,
+)
 from continual.models.weights import restore, snapshot
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
@@ -182,9 +187,9 @@ def test_where_no_row_is_left_the_stage_is_an_error():
     "measure",
     [
         fisher,
-        fisher_by_example,
+        fisher_per_example,
         sensitivity,
-        lambda made, chosen: [*by_example(made, chosen, lambda z, _: z.sum())],
+        lambda made, chosen: [*per_example_gradients(made, chosen, lambda z, _: z.sum())],
     ],
     ids=["fisher", "one by one", "sensitivity", "gradients"],
 )

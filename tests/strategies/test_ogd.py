@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from continual.models.weights import flat, gradient, unflat, weights
+from continual.models.weights import flatten_weights, gradient, unflatten_weights, weights
 from continual.strategy.replay_buffer import sample_task_examples
 from strategies.ogd import OGD, extend_basis, project_out
 from tests.support import toy
@@ -41,14 +41,14 @@ def step(made, strategy, examples) -> torch.Tensor:
     made.net.zero_grad()
     strategy.begin(made, toy.make_task(2))
     strategy.backward(made, made.batch(examples))
-    return flat(gradient(made))
+    return flatten_weights(gradient(made))
 
 
 def test_a_step_has_no_part_along_any_kept_logit_s_gradient():
     made, strategy, raw = learned(0, 1)
     made.net.zero_grad()
     toy.mean_loss(made.net, toy.make_examples(2)).backward()
-    before, after = flat(gradient(made)), step(made, strategy, toy.make_examples(2))
+    before, after = flatten_weights(gradient(made)), step(made, strategy, toy.make_examples(2))
     size = raw.norm(dim=1)
     assert (raw @ before / size).abs().max() > 1e-2 * before.norm()
     assert (raw @ after / size).abs().max() < 1e-9 * before.norm()
@@ -58,7 +58,7 @@ def test_it_is_the_gradient_less_its_projection_on_the_raw_directions_by_brute_f
     made, strategy, raw = learned(0, 1)
     made.net.zero_grad()
     toy.mean_loss(made.net, toy.make_examples(2)).backward()
-    g = flat(gradient(made))
+    g = flatten_weights(gradient(made))
     expected = g - raw.T @ torch.linalg.lstsq(raw.T, g[:, None]).solution[:, 0]
     assert torch.allclose(
         step(made, strategy, toy.make_examples(2)), expected, rtol=1e-5, atol=1e-7
@@ -68,7 +68,7 @@ def test_it_is_the_gradient_less_its_projection_on_the_raw_directions_by_brute_f
 def test_a_small_step_along_it_leaves_the_kept_logits_to_second_order():
     made, strategy, _ = learned(0)
     kept = sample_task_examples(toy.make_task(0, 6), KEPT, "0/1")
-    g = unflat(step(made, strategy, toy.make_examples(1)), weights(made))
+    g = unflatten_weights(step(made, strategy, toy.make_examples(1)), weights(made))
     drift = []
     with torch.no_grad():
         for size in (1e-3, 5e-4):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continual.errors import ConfigError
-from continual.models.loading import adapt_with
+from continual.models.loading import add_adapter
 from continual.models.loss import nll
 from continual.models.weights import snapshot, weights
 from strategies.osf import OSF, project_off_subspaces, top_singular_vectors, trained_matrices
@@ -25,7 +25,7 @@ from tests.support import toy
 def test_a_step_s_gradient_is_that_of_pefts_osf_for_each_of_its_factors():
     made = toy.make_model(torch.float64)
     config = peft.OSFConfig(task_type="CAUSAL_LM", effective_rank=0.5, target_modules="all-linear")
-    theirs = replace(made, net=peft.get_peft_model(deepcopy(made.net), config), last=None)
+    theirs = replace(made, net=peft.get_peft_model(deepcopy(made.net), config), last_layer=None)
     batch, strategy = made.batch(toy.make_examples(0)), OSF()
     strategy.begin(made, toy.make_task(0))
     strategy.backward(made, batch)
@@ -101,7 +101,7 @@ def test_embeddings_and_vectors_train_freely(kind, names):
 
 def test_of_a_new_adapter_the_factor_at_zero_trains_freely():
     made, strategy = toy.make_model(), OSF()
-    made.net = adapt_with(
+    made.net = add_adapter(
         made.net, "lora", {"lora": {"r": 4, "target_modules": "all-linear"}}, seq2seq=False
     )
     strategy.begin(made, toy.make_task(0))

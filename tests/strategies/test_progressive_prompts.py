@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from continual.errors import ConfigError
-from continual.models.generation import complete
+from continual.models.generation import generate_ids
 from continual.models.loss import forward
 from continual.models.weights import weights
 from continual.strategy.interface import Strategy
@@ -72,10 +72,10 @@ def test_a_learned_task_is_answered_as_it_was_bit_for_bit():
     made, strategy = trained(0)
     before = logits(made, strategy, 0)
     ask = [replace(e, ids=e.ids[: e.response_mask.index(True)]) for e in toy.make_examples(0)]
-    said = complete(made, ask, 4, 5, 0)
+    said = generate_ids(made, ask, 4, 5, 0)
     toy.train_stages(made, strategy, 1, 2, recipe=RECIPE)
     assert torch.equal(logits(made, strategy, 0), before)
-    assert complete(made, ask, 4, 5, 0) == said
+    assert generate_ids(made, ask, 4, 5, 0) == said
 
 
 def test_a_task_that_is_not_learned_is_answered_behind_all_prompts():

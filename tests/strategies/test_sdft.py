@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from continual.errors import ConfigError, DataError
-from continual.models.loss import forward, numbered
+from continual.models.loss import forward, number_examples
 from continual.models.model import Model
 from continual.models.weights import gradient, restore, snapshot
 from continual.packing.batch import Layout
@@ -38,7 +38,7 @@ def test_the_term_is_the_reverse_divergence_from_the_model_that_saw_the_answer_o
     rows = toy.make_examples(0, 5)
     own = strategy.sample_answers(made, rows)
     shown = [prepend_demonstration(e, y) for e, y in zip(rows, own, strict=True)]
-    found = strategy.divergence(made, numbered(made, own), shown)
+    found = strategy.divergence(made, number_examples(made, own), shown)
     parts = []
     for e, y in zip(rows, own, strict=True):
         prompt, answer = y.ids[: response_start(y)], y.ids[response_start(y) :]
@@ -60,8 +60,8 @@ def test_a_step_s_gradient_is_that_of_both_shares_and_none_goes_through_the_teac
     found = gradient(made)
     made.net.zero_grad()
     shown = [prepend_demonstration(e, y) for e, y in zip(rows, own, strict=True)]
-    batch = numbered(made, own)
-    told = forward(made, numbered(made, shown)).detach().log_softmax(-1)
+    batch = number_examples(made, own)
+    told = forward(made, number_examples(made, shown)).detach().log_softmax(-1)
     q = forward(made, batch).log_softmax(-1)
     expected = 0.7 * toy.mean_loss(made.net, rows) + 0.3 * F.kl_div(
         told, q, reduction="batchmean", log_target=True
@@ -161,7 +161,7 @@ def test_a_model_that_learns_in_context_learns_the_answers_without_being_trained
     """At strength 1 there is no other loss; without a demonstration in the prompt, nothing is
     learned.
     """
-    monkeypatch.setattr(sdft, "complete", one_token)
+    monkeypatch.setattr(sdft, "generate_ids", one_token)
     rows = [make_encoded([a], [(a + 5) % 9 + 1], str(a)) for a in range(2, 10)]
     found = []
     for demonstrated in (True, False):

@@ -5,7 +5,7 @@ import torch
 
 from continual.errors import ConfigError
 from continual.models.importance import fisher
-from continual.models.weights import flat, snapshot, weights
+from continual.models.weights import flatten_weights, snapshot, weights
 from strategies.sparse import Sparse
 from tests.support import toy
 
@@ -16,7 +16,7 @@ def moved(made, strategy, task: int, recipe=DECAYING) -> torch.Tensor:
     """(P,) which weights a stage has changed."""
     before = snapshot(made)
     toy.train_stages(made, strategy, task, recipe=recipe)
-    return flat(snapshot(made)) != flat(before)
+    return flatten_weights(snapshot(made)) != flatten_weights(before)
 
 
 def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
 def test_only_the_weights_with_the_largest_fisher_information_move_under_momentum_and_weight_decay():
     made, strategy = toy.make_model(torch.float64), Sparse(fraction=0.02)
     for t in (0, 1):  # and each task has weights of its own
-        f = flat(fisher(made, toy.make_examples(t)))
+        f = flatten_weights(fisher(made, toy.make_examples(t)))
         expected = largest(f, int(0.02 * len(f)))
         assert torch.equal(moved(made, strategy, t), expected)
 
@@ -42,13 +42,13 @@ def test_the_masks_of_different_tasks_differ():
 def test_what_matters_most_to_earlier_tasks_can_be_avoided():
     made, strategy = toy.make_model(torch.float64), Sparse(fraction=0.05, protected_fraction=0.3)
     moved(made, strategy, 0)
-    needed = flat(fisher(made, toy.make_examples(0)))
+    needed = flatten_weights(fisher(made, toy.make_examples(0)))
     spared = largest(needed, int(0.3 * len(needed)))
-    free = flat(fisher(made, toy.make_examples(1))).masked_fill(spared, -1)
+    free = flatten_weights(fisher(made, toy.make_examples(1))).masked_fill(spared, -1)
     found = moved(made, strategy, 1)
     assert torch.equal(found, largest(free, int(0.05 * len(free))))
-    needed += flat(fisher(made, toy.make_examples(1)))
-    assert torch.allclose(flat(strategy.needed), needed, rtol=1e-9)
+    needed += flatten_weights(fisher(made, toy.make_examples(1)))
+    assert torch.allclose(flatten_weights(strategy.needed), needed, rtol=1e-9)
 
 
 def test_a_frozen_weight_stays_in_every_step_s_forward_pass():
@@ -57,7 +57,7 @@ def test_a_frozen_weight_stays_in_every_step_s_forward_pass():
 
     class Looking(Sparse):
         def loss(self, model, batch):
-            seen.append(flat(weights(model)).detach().clone())
+            seen.append(flatten_weights(weights(model)).detach().clone())
             return super().loss(model, batch)
 
     made, strategy = toy.make_model(), Looking(fraction=0.02)
@@ -74,8 +74,8 @@ def test_the_mask_is_of_the_model_without_dropout_and_leaves_its_mode_alone():
     strategy.begin(made, toy.make_task(0))
     assert made.net.training
     made.net.eval()
-    f = flat(fisher(made, toy.make_examples(0)))
-    assert torch.equal(flat(strategy.mask), largest(f, int(0.02 * len(f))))
+    f = flatten_weights(fisher(made, toy.make_examples(0)))
+    assert torch.equal(flatten_weights(strategy.mask), largest(f, int(0.02 * len(f))))
 
 
 def test_after_a_stage_only_what_later_ones_avoid_is_kept():

@@ -6,7 +6,7 @@ import pytest
 
 from continual.errors import ConfigError
 from continual.models.loss import gradient_of, nll
-from continual.models.weights import flat, gradient
+from continual.models.weights import flatten_weights, gradient
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy, memory, replaces_super
 from strategies.der import DER
@@ -242,9 +242,9 @@ def test_the_other_order_composes_where_it_says_so():
     toy.train_stages(made, strategy, 0, 1, 2)
     made.net.zero_grad()
     strategy.backward(made, made.batch(toy.make_examples(3, 4)))
-    own = flat(gradient(made))
+    own = flatten_weights(gradient(made))
     for pool in strategy.reference_pools():
-        assert flat(gradient_of(nll, made, made.batch(pool))) @ own > -1e-4
+        assert flatten_weights(gradient_of(nll, made, made.batch(pool))) @ own > -1e-4
 
 
 @dataclass(kw_only=True)

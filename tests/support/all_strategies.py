@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from continual.distributed import processes
-from continual.models.sharding import whole
+from continual.models.sharding import full_tensor
 from continual.training.recipe import Recipe
 from continual.training.stage import learn
 from tests.support import toy
@@ -38,13 +38,13 @@ def train_two_stages(
         learn(made, task, strategy, RECIPE, seed=i, log=log)
     kept = {f"memory{path}": t for path, t in toy.memory_tensors(strategy).items()}
     return losses, {
-        n: whole(t).contiguous() for n, t in {**toy.copy_parameters(made), **kept}.items()
+        n: full_tensor(t).contiguous() for n, t in {**toy.copy_parameters(made), **kept}.items()
     }
 
 
 def train_all_strategies(out: Path) -> None:
     """Each process writes what it came to, so that a test can see that they are alike."""
-    with processes.joined("cpu"):
+    with processes.process_group("cpu"):
         for i, entry in enumerate(TABLE):
             losses, tensors = train_two_stages(entry)
             save_file(

@@ -8,7 +8,7 @@ import json
 import math
 import random
 
-from continual.io.atomic import file_name
+from continual.io.atomic import task_file_name
 from continual.results.matrix import Matrix
 
 SKILLS = ("reverse", "third_word", "first_and_third", "swap_ends", "maximum", "count_vowels")
@@ -151,7 +151,7 @@ def _write_predictions(folder, matrix, stage, says):
             }
             for i in range(TEST_SIZE)
         ]
-        (folder / f"{file_name(task)}.jsonl").write_text(
+        (folder / f"{task_file_name(task)}.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows)
         )
 

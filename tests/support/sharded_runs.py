@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from continual.cli.main import compose_config
 from continual.distributed import processes
 from continual.models import sharding
-from continual.models.loading import adapt_with
+from continual.models.loading import add_adapter
 from continual.runs.adapt import adapt
 from continual.runs.run import run
 from continual.tracking import events
@@ -41,13 +41,13 @@ CHECKPOINT_STEP = 3  # the step at which a stage is kept
 
 
 def add_lora(made) -> None:
-    made.net = adapt_with(
+    made.net = add_adapter(
         made.net, "lora", {"lora": {"r": 2, "target_modules": "all-linear"}}, seq2seq=False
     )
 
 
 def shard_model(made) -> None:
-    sharding.shard(made, torch.device("cpu"))
+    sharding.shard_model(made, torch.device("cpu"))
 
 
 def train_cases(out: Path) -> None:
@@ -94,7 +94,7 @@ def train_stage(
         after=after,
         progress=go_on if resume_from else None,
     )
-    return {n: sharding.whole(t) for n, t in toy.copy_parameters(made).items()}
+    return {n: sharding.full_tensor(t) for n, t in toy.copy_parameters(made).items()}
 
 
 def run_verb(verb: str, out: Path, *words: str) -> None:
@@ -106,11 +106,11 @@ def run_verb(verb: str, out: Path, *words: str) -> None:
 def run_all_cases(out: Path, keys: list[str]) -> None:
     """All of it."""
     events.silence_libraries()
-    with processes.joined("cpu"):
+    with processes.process_group("cpu"):
         train_cases(out)
         weights = train_stage(save_to=out / "sharded", prepare=shard_model)
         again = train_stage(resume_from=out / "whole", prepare=shard_model)
-        if processes.leads():
+        if processes.is_main_process():
             save_file(weights, out / "weights.safetensors")
             save_file(again, out / "again.safetensors")
         run_verb("run", out / "run", *keys)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from continual.data.types import Task
 from continual.errors import ConfigError, TrainingError
-from continual.models.loss import forward, nll, overheard, token_nll
+from continual.models.loss import capture_logits, forward, nll, token_nll
 from continual.models.model import pick_device
 from continual.models.weights import snapshot, weights
 from continual.strategy.interface import Strategy
@@ -285,7 +285,7 @@ def test_in_bf16_the_loss_is_that_of_the_logits_in_fp32(how):
     made = toy.make_model(torch.bfloat16 if how == "weights" else torch.float32)
     made.bf16 = how == "autocast"
     batch = made.batch(toy.make_examples(0))
-    with overheard(made, batch) as logits:
+    with capture_logits(made, batch) as logits:
         found = token_nll(made, batch)
         heard = logits()
     for z in (heard, forward(made, batch)):

@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from continual.distributed.processes import agreed, leads
+from continual.distributed.processes import broadcast, is_main_process
 from continual.evaluation.probes.base import Ask, Found, Look, Probe
-from continual.io.atomic import write_whole
-from continual.io.untrusted import is_number, json_file
+from continual.io.atomic import write_atomically
+from continual.io.untrusted import is_number, load_json
 from continual.results.matrix import Matrix
 from continual.tracking.events import EventLog
 
@@ -36,17 +36,17 @@ def record(
     were then.
     """
     began, kept = time.perf_counter(), folders[-1] / FILE
-    base, found = agreed(read(folders[0] / FILE)), agreed(read(kept))
+    base, found = broadcast(read(folders[0] / FILE)), broadcast(read(kept))
     for done, (name, probe) in enumerate(probes.items()):
         events.update_bar("probing", len(probes), done, name)
         if not set(probe.entries) <= set(found):
             before = base if len(folders) > 1 and set(probe.entries) <= set(base) else None
             found |= probe.measure(Look(ask, matrix, before))
-            if leads():
-                write_whole(kept, json.dumps(found, indent=1, allow_nan=False))
+            if is_main_process():
+                write_atomically(kept, json.dumps(found, indent=1, allow_nan=False))
     events.clear_bar()
-    if leads():
-        write_whole(
+    if is_main_process():
+        write_atomically(
             out / FILE,
             json.dumps(
                 told(matrix.stages, probes, [read(f / FILE) for f in folders]),
@@ -91,7 +91,7 @@ def told(
 def read(path: Path) -> Found:
     """What a stage's probes found; nothing where the file is not whole, for it is measured again."""
     try:
-        found = json_file(path)
+        found = load_json(path)
         whole = all(
             value is None or is_number(value)
             for series in found.values()
