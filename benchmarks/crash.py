@@ -65,7 +65,7 @@ def write_work(root: Path) -> list[str]:
         "model.adapter=lora",
         "train.epochs=3",
         "train.batch_size=6",
-        "train.log_every=1",
+        "train.log_every_steps=1",
         "train.lr=0.003",
         "checkpoint.every_steps=2",
     ]

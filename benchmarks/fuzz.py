@@ -137,19 +137,21 @@ def curve(folder: Path, raw: bytes) -> None:
 
 def manifest(folder: Path, raw: bytes) -> None:
     """The manifest of a checkpoint."""
-    from continual.training.checkpoint import fault
+    from continual.training.checkpoint import find_damage
 
     _put(folder, "manifest.json", raw)
-    assert fault(folder)
+    assert find_damage(folder)
 
 
 def _progress(folder: Path, told: bytes, tensors: bytes) -> None:
-    from continual.training.checkpoint import progress
+    from continual.training.checkpoint import load_stage_state
 
     _put(folder, "progress.json", told)
     _put(folder, "progress.safetensors", tensors)
     net = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(num_embeddings=9))
-    progress(folder, SimpleNamespace(layout=SimpleNamespace(device="cpu"), sharded=False, net=net))  # type: ignore[arg-type]
+    load_stage_state(
+        folder, SimpleNamespace(layout=SimpleNamespace(device="cpu"), sharded=False, net=net)
+    )  # type: ignore[arg-type]
 
 
 def memory(folder: Path, raw: bytes) -> None:

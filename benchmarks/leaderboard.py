@@ -22,7 +22,7 @@ from continual.results import comparison
 from continual.results.matrix import mean
 from continual.results.run_folder import Group, Run, find, grouped
 from continual.results.uncertainty import over_runs
-from continual.runs.compare import BEST
+from continual.runs.compare import SEARCH_RESULT_FILE
 
 COLUMNS = (
     "average_performance",
@@ -164,7 +164,7 @@ def tuned(folders: Sequence[Path]) -> str:
     """What each search found, a line of YAML each with the score that it had."""
     lines = ["tuned:"]
     for folder in folders:
-        told = untrusted.load_yaml_mapping(folder / BEST)
+        told = untrusted.load_yaml_mapping(folder / SEARCH_RESULT_FILE)
         found: dict[str, dict[str, str]] = {}
         for key, value in told["best_params"].items():
             _, name, setting = key.split(".", 2)

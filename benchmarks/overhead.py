@@ -2,7 +2,7 @@
 
 - Each strategy's step in its third stage against naive's step on the very same examples, LoRA and
   full fine-tuning: "naive time" is the ratio of step times; naive's own row is the noise of that
-  ratio. A stage's fixed cost is what its second stage (`continual.training.stage.learn`) takes
+  ratio. A stage's fixed cost is what its second stage (`continual.training.stage.train_stage`) takes
   beyond its steps: its beginning, its end, and what it sets up.
 - After 2, 16 and 64 tasks: the step, and the bytes of the memory as a checkpoint holds it, as
   ratios to 2 tasks. The tasks are parts of one dataset, so that a step of replay reads as many
@@ -28,7 +28,7 @@ from continual.models.model import Model
 from continual.models.weights import weights
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from strategies.ewc import EWC, L2, OnlineEWC
 from strategies.multitask import MultiTask
 from strategies.replay import Replay
@@ -178,14 +178,14 @@ def stage_seconds(model: Model, task: Task[Encoded], strategy: Strategy, steps: 
     """What one stage of a few steps takes beyond them."""
     new = NEW if isinstance(strategy, Replay) else EXAMPLES
     began, at = time.perf_counter(), []
-    learn(
+    train_stage(
         model,
         task,
         strategy,
         Recipe(lr=1e-3, steps=steps, batch_size=new),
         seed=0,
-        log=lambda event: None,
-        after=lambda step, _: at.append(time.perf_counter()),
+        log_event=lambda event: None,
+        on_step=lambda step, _: at.append(time.perf_counter()),
     )
     each = statistics.median(b - a for a, b in itertools.pairwise(at))
     return max(0.0, time.perf_counter() - began - steps * each)

@@ -4,7 +4,7 @@ Three stages of two steps each, every one of them rehearsed, on models of 1M to 
 and with LoRA. A ratio is what was planned to what was taken: FLOPs as they are executed; the peak
 of resident memory above the loaded model; the tensors that come free when the strategy is let go;
 the files of a checkpoint; and seconds, planned at 40 % of the speed of a large matrix product, as
-`plan.share` assumes. The buffer's row is the memory of Python objects that comes free with a
+`plan.flops_utilization` assumes. The buffer's row is the memory of Python objects that comes free with a
 strategy that remembers half of some thousand rows.
 
 Each arm runs in a process of its own that has learned with a far smaller model before, and whose
@@ -30,12 +30,12 @@ from benchmarks.common import Row, apart, flops, peak, row
 from continual.data.types import Encoded, Task
 from continual.models.model import Model
 from continual.results.matrix import Matrix
-from continual.runs.plan import measured
-from continual.runs.rehearse import Ghosts, Stage, rehearse
+from continual.runs.plan import measure_flops_per_second
+from continual.runs.rehearse import CostCounterMode, StageCost, rehearse
 from continual.strategy.interface import Strategy
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from strategies.ewc import EWC
 from strategies.replay import Replay
 
@@ -75,7 +75,7 @@ class Taken:
 
 def run() -> list[Row]:
     """A row for each model, adapter and strategy, and one for a buffer."""
-    speed = measured()
+    speed = measure_flops_per_second()
     return [
         *(
             measure(shape, adapter, name, speed)
@@ -93,13 +93,13 @@ def measure(shape: str, adapter: str, name: str, speed: float) -> Row:
         planned(shape, adapter, name),
         apart({"": (take, shape, adapter, name)}, __name__)[""],
     )
-    last, count = stages[-1], sum(s.flops for s in stages)
-    most = max(max(s.peak, s.end_peak) for s in stages) - last.weights
+    last, count = stages[-1], sum(s.total_flops for s in stages)
+    most = max(max(s.peak_bytes, s.end_peak_bytes) for s in stages) - last.weight_bytes
     ratio = {
         "FLOPs": count / taken.flops,
         **({"memory": most / taken.peak} if taken.peak else {}),
-        **({"strategy": last.strategy / taken.strategy} if taken.strategy else {}),
-        "disk": (last.weights_disk + last.memory_disk) / taken.disk,
+        **({"strategy": last.strategy_bytes / taken.strategy} if taken.strategy else {}),
+        "disk": (last.weight_disk_bytes + last.memory_disk_bytes) / taken.disk,
         "seconds": count / (speed * SHARE) / taken.seconds,
     }
     return row(
@@ -117,7 +117,7 @@ def measure(shape: str, adapter: str, name: str, speed: float) -> Row:
 
 def measure_buffer() -> Row:
     """The last stage's buffer, planned against taken."""
-    told = planned("tiny", "lora", "replay", MANY)[-1].buffer
+    told = planned("tiny", "lora", "replay", MANY)[-1].buffer_bytes
     taken, seconds = apart({"": (take_buffer,)}, __name__)[""]
     return row(
         "plan",
@@ -131,12 +131,12 @@ def measure_buffer() -> Row:
     )
 
 
-def planned(shape: str, adapter: str, name: str, rows: int = ROWS) -> list[Stage]:
+def planned(shape: str, adapter: str, name: str, rows: int = ROWS) -> list[StageCost]:
     """What the plan makes of every stage; `strategy` is what is held once the last one is over."""
-    ghosts, strategy = Ghosts(), STRATEGIES[name]()
-    with ghosts.shapes():
+    ghosts, strategy = CostCounterMode(), STRATEGIES[name]()
+    with ghosts.meta_device():
         model = works.model(SHAPES[shape], adapter)
-    ghosts.haunt(model.net)
+    ghosts.convert_to_fake(model.net)
     return [
         rehearse(ghosts, model, task, strategy, RECIPE, steps=STEPS, seed=i)
         for i, task in enumerate(tasks(SHAPES[shape].vocabulary, rows))
@@ -153,7 +153,7 @@ def take(shape: str, adapter: str, name: str) -> Taken:
     matrix = Matrix("planned", "given", name, 0, ("task 0",), {"task 0": "exact_match"}, (), ())
     with tempfile.TemporaryDirectory() as folder:
         saved = checkpoint.save(Path(folder) / "stage-03", model, held[0], matrix)
-        disk = checkpoint.size(saved, "weights.*") + checkpoint.size(saved, "memory.*")
+        disk = checkpoint.size_bytes(saved, "weights.*") + checkpoint.size_bytes(saved, "memory.*")
     before = alive()
     held.clear()
     strategy = before - alive()
@@ -197,7 +197,9 @@ def warm(adapter: str, name: str) -> None:
 def learn_all(model: Model, strategy: Strategy, vocabulary: int, rows: int = ROWS) -> float:
     """The seconds of all stages; a task's rows are let go with it."""
     return sum(
-        learn(model, task, strategy, RECIPE, seed=i, log=lambda event: None)["train_seconds"]
+        train_stage(model, task, strategy, RECIPE, seed=i, log_event=lambda event: None)[
+            "train_seconds"
+        ]
         for i, task in enumerate(tasks(vocabulary, rows))
     )
 

@@ -88,7 +88,7 @@ class Work:
 
 
 def engine(work: Work, tokens: int | None = None) -> Step:
-    """This project's step: what `continual.training.stage.learn` does between two logs; the
+    """This project's step: what `continual.training.stage.train_stage` does between two logs; the
     engine's own budget of tokens.
     """
     model = work.model(**({"tokens": tokens} if tokens else {}))

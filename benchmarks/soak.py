@@ -59,7 +59,7 @@ def write_work(root: Path, tasks: int) -> list[str]:
         *write_small(root, rows),
         "train.steps=6",
         "train.batch_size=4",
-        "train.log_every=1",
+        "train.log_every_steps=1",
         "checkpoint.keep=2",
     ]
 
@@ -79,9 +79,9 @@ def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:
 
     from benchmarks.common import resident
     from continual.cli.main import compose_config
-    from continual.runs.run import Keeper, add_row, empty, train
-    from continual.runs.session import early_of, set_up
-    from continual.runs.signals import Signals
+    from continual.runs.run import StageCallback, empty_matrix, run_stage, score_stage
+    from continual.runs.session import make_forgetting_monitor, prepare_session
+    from continual.runs.signals import StopSignal
     from continual.tracking.events import EventLog, silence_libraries
 
     torch.set_num_threads(1)
@@ -96,20 +96,20 @@ def soak(root: Path, strategy: str, tasks: int) -> list[dict[str, float]]:
             f"out={out}",
         ],
     )
-    bench = set_up(config, out)
-    bench.load()
-    bench = replace(bench, tests=bench.tests[:SCORED])
-    found, matrix, early = [], empty(bench), early_of(out, bench)
+    bench = prepare_session(config, out)
+    bench.load_network()
+    bench = replace(bench, test_sets=bench.test_sets[:SCORED])
+    found, matrix, early = [], empty_matrix(bench), make_forgetting_monitor(out, bench)
     with (
         EventLog(out / "events.jsonl", Console(stderr=True, quiet=True)) as events,
-        Signals() as signals,
+        StopSignal() as signals,
     ):
         for number in range(1, tasks + 1):
             events.stage, began = number, time.thread_time()
-            keeper = Keeper(out, bench, matrix, number, events, signals, early)
-            matrix = train(out, bench, keeper, None)
+            keeper = StageCallback(out, bench, matrix, number, events, signals, early)
+            matrix = run_stage(out, bench, keeper, None)
             trained = time.thread_time()
-            matrix = add_row(out, bench, matrix, events, signals)
+            matrix = score_stage(out, bench, matrix, events, signals)
             found.append(
                 {
                     "train_ms": 1e3 * (trained - began),

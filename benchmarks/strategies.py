@@ -1,12 +1,13 @@
-"""What each strategy keeps, what its step costs, and what it has to be told: the README's table of
-them.
+"""Measure what each strategy stores and what its step costs; write docs/strategies.md.
 
-`python -m benchmarks.strategies [NAME ...] [--to PATH]`. What a strategy stores and costs as a
-formula is what its class says; the rest is measured, on the embedded stream and its small model,
-after five short stages and at the end of a sixth: the bytes of the memory in a checkpoint, the CPU
-time of a step beside naive's on the same new examples (the two in turn, medians), whether examples
+`python -m benchmarks.strategies [NAME ...] [--texts] [--to PATH]`. What a strategy stores and costs
+as a formula, and its source, come from its class and configuration; when to use it from
+benchmarks/families.py. The rest is measured on the embedded stream and its small model, after five
+short stages and at the end of a sixth: the bytes of the strategy's memory in a checkpoint, the CPU
+time of a step over naive's on the same new examples (the two in turn, medians), whether examples
 of earlier tasks are kept, and whether the strategy learns something else where examples do not say
-of which task they are.
+which task they belong to. `--texts` measures nothing: it writes the texts again around the numbers
+that the page holds.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from omegaconf import DictConfig
 
 from benchmarks import works
 from benchmarks.common import Step
+from benchmarks.families import FAMILIES
 from continual.cli.main import compose_config
 from continual.config.catalogue import KEY, Choice, list_choices
 from continual.data.template import index_tasks
@@ -37,71 +39,128 @@ from continual.strategy.interface import Strategy
 from continual.strategy.replay_buffer import ReplayBuffer
 from continual.testing import toy
 from continual.training import checkpoint
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- strategies -->\n", "<!-- /strategies -->"
-HEADS = (
-    "strategy",
-    "stores",
-    "here",
-    "a step takes",
-    "here",
-    "old data",
-    "task identity in training",
-    "in tests",
-)
+PAGE = Path(__file__).parents[1] / "docs" / "strategies.md"
 STEPS, ROUNDS = 5, 25
+HEADS = ("strategy", "idea and paper", "when to use it", "memory", "cost of a step", "needs")
+OLD_EXAMPLES, TASK_NAME = "old examples", "task name in tests"
+IDENTITY = {"no": "", "boundaries": "task boundaries", "of each example": "each example's task"}
+NOTHING = "–"
+INTRODUCTION = """# Strategies
+
+<!-- Written by `python -m benchmarks.strategies`; see CONTRIBUTING.md. -->
+
+All strategies by family: the paper, when to use it, what it stores between stages, what a step \
+costs, and what it needs to know. `strategy=NAME` runs one, `strategy=[A,B]` composes several. \
+[Choosing a strategy](guides/choosing.md) asks the questions that decide; the \
+[leaderboard](leaderboard.md) compares 35 of them.
+
+- **memory**: a formula, and in brackets the bytes measured on the embedded stream after six tasks.
+- **cost of a step**: a formula relative to plain fine-tuning on as many new examples, and in \
+brackets the measured ratio of CPU times.
+- **needs**: old training examples; task boundaries (when a task ends) or each example's task \
+during training; the task's name in tests.
+
+{key}.
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a strategy.
+
+    `size` is the memory as text, such as "6.2 MB"; `ratio` the time of a step over naive's;
+    `identity` one of IDENTITY.
+    """
+
+    size: str
+    ratio: str
+    keeps_examples: bool
+    identity: str
 
 
 def main() -> None:
-    """Measure the named strategies, all by default, and write their rows."""
+    """Measure the named strategies, all by default, and write the page."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.strategies",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="all if none is given; others keep their rows"
+        "names", nargs="*", metavar="NAME", help="all if none is given; others keep their numbers"
     )
     parser.add_argument(
-        "--to", type=Path, default=README, metavar="PATH", help="a file with the table's two marks"
+        "--texts", action="store_true", help="measure nothing, write the texts again"
+    )
+    parser.add_argument(
+        "--to", type=Path, default=PAGE, metavar="PATH", help="another file than docs/strategies.md"
     )
     asked = parser.parse_args()
     for choice in list_choices("strategy"):
-        if not asked.names or choice.name in asked.names:
-            line = measured(choice)
-            print(line, flush=True)
-            text = asked.to.read_text()
-            asked.to.write_text(written(text, {**rows(text), choice.name: line}))
+        if not asked.texts and (not asked.names or choice.name in asked.names):
+            found = measured(choice)
+            print(f"{choice.name}: {found}", flush=True)
+            known = rows(asked.to.read_text("utf-8"))
+            asked.to.write_text(page({**known, choice.name: found}), "utf-8")
+    if asked.texts:
+        asked.to.write_text(page(rows(asked.to.read_text("utf-8"))), "utf-8")
 
 
-def rows(text: str) -> dict[str, str]:
-    """The lines of the table that a file holds, by the strategy's name."""
-    table = text.partition(BEGIN)[2].partition(END)[0]
-    return {found[1]: found[0] for found in re.finditer(r"^\| `(\w+)` \|.*$", table, re.MULTILINE)}
+def rows(text: str) -> dict[str, Measured]:
+    """Return the measured numbers that a page holds, by the strategy's name."""
+    found = {}
+    for line in re.findall(r"^\| `\w+` \|.*$", text, re.MULTILINE):
+        name, _, _, memory, cost, needs = line.strip("| ").split(" | ")
+        identity = next((word for word, told in IDENTITY.items() if told and told in needs), "no")
+        found[name.strip("`")] = Measured(
+            _bracket(memory), _bracket(cost), OLD_EXAMPLES in needs, identity
+        )
+    return found
 
 
-def written(text: str, known: dict[str, str]) -> str:
-    """The file with these lines as its table, those of strategies that there no longer are left
-    out.
-    """
-    before, _, rest = text.partition(BEGIN)
-    there = {c.name for c in list_choices("strategy")}
-    lines = [
-        _line(HEADS),
-        "|---" * len(HEADS) + "|",
-        *(known[name] for name in sorted(there & known.keys())),
+def _bracket(cell: str) -> str:
+    """Return what stands in the bracket at a cell's end."""
+    return cell.rpartition(" (")[2].removesuffix(")")
+
+
+def page(known: Mapping[str, Measured]) -> str:
+    """Return the page with the measured numbers of all strategies that still exist."""
+    by_name = {choice.name: choice for choice in list_choices("strategy")}
+    parts = [INTRODUCTION.format(key=KEY)]
+    for family in FAMILIES:
+        names = [name for name in family.when if name in known and name in by_name]
+        lines = [row(by_name[name], family.when[name], known[name]) for name in names]
+        table = "\n".join([_line(HEADS), "|---" * len(HEADS) + "|", *lines])
+        parts.append(f"## {family.title}\n\n{family.idea}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def row(choice: Choice, when: str, found: Measured) -> str:
+    """Return a strategy's line of the table."""
+    needs = [
+        OLD_EXAMPLES if found.keeps_examples else "",
+        IDENTITY[found.identity],
+        TASK_NAME if "route" in choice.moments else "",
     ]
-    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{KEY}.\n\n{END}{rest.partition(END)[2]}"
+    return _line(
+        [
+            f"`{choice.name}`",
+            choice.source,
+            when,
+            f"{choice.facts['stores']} ({found.size})",
+            f"{choice.facts['costs']} ({found.ratio})",
+            ", ".join(filter(None, needs)) or NOTHING,
+        ]
+    )
 
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def measured(choice: Choice, *words: str) -> str:
-    """A strategy's line; `words` are further keys of the run."""
+def measured(choice: Choice, *words: str) -> Measured:
+    """Measure a strategy; `words` are further keys of the run."""
     needed = works.NEEDED.get(choice.name, [])
     config = compose_config("run", [f"strategy=[{choice.name}]", "device=cpu", *needed, *words])
     stream = build.stream(config)
@@ -110,27 +169,18 @@ def measured(choice: Choice, *words: str) -> str:
     tasks = [encoder.encode_task(stage, names, include_dev=False) for stage in stream.stages]
     recipe = replace(build.recipe(config), steps=STEPS)
     for i, task in enumerate(tasks[:-1]):
-        learn(model, task, strategy, recipe, seed=i, log=lambda event: None)
+        train_stage(model, task, strategy, recipe, seed=i, log_event=lambda event: None)
     ratio = step_ratio(model, strategy, tasks[-1], config)
     strategy.end(model, tasks[-1])
     with tempfile.TemporaryDirectory() as place:
         folder = checkpoint.save(Path(place, "stage-01"), model, strategy, toy.empty_matrix())
-        bytes_ = checkpoint.size(folder, "memory.*") if any(strategy.state_dict().values()) else 0
+        bytes_ = (
+            checkpoint.size_bytes(folder, "memory.*") if any(strategy.state_dict().values()) else 0
+        )
     old = keeps_examples(strategy.state_dict()) or any(
         len({e.task_index for e in task.train}) > 1 for task in tasks
     )
-    return _line(
-        [
-            f"`{choice.name}`",
-            choice.facts["stores"],
-            size(bytes_) if bytes_ else "0",
-            choice.facts["costs"],
-            f"{ratio:.2f}",
-            "yes" if old else "no",
-            identity(choice, config),
-            "yes" if "route" in choice.moments else "no",
-        ]
-    )
+    return Measured(size(bytes_) if bytes_ else "0", f"{ratio:.2f}", old, identity(choice, config))
 
 
 def step_ratio(model: Any, strategy: Strategy, task: Task[Encoded], config: DictConfig) -> float:
@@ -181,13 +231,13 @@ def identity(choice: Choice, config: DictConfig) -> str:
     for i in range(3):
         toy.train_stages(told, one, i)
         task = toy.make_task(i)
-        learn(
+        train_stage(
             untold,
             replace(task, train=[replace(e, task_index=0) for e in task.train]),
             other,
             toy.RECIPE,
             seed=i,
-            log=lambda event: None,
+            log_event=lambda event: None,
         )
     return (
         "boundaries"

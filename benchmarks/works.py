@@ -22,7 +22,7 @@ from continual.models.loading import assemble
 from continual.models.model import Model
 from continual.packing.batch import Batch
 from continual.packing.layout import common_prefix_length
-from continual.training.scratch import byte_bpe
+from continual.training.scratch import train_byte_bpe
 
 VOCABULARY, CONTEXT, LIMIT = 8192, 1024, 512
 LR, CLIP = 1e-3, 1.0
@@ -118,7 +118,7 @@ def stepper(
     backward: Callable[[Model, Batch], Tensor],
     batches: Iterable[Sequence[Encoded]],
 ) -> Step:
-    """What `continual.training.stage.learn` does between two logs, on one batch after another;
+    """What `continual.training.stage.train_stage` does between two logs, on one batch after another;
     `groups` is what it trains.
     """
     model.net.train()
@@ -154,7 +154,7 @@ def write_small(
                 "".join(json.dumps(row) + "\n" for row in told)
             )
     (stream / "stream.json").write_text(json.dumps({"tasks": [{"name": task} for task in rows]}))
-    words = byte_bpe(
+    words = train_byte_bpe(
         [e for t in load_folder(path=str(stream), seed=0).tasks for e in t.train], 400, 64
     )
     LlamaForCausalLM(
@@ -185,7 +185,7 @@ def tokenizer(data: Path | None) -> Any:
     bytes.
     """
     corpus = [e for task in TASKS for e in _stream(data)[task]] if data else []
-    return byte_bpe(corpus, VOCABULARY, CONTEXT)
+    return train_byte_bpe(corpus, VOCABULARY, CONTEXT)
 
 
 @cache

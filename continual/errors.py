@@ -85,7 +85,7 @@ def not_finite(ids: Sequence[str]) -> str:
     """The message for an importance of weights that is not finite, for these examples."""
     return (
         f"how much the weights matter to the examples {listed(ids)} is not finite; lower "
-        "train.lr, set train.clip, train in fp32, or mend these rows. After steps that "
+        "train.lr, set train.max_grad_norm, train in fp32, or mend these rows. After steps that "
         "train.on_nonfinite=skip has skipped, the rows that were the reason are left out"
     )
 

@@ -22,7 +22,7 @@ class TaskAdapters(Strategy):
     With `adapter_init="base"` each is learned from the weights before the first stage, as if alone; with
     "last" from the previous one, and learning is that of plain fine-tuning. Which of them answers a
     prompt, a subclass says. A checkpoint's own weights are the adapter of the stage that it ends:
-    `adapt.start` names the one to go on from.
+    `adapt.init_from` names the one to go on from.
     """
 
     stores: ClassVar[str] = "4 P (T + 1)"

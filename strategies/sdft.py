@@ -73,11 +73,11 @@ class SDFT(Strategy):
             longest = max(len(e.ids) + response_start(e) for e in task.train) + longest_response(
                 task.train
             )
-            if model.context and longest > model.context:
+            if model.context_length and longest > model.context_length:
                 raise DataError(
                     f"an example of task {task.name!r} behind its demonstration takes {longest} "
-                    f"tokens, and the model has {model.context}; set "
-                    f"data.max_length={model.context // 2}, or choose a model with a longer "
+                    f"tokens, and the model has {model.context_length}; set "
+                    f"data.max_length={model.context_length // 2}, or choose a model with a longer "
                     "context"
                 )
         return trained

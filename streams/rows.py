@@ -207,7 +207,7 @@ def _parse_scoring_fields(row: Mapping[str, Any], problems: list[str]) -> dict[s
     """
     found: dict[str, Any] = {}
     if isinstance(told := row.get("constraints"), list | dict) and told:
-        found["constraints"] = constraints.read(told, problems)
+        found["constraints"] = constraints.parse_constraints(told, problems)
     if isinstance(told := row.get("requirements"), list) and told:
         found["requirements"] = tuple(map(str, told))
         if wrong := next(

@@ -30,7 +30,7 @@ settings.load_profile("ours")
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory):
     """The cache folder for models built from scratch is the tests' own."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context_length() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -56,7 +56,7 @@ def run_keys(stream_folder, model_folder):
         "device=cpu",
         "train.epochs=2",
         "train.batch_size=6",
-        "train.log_every=1",
+        "train.log_every_steps=1",
         "train.lr=0.003",
     )
 

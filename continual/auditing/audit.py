@@ -13,22 +13,22 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-from continual.auditing.duplicates import Match, compared, learned, read
+from continual.auditing.duplicates import RowMatch, find_matches, hash_rows, train_rows_by_task
 from continual.auditing.lengths import Lengths
 from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, unknown
-from continual.evaluation.metrics import METRICS
+from continual.evaluation.metrics import REFERENCE_METRICS
 from continual.evaluation.scoring import SPLITS
-from continual.evaluation.text import normalise
+from continual.evaluation.text import normalize_text
 
-FEW = 20  # answers at most, each ten times on average, make a task without labels a classification task
-SAYS = {  # the gravest first
+MAX_CLASSES = 20  # answers at most, each ten times on average, make a task without labels a classification task
+FINDING_TEXTS = {  # the gravest first
     "leaked": "{n} prompts stand in training rows, {same} with the same answers",
     "input leaked": "{n} inputs stand in training rows under another instruction",
     "seen in dev": "{n} prompts stand in dev rows",
     "conflicting": "{n} rows have a prompt to which no answer is right in all rows that ask it",
     "empty": "{n} rows have an empty answer",
-    "left out": "{n} rows do not fit, or have no answer: data.on_unfit",
+    "left out": "{n} rows do not fit, or have no answer: data.on_unusable",
     "too long": "{n} answers take more than score.max_new_tokens",
     "shortened": "{n} inputs are shortened to fit",
     "repeated": "{n} rows repeat the prompt of an earlier one, {same} with the same answers",
@@ -58,19 +58,19 @@ class Audit:
     findings: tuple[Finding, ...]
     fits: Mapping[str, int | None] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As audit.json holds it."""
         return {"schema": 1, **asdict(self)}
 
 
-def audit(
+def audit_stream(
     stream: Stream,
     split: str = "test",
     *,
     metric: str | None = None,
-    limit: int | None = None,
+    max_examples: int | None = None,
     lengths: Mapping[str, Lengths] | None = None,
-    fits: Mapping[str, int | None] | None = None,
+    token_limits: Mapping[str, int | None] | None = None,
 ) -> Audit:
     """Count what is amiss; `split`, `metric` and `limit` are those of score, `lengths` each task's
     rows in tokens.
@@ -79,14 +79,15 @@ def audit(
     """
     if split not in SPLITS:
         raise ConfigError(unknown("score.split", split, SPLITS))
-    rows, train, lengths = read(stream), learned(stream), lengths or {}
-    total, matches = Counter(row.place for row in rows), compared(rows)
-    scored = {t.name: getattr(t, split)[:limit] for t in stream.tasks}
+    rows, train, lengths = hash_rows(stream), train_rows_by_task(stream), lengths or {}
+    total, matches = Counter(row.task_split for row in rows), find_matches(rows)
+    scored = {t.name: getattr(t, split)[:max_examples] for t in stream.tasks}
     one_sided = {
-        t.name: majority(t, train[t.name], scored[t.name], metric or t.metric) for t in stream.tasks
+        t.name: majority_baseline(t, train[t.name], scored[t.name], metric or t.metric)
+        for t in stream.tasks
     }
     found = [
-        _finding(
+        _make_finding(
             kind,
             place,
             [(a.example, b.example) for a, b, _ in some],
@@ -94,63 +95,70 @@ def audit(
             sum(same for *_, same in some),
         )
         for kind, every in matches.items()
-        for place, some in _by_place(every).items()
+        for place, some in _group_by_split(every).items()
     ]
     for name, told in lengths.items():
         for part, of, kinds in (
-            ("train", len(train[name]), told.train),
-            (split, len(scored[name]), told.scored),
+            ("train", len(train[name]), told.train_by_kind),
+            (split, len(scored[name]), told.scored_by_kind),
         ):
             found += [
-                _finding(kind, (name, part), [(e, e) for e in some], of)
+                _make_finding(kind, (name, part), [(e, e) for e in some], of)
                 for kind, some in kinds.items()
                 if some
             ]
-    found.sort(key=lambda f: [*SAYS].index(f.kind))
+    found.sort(key=lambda f: [*FINDING_TEXTS].index(f.kind))
     found += [
         Finding("unscored", t.name, 0, f"there are no {split} rows to score")
         for t in stream.tasks
         if not scored[t.name]
     ]
-    found += [f for name, told in one_sided.items() if told for f in _imbalance(name, split, told)]
+    found += [
+        f
+        for name, told in one_sided.items()
+        if told
+        for f in _imbalance_findings(name, split, told)
+    ]
     counts = {kind: Counter(a.example.task for a, *_ in every) for kind, every in matches.items()}
     tasks = {
         name: {
             **{s: total[name, s] for s in SPLITS},
             **{kind: n[name] for kind, n in counts.items()},
             "majority": one_sided[name],
-            "tokens": lengths[name].figures() if name in lengths else None,
+            "tokens": lengths[name].summarize() if name in lengths else None,
         }
         for name in scored
     }
-    return Audit(stream.name, split, tasks, tuple(found), fits or {})
+    return Audit(stream.name, split, tasks, tuple(found), token_limits or {})
 
 
-def _by_place(matches: Sequence[Match]) -> dict[tuple[str, str], list[Match]]:
-    groups: dict[tuple[str, str], list[Match]] = defaultdict(list)
+def _group_by_split(matches: Sequence[RowMatch]) -> dict[tuple[str, str], list[RowMatch]]:
+    groups: dict[tuple[str, str], list[RowMatch]] = defaultdict(list)
     for match in matches:
-        groups[match[0].place].append(match)
+        groups[match[0].task_split].append(match)
     return groups
 
 
-def _finding(
+def _make_finding(
     kind: str,
-    place: tuple[str, str],
+    task_split: tuple[str, str],
     pairs: Sequence[tuple[Example, Example]],
     of: int,
     same: int = 0,
 ) -> Finding:
-    task, split = place
-    says = SAYS[kind].format(n=f"{len(pairs):,} of {of:,} {split}", same=f"{same:,}")
-    return Finding(kind, task, len(pairs), says, " and ".join(dict.fromkeys(map(_named, pairs[0]))))
+    task, split = task_split
+    says = FINDING_TEXTS[kind].format(n=f"{len(pairs):,} of {of:,} {split}", same=f"{same:,}")
+    return Finding(
+        kind, task, len(pairs), says, " and ".join(dict.fromkeys(map(_describe_example, pairs[0])))
+    )
 
 
-def _named(e: Example) -> str:
+def _describe_example(e: Example) -> str:
     """An example's id, and where it stands."""
     return e.id if e.location in ("", e.id) else f"{e.id} ({e.location})"
 
 
-def majority(
+def majority_baseline(
     task: Task[Example], train: Sequence[Example], scored: Sequence[Example], metric: str
 ) -> dict[str, Any] | None:
     """What always giving one answer scores, for a task with labels or at most FEW answers; None for
@@ -161,10 +169,10 @@ def majority(
     metric marks no answers.
     """
     firsts = [e.outputs[0] for e in train or scored if "".join(e.outputs[:1]).strip()]
-    named, counts = cache(normalise), Counter[str]()
+    named, counts = cache(normalize_text), Counter[str]()
     for text in firsts:
         counts[named(text)] += 1
-        if not task.labels and len(counts) > FEW:
+        if not task.labels and len(counts) > MAX_CLASSES:
             return None
     if not counts or (not task.labels and len(firsts) < 10 * len(counts)):
         return None
@@ -175,23 +183,23 @@ def majority(
         "classes": max(len(counts), len({*map(named, task.labels)})),
         "answer": answer,
         "share": n / len(firsts),
-        "score": constant(answer, scored, metric),
+        "score": score_constant_answer(answer, scored, metric),
         "own_answer": best,
-        "own_score": None if best is None else constant(best, scored, metric),
+        "own_score": None if best is None else score_constant_answer(best, scored, metric),
     }
 
 
-def constant(answer: str, rows: Sequence[Example], metric: str) -> float | None:
+def score_constant_answer(answer: str, rows: Sequence[Example], metric: str) -> float | None:
     """The score of giving this answer to every row; None without rows, or where the metric marks no
     answers.
     """
-    if metric not in METRICS or not rows:
+    if metric not in REFERENCE_METRICS or not rows:
         return None
-    mark = cache(lambda reference: METRICS[metric](answer, reference))
+    mark = cache(lambda reference: REFERENCE_METRICS[metric](answer, reference))
     return sum(max((mark(o) for o in e.outputs), default=0.0) for e in rows) / len(rows)
 
 
-def _imbalance(name: str, split: str, told: Mapping[str, Any]) -> list[Finding]:
+def _imbalance_findings(name: str, split: str, told: Mapping[str, Any]) -> list[Finding]:
     """Where the commonest answer has two thirds of the training rows, or twice its part among the
     classes.
     """

@@ -14,11 +14,11 @@ from hashlib import blake2b
 from continual.data.types import Example, Stream
 
 PRETRAINING = "pre-training"
-LEARNED = ("train", PRETRAINING)
+TRAINING_SPLITS = ("train", PRETRAINING)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class HashedRow:
     """An example of a split, and what it is compared by: hashes of its prompt, its input alone and
     its answers.
     """
@@ -30,31 +30,31 @@ class Row:
     answers: frozenset[bytes]  # those that are not blank
 
     @property
-    def place(self) -> tuple[str, str]:
+    def task_split(self) -> tuple[str, str]:
         """Its task and split."""
         return self.example.task, self.split
 
 
-Match = tuple[
-    Row, Row, bool
+RowMatch = tuple[
+    HashedRow, HashedRow, bool
 ]  # a row, another one of the same key, and whether one of that key has its answers too
 
 
-def read(stream: Stream) -> list[Row]:
+def hash_rows(stream: Stream) -> list[HashedRow]:
     """Every row once, in however many stages it is learned: pre-training, training, then each
     task's dev and test.
     """
     parts: list[tuple[str, Iterable[Example]]] = [
         (PRETRAINING, stream.pretraining),
-        *(("train", found) for found in learned(stream).values()),
+        *(("train", found) for found in train_rows_by_task(stream).values()),
         *(("dev", t.dev) for t in stream.tasks),
         *(("test", t.test) for t in stream.tasks),
     ]
-    instruction = cache(_plain)  # one stands in many rows
-    return [_row(e, split, instruction) for split, examples in parts for e in examples]
+    instruction = cache(_fold_text)  # one stands in many rows
+    return [_hash_row(e, split, instruction) for split, examples in parts for e in examples]
 
 
-def learned(stream: Stream) -> dict[str, list[Example]]:
+def train_rows_by_task(stream: Stream) -> dict[str, list[Example]]:
     """What the stages learn, by the rows' own task: each row once."""
     found: dict[str, list[Example]] = {task.name: [] for task in stream.tasks}
     for example in {id(e): e for stage in stream.stages for e in stage.train}.values():
@@ -62,47 +62,49 @@ def learned(stream: Stream) -> dict[str, list[Example]]:
     return found
 
 
-def _row(e: Example, split: str, instruction: Callable[[str], str]) -> Row:
-    own = _plain(e.input)
+def _hash_row(e: Example, split: str, instruction: Callable[[str], str]) -> HashedRow:
+    own = _fold_text(e.input)
     asked = " ".join(
-        [_plain(m.content) for m in e.messages[:-1]] or [instruction(e.instruction), own]
+        [_fold_text(m.content) for m in e.messages[:-1]] or [instruction(e.instruction), own]
     )
-    answers = frozenset(_hash(told) for o in e.outputs if (told := _plain(o)))
-    return Row(e, split, _hash(asked.strip()), _hash(own) if own else b"", answers)
+    answers = frozenset(_hash_text(told) for o in e.outputs if (told := _fold_text(o)))
+    return HashedRow(e, split, _hash_text(asked.strip()), _hash_text(own) if own else b"", answers)
 
 
-def _plain(text: str) -> str:
+def _fold_text(text: str) -> str:
     """The text without what is not compared."""
     return " ".join(text.casefold().split())
 
 
-def _hash(text: str) -> bytes:
+def _hash_text(text: str) -> bytes:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def compared(rows: Sequence[Row]) -> dict[str, list[Match]]:
+def find_matches(rows: Sequence[HashedRow]) -> dict[str, list[RowMatch]]:
     """By kind of repetition, the rows that it concerns."""
-    known = [row for row in rows if row.split in LEARNED]
+    known = [row for row in rows if row.split in TRAINING_SPLITS]
     asked = [row for row in rows if row.split != PRETRAINING]
     dev, test = ([row for row in rows if row.split == split] for split in ("dev", "test"))
-    leaked = [*among([*test, *dev], known, lambda r: r.prompt)]
+    leaked = [*find_in_sources([*test, *dev], known, lambda r: r.prompt)]
     out = {id(row) for row, _, _ in leaked}
-    inputs = among(
+    inputs = find_in_sources(
         [row for row in (*test, *dev) if row.input and id(row) not in out], known, lambda r: r.input
     )
     return {
         "leaked": leaked,
         "input leaked": [*inputs],
-        "seen in dev": [*among(test, dev, lambda r: r.prompt)],
-        "conflicting": [*conflicting(asked)],
-        "empty": [(row, row, True) for row in rows if blank(row)],
-        "repeated": [*again(asked, lambda r: (r.split, r.prompt))],
+        "seen in dev": [*find_in_sources(test, dev, lambda r: r.prompt)],
+        "conflicting": [*find_conflicts(asked)],
+        "empty": [(row, row, True) for row in rows if lacks_answer(row)],
+        "repeated": [*find_repeats(asked, lambda r: (r.split, r.prompt))],
     }
 
 
-def again(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[Match]:
+def find_repeats(
+    rows: Iterable[HashedRow], key: Callable[[HashedRow], Hashable]
+) -> Iterator[RowMatch]:
     """Each row whose key an earlier one has, with the first of those."""
-    first: dict[Hashable, Row] = {}
+    first: dict[Hashable, HashedRow] = {}
     answers: set[Hashable] = set()
     for row in rows:
         if (before := first.setdefault(k := key(row), row)) is not row:
@@ -110,11 +112,11 @@ def again(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> Iterator[Match
         answers.add((k, row.answers))
 
 
-def among(
-    rows: Iterable[Row], sources: Iterable[Row], key: Callable[[Row], Hashable]
-) -> Iterator[Match]:
+def find_in_sources(
+    rows: Iterable[HashedRow], sources: Iterable[HashedRow], key: Callable[[HashedRow], Hashable]
+) -> Iterator[RowMatch]:
     """Each row whose key one of the sources has, with the first of those."""
-    first: dict[Hashable, Row] = {}
+    first: dict[Hashable, HashedRow] = {}
     answers: set[Hashable] = set()
     for row in sources:
         first.setdefault(k := key(row), row)
@@ -124,12 +126,12 @@ def among(
     )
 
 
-def conflicting(rows: Sequence[Row]) -> Iterator[Match]:
+def find_conflicts(rows: Sequence[HashedRow]) -> Iterator[RowMatch]:
     """Each row to whose prompt no answer is right in all rows that ask it, with one of those that
     has another.
     """
     common: dict[bytes, frozenset[bytes]] = {}
-    sides: dict[bytes, list[Row]] = defaultdict(
+    sides: dict[bytes, list[HashedRow]] = defaultdict(
         list
     )  # the first row of each prompt, and the first that differs
     told = [row for row in rows if row.answers]
@@ -144,13 +146,13 @@ def conflicting(rows: Sequence[Row]) -> Iterator[Match]:
             yield row, other if one.answers == row.answers else one, False
 
 
-def blank(row: Row) -> bool:
+def lacks_answer(row: HashedRow) -> bool:
     """Whether there is nothing to learn from it (its first output is blank), or no answer to it can
     be right.
 
     An answer to a row with constraints is right where it keeps to them.
     """
-    asked = row.example.constraints and row.split not in LEARNED
+    asked = row.example.constraints and row.split not in TRAINING_SPLITS
     return not (row.answers or asked) or (
-        row.split in LEARNED and not row.example.outputs[0].strip()
+        row.split in TRAINING_SPLITS and not row.example.outputs[0].strip()
     )

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from continual.data.template import Encoder, UnusableExampleError, render_segments
 from continual.data.types import Example
-from continual.evaluation.scoring import PERPLEXITY, Test
+from continual.evaluation.scoring import PERPLEXITY, EvalSet
 
-Fit = tuple[
+TokenCount = tuple[
     int, bool
 ]  # the tokens that a row takes once it is learned (0: it does not fit), and if it was shortened
 
@@ -26,8 +26,8 @@ class Lengths:
     """
 
     tokens: Sequence[int]
-    train: Mapping[str, Sequence[Example]]
-    scored: Mapping[str, Sequence[Example]]
+    train_by_kind: Mapping[str, Sequence[Example]]
+    scored_by_kind: Mapping[str, Sequence[Example]]
 
     def quantile(self, share: float) -> int | None:
         """The least length that at least this share of the training rows does not exceed; None
@@ -35,17 +35,17 @@ class Lengths:
         """
         return self.tokens[max(1, math.ceil(share * len(self.tokens))) - 1] if self.tokens else None
 
-    def figures(self) -> dict[str, int | None]:
+    def summarize(self) -> dict[str, int | None]:
         """Of the training rows."""
         return {
             "median": self.quantile(0.5),
             "p95": self.quantile(0.95),
             "longest": self.quantile(1.0),
-            **{kind: len(rows) for kind, rows in self.train.items()},
+            **{kind: len(rows) for kind, rows in self.train_by_kind.items()},
         }
 
 
-def fit(encoder: Encoder, examples: Sequence[Example]) -> list[Fit]:
+def count_row_tokens(encoder: Encoder, examples: Sequence[Example]) -> list[TokenCount]:
     """What becomes of each as a training row; the encoder counts none of it."""
     apart = replace(encoder, on_unusable="skip", skipped=[], shortened=[])
     found = []
@@ -55,30 +55,41 @@ def fit(encoder: Encoder, examples: Sequence[Example]) -> list[Fit]:
     return found
 
 
-def measure(
+def measure_lengths(
     encoder: Encoder,
     train: Sequence[Example],
-    fits: Sequence[Fit],
+    token_counts: Sequence[TokenCount],
     scored: Sequence[Example],
-    test: Test | None,
-    room: int | None,
+    eval_set: EvalSet | None,
+    max_new_tokens: int | None,
 ) -> Lengths:
     """One task's lengths: `fits` tells of its `train` rows, `test` of the `scored` ones, if there
     are any.
 
     `room` is score.max_new_tokens: where it is None, every answer has room.
     """
-    rows, unbounded = list(zip(train, fits, strict=True)), replace(encoder, max_tokens=sys.maxsize)
+    rows, unbounded = (
+        list(zip(train, token_counts, strict=True)),
+        replace(encoder, max_tokens=sys.maxsize),
+    )
     whole = [
-        length for e, (n, cut) in rows if (length := _whole(unbounded, e) if cut or not n else n)
+        length
+        for e, (n, cut) in rows
+        if (length := _full_length(unbounded, e) if cut or not n else n)
     ]
-    asked = list(zip(test.examples, test.encoded, strict=True)) if test else []
+    asked = list(zip(eval_set.examples, eval_set.encoded, strict=True)) if eval_set else []
     kept = {id(e) for e, _ in asked}
-    answered = test and not test.labels and test.metric != PERPLEXITY
+    answered = eval_set and not eval_set.label_token_ids and eval_set.metric != PERPLEXITY
     scored_rows = {
         "left out": [e for e in scored if id(e) not in kept],
-        "too long": [e for e, _ in asked if room and _least(encoder, e) > room] if answered else [],
-        "shortened": [e for e, prompt in asked if not prompt.text.startswith(_prompt(encoder, e))],
+        "too long": [
+            e for e, _ in asked if max_new_tokens and _shortest_answer(encoder, e) > max_new_tokens
+        ]
+        if answered
+        else [],
+        "shortened": [
+            e for e, prompt in asked if not prompt.text.startswith(_render_prompt(encoder, e))
+        ],
     }
     return Lengths(
         sorted(whole),
@@ -90,7 +101,7 @@ def measure(
     )
 
 
-def _whole(unbounded: Encoder, example: Example) -> int:
+def _full_length(unbounded: Encoder, example: Example) -> int:
     """The tokens of the row as it stands, 0 without a response."""
     try:
         return len(unbounded.encode_example(example, 0).ids)
@@ -98,13 +109,13 @@ def _whole(unbounded: Encoder, example: Example) -> int:
         return 0
 
 
-def _prompt(encoder: Encoder, example: Example) -> str:
+def _render_prompt(encoder: Encoder, example: Example) -> str:
     return "".join(
         text for text, _ in render_segments(example, encoder.template, encoder.tokenizer)[:-1]
     )
 
 
-def _least(encoder: Encoder, example: Example) -> int:
+def _shortest_answer(encoder: Encoder, example: Example) -> int:
     """The tokens of the shortest accepted answer."""
     return min(
         (encoder.count_answer_tokens(replace(example, outputs=(o,))) for o in example.outputs),

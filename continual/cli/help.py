@@ -36,7 +36,7 @@ VERB_HELP = {
   continual run strategy=[replay,ewc] strategy.replay.share=0.5
   continual run model=hf model.name=Qwen/Qwen3-0.6B model.adapter=lora data.template=chat train.lr=1e-4
   continual run stream=folder stream.path=DIR stream.tasks=[a,b] stream.max_train_rows=500 score.split=dev
-  continual run score.during=20 'stop_if.forgetting>0.2'   forgetting seen within a stage, and an end to it
+  continual run score.every_steps=20 'stop_if.forgetting>0.2'   forgetting seen within a stage, and an end to it
   continual run stream.arrangement=joint                   the ceiling: all tasks at once
   continual run probe=[wordings,shots]                     measure robustness and k-shot beside the matrix""",
     "adapt": """continual adapt [key=value ...]: one new task from a checkpoint -> its curves, and the adapted model.
@@ -48,9 +48,9 @@ VERB_HELP = {
     "plan": """continual plan [key=value ...]: what a run with these keys would take, and what grows with its tasks.
 
   continual plan strategy=ewc                              the default stream and model
-  continual plan stream=folder stream.path=DIR model=hf model.name=DIR strategy=replay plan.memory=80
-  continual plan model=hf model.name=docs/llama-3.1-8b plan.tasks=1000 plan.gpus=64 plan.flops=989e12
-  continual plan model=hf model.name=DIR plan.tasks=20 plan.examples=5000 plan.tokens=300 plan.response=8""",
+  continual plan stream=folder stream.path=DIR model=hf model.name=DIR strategy=replay plan.memory_gb=80
+  continual plan model=hf model.name=docs/llama-3.1-8b plan.num_tasks=1000 plan.gpus=64 plan.peak_flops=989e12
+  continual plan model=hf model.name=DIR plan.num_tasks=20 plan.train_examples=5000 plan.tokens_per_example=300 plan.response_tokens=8""",
     "audit": """continual audit [key=value ...]: what is amiss in a stream's rows, as run tells it at its start.
 
   continual audit stream=folder stream.path=DIR score.split=dev   repeats, leaks, conflicts, one-sided answers

@@ -22,8 +22,8 @@ from continual.distributed.processes import (
 )
 from continual.errors import ConfigError, ContinualError, MissingError, unknown
 from continual.io.terminal import escape_control
-from continual.runs.signals import Stopped
-from continual.runs.stop_if import STATUS, Gated
+from continual.runs.signals import RunInterrupted
+from continual.runs.stop_if import EXIT_STATUS, ForgettingLimitExceeded
 from continual.tracking.events import silence_libraries
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             _print_config(verb, rest)
             return
         VERBS[verb](rest)
-    except (Stopped, Gated) as stop:
+    except (RunInterrupted, ForgettingLimitExceeded) as stop:
         wait_for_first_message()
         Console(stderr=True).print(str(stop), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(128 + stop.number if isinstance(stop, Stopped) else STATUS)
+        sys.exit(128 + stop.signal_number if isinstance(stop, RunInterrupted) else EXIT_STATUS)
     except ContinualError as error:
         exit_with_error(error)
     except BrokenPipeError:  # what we print to has closed, such as head
@@ -149,19 +149,19 @@ def _run_or_adapt(verb: str, rest: Sequence[str]) -> None:
 
 def _plan(rest: Sequence[str]) -> None:
     config = compose_config("plan", rest)
-    from continual.runs.plan import plan, show
+    from continual.runs.plan import plan, print_plan
 
     silence_libraries()
-    show(plan(config), config, Console())
+    print_plan(plan(config), config, Console())
 
 
 def _audit(rest: Sequence[str]) -> None:
     """Count what is amiss in the rows."""
     config = compose_config("audit", rest)
-    from continual.runs.audit_step import alone
+    from continual.runs.audit_step import run_audit
 
     silence_libraries()
-    alone(config, Console())
+    run_audit(config, Console())
 
 
 def _compare(rest: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from continual.distributed.processes import is_main_process
 from continual.errors import ConfigError, gathered, unknown
 
 SHORT = {"stream.arrange": "stream.arrangement"}
-SHORT_IN = {"adapt": {"checkpoint": "adapt.start", "task": "stream.tasks"}}
+SHORT_IN = {"adapt": {"checkpoint": "adapt.init_from", "task": "stream.tasks"}}
 SECTIONS = ("data", "loss", "checkpoint", "stop_if", "adapt", "plan")  # that no group provides
 TEXTS = ("out", "device")
 

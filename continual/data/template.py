@@ -86,7 +86,7 @@ class Encoder:
         if self.template not in TEMPLATES and self.template != CHAT:
             raise ConfigError(unknown("data.template", self.template, [*TEMPLATES, CHAT]))
         if self.on_unusable not in ("error", "skip"):
-            raise ConfigError(unknown("data.on_unfit", self.on_unusable, ["error", "skip"]))
+            raise ConfigError(unknown("data.on_unusable", self.on_unusable, ["error", "skip"]))
         if self.template == CHAT and not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 "data.template=chat needs a tokenizer with a chat template, and this one has "
@@ -118,7 +118,7 @@ class Encoder:
         if not "".join(example.outputs).strip() or not example.outputs[0].strip():
             raise UnusableExampleError(
                 f"{example.location}: the response is empty, and there is nothing to learn from it; "
-                "write an output, remove the row, or set data.on_unfit=skip"
+                "write an output, remove the row, or set data.on_unusable=skip"
             )
         return self._shorten_to_fit(
             example,
@@ -186,7 +186,7 @@ class Encoder:
             raise UnusableExampleError(
                 f"{example.location}: takes {len(whole.ids)} tokens{without}, and the limit is "
                 f"{limit}{limit_note}; raise data.max_length as far as the model's context goes, "
-                "shorten the row, or set data.on_unfit=skip"
+                "shorten the row, or set data.on_unusable=skip"
             )
         self.shortened.append(example.id)
         return best

@@ -106,7 +106,7 @@ def load_or_tokenize(
     there.
 
     A file that is damaged or was made of other rows, or by another tokenizer or template, is made
-    anew. Raises DataError naming all rows that cannot be learned, or with data.on_unfit=skip all
+    anew. Raises DataError naming all rows that cannot be learned, or with data.on_unusable=skip all
     stages of which nothing is left.
     """
     place: dict[Example, int] = {}

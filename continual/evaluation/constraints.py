@@ -20,28 +20,28 @@ from typing import Any, TypeAlias
 
 from continual.data.types import Constraint
 from continual.errors import brief, unknown
-from continual.evaluation.text import sentences, words
+from continual.evaluation.text import split_sentences, split_words
 
 Count: TypeAlias = int
 Relation: TypeAlias = str
 Letter: TypeAlias = str
 Text: TypeAlias = str
 Texts: TypeAlias = Sequence[str]
-Code: TypeAlias = str
+LanguageCode: TypeAlias = str
 RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
     "at least": operator.ge,
     "less than": operator.lt,
 }
 # ISO 639-1, those that py3langid tells.
-CODES = (
+LANGUAGE_CODES_TEXT = (
     "af am an ar as az be bg bn br bs ca cs cy da de dz el en eo es et eu fa fi fo fr ga gl gu "
     "he hi hr ht hu hy id is it ja jv ka kk km kn ko ku ky la lb lo lt lv mg mk ml mn mr ms mt "
     "nb ne nl nn no oc or pa pl ps pt qu ro ru rw se si sk sl sq sr sv sw ta te th tl tr ug uk "
     "ur vi vo wa xh zh zu"
 )
-LANGUAGES = frozenset(CODES.split())
+LANGUAGE_CODES = frozenset(LANGUAGE_CODES_TEXT.split())
 # The kinds of kwargs: which values are of each, and what it is called.
-KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+KWARG_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "Count": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
     "Relation": (
         lambda v: isinstance(v, str) and v in RELATIONS,
@@ -55,7 +55,10 @@ KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         ),
         "a list of texts",
     ),
-    "Code": (lambda v: isinstance(v, str) and v in LANGUAGES, "an ISO 639-1 code such as 'en'"),
+    "Code": (
+        lambda v: isinstance(v, str) and v in LANGUAGE_CODES,
+        "an ISO 639-1 code such as 'en'",
+    ),
 }
 
 
@@ -83,29 +86,29 @@ def letter_frequency(
     return RELATIONS[let_relation](answer.casefold().count(letter.casefold()), let_frequency)
 
 
-def language(text: str) -> str:
+def detect_language(text: str) -> str:
     """The ISO 639-1 code of a text's likeliest language; empty where it has no letters."""
     from py3langid import classify
 
     return str(classify(text.casefold())[0]) if any(map(str.isalpha, text)) else ""
 
 
-def response_language(answer: str, *, language: Code) -> bool:
+def response_language(answer: str, *, language: LanguageCode) -> bool:
     """All in all it is in this language."""
     return _language(answer) == language
 
 
-_language = language
+_language = detect_language
 
 
 def english_capital(answer: str) -> bool:
     """It is in English, and none of its letters is small."""
-    return answer.isupper() and language(answer) == "en"
+    return answer.isupper() and detect_language(answer) == "en"
 
 
 def english_lowercase(answer: str) -> bool:
     """It is in English, and none of its letters is a capital."""
-    return answer.islower() and language(answer) == "en"
+    return answer.islower() and detect_language(answer) == "en"
 
 
 def capital_word_frequency(
@@ -118,19 +121,19 @@ def capital_word_frequency(
 
 def number_words(answer: str, *, num_words: Count, relation: Relation) -> bool:
     """It has so many words."""
-    return RELATIONS[relation](len(words(answer)), num_words)
+    return RELATIONS[relation](len(split_words(answer)), num_words)
 
 
 def number_sentences(answer: str, *, num_sentences: Count, relation: Relation) -> bool:
     """It has so many sentences."""
-    return RELATIONS[relation](len(sentences(answer)), num_sentences)
+    return RELATIONS[relation](len(split_sentences(answer)), num_sentences)
 
 
 def number_paragraphs(answer: str, *, num_paragraphs: Count) -> bool:
     """It has exactly so many paragraphs, set apart by `***`; there may be one before the first and
     after the last.
     """
-    return len(_parts(answer, r"\*\*\*")) == num_paragraphs
+    return len(_split_parts(answer, r"\*\*\*")) == num_paragraphs
 
 
 def nth_paragraph_first_word(
@@ -146,11 +149,11 @@ def nth_paragraph_first_word(
     return begins.casefold() == first_word.casefold()
 
 
-def _parts(answer: str, between: str) -> list[str]:
+def _split_parts(answer: str, separator: str) -> list[str]:
     """What stands between these marks, empty at neither end; an empty part inside makes it no list
     of parts at all.
     """
-    parts = [p.strip() for p in re.split(rf"\s?{between}\s?", answer)]
+    parts = [p.strip() for p in re.split(rf"\s?{separator}\s?", answer)]
     parts = parts[not parts[0] :]
     parts = parts[: len(parts) - (not parts[-1])] if parts else []
     return parts if all(parts) else []
@@ -207,7 +210,7 @@ def constrained_response(answer: str) -> bool:
 
 def two_responses(answer: str) -> bool:
     """It has exactly two parts, which differ, set apart by `******`."""
-    parts = _parts(answer, r"\*{6}")
+    parts = _split_parts(answer, r"\*{6}")
     return len(parts) == 2 and parts[0] != parts[1]
 
 
@@ -261,35 +264,35 @@ CHECKS: Mapping[str, Callable[..., bool]] = {
 }
 
 
-def keeps(answer: str, constraint: Constraint) -> bool:
+def satisfies(answer: str, constraint: Constraint) -> bool:
     """Whether the answer keeps to it, strictly (Zhou et al. 2023, equation 1)."""
     return bool(answer.strip()) and CHECKS[constraint.id](answer, **constraint.kwargs)
 
 
-def keeps_loosely(answer: str, constraint: Constraint) -> bool:
+def satisfies_loosely(answer: str, constraint: Constraint) -> bool:
     """Whether it, or what is left of it without its first line, last line or asterisks, does
     (equation 2).
     """
     lines = answer.split("\n")
     cut = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return any(
-        keeps(told, constraint)
+        satisfies(told, constraint)
         for told in dict.fromkeys([*cut, *(c.replace("*", "") for c in cut)])
     )
 
 
-def read(found: Any, problems: list[str]) -> tuple[Constraint, ...]:
+def parse_constraints(entries: Any, problems: list[str]) -> tuple[Constraint, ...]:
     """The constraints of a row; what is wrong with them is added to `problems`. Keywords that are
     null are left out.
     """
-    if not isinstance(found, list):
+    if not isinstance(entries, list):
         problems.append(
-            f"found {brief(found, 60)} as 'constraints', expected a list; write "
+            f"found {brief(entries, 60)} as 'constraints', expected a list; write "
             '[{"id": ..., "kwargs": {...}}]'
         )
         return ()
     made = []
-    for n, entry in enumerate(found, 1):
+    for n, entry in enumerate(entries, 1):
         kwargs = (entry.get("kwargs") or {}) if isinstance(entry, dict) else None
         if not isinstance(kwargs, dict) or not isinstance(entry.get("id"), str):
             problems.append(
@@ -298,11 +301,11 @@ def read(found: Any, problems: list[str]) -> tuple[Constraint, ...]:
             )
             continue
         made.append(Constraint(entry["id"], {k: v for k, v in kwargs.items() if v is not None}))
-        problems += _wrong(made[-1], n)
+        problems += _constraint_problems(made[-1], n)
     return tuple(made)
 
 
-def _wrong(constraint: Constraint, n: int) -> list[str]:
+def _constraint_problems(constraint: Constraint, n: int) -> list[str]:
     """All that is wrong with the n-th constraint of a row."""
     if constraint.id not in CHECKS:
         return [f"constraint {n}: " + unknown("id", constraint.id, CHECKS)]
@@ -320,13 +323,13 @@ def _wrong(constraint: Constraint, n: int) -> list[str]:
             if k not in wanted
         ),
         *(
-            f"{told}: found no {k}, expected {KINDS[p.annotation][1]}; add it"
+            f"{told}: found no {k}, expected {KWARG_TYPES[p.annotation][1]}; add it"
             for k, p in wanted.items()
             if k not in constraint.kwargs
         ),
         *(
-            f"{told}: found {k}={brief(v, 60)}, expected {KINDS[wanted[k].annotation][1]}; mend it"
+            f"{told}: found {k}={brief(v, 60)}, expected {KWARG_TYPES[wanted[k].annotation][1]}; mend it"
             for k, v in constraint.kwargs.items()
-            if k in wanted and not KINDS[wanted[k].annotation][0](v)
+            if k in wanted and not KWARG_TYPES[wanted[k].annotation][0](v)
         ),
     ]

@@ -21,18 +21,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from continual.evaluation.constraints import keeps
-from continual.evaluation.demands import NUMBERS, QUOTED, Demand, demands
-from continual.evaluation.text import normalise, words
+from continual.evaluation.constraints import satisfies
+from continual.evaluation.demands import NUMBER_BY_WORD, QUOTED_TEXT, Demand, find_demands
+from continual.evaluation.text import normalize_text, split_words
 
-LISTED = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
+LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 
 
-def _lines(answer: str) -> int:
+def _count_lines(answer: str) -> int:
     return sum(bool(line.strip()) for line in answer.splitlines())
 
 
-FORMS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+FORM_CHECKS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     (
         r"(?:numbered|ordered) list",
         lambda a: len(re.findall(r"^\s*\d+[.)]\s", a, re.MULTILINE)) > 1,
@@ -43,26 +43,26 @@ FORMS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ),
     (
         r"(?:make|give|write|create|generate|as|in) an? (?:\w+ )?list",
-        lambda a: len(LISTED.findall(a)) > 1 or "," in a,
+        lambda a: len(LIST_ITEM.findall(a)) > 1 or "," in a,
     ),
     (
         r"(?:as|in|into) an? (?:\w+ )?table",
         lambda a: sum("|" in line for line in a.splitlines()) > 1,
     ),
     (r"code block", lambda a: "```" in a),
-    (r"(?:one|a single|single|1)[ -]word", lambda a: len(words(a)) == 1),
-    (r"yes or no", lambda a: words(a.casefold())[:1] in (["yes"], ["no"])),
-    (r"true or false", lambda a: words(a.casefold())[:1] in (["true"], ["false"])),
+    (r"(?:one|a single|single|1)[ -]word", lambda a: len(split_words(a)) == 1),
+    (r"yes or no", lambda a: split_words(a.casefold())[:1] in (["yes"], ["no"])),
+    (r"true or false", lambda a: split_words(a.casefold())[:1] in (["true"], ["false"])),
     (r"as a question", lambda a: a.strip().endswith("?")),
-    (r"haiku", lambda a: _lines(a) == 3),
-    (r"limerick", lambda a: _lines(a) == 5),
+    (r"haiku", lambda a: _count_lines(a) == 3),
+    (r"limerick", lambda a: _count_lines(a) == 5),
 )
-DIGITS = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*")
-SPELLED = re.compile(
-    rf"\b(?:{'|'.join(n for n in NUMBERS if n != 'one')})\b", re.IGNORECASE
+DIGIT_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*")
+WORD_NUMBER = re.compile(
+    rf"\b(?:{'|'.join(n for n in NUMBER_BY_WORD if n != 'one')})\b", re.IGNORECASE
 )  # "one" is a pronoun too
-NAME = re.compile(r"(?<!\w)[A-Z][\w-]+(?: [A-Z][\w-]+)*")
-STRESS = {
+NAME_PATTERN = re.compile(r"(?<!\w)[A-Z][\w-]+(?: [A-Z][\w-]+)*")
+EMPHASIS_WORDS = {
     "ALL",
     "AND",
     "ANY",
@@ -85,68 +85,72 @@ class Element:
 
     kind: str
     text: str
-    kept: Callable[[str], bool]
+    is_preserved: Callable[[str], bool]
 
 
-def elements(instruction: str) -> list[Element]:
+def find_elements(instruction: str) -> list[Element]:
     """All elements of an instruction, by kind."""
     found = []
     rest = instruction
-    for d in demands(instruction):
-        found.append(_demand(d, instruction))
-        rest = _without(rest, d.start, d.end)
-    for pattern, check in FORMS:
+    for d in find_demands(instruction):
+        found.append(_demand_element(d, instruction))
+        rest = _blank_out(rest, d.start, d.end)
+    for pattern, check in FORM_CHECKS:
         for m in re.finditer(rf"\b{pattern}\b", rest, re.IGNORECASE):
             found.append(Element("form", m[0], check))
-            rest = _without(rest, *m.span())
-    for m in re.finditer(QUOTED, rest):
-        found.append(_text("quote", m[1] or m[2]))
-        rest = _without(rest, *m.span())
-    found += [_number(m[0]) for pattern in (DIGITS, SPELLED) for m in pattern.finditer(rest)]
-    found += [_text("name", name) for name in _names(rest)]
-    return list({(e.kind, normalise(e.text)): e for e in found}.values())
+            rest = _blank_out(rest, *m.span())
+    for m in re.finditer(QUOTED_TEXT, rest):
+        found.append(_text_element("quote", m[1] or m[2]))
+        rest = _blank_out(rest, *m.span())
+    found += [
+        _number_element(m[0])
+        for pattern in (DIGIT_NUMBER, WORD_NUMBER)
+        for m in pattern.finditer(rest)
+    ]
+    found += [_text_element("name", name) for name in _iter_names(rest)]
+    return list({(e.kind, normalize_text(e.text)): e for e in found}.values())
 
 
-def _without(text: str, start: int, end: int) -> str:
+def _blank_out(text: str, start: int, end: int) -> str:
     """The text with a passage blanked, of the same length."""
     return text[:start] + " " * (end - start) + text[end:]
 
 
-def _demand(d: Demand, instruction: str) -> Element:
+def _demand_element(d: Demand, instruction: str) -> Element:
     return Element(
-        "form", instruction[d.start : d.end], lambda a: all(keeps(a, c) for c in d.constraints)
+        "form", instruction[d.start : d.end], lambda a: all(satisfies(a, c) for c in d.constraints)
     )
 
 
-def _text(kind: str, told: str) -> Element:
-    whole = re.compile(rf"(?<!\w){re.escape(normalise(told))}(?!\w)")
-    return Element(kind, told, lambda a: whole.search(normalise(a)) is not None)
+def _text_element(kind: str, told: str) -> Element:
+    whole = re.compile(rf"(?<!\w){re.escape(normalize_text(told))}(?!\w)")
+    return Element(kind, told, lambda a: whole.search(normalize_text(a)) is not None)
 
 
-def _number(told: str) -> Element:
-    value = _value(told)
+def _number_element(told: str) -> Element:
+    value = _parse_value(told)
     return Element(
         "number",
         told,
         lambda a: (
             value
             in (
-                *map(_value, DIGITS.findall(a)),
-                *map(_value, SPELLED.findall(a)),
-                len(LISTED.findall(a)),
-                _lines(a),
+                *map(_parse_value, DIGIT_NUMBER.findall(a)),
+                *map(_parse_value, WORD_NUMBER.findall(a)),
+                len(LIST_ITEM.findall(a)),
+                _count_lines(a),
                 len(re.split(r",(?: and)? | and ", a)),
             )
         ),
     )
 
 
-def _value(told: str) -> float:
+def _parse_value(told: str) -> float:
     """The number that is written: commas before three digits group them, any other is a decimal
     one.
     """
-    if told.casefold() in NUMBERS:
-        return float(NUMBERS[told.casefold()])
+    if told.casefold() in NUMBER_BY_WORD:
+        return float(NUMBER_BY_WORD[told.casefold()])
     bare = re.sub(r",(?=\d{3}(?:\D|$))", "", told).replace(",", ".")
     try:
         return float(bare)
@@ -154,24 +158,24 @@ def _value(told: str) -> float:
         return float("nan")
 
 
-def _names(text: str) -> Iterator[str]:
+def _iter_names(text: str) -> Iterator[str]:
     """Capitalised words side by side; the first word of a sentence is capitalised whatever it is."""
-    for m in NAME.finditer(text):
+    for m in NAME_PATTERN.finditer(text):
         told = m[0].split(" ")
         before = text[: m.start()].rstrip(" \"'“‘(*")
         if not before or before[-1] in ".!?:\n-":
             told = told[1:]
-        if told := [t for t in told if t not in STRESS]:
+        if told := [t for t in told if t not in EMPHASIS_WORDS]:
             yield " ".join(told)
 
 
-def fidelity(answer: str, instruction: str) -> tuple[float, list[str]]:
+def score_fidelity(answer: str, instruction: str) -> tuple[float, list[str]]:
     """The share of the elements that are kept, and those that are lost, each with its kind.
 
     1 where the instruction has none, as nothing can be lost; 0 for a blank answer.
     """
     if not answer.strip():
-        return 0.0, [f"{e.kind}: {e.text}" for e in elements(instruction)]
-    found = elements(instruction)
-    lost = [f"{e.kind}: {e.text}" for e in found if not e.kept(answer)]
+        return 0.0, [f"{e.kind}: {e.text}" for e in find_elements(instruction)]
+    found = find_elements(instruction)
+    lost = [f"{e.kind}: {e.text}" for e in found if not e.is_preserved(answer)]
     return 1 - len(lost) / len(found) if found else 1.0, lost

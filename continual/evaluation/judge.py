@@ -16,8 +16,8 @@ import torch
 from continual.data.template import CHAT, TEMPLATES, Encoder
 from continual.data.types import Encoded, Example
 from continual.errors import ConfigError, DataError, unknown
-from continual.evaluation.likelihood import likelihoods, spelled
-from continual.evaluation.text import sentences
+from continual.evaluation.likelihood import encode_labels, label_log_likelihoods
+from continual.evaluation.text import split_sentences
 from continual.models.generation import generate_answers
 from continual.models.loading import DTYPES, load_pretrained
 from continual.models.model import Model
@@ -33,9 +33,9 @@ Requirement: {requirement}
 
 The grade, one digit from 1 to 5:"""
 GRADES = ("1", "2", "3", "4", "5")
-ROOM = 8  # tokens of a grade that is written, more than any needs
-CUT = " ..."  # behind an answer that was shortened
-HOW = ("likelihood", "generate")
+MAX_GRADE_TOKENS = 8  # tokens of a grade that is written, more than any needs
+TRUNCATION_MARK = " ..."  # behind an answer that was shortened
+GRADE_MODES = ("likelihood", "generate")
 
 
 @dataclass
@@ -53,21 +53,21 @@ class Judge:
 
     name: str
     template: str = "plain"
-    how: str = "likelihood"
+    grade_mode: str = "likelihood"
     dtype: str = "fp32"
-    limit: int = 2048
+    max_length: int = 2048
     batch_size: int = 16
     device: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be before anything is loaded."""
-        if self.how not in HOW:
-            raise ConfigError(unknown("score.judge.how", self.how, HOW))
+        if self.grade_mode not in GRADE_MODES:
+            raise ConfigError(unknown("score.judge.grade_mode", self.grade_mode, GRADE_MODES))
         if self.template not in (*TEMPLATES, CHAT):
             raise ConfigError(unknown("score.judge.template", self.template, [*TEMPLATES, CHAT]))
         if self.dtype not in DTYPES:
             raise ConfigError(unknown("score.judge.dtype", self.dtype, DTYPES))
-        for key, value in (("max_length", self.limit), ("batch_size", self.batch_size)):
+        for key, value in (("max_length", self.max_length), ("batch_size", self.batch_size)):
             if not isinstance(value, int):
                 raise ConfigError(
                     f"score.judge.{key}={value}: expected a whole number of at least 1"
@@ -87,11 +87,11 @@ class Judge:
     @cached_property
     def encoder(self) -> Encoder:
         """For the judge's tokenizer and context."""
-        limit = min(self.limit, self.model.context or self.limit)
+        limit = min(self.max_length, self.model.context_length or self.max_length)
         return Encoder(self.model.tokenizer, self.template, limit, self.model.layout.seq2seq)
 
     @cached_property
-    def whole(self) -> Encoder:
+    def unlimited_encoder(self) -> Encoder:
         """The same without a limit."""
         return replace(self.encoder, max_tokens=sys.maxsize)
 
@@ -103,10 +103,10 @@ class Judge:
             (i, r)
             for i, (e, a) in enumerate(zip(examples, answers, strict=True))
             if a.strip()
-            for r in requirements(e)
+            for r in get_requirements(e)
         ]
-        prompts = [self.prompt(examples[i], answers[i], r) for i, r in asked]
-        grades = self.grades([p for p, _ in prompts])
+        prompts = [self.encode_grading_prompt(examples[i], answers[i], r) for i, r in asked]
+        grades = self.grade_prompts([p for p, _ in prompts])
         told: list[dict[str, Any]] = [{"grades": [], "cut": False} for _ in examples]
         for (i, _), (_, cut), grade in zip(asked, prompts, grades, strict=True):
             told[i]["grades"].append(grade)
@@ -116,20 +116,22 @@ class Judge:
             row["score"] = sum(met) / len(met) if met else 0.0
         return told
 
-    def prompt(self, example: Example, said: str, requirement: str) -> tuple[Encoded, bool]:
+    def encode_grading_prompt(
+        self, example: Example, answer: str, requirement: str
+    ) -> tuple[Encoded, bool]:
         """What the judge is asked, and whether the answer had to be cut; DataError where it is too
         long without.
         """
-        room, ids, cut = ROOM, self.encoder.tokenize(said), False
+        room, ids, cut = MAX_GRADE_TOKENS, self.encoder.tokenize(answer), False
         instruction = (
             f"{example.user_request}\n{example.input}" if example.input else example.user_request
         )
         while True:
-            text = RUBRIC.format(instruction=instruction, answer=said, requirement=requirement)
+            text = RUBRIC.format(instruction=instruction, answer=answer, requirement=requirement)
             asked = Example(
                 example.id, example.task, text, outputs=("5",), location=example.location
             )
-            whole = self.whole.encode_prompt(asked, 0, room)
+            whole = self.unlimited_encoder.encode_prompt(asked, 0, room)
             over = len(whole.ids) + room - self.encoder.max_tokens
             if over <= 0:
                 return whole, cut
@@ -139,32 +141,40 @@ class Judge:
                     f"the answer, and the limit is {self.encoder.max_tokens} less {room}; raise "
                     "score.judge.max_length as far as its context goes, or choose another judge"
                 )
-            ids, cut = ids[: max(0, len(ids) - over - len(self.encoder.tokenize(CUT)))], True
-            said = self.encoder.tokenizer.decode(ids, skip_special_tokens=True) + CUT
+            ids, cut = (
+                ids[: max(0, len(ids) - over - len(self.encoder.tokenize(TRUNCATION_MARK)))],
+                True,
+            )
+            answer = self.encoder.tokenizer.decode(ids, skip_special_tokens=True) + TRUNCATION_MARK
 
-    def grades(self, prompts: Sequence[Encoded]) -> list[float | None]:
+    def grade_prompts(self, prompts: Sequence[Encoded]) -> list[float | None]:
         """The grade of each prompt, from 1 to 5; None for one that cannot be read."""
         if not prompts:
             return []
-        if self.how == "generate":
+        if self.grade_mode == "generate":
             return [
-                grade(said) for said in generate_answers(self.model, prompts, ROOM, self.batch_size)
+                parse_grade(said)
+                for said in generate_answers(self.model, prompts, MAX_GRADE_TOKENS, self.batch_size)
             ]
-        labels = list(spelled(GRADES, self.encoder).values())
-        shares = likelihoods(self.model, prompts, labels, self.batch_size).softmax(-1)
+        labels = list(encode_labels(GRADES, self.encoder).values())
+        shares = label_log_likelihoods(self.model, prompts, labels, self.batch_size).softmax(-1)
         return [round(float(g), 6) for g in shares @ torch.arange(1.0, 6.0, dtype=shares.dtype)]
 
 
-def requirements(example: Example) -> list[str]:
+def get_requirements(example: Example) -> list[str]:
     """What an answer is graded by: the row's own requirements, or else the sentences of its
     instruction.
     """
-    return list(example.requirements) or sentences(example.user_request) or [example.user_request]
+    return (
+        list(example.requirements)
+        or split_sentences(example.user_request)
+        or [example.user_request]
+    )
 
 
-def grade(said: str) -> float | None:
+def parse_grade(text: str) -> float | None:
     """The grade that a judge wrote: one digit from 1 to 5, perhaps with a full stop; None for
     anything else.
     """
-    found = re.fullmatch(r"([1-5])\.?", said.strip())
+    found = re.fullmatch(r"([1-5])\.?", text.strip())
     return float(found[1]) if found else None

@@ -16,7 +16,7 @@ from continual.models.model import Model
 from continual.packing.batch import Batch
 
 
-def spelled(labels: Sequence[str], encoder: Encoder) -> dict[str, tuple[int, ...]]:
+def encode_labels(labels: Sequence[str], encoder: Encoder) -> dict[str, tuple[int, ...]]:
     """Each of these answers as the template writes it, to the end of sequence."""
     found = {}
     for label in labels:
@@ -27,19 +27,28 @@ def spelled(labels: Sequence[str], encoder: Encoder) -> dict[str, tuple[int, ...
     return found
 
 
-def likeliest(
-    model: Model, prompts: Sequence[Encoded], labels: Mapping[str, tuple[int, ...]], batch_size: int
+def most_likely_labels(
+    model: Model,
+    prompts: Sequence[Encoded],
+    label_token_ids: Mapping[str, tuple[int, ...]],
+    batch_size: int,
 ) -> list[str]:
     """The label of each prompt whose tokens have the highest log-likelihood in sum; of equals the
     first.
     """
-    names, told = list(labels), likelihoods(model, prompts, list(labels.values()), batch_size)
+    names, told = (
+        list(label_token_ids),
+        label_log_likelihoods(model, prompts, list(label_token_ids.values()), batch_size),
+    )
     return [names[j] for j in told.argmax(1).tolist()]
 
 
 @torch.no_grad()
-def likelihoods(
-    model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[int, ...]], batch_size: int
+def label_log_likelihoods(
+    model: Model,
+    prompts: Sequence[Encoded],
+    label_token_ids: Sequence[tuple[int, ...]],
+    batch_size: int,
 ) -> Tensor:
     """(prompts, labels) the log-likelihood of each label's tokens after each prompt, in nats,
     float64.
@@ -49,16 +58,16 @@ def likelihoods(
     tokens than `layout.tokens`.
     """
     if not model.layout.packed:
-        return _by_pairs(model, prompts, labels)
+        return _log_likelihoods_by_pair(model, prompts, label_token_ids)
     model.check_fits_context(
-        max((len(p.ids) for p in prompts), default=0) + max(map(len, labels)) - 1
+        max((len(p.ids) for p in prompts), default=0) + max(map(len, label_token_ids)) - 1
     )
     tree: dict[
         tuple[int, ...], int
     ] = {}  # each beginning of a label that another token follows, parents first
     paths = [
         (j, tree.setdefault(ids[:t], len(tree)), ids[t])
-        for j, ids in enumerate(labels)
+        for j, ids in enumerate(label_token_ids)
         for t in range(len(ids))
     ]
     owner, at, token = torch.tensor(paths, device=model.layout.device).T
@@ -67,7 +76,7 @@ def likelihoods(
     order = sorted(
         range(len(prompts)), key=lambda i: prompts[i].ids
     )  # what begins alike is read together
-    told = torch.zeros(len(prompts), len(labels), dtype=torch.float64)
+    told = torch.zeros(len(prompts), len(label_token_ids), dtype=torch.float64)
     for begin in range(0, len(order), together):
         part = order[begin : begin + together]
         cache = prefill(model, [prompts[i] for i in part], parents)
@@ -77,11 +86,11 @@ def likelihoods(
         each = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))[
             :, at, token
         ].double()
-        told[part] = each.new_zeros(len(part), len(labels)).index_add(1, owner, each).cpu()
+        told[part] = each.new_zeros(len(part), len(label_token_ids)).index_add(1, owner, each).cpu()
     return told
 
 
-def _by_pairs(
+def _log_likelihoods_by_pair(
     model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[int, ...]]
 ) -> Tensor:
     """The same from a row each of every prompt and label."""

@@ -9,12 +9,12 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from continual.evaluation.text import normalise, terms
+from continual.evaluation.text import normalize_text, split_terms
 
 
 def exact_match(answer: str, reference: str) -> float:
     """1 where the normalised texts are the same, else 0; an empty answer is wrong."""
-    return float(normalise(answer) == normalise(reference) != "")
+    return float(normalize_text(answer) == normalize_text(reference) != "")
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -24,7 +24,7 @@ def token_f1(answer: str, reference: str) -> float:
     There articles are left out too; here they stay, as an answer can be the letter of an option.
     """
     words = [
-        Counter(normalise(t).translate(str.maketrans("", "", string.punctuation)).split())
+        Counter(normalize_text(t).translate(str.maketrans("", "", string.punctuation)).split())
         for t in (answer, reference)
     ]
     common = (words[0] & words[1]).total()
@@ -37,24 +37,26 @@ def rouge_l(answer: str, reference: str) -> float:
     Words of [a-z0-9] are those of the reference implementation, which knows no others; others are
     not stemmed, and in scripts without spaces each character is one.
     """
-    score: float = _rouge().score(reference, answer)["rougeL"].fmeasure
+    score: float = _rouge_scorer().score(reference, answer)["rougeL"].fmeasure
     return score
 
 
 @cache
-def _rouge() -> Any:
+def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
     theirs = DefaultTokenizer(use_stemmer=True).tokenize
 
     def tokenize(text: str) -> list[str]:
-        return [t for word in terms(text) for t in (theirs(word) if word.isascii() else [word])]
+        return [
+            t for word in split_terms(text) for t in (theirs(word) if word.isascii() else [word])
+        ]
 
     return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=tokenize))
 
 
-METRICS: Mapping[str, Callable[[str, str], float]] = {
+REFERENCE_METRICS: Mapping[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
     "token_f1": token_f1,
     "rougeL": rouge_l,

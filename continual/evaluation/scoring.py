@@ -14,10 +14,10 @@ from continual.data.types import Encoded, Example, Task
 from continual.distributed.processes import all_gather, is_main_process, single_process
 from continual.distributed.work import assign_work
 from continual.errors import ConfigError, ContinualError, DataError, unknown
-from continual.evaluation.demands import level
-from continual.evaluation.likelihood import likeliest, spelled
-from continual.evaluation.metrics import METRICS
-from continual.evaluation.row_metrics import MEASURES, refuse, unread
+from continual.evaluation.demands import composition_level
+from continual.evaluation.likelihood import encode_labels, most_likely_labels
+from continual.evaluation.metrics import REFERENCE_METRICS
+from continual.evaluation.row_metrics import ROW_METRICS, check_metric_rows, judge_warnings
 from continual.models.generation import generate_answers
 from continual.models.loss import token_nll
 from continual.models.model import Model
@@ -27,14 +27,14 @@ from continual.packing.layout import response_start
 
 SPLITS = ("train", "dev", "test")
 PERPLEXITY = "perplexity"  # marks the reference, not an answer
-JUDGED = "relevance_judged"  # marked by another model
-HOW = ("generate", "likelihood")
+JUDGE_METRIC = "relevance_judged"  # marked by another model
+ANSWER_MODES = ("generate", "likelihood")
 # Marks answers to examples: each mark a dictionary with a "score" in [0, 1].
-Judge = Callable[[Sequence[Example], Sequence[str]], list[dict[str, Any]]]
+JudgeFunction = Callable[[Sequence[Example], Sequence[str]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Test:
+class EvalSet:
     """One task ready to be scored: its examples, their prompts as ids, and the most tokens that an
     answer may take.
 
@@ -47,15 +47,15 @@ class Test:
     examples: Sequence[Example]
     encoded: Sequence[Encoded]
     max_new_tokens: int
-    labels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    judge: Judge | None = None
+    label_token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    judge: JudgeFunction | None = None
 
     @property
-    def prompts(self) -> list[tuple[int, ...]]:
+    def prompt_ids(self) -> list[tuple[int, ...]]:
         """What is asked, without any answer: the token ids of each prompt."""
         return [e.ids[: response_start(e)] if any(e.response_mask) else e.ids for e in self.encoded]
 
-    def of(self, indices: Sequence[int]) -> Test:
+    def select(self, indices: Sequence[int]) -> EvalSet:
         """Some of the examples."""
         return replace(
             self,
@@ -64,18 +64,18 @@ class Test:
         )
 
 
-def prepare(
+def prepare_eval_set(
     task: Task[Example],
     encoder: Encoder,
     split: str,
-    index: int,
+    task_index: int,
     *,
     metric: str | None = None,
     max_new_tokens: int | None = None,
-    limit: int | None = None,
-    how: str = "generate",
-    judge: Judge | None = None,
-) -> Test:
+    max_examples: int | None = None,
+    answer_mode: str = "generate",
+    judge: JudgeFunction | None = None,
+) -> EvalSet:
     """Encode a task's prompts once. By default an answer may be as long as the task's longest
     reference.
 
@@ -85,7 +85,7 @@ def prepare(
     example that does not fit, or one that the metric cannot mark.
     """
     metric = metric or task.metric
-    if metric not in (known := [*METRICS, *MEASURES, JUDGED, PERPLEXITY]):
+    if metric not in (known := [*REFERENCE_METRICS, *ROW_METRICS, JUDGE_METRIC, PERPLEXITY]):
         raise ConfigError(
             f"task {task.name!r}: "
             + unknown("metric", metric, known)
@@ -93,21 +93,25 @@ def prepare(
         )
     if split not in SPLITS:
         raise ConfigError(unknown("score.split", split, SPLITS))
-    if how not in HOW:
-        raise ConfigError(unknown("score.how", how, HOW))
-    rows = list(task.get_split(split))[:limit]
-    if metric == JUDGED and judge is None:
+    if answer_mode not in ANSWER_MODES:
+        raise ConfigError(unknown("score.answer_mode", answer_mode, ANSWER_MODES))
+    rows = list(task.get_split(split))[:max_examples]
+    if metric == JUDGE_METRIC and judge is None:
         raise ConfigError(
             f"task {task.name!r}: found no judge, expected a model that grades for the metric "
-            f"{JUDGED}; name one by score.judge.name, or choose relevance_checked"
+            f"{JUDGE_METRIC}; name one by score.judge.name, or choose relevance_checked"
         )
-    if metric in MEASURES:
-        refuse(metric, task.name, rows)
-    labels = _labels(task, encoder) if how == "likelihood" and metric != PERPLEXITY else {}
+    if metric in ROW_METRICS:
+        check_metric_rows(metric, task.name, rows)
+    labels = (
+        _encode_task_labels(task, encoder)
+        if answer_mode == "likelihood" and metric != PERPLEXITY
+        else {}
+    )
     room = (
         max(map(len, labels.values()))
         if labels
-        else max_new_tokens or _room(task.name, metric, rows, encoder)
+        else max_new_tokens or _longest_reference(task.name, metric, rows, encoder)
     )
     if metric != PERPLEXITY and not encoder.seq2seq and room >= encoder.max_tokens:
         whence = (
@@ -119,9 +123,9 @@ def prepare(
             "data.max_length as far as the model's context goes"
         )
     if metric == PERPLEXITY:
-        encode: Callable[[Example], Encoded] = lambda e: encoder.encode_example(e, index)  # noqa: E731
+        encode: Callable[[Example], Encoded] = lambda e: encoder.encode_example(e, task_index)  # noqa: E731
     else:
-        encode = lambda e: encoder.encode_prompt(e, index, room)  # noqa: E731
+        encode = lambda e: encoder.encode_prompt(e, task_index, room)  # noqa: E731
     encoded = encoder.encode_all(rows, encode)
     if not encoded:
         raise DataError(
@@ -129,20 +133,20 @@ def prepare(
             "data.max_length"
         )
     kept = {e.id for e in encoded}
-    return Test(
+    return EvalSet(
         task.name,
         metric,
         [e for e in rows if e.id in kept],
         encoded,
         room,
         labels,
-        judge if metric == JUDGED else None,
+        judge if metric == JUDGE_METRIC else None,
     )
 
 
-def _room(task: str, metric: str, rows: Sequence[Example], encoder: Encoder) -> int:
+def _longest_reference(task: str, metric: str, rows: Sequence[Example], encoder: Encoder) -> int:
     """The tokens of the longest reference, where there are any."""
-    if (metric in MEASURES or metric == JUDGED) and not any(
+    if (metric in ROW_METRICS or metric == JUDGE_METRIC) and not any(
         o.strip() for e in rows for o in e.outputs
     ):
         raise ConfigError(
@@ -152,18 +156,21 @@ def _room(task: str, metric: str, rows: Sequence[Example], encoder: Encoder) -> 
     return max(encoder.count_answer_tokens(e) for e in rows)
 
 
-def _labels(task: Task[Example], encoder: Encoder) -> dict[str, tuple[int, ...]]:
+def _encode_task_labels(task: Task[Example], encoder: Encoder) -> dict[str, tuple[int, ...]]:
     """Each of the task's labels as tokens; raises ConfigError for a task without any."""
     if not task.labels:
         raise ConfigError(
-            f"task {task.name!r} has no labels, and score.how=likelihood chooses among them; "
-            "list them as its 'labels' in stream.json, or set score.how=generate"
+            f"task {task.name!r} has no labels, and score.answer_mode=likelihood chooses among them; "
+            "list them as its 'labels' in stream.json, or set score.answer_mode=generate"
         )
-    return spelled(task.labels, encoder)
+    return encode_labels(task.labels, encoder)
 
 
-def score(
-    model: Model, test: Test, batch_size: int, turns: Iterable[Sequence[int]] | None = None
+def score_task(
+    model: Model,
+    eval_set: EvalSet,
+    batch_size: int,
+    index_groups: Iterable[Sequence[int]] | None = None,
 ) -> tuple[float, list[dict[str, Any]]]:
     """The task's score in [0, 1], the mean of its marks, and every prediction with its mark.
 
@@ -172,46 +179,46 @@ def score(
     prompts each, and all have the whole. Raises ContinualError where the turns are not each example
     once.
     """
-    everyone = range(len(test.examples))
+    everyone = range(len(eval_set.examples))
     told: list[tuple[int, dict[str, Any]]] = []
-    for some in turns or [everyone]:
-        told += zip(some, _scored(model, test.of(some), batch_size), strict=True)
+    for some in index_groups or [everyone]:
+        told += zip(some, _score_examples(model, eval_set.select(some), batch_size), strict=True)
     if sorted(i for i, _ in told) != [*everyone]:
         raise ContinualError(
-            f"of the {len(everyone)} prompts of task {test.task!r} {len(told)} were dispatched, "
+            f"of the {len(everyone)} prompts of task {eval_set.task!r} {len(told)} were dispatched, "
             "and each must be once; the strategy's dispatch is wrong"
         )
     rows = [row for _, row in sorted(told, key=lambda each: each[0])]
-    if is_main_process() and (said := unread(rows)):
-        print(f"{test.task}: {said}", file=sys.stderr)
+    if is_main_process() and (said := judge_warnings(rows)):
+        print(f"{eval_set.task}: {said}", file=sys.stderr)
     return sum(r["score"] for r in rows) / len(rows), rows
 
 
-def _scored(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
+def _score_examples(model: Model, test: EvalSet, batch_size: int) -> list[dict[str, Any]]:
     """Every prediction with its mark."""
     mine = assign_work([len(e.ids) for e in test.encoded])
-    part = test.of(mine)
+    part = test.select(mine)
     found: list[dict[str, Any]] = []
     with synced_passes(model), single_process():
         if mine:
             found = (
-                _perplexity(model, part)
+                _score_perplexity(model, part)
                 if test.metric == PERPLEXITY
-                else _answers(model, part, batch_size)
+                else _score_answers(model, part, batch_size)
             )
     told = {i: row for share in all_gather([*zip(mine, found, strict=True)]) for i, row in share}
     return [told[i] for i in range(len(told))]
 
 
-def _answers(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
-    if test.labels:
-        answers = likeliest(model, test.encoded, test.labels, batch_size)
+def _score_answers(model: Model, test: EvalSet, batch_size: int) -> list[dict[str, Any]]:
+    if test.label_token_ids:
+        answers = most_likely_labels(model, test.encoded, test.label_token_ids, batch_size)
     else:
         answers = generate_answers(model, test.encoded, test.max_new_tokens, batch_size)
     marks = (
         test.judge(test.examples, answers)
         if test.judge
-        else [mark(test.metric, a, e) for e, a in zip(test.examples, answers, strict=True)]
+        else [score_answer(test.metric, a, e) for e, a in zip(test.examples, answers, strict=True)]
     )
     return [
         {
@@ -219,29 +226,29 @@ def _answers(model: Model, test: Test, batch_size: int) -> list[dict[str, Any]]:
             "prompt": asked.text,
             "answer": a,
             "references": list(e.outputs),
-            "level": composed(e),
+            "level": example_level(e),
             **told,
         }
         for e, asked, a, told in zip(test.examples, test.encoded, answers, marks, strict=True)
     ]
 
 
-def mark(metric: str, answer: str, example: Example) -> dict[str, Any]:
+def score_answer(metric: str, answer: str, example: Example) -> dict[str, Any]:
     """The `score` in [0, 1] of an answer to this row, and what it is made of; `metric` is of
     METRICS or MEASURES.
     """
-    if metric in MEASURES:
-        return MEASURES[metric].mark(answer, example)
-    return {"score": max(METRICS[metric](answer, o) for o in example.outputs)}
+    if metric in ROW_METRICS:
+        return ROW_METRICS[metric].score_answer(answer, example)
+    return {"score": max(REFERENCE_METRICS[metric](answer, o) for o in example.outputs)}
 
 
-def composed(example: Example) -> str:
+def example_level(example: Example) -> str:
     """The row's own level, or else how its instruction is composed (`demands.level`)."""
-    return example.level or level(example.user_request)
+    return example.level or composition_level(example.user_request)
 
 
 @torch.no_grad()
-def _perplexity(model: Model, test: Test) -> list[dict[str, Any]]:
+def _score_perplexity(model: Model, test: EvalSet) -> list[dict[str, Any]]:
     """The mark is 1 / perplexity: the geometric mean of the reference tokens' probabilities, in [0,
     1].
     """
@@ -256,7 +263,7 @@ def _perplexity(model: Model, test: Test) -> list[dict[str, Any]]:
             "id": e.id,
             "prompt": asked.text,
             "references": list(e.outputs),
-            "level": composed(e),
+            "level": example_level(e),
             "perplexity": _exp(means[e.id]),
             "score": _exp(-means[e.id]),
         }

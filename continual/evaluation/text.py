@@ -9,16 +9,16 @@ import unicodedata
 ABBREVIATIONS = (
     "mr mrs ms dr prof st vs jr sr fig e.g i.e cf approx dept est inc ltd u.s u.k a.m p.m"
 )
-SHORT = frozenset(ABBREVIATIONS.split())
-ENDS = re.compile(r"""[.!?…]+["'”’»)\]*_]*(?=\s|$)|[。！？؟।]+["”’」』]*|\n\s*\n""")
+ABBREVIATION_SET = frozenset(ABBREVIATIONS.split())
+SENTENCE_END = re.compile(r"""[.!?…]+["'”’»)\]*_]*(?=\s|$)|[。！？؟।]+["”’」』]*|\n\s*\n""")
 # Han and kana; Thai, Lao, Burmese and Khmer.
-UNSPACED = re.compile(
+UNSPACED_SCRIPTS = re.compile(
     "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]"
 )
 
 
-def normalise(text: str) -> str:
+def normalize_text(text: str) -> str:
     """What both sides of a comparison go through: compatible Unicode forms, case, white space and a
     final full stop.
     """
@@ -26,22 +26,22 @@ def normalise(text: str) -> str:
     return told.rstrip(".").strip() or told  # an answer of full stops is one
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Runs of letters, digits and underscores, as IFEval counts words (Zhou et al. 2023): "isn't"
     is two.
     """
     return re.findall(r"\w+", text)
 
 
-def terms(text: str) -> list[str]:
+def split_terms(text: str) -> list[str]:
     """The normalised text's runs of letters, digits and their marks; each character alone in
     scripts without spaces.
     """
-    kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in normalise(text))
-    return UNSPACED.sub(r" \g<0> ", "".join(kept)).split()
+    kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in normalize_text(text))
+    return UNSPACED_SCRIPTS.sub(r" \g<0> ", "".join(kept)).split()
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """The text's sentences, each of at least one word.
 
     One ends at full stops, exclamation or question marks (with the quotes and brackets that close
@@ -49,20 +49,20 @@ def sentences(text: str) -> list[str]:
     abbreviation, of a single capital letter or of a number that begins a line ends none.
     """
     found, start = [], 0
-    for end in ENDS.finditer(text):
-        if end[0].startswith(".") and _goes_on(text[start : end.start()]):
+    for end in SENTENCE_END.finditer(text):
+        if end[0].startswith(".") and _is_abbreviation_stop(text[start : end.start()]):
             continue
         found.append(text[start : end.end()].strip())
         start = end.end()
-    return [told for told in (*found, text[start:].strip()) if words(told)]
+    return [told for told in (*found, text[start:].strip()) if split_words(told)]
 
 
-def _goes_on(before: str) -> bool:
+def _is_abbreviation_stop(before: str) -> bool:
     """Whether the full stop behind this text belongs to its last word."""
     last = re.split(r"[\s(\[\"'“‘*]", before)[-1]
     begins = before.rpartition("\n")[2].strip() == last
     return (
-        last.casefold() in SHORT
+        last.casefold() in ABBREVIATION_SET
         or bool(re.fullmatch(r"[A-Z]", last))
         or (begins and last.isdecimal())
     )

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from continual.data.types import Example, Task
 from continual.errors import ConfigError, ContinualError, DataError, listed, unknown
-from continual.evaluation.metrics import METRICS
+from continual.evaluation.metrics import REFERENCE_METRICS
 from continual.inference.reopen import ModelSource, load_run_model
 from continual.io.terminal import escape_control
 from continual.models.generation import generate_answers
@@ -238,7 +238,7 @@ def build_answer_table(answers: dict[str, str], example: Example) -> Table:
     reference's text are marked.
     """
     right = {
-        name: any(METRICS["exact_match"](said, o) for o in example.outputs)
+        name: any(REFERENCE_METRICS["exact_match"](said, o) for o in example.outputs)
         for name, said in answers.items()
     }
     cells = {

@@ -38,7 +38,7 @@ class Model:
     net: Any
     tokenizer: Any
     layout: Layout
-    context: int | None = None
+    context_length: int | None = None
     bf16: bool = False
     last_layer: LastLayer | None = None
     trained: Sequence[torch.Tensor] = ()
@@ -76,10 +76,10 @@ class Model:
         of now or so many.
         """
         before = len(self.layout.prompt_prefix) if virtual is None else virtual
-        if before and self.context is not None and before + tokens > self.context:
+        if before and self.context_length is not None and before + tokens > self.context_length:
             raise ConfigError(
                 f"{tokens} tokens of an example stand behind {before} virtual ones, and the "
-                f"model has {self.context} positions; lower "
+                f"model has {self.context_length} positions; lower "
                 "model.adapters.prompt_tuning.num_virtual_tokens or data.max_length, or choose a "
                 "model with a longer context"
             )

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from continual.evaluation.demands import LEVELS
-from continual.evaluation.row_metrics import accuracies
+from continual.evaluation.demands import COMPOSITION_LEVELS
+from continual.evaluation.row_metrics import ifeval_accuracies
 from continual.io.untrusted import CONTROL
 from continual.reports.figures import percent
 from continual.results.run_folder import Run
@@ -54,7 +54,9 @@ def by_level(rows: Rows) -> dict[str, tuple[float, int]]:
 
 
 def _rising(name: str) -> tuple[int, str]:
-    return LEVELS.index(name) if name in LEVELS else len(LEVELS), name
+    return COMPOSITION_LEVELS.index(name) if name in COMPOSITION_LEVELS else len(
+        COMPOSITION_LEVELS
+    ), name
 
 
 def _adherence(rows: Rows) -> dict[str, tuple[float, int]]:
@@ -64,7 +66,10 @@ def _adherence(rows: Rows) -> dict[str, tuple[float, int]]:
     told = [row for row in rows if all(_flags(row.get(how)) for how in ("strict", "loose"))]
     counts = {"prompt": len(told), "instruction": sum(len(row["strict"]) for row in told)}
     return (
-        {name: (value, counts[name.partition(",")[0]]) for name, value in accuracies(told).items()}
+        {
+            name: (value, counts[name.partition(",")[0]])
+            for name, value in ifeval_accuracies(told).items()
+        }
         if told
         else {}
     )
@@ -116,7 +121,7 @@ def show(console: Console, run: Run) -> None:
 def _table(found: Mapping[str, Mapping[str, tuple[float, int]]]) -> Table:
     """A row a task, a column a level or accuracy."""
     named = dict.fromkeys(name for told in found.values() for name in told)
-    names = sorted(named, key=_rising) if set(LEVELS) & set(named) else list(named)
+    names = sorted(named, key=_rising) if set(COMPOSITION_LEVELS) & set(named) else list(named)
     table = Table(box=None, padding=(0, 1))
     table.add_column("task", no_wrap=True)
     for name in names:

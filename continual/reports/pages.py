@@ -25,7 +25,7 @@ from continual.reports.sections import (
 )
 from continual.results.matrix import BASE, Matrix
 from continual.results.run_folder import Run
-from continual.results.stopped import notice
+from continual.results.stopped import describe_stop
 from continual.results.uncertainty import Interval, intervals
 
 SAMPLES = 2  # of each sort a task
@@ -100,7 +100,7 @@ def notices(run: Run) -> list[str]:
             "This run is unfinished: the summaries need its last stage. "
             + (
                 f"It was {stopped}."
-                if (stopped := notice(run.path))
+                if (stopped := describe_stop(run.path))
                 else "Start it again with the same out= and it goes on."
             )
         )

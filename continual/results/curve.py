@@ -27,7 +27,7 @@ class Curve:
     metric: str
     start: str
     points: tuple[tuple[int, int, int, float], ...]
-    rule: str = "train"  # adapt.rule
+    rule: str = "train"  # adapt.update_rule
 
     @classmethod
     def read(cls, path: Path, name: str = FILE) -> Curve:

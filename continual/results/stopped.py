@@ -9,26 +9,26 @@ from typing import Any
 from continual.errors import DataError
 from continual.io.untrusted import CONTROL, is_number, load_json
 
-FILE = "stopped.json"
+STOPPED_FILE = "stopped.json"
 
 
-def notice(out: Path) -> str | None:
+def describe_stop(out: Path) -> str | None:
     """What stopped the run in this folder, in a line; None where no gate did. Raises DataError."""
-    told = _read(out)
-    return _says(told, out) if told else None
+    told = _load_stop(out)
+    return _format_stop(told, out) if told else None
 
 
-def _says(told: Mapping[str, Any], out: Path) -> str:
+def _format_stop(event: Mapping[str, Any], out: Path) -> str:
     return (
-        f"stopped by stop_if.forgetting={told['limit']:g}: forgetting was "
-        f"{told['forgetting']:.3f} after step {told['step']} of stage {told['task']}; all is "
+        f"stopped by stop_if.forgetting={event['limit']:g}: forgetting was "
+        f"{event['forgetting']:.3f} after step {event['step']} of stage {event['task']}; all is "
         f"kept. The same command with out={out} and a higher stop_if.forgetting, or "
         "stop_if.forgetting=null, goes on from there"
     )
 
 
-def _read(out: Path) -> dict[str, Any] | None:
-    path = out / FILE
+def _load_stop(out: Path) -> dict[str, Any] | None:
+    path = out / STOPPED_FILE
     if not path.is_file():
         return None
     told = load_json(path)

@@ -234,7 +234,7 @@ TABLES: dict[str, tuple[Columns, Callable[[Run, Summary], Rows]]] = {
             **STAGE,
             "step": (
                 "whole number",
-                "the optimizer step within the stage, of those that were logged (train.log_every)",
+                "the optimizer step within the stage, of those that were logged (train.log_every_steps)",
             ),
             "steps": ("whole number", "how many the stage has"),
             "loss": ("number", "the step's loss; missing where it was not finite"),

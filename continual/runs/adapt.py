@@ -19,7 +19,7 @@ from continual.config.trust import inherit_model_and_data, unknown_strategies
 from continual.data.types import Encoded, Task
 from continual.distributed.processes import broadcast, is_main_process, main_process_first
 from continual.errors import ConfigError, MissingError, gathered
-from continual.evaluation.scoring import score
+from continual.evaluation.scoring import score_task
 from continual.io.atomic import write_atomically
 from continual.io.untrusted import check_links_inside
 from continual.models.sharding import gather_on_cpu
@@ -27,19 +27,19 @@ from continual.models.weights import restore, snapshot
 from continual.reports import write
 from continual.results.curve import FILE, Curve
 from continual.runs import build
-from continual.runs.lock import alone, claim
-from continual.runs.session import Bench, set_up, show_unfit
-from continual.runs.signals import Signals
+from continual.runs.lock import claim, run_folder_lock
+from continual.runs.session import RunSession, prepare_session, report_unusable
+from continual.runs.signals import StopSignal
 from continual.strategy.interface import Strategy
 from continual.tracking.events import EventLog
 from continual.tracking.trackers import start_tracker
 from continual.training import checkpoint
-from continual.training.precision import settle
+from continual.training.precision import choose_precision
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 
-PLAIN = f"{Strategy.__module__}.{Strategy.__name__}"  # plain fine-tuning: where no other strategy is asked for
-HALF = "curve.unfinished.json"  # the curves that are finished, while others are not
+NAIVE_TARGET = f"{Strategy.__module__}.{Strategy.__name__}"  # plain fine-tuning: where no other strategy is asked for
+UNFINISHED_FILE = "curve.unfinished.json"  # the curves that are finished, while others are not
 
 
 def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
@@ -50,8 +50,8 @@ def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
     killed goes on behind them, and ends in the same curves. Raises ConfigError where the stream has
     not exactly one task, Stopped where a signal asked for an end.
     """
-    folder = start_of(config)
-    with alone(out := Path(config.out)):
+    folder = resolve_start(config)
+    with run_folder_lock(out := Path(config.out)):
         claim(out, config)
         return _adapt(config, console, out, folder)
 
@@ -61,8 +61,8 @@ def _adapt(
 ) -> list[dict[str, Any]]:
     if (out / FILE).exists():
         console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
-        return _points(Curve.read(out))
-    bench = set_up(config, out)
+        return _to_points(Curve.read(out))
+    bench = prepare_session(config, out)
     if len(bench.stream.tasks) != 1:
         names = ", ".join(t.name for t in bench.stream.tasks)
         raise ConfigError(
@@ -70,27 +70,32 @@ def _adapt(
             f"{len(bench.stream.tasks)}: {names}; pick one, such as "
             f"stream.tasks=[{bench.stream.tasks[0].name}]"
         )
-    bench.load()
+    bench.load_network()
     if folder:
         checkpoint.load(
-            folder, bench.model, bench.strategy if config.adapt.rule == "inner" else None
+            folder, bench.model, bench.strategy if config.adapt.update_rule == "inner" else None
         )
-    task = bench.tokens.encode_stage(bench.stream.stages[0])
+    task = bench.token_cache.encode_stage(bench.stream.stages[0])
     track = start_tracker(config, out)
-    with EventLog(out / "events.jsonl", console, track) as events, Signals() as signals:
+    with EventLog(out / "events.jsonl", console, track) as events, StopSignal() as signals:
         with main_process_first():
-            settle(
+            choose_precision(
                 config.train.precision,
                 out / "precision.json",
                 bench.model,
-                bench.tokens.sample_rows,
+                bench.token_cache.sample_rows,
                 events.print_line,
             )
-        show_unfit(bench.encoder, events)
+        report_unusable(bench.encoder, events)
         empty = Curve(
-            out, task.name, bench.tests[0].metric, str(folder or "base"), (), config.adapt.rule
+            out,
+            task.name,
+            bench.test_sets[0].metric,
+            str(folder or "base"),
+            (),
+            config.adapt.update_rule,
         )
-        found = curves(bench, task, empty, events, signals)
+        found = train_curves(bench, task, empty, events, signals)
     state = (
         {n: gather_on_cpu(t) for n, t in bench.model.net.state_dict().items()}
         if bench.model.sharded
@@ -102,54 +107,58 @@ def _adapt(
         write_atomically(
             out / FILE, json.dumps(found.to_json(), indent=1)
         )  # last: where it is, the rest is whole
-        (out / HALF).unlink(missing_ok=True)
+        (out / UNFINISHED_FILE).unlink(missing_ok=True)
         write.write(out)
-    return _points(found)
+    return _to_points(found)
 
 
-def _points(found: Curve) -> list[dict[str, Any]]:
+def _to_points(found: Curve) -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = found.to_json()["points"]
     return points
 
 
-def start_of(config: DictConfig) -> Path | None:
+def resolve_start(config: DictConfig) -> Path | None:
     """The checkpoint to start from, None for the base; `config` takes over the model and data keys
     of its run.
 
-    With adapt.rule=inner also its strategy, whose inner loop it is.
+    With adapt.update_rule=inner also its strategy, whose inner loop it is.
     """
-    inner = config.adapt.rule == "inner"
-    if inner and any(part.get("_target_") != PLAIN for part in config.strategy.values()):
+    inner = config.adapt.update_rule == "inner"
+    if inner and any(part.get("_target_") != NAIVE_TARGET for part in config.strategy.values()):
         raise ConfigError(
             f"found strategy={'+'.join(map(str, config.strategy))} beside "
-            "adapt.rule=inner, which takes that of the start's run; leave one of "
+            "adapt.update_rule=inner, which takes that of the start's run; leave one of "
             "them out"
         )
-    if config.adapt.start == "base":
+    if config.adapt.init_from == "base":
         if inner:
             raise ConfigError(
-                "adapt.rule=inner takes the inner loop of the run that prepared "
+                "adapt.update_rule=inner takes the inner loop of the run that prepared "
                 "the start, and the base has none; name a checkpoint, or set "
-                "adapt.rule=train"
+                "adapt.update_rule=train"
             )
         return None
-    path = Path(config.adapt.start)
+    path = Path(config.adapt.init_from)
     if path.is_dir():
         check_links_inside(path)
-    folder = path if (path / "weights.safetensors").exists() else checkpoint.find(path).trained
+    folder = (
+        path
+        if (path / "weights.safetensors").exists()
+        else checkpoint.find_resume_point(path).stage_folder
+    )
     source = next((p for p in (path, *path.parents) if (p / "config.yaml").exists()), None)
     if folder is None or source is None:
         raise MissingError(
-            f"adapt.start={path} is neither a run folder with a checkpoint nor "
+            f"adapt.init_from={path} is neither a run folder with a checkpoint nor "
             "one of its checkpoints; name a folder made by continual run, or "
-            "adapt.start=base"
+            "adapt.init_from=base"
         )
     theirs = read_config(source / "config.yaml")
     if names := instantiate.strategies_without_complete_weights(theirs.get("strategy")):
         raise ConfigError(
-            f"adapt.start={path}: the strategy {'+'.join(names)} has a part of the "
+            f"adapt.init_from={path}: the strategy {'+'.join(names)} has a part of the "
             "model in its memory, and the weights alone never answered; start from "
-            "a run of another strategy, or from adapt.start=base"
+            "a run of another strategy, or from adapt.init_from=base"
         )
     inherit_model_and_data(config, source / "config.yaml")
     if inner:
@@ -160,8 +169,12 @@ def start_of(config: DictConfig) -> Path | None:
     return folder
 
 
-def curves(
-    bench: Bench, task: Task[Encoded], empty: Curve, events: EventLog, signals: Signals
+def train_curves(
+    session: RunSession,
+    task: Task[Encoded],
+    empty_curve: Curve,
+    events: EventLog,
+    stop_signal: StopSignal,
 ) -> Curve:
     """A curve for each draw of each number of shots (null: all training examples); the model is
     that of the last one.
@@ -169,42 +182,42 @@ def curves(
     A draw is an order of the training examples: the support set of fewer shots is a part of that of
     more. Curves that the folder of the `empty` one holds are not learned anew.
     """
-    settings, every, start = bench.config.adapt, len(task.train), snapshot(bench.model)
+    settings, every, start = session.config.adapt, len(task.train), snapshot(session.model)
     shots = dict.fromkeys(every if n is None else min(n, every) for n in settings.shots)
     wanted = [(n, draw) for n in shots for draw in range(settings.draws)]
-    kept = broadcast((empty.path / HALF).exists())
-    points = list(Curve.read(empty.path, HALF).points) if kept else []
-    before, done = _scored(bench), {point[:2] for point in points}
+    kept = broadcast((empty_curve.path / UNFINISHED_FILE).exists())
+    points = list(Curve.read(empty_curve.path, UNFINISHED_FILE).points) if kept else []
+    before, done = _score_task(session), {point[:2] for point in points}
     for number, (n, draw) in enumerate(wanted, 1):
         if (n, draw) not in done:
             events.stage = number
-            restore(bench.model, start)
-            points += _curve(bench, task, n, draw, before, events, signals)
+            restore(session.model, start)
+            points += _train_curve(session, task, n, draw, before, events, stop_signal)
             if is_main_process() and (n, draw) != wanted[-1]:  # whose model is kept with it
                 write_atomically(
-                    empty.path / HALF,
-                    json.dumps(replace(empty, points=tuple(points)).to_json(), indent=1),
+                    empty_curve.path / UNFINISHED_FILE,
+                    json.dumps(replace(empty_curve, points=tuple(points)).to_json(), indent=1),
                 )
-    return replace(empty, points=tuple(sorted(points)))
+    return replace(empty_curve, points=tuple(sorted(points)))
 
 
-def _curve(
-    bench: Bench,
+def _train_curve(
+    bench: RunSession,
     task: Task[Encoded],
     shots: int,
     draw: int,
-    before: float,
+    base_score: float,
     events: EventLog,
-    signals: Signals,
+    signals: StopSignal,
 ) -> list[tuple[int, int, int, float]]:
-    """Its points, scored `before` training and after the steps of `adapt.at` and the last."""
+    """Its points, scored `before` training and after the steps of `adapt.eval_steps` and the last."""
     settings, points = bench.config.adapt, []
     rng = random.Random(f"{bench.config.seed}/{draw}")
     support = rng.sample(list(task.train), len(task.train))[:shots]
 
     def measure(step: int, _: Any = None) -> None:
         if step in settings.at or step == settings.steps:
-            value = _scored(bench) if step else before
+            value = _score_task(bench) if step else base_score
             points.append((shots, draw, step, value))
             events(
                 {
@@ -216,42 +229,42 @@ def _curve(
                 }
             )
             events.print_line(f"{task.name}, {shots} shots, draw {draw}, step {step}: {value:.3f}")
-        signals.leave(
+        signals.raise_if_received(
             f"in the curve of {shots} shots and draw {draw}, which begins anew",
             Path(bench.config.out),
         )
 
     measure(0)
-    strategy, recipe = _learner(bench)
-    learn(
+    strategy, recipe = _make_learner(bench)
+    train_stage(
         bench.model,
         replace(task, train=support),
         strategy,
         replace(recipe, steps=settings.steps),
         seed=rng.getrandbits(31),
-        log=events,
-        after=measure,
+        log_event=events,
+        on_step=measure,
     )
     return points
 
 
-def _learner(bench: Bench) -> tuple[Strategy, Recipe]:
+def _make_learner(bench: RunSession) -> tuple[Strategy, Recipe]:
     """What takes the steps: the configured strategy and optimizer, or the start's own inner loop."""
-    if bench.config.adapt.rule == "train":
+    if bench.config.adapt.update_rule == "train":
         return build.strategy(bench.config), bench.recipe
     return bench.strategy.inner_loop(), replace(
         bench.recipe,
         optimizer="sgd",
         lr=1.0,
         schedule="constant",
-        warmup=0.0,
+        warmup_ratio=0.0,
         weight_decay=0.0,
-        clip=None,
+        max_grad_norm=None,
     )
 
 
-def _scored(bench: Bench) -> float:
+def _score_task(bench: RunSession) -> float:
     bench.model.net.eval()
-    value, _ = score(bench.model, bench.tests[0], bench.config.score.batch_size)
+    value, _ = score_task(bench.model, bench.test_sets[0], bench.config.score.batch_size)
     bench.model.net.train()
     return value

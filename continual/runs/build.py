@@ -22,7 +22,7 @@ from continual.distributed.processes import world_size
 from continual.errors import ConfigError, DataError, brief, gathered, unknown
 from continual.evaluation.judge import Judge
 from continual.evaluation.probes.base import Probe
-from continual.evaluation.scoring import Test, prepare
+from continual.evaluation.scoring import EvalSet, prepare_eval_set
 from continual.io.atomic import task_file_name
 from continual.models.model import Model, pick_device
 from continual.models.sharding import shard_model
@@ -138,26 +138,26 @@ def _model(config: DictConfig, tasks: Stream | None, **more: Any) -> Model:
 
 def encoder(config: DictConfig, made: Model) -> Encoder:
     """The configured template, for this model's tokenizer and context."""
-    limit = min(config.data.max_length, made.context or config.data.max_length)
+    limit = min(config.data.max_length, made.context_length or config.data.max_length)
     return Encoder(
-        made.tokenizer, config.data.template, limit, made.layout.seq2seq, config.data.on_unfit
+        made.tokenizer, config.data.template, limit, made.layout.seq2seq, config.data.on_unusable
     )
 
 
-def test(config: DictConfig, task: Task[Example], encoder: Encoder, index: int) -> Test:
+def test(config: DictConfig, task: Task[Example], encoder: Encoder, index: int) -> EvalSet:
     """The task, column `index` of the matrix, ready to be scored as configured; raises as
     `score.prepare` does.
     """
     s = config.score
-    return prepare(
+    return prepare_eval_set(
         task,
         encoder,
         s.split,
         index,
         metric=s.metric,
         max_new_tokens=s.max_new_tokens,
-        limit=s.limit,
-        how=s.how,
+        max_examples=s.limit,
+        answer_mode=s.how,
         judge=judge(config),
     )
 
@@ -194,6 +194,6 @@ def recipe(config: DictConfig) -> Recipe:
         raise ConfigError(gathered(strange))
     return Recipe(
         **keys,
-        mask_instruction_tokens=config.loss.mask_instruction_tokens,
-        mask_how=config.loss.mask_how,
+        prompt_mask_prob=config.loss.prompt_mask_prob,
+        prompt_mask_mode=config.loss.prompt_mask_mode,
     )

@@ -22,12 +22,12 @@ from continual.errors import ConfigError, ContinualError, gathered, unknown
 from continual.io.atomic import write_atomically
 from continual.io.untrusted import load_yaml_mapping
 from continual.results import comparison
-from continual.runs.lock import alone
-from continual.runs.signals import Signals, Stopped
+from continual.runs.lock import run_folder_lock
+from continual.runs.signals import RunInterrupted, StopSignal
 
-LAUNCHER = "hydra/launcher"
-HERE = "basic"  # the launcher that does one run after another, in this process
-PLUGINS = {
+LAUNCHER_GROUP = "hydra/launcher"
+SERIAL_LAUNCHER = "basic"  # the launcher that does one run after another, in this process
+LAUNCHER_PACKAGES = {
     "joblib": "joblib",
     "submitit_local": "submitit",
     "submitit_slurm": "submitit",
@@ -35,14 +35,18 @@ PLUGINS = {
     "ray": "ray",
     "ray_cluster": "ray",
 }  # of each launcher
-BEST = "optimization_results.yaml"  # what a search found
-STOP = ".stop"  # in the comparison's folder, with the signal's number: no further run begins
-NAMED = ("strategy", "seed")  # a run's folder always says these
-BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # every combination; another sweeper searches
-OURS = ("strategies", "tuned", "spaces")  # a comparison's own keys, which its runs do not have
+SEARCH_RESULT_FILE = "optimization_results.yaml"  # what a search found
+STOP_FILE = ".stop"  # in the comparison's folder, with the signal's number: no further run begins
+FOLDER_NAME_KEYS = ("strategy", "seed")  # a run's folder always says these
+GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # every combination; another sweeper searches
+COMPARISON_KEYS = (
+    "strategies",
+    "tuned",
+    "spaces",
+)  # a comparison's own keys, which its runs do not have
 
 
-def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> None:
+def compare(overrides: Sequence[str], compose_config: Callable[..., DictConfig]) -> None:
     """One run for each combination of the comma-separated values, each in a folder of its own, and
     their report.
 
@@ -50,53 +54,65 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
     command that finishes it. Raises ConfigError for it, for a combination that is wrong before any
     run starts, and where another comparison is under way in the folder; Stopped for a signal.
     """
-    if several := [o for o in overrides if o.startswith("out=") and _sweeps(o)]:
+    if several := [o for o in overrides if o.startswith("out=") and _is_sweep(o)]:
         raise ConfigError(
             f"{several[0]}: a comparison has one folder; quote a comma that is part of its name, such as "
             "\"out='a,b'\""
         )
-    launcher, typed = _launcher(overrides), [o for o in overrides if not o.startswith("out=")]
-    overrides = _for_some(overrides)
-    config = configure("compare", [_first(o) for o in overrides], return_hydra_config=True)
+    launcher, typed = (
+        _resolve_launcher(overrides),
+        [o for o in overrides if not o.startswith("out=")],
+    )
+    overrides = _to_strategy_defaults(overrides)
+    config = compose_config(
+        "compare", [_with_first_value(o) for o in overrides], return_hydra_config=True
+    )
     out, given = Path(config.out), [o for o in overrides if not o.startswith("out=")]
     sweeper = config.hydra.sweeper
     told = {
         **(sweeper.params or {}),
-        **_space(config),
+        **_search_space(config),
     }  # an experiment's sweeps are among the params
-    words = [*given, *(f"{key}={value}" for key, value in told.items() if not _sets(given, key))]
-    for key, value in zip(NAMED, (config.strategies, config.seed), strict=True):
-        words += [] if _sets(words, key) else [f"{key}={value}"]
+    words = [
+        *given,
+        *(f"{key}={value}" for key, value in told.items() if not _has_override(given, key)),
+    ]
+    for key, value in zip(FOLDER_NAME_KEYS, (config.strategies, config.seed), strict=True):
+        words += [] if _has_override(words, key) else [f"{key}={value}"]
     fixed = [
-        key for o in words if not _sweeps(o) and (key := o.split("=")[0].lstrip("+")) not in NAMED
+        key
+        for o in words
+        if not _is_sweep(o) and (key := o.split("=")[0].lstrip("+")) not in FOLDER_NAME_KEYS
     ]
     words.append(f"out={quote_value(str(out.absolute()))}")
-    searches = sweeper._target_ != BASIC
-    if searches and not any(_sweeps(word) and word.split("=")[0] not in NAMED for word in words):
+    searches = sweeper._target_ != GRID_SWEEPER
+    if searches and not any(
+        _is_sweep(word) and word.split("=")[0] not in FOLDER_NAME_KEYS for word in words
+    ):
         raise ConfigError(
             "a search needs something to look through, and of "
             f"{', '.join(config.strategy)} nothing is told; give a range, such as "
             "'strategy.NAME.KEY=tag(log,interval(0.01,10))'"
         )
-    names = [] if searches else _check(words, [*fixed, "out"], configure)
+    names = [] if searches else _check_combinations(words, [*fixed, "out"], compose_config)
     if launcher == "joblib" and not any(o.startswith("hydra.launcher.n_jobs=") for o in words):
         # Each gets its part of the threads.
         words.append(
             f"hydra.launcher.n_jobs={min(len(names) or sweeper.n_jobs, os.cpu_count() or 1)}"
         )
-    with alone(out):
-        (out / STOP).unlink(missing_ok=True)
+    with run_folder_lock(out):
+        (out / STOP_FILE).unlink(missing_ok=True)
         if not searches:  # which runs a search will do is not known before
             comparison.plan(out, typed, names)
-        with _Noted(out) if launcher != HERE else nullcontext():
-            trouble = _sweep(
+        with _SharedStopSignal(out) if launcher != SERIAL_LAUNCHER else nullcontext():
+            trouble = _run_sweep(
                 [*words, f"hydra.job.config.override_dirname.exclude_keys={[*fixed, 'out']}"]
             )
-        if number := _stopped(out):
-            raise Stopped(
+        if number := _load_stop_signal(out):
+            raise RunInterrupted(
                 "stopped; nothing is lost. Go on with:\n  " + comparison.command(out, typed), number
             )
-        _tell(
+        _report_results(
             out,
             typed,
             names or [p.parent.name for p in sorted(out.glob(f"*/{comparison.FAILED}"))],
@@ -104,7 +120,7 @@ def compare(overrides: Sequence[str], configure: Callable[..., DictConfig]) -> N
         )
 
 
-def cell(config: DictConfig) -> float | None:
+def run_combination(config: DictConfig) -> float | None:
     """One run of the comparison, in this process or wherever the launcher puts it; what fails is
     left in its folder.
 
@@ -113,9 +129,9 @@ def cell(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    folder, name = Path(config.out), _folder(hydra.job.override_dirname)
-    beside = hydra.runtime.choices[LAUNCHER] != HERE
-    if _stopped(folder):
+    folder, name = Path(config.out), _run_folder_name(hydra.job.override_dirname)
+    beside = hydra.runtime.choices[LAUNCHER_GROUP] != SERIAL_LAUNCHER
+    if _load_stop_signal(folder):
         return None
     from continual.runs.run import run
     from continual.tracking.events import prefixed_console, silence_libraries
@@ -124,8 +140,10 @@ def cell(config: DictConfig) -> float | None:
     out = folder / name
     with open_dict(config):
         config.out = str(out)
-        _tune(config, {o.split("=")[0].lstrip("+") for o in hydra.overrides.task})
-        for key in OURS:
+        _apply_strategy_defaults(
+            config, {o.split("=")[0].lstrip("+") for o in hydra.overrides.task}
+        )
+        for key in COMPARISON_KEYS:
             del config[key]
     console = prefixed_console(name) if beside else Console(stderr=True)
     if not beside:
@@ -133,9 +151,9 @@ def cell(config: DictConfig) -> float | None:
     (out / comparison.FAILED).unlink(missing_ok=True)
     try:
         return run(config, console).summary()["average_performance"]
-    except Stopped as stop:
+    except RunInterrupted as stop:
         if not beside:
-            write_atomically(folder / STOP, str(stop.number))
+            write_atomically(folder / STOP_FILE, str(stop.signal_number))
     except Exception as error:
         if not isinstance(error, ContinualError):
             console.print_exception()
@@ -147,25 +165,25 @@ def cell(config: DictConfig) -> float | None:
     return None
 
 
-def _for_some(overrides: Sequence[str]) -> list[str]:
+def _to_strategy_defaults(overrides: Sequence[str]) -> list[str]:
     """Where several strategies are compared, a single one's settings as tuned ones: for those runs
     that have it.
     """
-    if any(o.startswith("strategy=") and not _sweeps(o) for o in overrides):
+    if any(o.startswith("strategy=") and not _is_sweep(o) for o in overrides):
         return list(overrides)
     return [
-        re.sub(r"^\+*strategy\.(?=[\w-]+\.)", "++tuned.", o) if not _sweeps(o) else o
+        re.sub(r"^\+*strategy\.(?=[\w-]+\.)", "++tuned.", o) if not _is_sweep(o) else o
         for o in overrides
     ]
 
 
-def _tune(config: DictConfig, given: Collection[str]) -> None:
+def _apply_strategy_defaults(config: DictConfig, overridden_keys: Collection[str]) -> None:
     """The strategies' tuned settings, but for the keys that are given; raises ConfigError for one
     that is not there.
     """
     for name, values in config.tuned.items():
         for key, value in values.items():
-            if name in config.strategy and f"strategy.{name}.{key}" not in given:
+            if name in config.strategy and f"strategy.{name}.{key}" not in overridden_keys:
                 if key not in config.strategy[name]:
                     raise ConfigError(
                         unknown(
@@ -181,7 +199,7 @@ def _tune(config: DictConfig, given: Collection[str]) -> None:
                 config.strategy[name][key] = value
 
 
-class _Noted(Signals):
+class _SharedStopSignal(StopSignal):
     """A signal is left where runs that have not begun see it; those under way get it too, or come
     to their end.
     """
@@ -191,26 +209,28 @@ class _Noted(Signals):
         super().__init__()
         self.out = out
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        write_atomically(self.out / STOP, str(number))
-        super()._note(number, frame)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        write_atomically(self.out / STOP_FILE, str(number))
+        super()._handle(number, frame)
 
 
-def _stopped(out: Path) -> int:
+def _load_stop_signal(out: Path) -> int:
     """The number of the signal that stopped the comparison, or 0."""
-    return int((out / STOP).read_text()) if (out / STOP).exists() else 0
+    return int((out / STOP_FILE).read_text()) if (out / STOP_FILE).exists() else 0
 
 
-def _sweep(words: Sequence[str]) -> Exception | None:
+def _run_sweep(words: Sequence[str]) -> Exception | None:
     """Let Hydra do all runs; what the launcher raised, such as a process of its own that was
     killed.
     """
     import hydra
 
-    main = hydra.main(version_base=None, config_path="pkg://conf", config_name="compare")(cell)
+    main = hydra.main(version_base=None, config_path="pkg://conf", config_name="compare")(
+        run_combination
+    )
     before, sys.argv = sys.argv, ["continual", *words]
     try:
-        with _raising():
+        with _hydra_full_error():
             main()
     except Exception as error:
         return error
@@ -220,7 +240,7 @@ def _sweep(words: Sequence[str]) -> Exception | None:
 
 
 @contextmanager
-def _raising() -> Iterator[None]:
+def _hydra_full_error() -> Iterator[None]:
     """Hydra raises what went wrong, and prints no traceback of its own."""
     name = "HYDRA_FULL_ERROR"
     before, os.environ[name] = os.environ.get(name), "1"
@@ -233,14 +253,16 @@ def _raising() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _tell(out: Path, words: Sequence[str], names: Sequence[str], trouble: Exception | None) -> None:
+def _report_results(
+    out: Path, words: Sequence[str], names: Sequence[str], launcher_error: Exception | None
+) -> None:
     """The report over what is there; raises ConfigError for what is not finished."""
     from continual.reports import write
 
     written = write.write(out) if any(out.glob("*/matrix.json")) else []
     if written:
         write.tables(Console(), out)
-    if (best := out / BEST).is_file():
+    if (best := out / SEARCH_RESULT_FILE).is_file():
         told = load_yaml_mapping(best)
         print(
             f"best: {' '.join(f'{k}={v}' for k, v in told['best_params'].items())}, with an "
@@ -253,17 +275,17 @@ def _tell(out: Path, words: Sequence[str], names: Sequence[str], trouble: Except
             if all(told.startswith("failed") for told in left.values())
             else "are not finished"
         )
-        why = f"\n{type(trouble).__name__}: {trouble}" if trouble else ""
+        why = f"\n{type(launcher_error).__name__}: {launcher_error}" if launcher_error else ""
         raise ConfigError(
             f"{len(left)} of the runs {what}; mend what they say, and give the "
             f"command again:\n  {comparison.command(out, words)}{why}\n"
             + "\n".join(f"{n}: {t}" for n, t in left.items())
         )
-    if trouble:
-        raise trouble
+    if launcher_error:
+        raise launcher_error
 
 
-def _space(config: DictConfig) -> dict[str, str]:
+def _search_space(config: DictConfig) -> dict[str, str]:
     """What a search looks through for these strategies, by key."""
     return {
         f"strategy.{name}.{key}": value
@@ -272,29 +294,30 @@ def _space(config: DictConfig) -> dict[str, str]:
     }
 
 
-def _sets(words: Sequence[str], key: str) -> bool:
+def _has_override(words: Sequence[str], key: str) -> bool:
     return any(word.startswith(f"{key}=") for word in words)
 
 
-def _launcher(overrides: Sequence[str]) -> str:
+def _resolve_launcher(overrides: Sequence[str]) -> str:
     """The launcher's name; raises ConfigError where its package is not installed."""
     name = next(
-        (o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{LAUNCHER}=")), HERE
+        (o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{LAUNCHER_GROUP}=")),
+        SERIAL_LAUNCHER,
     )
-    plugin = PLUGINS.get(name)
+    plugin = LAUNCHER_PACKAGES.get(name)
     try:
         there = not plugin or bool(find_spec(f"hydra_plugins.hydra_{plugin}_launcher"))
     except ModuleNotFoundError:  # there is no plugin at all
         there = False
     if not there:
         raise ConfigError(
-            f"{LAUNCHER}={name} needs hydra-{plugin}-launcher, which is not "
+            f"{LAUNCHER_GROUP}={name} needs hydra-{plugin}-launcher, which is not "
             f"installed: pip install hydra-{plugin}-launcher"
         )
     return name
 
 
-def _sweeps(override: str) -> bool:
+def _is_sweep(override: str) -> bool:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
@@ -305,11 +328,11 @@ def _sweeps(override: str) -> bool:
         return False
 
 
-def _first(override: str) -> str:
+def _with_first_value(override: str) -> str:
     """With the first of the values that it sweeps over."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    if not _sweeps(override):
+    if not _is_sweep(override):
         return override
     parsed = OverridesParser.create().parse_override(override)
     least = (
@@ -320,7 +343,7 @@ def _first(override: str) -> str:
     return f"{parsed.get_key_element()}={least}"
 
 
-def _check(
+def _check_combinations(
     words: Sequence[str], fixed: Sequence[str], configure: Callable[..., DictConfig]
 ) -> list[str]:
     """Compose every combination once, with its strategy and recipe, before the first one runs;
@@ -346,12 +369,12 @@ def _check(
     tuned = {key.split(".")[1] for key in values if key.startswith("++tuned.")}
     for combination in product(*values.values()):
         config = configure("compare", combination)
-        _tune(config, values)
+        _apply_strategy_defaults(config, values)
         build.strategy(config), build.recipe(config)
         met |= set(config.strategy)
         told: Mapping[str, str] = dict(zip(values, combination, strict=True))
         names.append(
-            _folder(
+            _run_folder_name(
                 "_".join(
                     sorted(
                         word
@@ -368,6 +391,6 @@ def _check(
     return names
 
 
-def _folder(combination: str) -> str:
+def _run_folder_name(combination: str) -> str:
     """The name of a run's folder, which is one folder whatever the values hold."""
     return re.sub("/", "%2F", combination)

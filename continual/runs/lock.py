@@ -16,7 +16,7 @@ from continual.io.atomic import write_atomically
 from continual.io.untrusted import check_links_inside
 
 # What changes nothing of what is learned and scored.
-FREE = ("out.", "track.", "checkpoint.", "stop_if.", "score.during")
+FREE = ("out.", "track.", "checkpoint.", "stop_if.", "score.every_steps")
 
 
 def claim(out: Path, config: DictConfig) -> None:
@@ -55,7 +55,7 @@ def claim(out: Path, config: DictConfig) -> None:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def run_folder_lock(out: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process; raises ConfigError where another process
     has it.
 

@@ -15,18 +15,18 @@ from continual.data.template import Encoder
 from continual.data.token_cache import TokenCache, load_or_tokenize
 from continual.data.types import Stream
 from continual.errors import ConfigError, listed
-from continual.evaluation.probes.base import Probe, Setting
-from continual.evaluation.scoring import Test
+from continual.evaluation.probes.base import Probe, RunSetup
+from continual.evaluation.scoring import EvalSet
 from continual.models.model import Model
 from continual.runs import build, validate
-from continual.runs.forgetting_monitor import Early
+from continual.runs.forgetting_monitor import ForgettingMonitor
 from continual.strategy.interface import Strategy
 from continual.tracking.events import EventLog
 from continual.training.recipe import Recipe
 
 
 @dataclass
-class Bench:
+class RunSession:
     """All that a run works with; until `load` the model only tokenises."""
 
     config: DictConfig
@@ -35,16 +35,16 @@ class Bench:
     strategy: Strategy
     recipe: Recipe
     encoder: Encoder
-    tests: list[Test]
-    tokens: TokenCache  # the rows of all stages
+    test_sets: list[EvalSet]
+    token_cache: TokenCache  # the rows of all stages
     probes: Mapping[str, Probe] = field(default_factory=dict)
 
-    def load(self) -> None:
+    def load_network(self) -> None:
         """Give the model its network; raises ContinualError for what is wrong with it."""
         self.model = build.model(self.config, self.stream)
 
 
-def set_up(config: DictConfig, out: Path) -> Bench:
+def prepare_session(config: DictConfig, out: Path) -> RunSession:
     """Build what the configuration names but the network; raises ContinualError for whatever is
     wrong with it.
     """
@@ -67,36 +67,36 @@ def set_up(config: DictConfig, out: Path) -> Bench:
     tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]
     probes = build.probes(config)
     for probe in probes.values():
-        probe.ready(Setting(config, stream, encoder, build.judge(config)))
+        probe.prepare(RunSetup(config, stream, encoder, build.judge(config)))
     tokens = load_or_tokenize(
         out / "tokens.safetensors", encoder, stream, include_dev=recipe.patience is not None
     )
-    return Bench(config, stream, model, strategy, recipe, encoder, tests, tokens, probes)
+    return RunSession(config, stream, model, strategy, recipe, encoder, tests, tokens, probes)
 
 
-def early_of(out: Path, bench: Bench) -> Early:
+def make_forgetting_monitor(out: Path, session: RunSession) -> ForgettingMonitor:
     """What looks at forgetting within stages, as the configuration asks."""
-    s = bench.config.score
-    return Early(
-        bench.model,
-        bench.strategy,
-        bench.stream,
-        bench.tests,
-        partial(predictions, out),
+    s = session.config.score
+    return ForgettingMonitor(
+        session.model,
+        session.strategy,
+        session.stream,
+        session.test_sets,
+        partial(predictions_folder, out),
         s.during,
         s.during_examples,
         s.batch_size,
-        bench.config.seed,
+        session.config.seed,
     )
 
 
-def predictions(out: Path, number: int) -> Path:
+def predictions_folder(out: Path, stage_number: int) -> Path:
     """Where the answers after a stage stand."""
-    return out / "predictions" / f"stage-{number:02d}"
+    return out / "predictions" / f"stage-{stage_number:02d}"
 
 
-def show_unfit(encoder: Encoder, events: EventLog) -> None:
-    """Count and show what was shortened, or left out by data.on_unfit=skip, since the last time."""
+def report_unusable(encoder: Encoder, events: EventLog) -> None:
+    """Count and show what was shortened, or left out by data.on_unusable=skip, since the last time."""
     counts = {"skipped": len(encoder.skipped), "shortened": len(encoder.shortened)}
     if any(counts.values()):
         events({"event": "data", **counts})

@@ -19,12 +19,12 @@ WHOLE = {
     "data.max_length": 1,
     "train.tokens_per_microbatch": 1,
     "score.batch_size": 1,
-    "score.limit": 1,
+    "score.max_examples": 1,
     "score.max_new_tokens": 1,
     "score.judge.max_length": 1,
     "score.judge.batch_size": 1,
-    "score.during": 1,
-    "score.during_examples": 1,
+    "score.every_steps": 1,
+    "score.monitor_examples": 1,
     "adapt.steps": 1,
     "adapt.draws": 1,
     "checkpoint.every_steps": 1,
@@ -44,7 +44,7 @@ def check(config: DictConfig) -> None:
     ]
     if not wrong and (config.seed or 0) >= 2**63:
         wrong.append(f"seed={config.seed}: expected a whole number below 2^63")
-    for key, least in (("adapt.at", 0), ("adapt.shots", 1)):
+    for key, least in (("adapt.eval_steps", 0), ("adapt.shots", 1)):
         value = OmegaConf.select(config, key, default=ListConfig([]))
         if not isinstance(value, ListConfig) or any(
             mistyped("int | None", v) or (v is not None and v < least) for v in value
@@ -53,8 +53,8 @@ def check(config: DictConfig) -> None:
                 f"{key}={value}: expected a list of whole numbers of at least {least}, "
                 "such as [16,64]"
             )
-    if (rule := OmegaConf.select(config, "adapt.rule", default="train")) not in RULES:
-        wrong.append(unknown("adapt.rule", str(rule), RULES))
+    if (rule := OmegaConf.select(config, "adapt.update_rule", default="train")) not in RULES:
+        wrong.append(unknown("adapt.update_rule", str(rule), RULES))
     adapter, kinds = (OmegaConf.select(config, key) for key in ("model.adapter", "model.adapters"))
     if adapter not in (None, "none", *(kinds or ())):
         wrong.append(unknown("model.adapter", str(adapter), ["none", *(kinds or ())]))
@@ -74,17 +74,17 @@ def check(config: DictConfig) -> None:
 def _early(config: DictConfig) -> Iterator[str]:
     """What is wrong with how forgetting is looked at within stages."""
     during, limit = (
-        OmegaConf.select(config, key) for key in ("score.during", "stop_if.forgetting")
+        OmegaConf.select(config, key) for key in ("score.every_steps", "stop_if.forgetting")
     )
     if limit is not None and (mistyped("float", limit) or not 0 <= limit < 1):
         yield f"stop_if.forgetting={limit}: expected a share of at least 0 and below 1, such as 0.2, or null"
     elif limit is not None and during is None:
         yield (
             f"stop_if.forgetting={limit}: forgetting within a stage is not measured; set "
-            "score.during=N, the steps between two looks at it"
+            "score.every_steps=N, the steps between two looks at it"
         )
     if during is not None and "adapt" in config:
-        yield f"score.during={during}: adapt has one task and scores it at adapt.at; leave it out"
+        yield f"score.every_steps={during}: adapt has one task and scores it at adapt.eval_steps; leave it out"
 
 
 def _loss(config: DictConfig) -> Iterator[str]:

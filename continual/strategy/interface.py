@@ -96,8 +96,8 @@ class Strategy:
         Raises ConfigError where they were prepared for none.
         """
         raise ConfigError(
-            f"{type(self).__name__} has no inner loop, and adapt.rule=inner takes its steps; "
-            "start from a run of maml or its kin, or set adapt.rule=train"
+            f"{type(self).__name__} has no inner loop, and adapt.update_rule=inner takes its steps; "
+            "start from a run of maml or its kin, or set adapt.update_rule=train"
         )
 
     def state_dict(self) -> dict[str, Any]:

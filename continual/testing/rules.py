@@ -35,7 +35,7 @@ from continual.testing.toy import (
 )
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
-from continual.training.serialization import to_json
+from continual.training.serialization import serialize_value
 
 CHECKPOINT_STEP = 2  # of the four steps of a short stage
 
@@ -371,7 +371,7 @@ def a_stage_resumes_bit_exactly(s: StrategyUnderTest) -> None:
 
         def go_on() -> dict[str, Any]:
             checkpoint.load(within, again, resumed)
-            return checkpoint.progress(within, again)
+            return checkpoint.load_stage_state(within, again)
 
         _require(
             _train_and_serialize(again, resumed, progress=go_on) == whole,
@@ -393,7 +393,7 @@ def _train_and_serialize(made: Model, strategy: Strategy, **more: Any) -> tuple[
 def serialize_state(made: Model, strategy: Strategy) -> tuple[str, list[bytes]]:
     """The memory as JSON, and all weights and the memory's tensors as bytes."""
     tensors: dict[str, Tensor] = {}
-    told = json.dumps(to_json(strategy.state_dict(), "memory", tensors))
+    told = json.dumps(serialize_value(strategy.state_dict(), "memory", tensors))
     held = [*copy_parameters(made).values(), *tensors.values()]
     return told, [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in held]
 

@@ -21,7 +21,7 @@ from continual.packing.support import detect_packing_support
 from continual.results.matrix import Matrix
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 
 VOCAB_SIZE, CONTEXT_LENGTH = 64, 32
 TASK_NAMES = ("a", "b", "c", "d")
@@ -73,7 +73,7 @@ def make_model(
     tokenizer = SimpleNamespace(all_special_ids=[0, 1], eos_token_id=0, decode=_decode)
     flat, last = detect_packing_support(net)
     made = Layout(**{"pad_token_id": 1, "device": torch.device("cpu"), "packed": flat, **layout})
-    return Model(net.eval(), tokenizer, made, context=CONTEXT_LENGTH, last_layer=last)
+    return Model(net.eval(), tokenizer, made, context_length=CONTEXT_LENGTH, last_layer=last)
 
 
 def add_virtual_tokens(model: Model, tokens: int = 2) -> Model:
@@ -133,9 +133,17 @@ def train_stages(
     recipe: Recipe = RECIPE,
     **more: Any,
 ) -> None:
-    """A stage for each task index; `more` goes to `continual.training.stage.learn`."""
+    """A stage for each task index; `more` goes to `continual.training.stage.train_stage`."""
     for i in indices:
-        learn(model, make_task(i, size), strategy, recipe, seed=i, log=lambda event: None, **more)
+        train_stage(
+            model,
+            make_task(i, size),
+            strategy,
+            recipe,
+            seed=i,
+            log_event=lambda event: None,
+            **more,
+        )
 
 
 def empty_matrix() -> Matrix:

@@ -30,10 +30,12 @@ from continual.models.sharding import gather_on_cpu
 from continual.models.weights import restore, snapshot, weights
 from continual.results.matrix import Matrix
 from continual.strategy.interface import Strategy
-from continual.training.serialization import MALFORMED, from_json, to_json
+from continual.training.serialization import MALFORMED_ERRORS, deserialize_value, serialize_value
 
-NAME = re.compile(r"stage-(\d+)(?:-step-(\d+))?")
-WITHIN = 2  # of the stage under way this many are kept: an older one for when the newest is damaged
+NAME_PATTERN = re.compile(r"stage-(\d+)(?:-step-(\d+))?")
+MAX_STEP_CHECKPOINTS = (
+    2  # of the stage under way this many are kept: an older one for when the newest is damaged
+)
 
 
 def save(
@@ -41,7 +43,7 @@ def save(
     model: Model,
     strategy: Strategy,
     matrix: Matrix,
-    progress: Mapping[str, Any] | None = None,
+    stage_state: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `folder` whole, with the stage's `progress` if it is under way; returns it.
 
@@ -51,11 +53,13 @@ def save(
     from safetensors import SafetensorError
 
     kept: dict[str, Tensor] = {}
-    memory = {"memory.json": to_json(strategy.state_dict(), "memory", kept)}
+    memory = {"memory.json": serialize_value(strategy.state_dict(), "memory", kept)}
     tensors = {"weights": {n: gather_on_cpu(w) for n, w in snapshot(model).items()}, "memory": kept}
-    if progress is not None:
+    if stage_state is not None:
         tensors["progress"] = {}
-        memory["progress.json"] = to_json(dict(progress), "progress", tensors["progress"])
+        memory["progress.json"] = serialize_value(
+            dict(stage_state), "progress", tensors["progress"]
+        )
     if not is_main_process():
         return folder
     texts = {
@@ -67,12 +71,12 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _refuse_full(
+        _check_disk_space(
             folder.parent,
             sum(map(len, texts.values()))
             + sum(t.nbytes for part in tensors.values() for t in part.values()),
         )
-        _write(temporary, tensors, texts)
+        _write_files(temporary, tensors, texts)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ContinualError(
@@ -85,7 +89,7 @@ def save(
     return folder
 
 
-def _write(
+def _write_files(
     folder: Path, tensors: Mapping[str, dict[str, Tensor]], texts: Mapping[str, bytes]
 ) -> None:
     """All files and their manifest, flushed to disk."""
@@ -95,18 +99,20 @@ def _write(
         save_file(part, folder / f"{name}.safetensors")
     for name, text in texts.items():
         (folder / name).write_bytes(text)
-    (folder / "manifest.json").write_text(json.dumps(_manifest(folder), indent=1), encoding="utf-8")
+    (folder / "manifest.json").write_text(
+        json.dumps(_make_manifest(folder), indent=1), encoding="utf-8"
+    )
     for path in folder.iterdir():
         flush_to_disk(path)
     flush_to_disk(folder)
 
 
-def _refuse_full(folder: Path, size: int) -> None:
+def _check_disk_space(folder: Path, size: int) -> None:
     if (free := shutil.disk_usage(folder).free) < size + 2**20:
         raise OSError(f"it takes {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def _make_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Each file's size in bytes and SHA-256."""
     return {
         p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())
@@ -118,7 +124,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fault(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by its manifest; None where it is whole."""
     try:
         manifest = load_json(folder / "manifest.json")
@@ -137,12 +143,12 @@ def fault(folder: Path) -> str | None:
             "matrix.json",
         } - manifest.keys()
         return f"{', '.join(sorted(missing))} missing" if missing else None
-    except (OSError, *MALFORMED):
+    except (OSError, *MALFORMED_ERRORS):
         return "manifest.json is missing or damaged"
 
 
 def load(
-    folder: Path, model: Model, strategy: Strategy | None = None, *, found: bool = False
+    folder: Path, model: Model, strategy: Strategy | None = None, *, is_verified: bool = False
 ) -> Matrix:
     """Give the model, and the strategy if there is one, what `save` wrote; returns the matrix of
     that time.
@@ -155,12 +161,12 @@ def load(
         raise MissingError(
             f"{folder}: there is no such checkpoint; name a folder such as RUN/checkpoints/stage-01"
         )
-    if not found and (problem := fault(folder)):
+    if not is_verified and (problem := find_damage(folder)):
         raise DataError(
             f"{folder} is no whole checkpoint: {problem}; name another, or remove it to go on "
             "from the one before it"
         )
-    saved = _tensors(folder / "weights.safetensors", model)
+    saved = _load_tensors(folder / "weights.safetensors", model)
     wanted = {n: tuple(w.shape) for n, w in weights(model).items()}
     if wanted != {n: tuple(w.shape) for n, w in saved.items()}:
         raise DataError(
@@ -170,9 +176,9 @@ def load(
     restore(model, saved)
     if strategy is not None:
         try:
-            state = _values(folder, "memory", model)
+            state = _load_values(folder, "memory", model)
             strategy.load_state_dict({MEMORY_FIELDS.get(n, n): v for n, v in state.items()})
-        except MALFORMED as e:
+        except MALFORMED_ERRORS as e:
             raise DataError(
                 f"{folder}/memory.json does not fit this strategy ({e!r}); resume with the "
                 "strategy that wrote it"
@@ -180,25 +186,27 @@ def load(
     return Matrix.load(folder / "matrix.json")
 
 
-def progress(folder: Path, model: Model) -> dict[str, Any]:
+def load_stage_state(folder: Path, model: Model) -> dict[str, Any]:
     """How far the stage under way was; raises DataError for what `save` did not write."""
     try:
-        return dict(_values(folder, "progress", model))
-    except (OSError, *MALFORMED) as e:
+        return dict(_load_values(folder, "progress", model))
+    except (OSError, *MALFORMED_ERRORS) as e:
         raise DataError(
             f"{folder}/progress.json cannot be read ({e!r}); remove {folder} to go on from the "
             "one before it"
         ) from e
 
 
-def _values(folder: Path, name: str, model: Model) -> Any:
+def _load_values(folder: Path, stem: str, model: Model) -> Any:
     words = model.net.get_input_embeddings().num_embeddings
-    return from_json(
-        load_json(folder / f"{name}.json"), _tensors(folder / f"{name}.safetensors", model), words
+    return deserialize_value(
+        load_json(folder / f"{stem}.json"),
+        _load_tensors(folder / f"{stem}.safetensors", model),
+        words,
     )
 
 
-def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
+def _load_tensors(path: Path, model: Model) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -215,57 +223,57 @@ def _tensors(path: Path, model: Model) -> dict[str, Tensor]:
         ) from e
 
 
-class Found(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where a run can go on: its newest whole trained stage, the stage after it under way, and what
     was passed over.
     """
 
-    trained: Path | None
-    within: Path | None
-    damaged: list[str]
+    stage_folder: Path | None
+    step_folder: Path | None
+    damage: list[str]
 
 
-def find(run: Path) -> Found:
+def find_resume_point(run: Path) -> ResumePoint:
     """The newest whole checkpoints of a run folder; a half-written one has no such name."""
-    order = sorted(_named(run), key=_place, reverse=True)
+    order = sorted(_list_checkpoints(run), key=_sort_key, reverse=True)
     damaged: list[str] = []
 
     def first(candidates: list[Path]) -> Path | None:
         for path in candidates:
-            if (problem := fault(path)) is None:
+            if (problem := find_damage(path)) is None:
                 return path
             damaged.append(f"{path}: {problem}")
         return None
 
-    trained = first([p for p in order if _place(p)[1] == math.inf])
-    after = number(trained) + 1 if trained else 1
-    return Found(
+    trained = first([p for p in order if _sort_key(p)[1] == math.inf])
+    after = stage_number(trained) + 1 if trained else 1
+    return ResumePoint(
         trained,
-        first([p for p in order if _place(p)[1] < math.inf and number(p) == after]),
+        first([p for p in order if _sort_key(p)[1] < math.inf and stage_number(p) == after]),
         damaged,
     )
 
 
-def _named(run: Path) -> list[Path]:
+def _list_checkpoints(run: Path) -> list[Path]:
     """All that is named as a checkpoint, whole or not."""
-    return [p for p in (run / "checkpoints").glob("stage-*") if NAME.fullmatch(p.name)]
+    return [p for p in (run / "checkpoints").glob("stage-*") if NAME_PATTERN.fullmatch(p.name)]
 
 
-def _place(folder: Path) -> tuple[int, float]:
+def _sort_key(folder: Path) -> tuple[int, float]:
     """How far a run had come: its stage, and the step in it; a trained stage is behind all its
     steps.
     """
-    match = NAME.fullmatch(folder.name)
-    return number(folder), int(match[2]) if match and match[2] else math.inf
+    match = NAME_PATTERN.fullmatch(folder.name)
+    return stage_number(folder), int(match[2]) if match and match[2] else math.inf
 
 
-def number(folder: Path) -> int:
+def stage_number(folder: Path) -> int:
     """The number of a checkpoint's stage."""
-    match = NAME.fullmatch(folder.name)
+    match = NAME_PATTERN.fullmatch(folder.name)
     return int(match[1]) if match else 0
 
 
-def prune(run: Path, keep: int | None, newest: Path | None = None) -> None:
+def prune(run: Path, keep_stages: int | None, newest: Path | None = None) -> None:
     """Leave the newest `keep` trained stages (None: all), and of the stage under way the newest
     two; nothing half.
 
@@ -274,18 +282,20 @@ def prune(run: Path, keep: int | None, newest: Path | None = None) -> None:
     """
     for half in (run / "checkpoints").glob("*.tmp"):  # of a process that was killed
         shutil.rmtree(half)
-    found = _named(run)
-    sound = sorted((p for p in found if newest is None or _place(p) <= _place(newest)), key=_place)
-    trained = [p for p in sound if _place(p)[1] == math.inf]
-    after = number(trained[-1]) + 1 if trained else 1
-    within = [p for p in sound if _place(p)[1] < math.inf and number(p) == after]
-    kept = {*trained[-(keep or len(trained) or 1) :], *within[-WITHIN:]}
+    found = _list_checkpoints(run)
+    sound = sorted(
+        (p for p in found if newest is None or _sort_key(p) <= _sort_key(newest)), key=_sort_key
+    )
+    trained = [p for p in sound if _sort_key(p)[1] == math.inf]
+    after = stage_number(trained[-1]) + 1 if trained else 1
+    within = [p for p in sound if _sort_key(p)[1] < math.inf and stage_number(p) == after]
+    kept = {*trained[-(keep_stages or len(trained) or 1) :], *within[-MAX_STEP_CHECKPOINTS:]}
     for path in found:
         if path not in kept:
             shutil.rmtree(path)
 
 
-def size(folder: Path, pattern: str = "*") -> int:
+def size_bytes(folder: Path, pattern: str = "*") -> int:
     """The bytes of a checkpoint's files, or of those that match: "memory.*" is what the strategy
     keeps.
     """

@@ -19,7 +19,7 @@ from continual.models.weights import Weights, restore, snapshot
 from continual.strategy.interface import Strategy
 
 
-class Patience:
+class EarlyStopping:
     """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs
     without a gain.
 
@@ -29,68 +29,73 @@ class Patience:
     """
 
     def __init__(
-        self, model: Model, strategy: Strategy, dev: Sequence[Encoded], epoch: int, allowed: int
+        self,
+        model: Model,
+        strategy: Strategy,
+        dev_examples: Sequence[Encoded],
+        steps_per_epoch: int,
+        patience: int,
     ) -> None:
         """`epoch` is how many steps one takes, `allowed` how many epochs may bring no gain."""
-        self.model, self.strategy, self.dev, self.epoch, self.allowed = (
+        self.model, self.strategy, self.dev_examples, self.steps_per_epoch, self.patience = (
             model,
             strategy,
-            dev,
-            epoch,
-            allowed,
+            dev_examples,
+            steps_per_epoch,
+            patience,
         )
-        self.low, self.since, self.seen = math.inf, 0, 0
-        self.keep()
+        self.best_loss, self.bad_epochs, self.epochs = math.inf, 0, 0
+        self.save_best()
 
-    def look(self, step: int) -> None:
+    def check_step(self, step: int) -> None:
         """Measure the dev loss if an epoch ends with this step."""
-        if step < (self.seen + 1) * self.epoch:
+        if step < (self.epochs + 1) * self.steps_per_epoch:
             return
-        self.seen += 1
-        now = self._loss()
-        if now < self.low:
-            self.low, self.since = now, 0
-            self.keep()
+        self.epochs += 1
+        now = self._dev_loss()
+        if now < self.best_loss:
+            self.best_loss, self.bad_epochs = now, 0
+            self.save_best()
         else:
-            self.since += 1
+            self.bad_epochs += 1
 
-    def keep(self) -> None:
+    def save_best(self) -> None:
         """What the stage goes back to is what is now."""
-        self.best: Weights = snapshot(self.model)
-        self.memory: dict[str, Any] = deepcopy(self.strategy.state_dict())
+        self.best_weights: Weights = snapshot(self.model)
+        self.best_memory: dict[str, Any] = deepcopy(self.strategy.state_dict())
 
-    def settle(self) -> None:
+    def restore_best(self) -> None:
         """Go back to the best, if any was seen."""
-        if self.seen:
-            restore(self.model, self.best)
-            self.strategy.load_state_dict(self.memory)
+        if self.epochs:
+            restore(self.model, self.best_weights)
+            self.strategy.load_state_dict(self.best_memory)
 
     @property
-    def spent(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether there were so many epochs without a gain."""
-        return self.since >= self.allowed
+        return self.bad_epochs >= self.patience
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """It as values."""
         return {
-            "low": self.low if self.seen else None,
-            "since": self.since,
-            "seen": self.seen,
-            "best": self.best,
-            "memory": self.memory,
+            "low": self.best_loss if self.epochs else None,
+            "since": self.bad_epochs,
+            "seen": self.epochs,
+            "best": self.best_weights,
+            "memory": self.best_memory,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-        self.since, self.seen, self.best, self.memory = (
+        self.bad_epochs, self.epochs, self.best_weights, self.best_memory = (
             state[k] for k in ("since", "seen", "best", "memory")
         )
-        self.low = math.inf if state["low"] is None else state["low"]
+        self.best_loss = math.inf if state["low"] is None else state["low"]
 
     @torch.no_grad()
-    def _loss(self) -> float:
+    def _dev_loss(self) -> float:
         self.model.net.eval()
-        batch = self.model.batch(self.dev)
+        batch = self.model.batch(self.dev_examples)
         parts = batch.micro_batches()
         with synced_passes(self.model):
             total = torch.tensor(

@@ -16,38 +16,42 @@ from continual.io.untrusted import load_json
 from continual.models.loss import accumulate, nll
 from continual.models.model import Model
 
-WORTH = 1.1  # how much faster bf16 must be than fp32, for what it rounds away
-ROWS, ROUNDS = 32, 3
-LONG = 0.5  # seconds after which no further round begins
-ENOUGH = 0.05  # seconds of a pass that can be told from the clock's and the system's noise
+MIN_SPEEDUP = 1.1  # how much faster bf16 must be than fp32, for what it rounds away
+MAX_ROWS, MAX_ROUNDS = 32, 3
+MAX_SECONDS = 0.5  # seconds after which no further round begins
+MIN_PASS_SECONDS = (
+    0.05  # seconds of a pass that can be told from the clock's and the system's noise
+)
 
 
-def settle(
-    asked: str,
+def choose_precision(
+    precision: str,
     path: Path,
     model: Model,
-    rows: Callable[[int], Sequence[Encoded]],
-    say: Callable[[str], None],
+    sample_rows: Callable[[int], Sequence[Encoded]],
+    print_line: Callable[[str], None],
 ) -> None:
     """With train.precision=auto, let `model` compute in what `path` says, or else in what measures
     faster on `rows`.
 
     `rows` gives at most so many. Raises DataError where `path` says neither fp32 nor bf16.
     """
-    if asked != "auto":
+    if precision != "auto":
         return
     if path.exists():
-        chosen = _kept(path)
-        say(f"train.precision=auto: {chosen}, as this run began")
+        chosen = _load_choice(path)
+        print_line(f"train.precision=auto: {chosen}, as this run began")
     else:
-        ratio = measure(model, rows(ROWS))
-        chosen = "bf16" if ratio >= WORTH else "fp32"
+        ratio = measure_bf16_speedup(model, sample_rows(MAX_ROWS))
+        chosen = "bf16" if ratio >= MIN_SPEEDUP else "fp32"
         write_atomically(path, json.dumps({"precision": chosen, "bf16_speed": round(ratio, 3)}))
-        say(f"train.precision=auto: {chosen}; bf16 is {ratio:.2f} times as fast as fp32 here")
+        print_line(
+            f"train.precision=auto: {chosen}; bf16 is {ratio:.2f} times as fast as fp32 here"
+        )
     model.bf16 = chosen == "bf16"
 
 
-def _kept(path: Path) -> str:
+def _load_choice(path: Path) -> str:
     try:
         chosen = load_json(path)["precision"]
         if chosen in ("fp32", "bf16"):
@@ -60,7 +64,7 @@ def _kept(path: Path) -> str:
     )
 
 
-def measure(model: Model, rows: Sequence[Encoded]) -> float:
+def measure_bf16_speedup(model: Model, rows: Sequence[Encoded]) -> float:
     """How many times as fast as in fp32 a step's forward and backward pass is in bf16; `model` is
     left as it was.
 
@@ -69,13 +73,13 @@ def measure(model: Model, rows: Sequence[Encoded]) -> float:
     """
     bf16, n, began = model.bf16, 1, time.perf_counter()
     model.net.train()
-    seconds(model, rows[:1], bf16=False)  # a first pass builds what later ones use
-    while n < len(rows) and seconds(model, rows[:n], bf16=False) < ENOUGH:
+    time_training_pass(model, rows[:1], bf16=False)  # a first pass builds what later ones use
+    while n < len(rows) and time_training_pass(model, rows[:n], bf16=False) < MIN_PASS_SECONDS:
         n *= 2
-    seconds(model, rows[:n], bf16=True)
+    time_training_pass(model, rows[:n], bf16=True)
     spent: list[list[float]] = []
-    while not spent or (len(spent) < ROUNDS and time.perf_counter() - began < LONG):
-        spent.append([seconds(model, rows[:n], bf16=how) for how in (False, True)])
+    while not spent or (len(spent) < MAX_ROUNDS and time.perf_counter() - began < MAX_SECONDS):
+        spent.append([time_training_pass(model, rows[:n], bf16=how) for how in (False, True)])
     model.bf16 = bf16
     model.net.zero_grad()
     model.net.eval()
@@ -83,7 +87,7 @@ def measure(model: Model, rows: Sequence[Encoded]) -> float:
     return float(full / half)
 
 
-def seconds(model: Model, rows: Sequence[Encoded], *, bf16: bool) -> float:
+def time_training_pass(model: Model, rows: Sequence[Encoded], *, bf16: bool) -> float:
     """What one forward and backward pass takes."""
     wait = getattr(torch, model.layout.device.type).synchronize
     model.bf16 = bf16

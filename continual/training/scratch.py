@@ -26,20 +26,20 @@ from continual.models.model import Model
 from continual.strategy.interface import Strategy
 from continual.tracking.events import EventLog
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 
-VERSION = 2  # of this recipe's code: a change that gives other weights must raise it
-END = "<|endoftext|>"
+CACHE_VERSION = 2  # of this recipe's code: a change that gives other weights must raise it
+EOS_TOKEN = "<|endoftext|>"
 
 
-def build(
+def load_or_build_llama(
     *,
     stream: Stream,
-    hidden: int,
+    hidden_size: int,
     layers: int,
     heads: int,
-    context: int,
-    vocabulary: int,
+    context_length: int,
+    vocab_size: int,
     pretrain: Any,
     attention: str = "sdpa",
     seed: int = 0,
@@ -47,8 +47,8 @@ def build(
     device: str = "auto",
     adapter: str = "none",
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
-    network: bool = True,
-    drawn: bool = False,
+    load_network: bool = True,
+    random_weights: bool = False,
 ) -> Model:
     """A Llama of the given shape for this stream, from the user's cache if it was built before.
 
@@ -61,22 +61,22 @@ def build(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shape = {
-        "hidden": hidden,
+        "hidden": hidden_size,
         "layers": layers,
         "heads": heads,
-        "context": context,
-        "vocabulary": vocabulary,
+        "context": context_length,
+        "vocabulary": vocab_size,
     }
-    if hidden % heads:
+    if hidden_size % heads:
         raise ConfigError(
-            f"model.hidden={hidden} is no multiple of model.heads={heads}; choose such a pair"
+            f"model.hidden_size={hidden_size} is no multiple of model.heads={heads}; choose such a pair"
         )
     tasks = sorted(stream.tasks, key=lambda t: t.name)  # one model whatever the order
     corpus = [*(e for t in tasks for e in t.train), *stream.pretraining]
-    if drawn:
-        tokenizer = byte_bpe(corpus, vocabulary, context)
+    if random_weights:
+        tokenizer = train_byte_bpe(corpus, vocab_size, context_length)
         return assemble(
-            _llama(tokenizer, shape, attention, weights_seed),
+            _make_llama(tokenizer, shape, attention, weights_seed),
             tokenizer,
             device=device,
             seed=seed,
@@ -84,33 +84,35 @@ def build(
             adapters=adapters,
         )
     recipe = {
-        "version": VERSION,
+        "version": CACHE_VERSION,
         **shape,
         "pretrain": dict(pretrain),
         "attention": attention,
         "seed": weights_seed,
-        "text": _digest(corpus),
+        "text": _hash_corpus(corpus),
         "torch": torch.__version__,
     }
     folder = (
-        cache()
+        cache_dir()
         / "models"
         / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     )
     if (
-        not network
+        not load_network
     ):  # a tokenizer that was trained before is that model's, whatever would be trained now
         return reader(
             AutoTokenizer.from_pretrained(folder)
             if folder.exists()
-            else byte_bpe(corpus, vocabulary, context),
-            context,
+            else train_byte_bpe(corpus, vocab_size, context_length),
+            context_length,
         )
     with main_process_first():
         if not folder.exists():
-            with _turn(folder):
+            with _build_lock(folder):
                 if not folder.exists():
-                    _build(folder, stream, corpus, shape, pretrain, attention, weights_seed, device)
+                    _build_and_save(
+                        folder, stream, corpus, shape, pretrain, attention, weights_seed, device
+                    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     net = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention
@@ -118,7 +120,7 @@ def build(
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
 
 
-def cache() -> Path:
+def cache_dir() -> Path:
     """The folder for what can be built again."""
     import platformdirs
 
@@ -126,7 +128,7 @@ def cache() -> Path:
 
 
 @contextmanager
-def _turn(folder: Path) -> Iterator[None]:
+def _build_lock(folder: Path) -> Iterator[None]:
     """Wait while another process builds the same model; its lock ends with it."""
     import fcntl
 
@@ -136,18 +138,18 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def _hash_corpus(examples: Sequence[Example]) -> str:
     told = hashlib.sha256()
     for e in examples:
         told.update(repr((e.instruction, e.input, e.outputs, e.messages)).encode())
     return told.hexdigest()
 
 
-def _build(
+def _build_and_save(
     folder: Path,
     stream: Stream,
     corpus: Sequence[Example],
-    shape: Mapping[str, int],
+    dimensions: Mapping[str, int],
     pretrain: Any,
     attention: str,
     seed: int,
@@ -155,10 +157,10 @@ def _build(
 ) -> None:
     """Build into a temporary folder and rename, so that a half-built model is never found."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    tokenizer = byte_bpe(corpus, shape["vocabulary"], shape["context"])
-    model = assemble(_llama(tokenizer, shape, attention, seed), tokenizer, device=device)
+    tokenizer = train_byte_bpe(corpus, dimensions["vocabulary"], dimensions["context"])
+    model = assemble(_make_llama(tokenizer, dimensions, attention, seed), tokenizer, device=device)
     if pretrain["tokens"]:
-        _pretrain(model, stream, pretrain, seed, shape["context"], temporary)
+        _pretrain(model, stream, pretrain, seed, dimensions["context"], temporary)
     model.net.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     try:
@@ -169,7 +171,7 @@ def _build(
         shutil.rmtree(temporary)
 
 
-def byte_bpe(corpus: Sequence[Example], vocabulary: int, context: int) -> Any:
+def train_byte_bpe(corpus: Sequence[Example], vocab_size: int, context_length: int) -> Any:
     """A byte-level BPE of at most so many tokens, trained on the corpus."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -179,29 +181,34 @@ def byte_bpe(corpus: Sequence[Example], vocabulary: int, context: int) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END],
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    bpe.train_from_iterator((_text(e) + "\n" + "\n".join(e.outputs) for e in corpus), trainer)
+    bpe.train_from_iterator(
+        (_prompt_text(e) + "\n" + "\n".join(e.outputs) for e in corpus), trainer
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=context
+        tokenizer_object=bpe,
+        eos_token=EOS_TOKEN,
+        pad_token=EOS_TOKEN,
+        model_max_length=context_length,
     )
 
 
-def _llama(tokenizer: Any, shape: Mapping[str, int], attention: str, seed: int) -> Any:
+def _make_llama(tokenizer: Any, dimensions: Mapping[str, int], attention: str, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=shape["hidden"],
-        intermediate_size=3 * shape["hidden"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"],
-        max_position_embeddings=shape["context"],
+        hidden_size=dimensions["hidden"],
+        intermediate_size=3 * dimensions["hidden"],
+        num_hidden_layers=dimensions["layers"],
+        num_attention_heads=dimensions["heads"],
+        num_key_value_heads=dimensions["heads"],
+        max_position_embeddings=dimensions["context"],
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -220,7 +227,7 @@ def _pretrain(
     else:
         rows = [e for t in sorted(stream.tasks, key=lambda t: t.name) for e in t.train]
         random.Random(seed).shuffle(rows)
-        examples = [_plain(e, encoder) for e in rows]
+        examples = [_encode_plain_text(e, encoder) for e in rows]
     settings = dict(pretrain)
     steps = (
         settings.pop("tokens")
@@ -235,20 +242,22 @@ def _pretrain(
         highlight=False,
     )
     with EventLog(folder / "events.jsonl", console) as events:
-        learn(model, Task("pretraining", examples), Strategy(), recipe, seed=seed, log=events)
+        train_stage(
+            model, Task("pretraining", examples), Strategy(), recipe, seed=seed, log_event=events
+        )
 
 
-def _text(e: Example) -> str:
+def _prompt_text(e: Example) -> str:
     """What is asked, without the answer."""
     asked = [m.content for m in e.messages if m.role != "assistant"]
     return "\n".join(asked) if asked else f"{e.instruction}\n{e.input}"
 
 
-def _plain(e: Example, encoder: Encoder) -> Encoded:
+def _encode_plain_text(e: Example, encoder: Encoder) -> Encoded:
     """The row's text without its answer, cut to the context; an instruction before an input is only
     read.
     """
-    text = [*encoder.tokenize(e.input or _text(e)), encoder.tokenizer.eos_token_id][
+    text = [*encoder.tokenize(e.input or _prompt_text(e)), encoder.tokenizer.eos_token_id][
         : encoder.max_tokens
     ]
     asked = (

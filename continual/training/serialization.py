@@ -16,10 +16,12 @@ from continual.errors import ContinualError, brief
 from continual.models.sharding import gather_on_cpu
 from continual.strategy.replay_buffer import ReplayBuffer
 
-VALUES: Mapping[str, type[Any]] = {"ReplayBuffer": ReplayBuffer}  # what memory may hold
+SERIALIZABLE_CLASSES: Mapping[str, type[Any]] = {
+    "ReplayBuffer": ReplayBuffer
+}  # what memory may hold
 
 
-def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def serialize_value(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """JSON for a memory value; tensors are put aside under their path, shown in their place.
 
     Raises ContinualError for a value of a kind that no checkpoint can hold.
@@ -40,29 +42,29 @@ def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
                 "response": response,
             }
         }
-    if type(value).__name__ in VALUES:
+    if type(value).__name__ in SERIALIZABLE_CLASSES:
         return {
             "value": type(value).__name__,
             "fields": {
-                f.name: to_json(getattr(value, f.name), f"{name}/{f.name}", tensors)
+                f.name: serialize_value(getattr(value, f.name), f"{name}/{f.name}", tensors)
                 for f in fields(value)
             },
         }
     if isinstance(value, dict):
-        return {"dict": [[k, to_json(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, serialize_value(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        return [to_json(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
+        return [serialize_value(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ContinualError(
         f"strategy memory {name} is a {type(value).__name__}, which no checkpoint can hold; keep "
         "tensors, numbers, texts, lists, dicts, generators, encoded examples or "
-        f"{', '.join(VALUES)}"
+        f"{', '.join(SERIALIZABLE_CLASSES)}"
     )
 
 
 # What comes out of values, or of tensors, that no run has written.
-MALFORMED = (
+MALFORMED_ERRORS = (
     KeyError,
     ValueError,
     TypeError,
@@ -73,7 +75,7 @@ MALFORMED = (
 )
 
 
-def _example(e: Mapping[str, Any], words: int) -> Encoded:
+def _parse_example(e: Mapping[str, Any], vocab_size: int) -> Encoded:
     ids, response = tuple(map(int, e["ids"].split())), tuple(r == "1" for r in e["response"])
     if not all(
         isinstance(e[key], kind) for key, kind in (("id", str), ("text", str), ("task", int))
@@ -81,19 +83,19 @@ def _example(e: Mapping[str, Any], words: int) -> Encoded:
         raise TypeError("an example's id and text are no texts, or its task is no number")
     if len(ids) != len(response) or not any(response) or e["task"] < 0:
         raise ValueError(f"the ids, response or task of the example {brief(e['id'])} cannot be")
-    if not all(0 <= i < words for i in ids):
+    if not all(0 <= i < vocab_size for i in ids):
         raise ValueError(
-            f"the example {brief(e['id'])} has ids that are not among the model's {words:,}"
+            f"the example {brief(e['id'])} has ids that are not among the model's {vocab_size:,}"
         )
     return Encoded(e["id"], e["task"], ids, response, e["text"])
 
 
-def from_json(value: Any, tensors: Mapping[str, Tensor], words: int) -> Any:
+def deserialize_value(value: Any, tensors: Mapping[str, Tensor], vocab_size: int) -> Any:
     """What `to_json` was given, of examples whose ids are below `words`; raises one of MALFORMED
     for anything else.
     """
     if isinstance(value, list):
-        return [from_json(v, tensors, words) for v in value]
+        return [deserialize_value(v, tensors, vocab_size) for v in value]
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
@@ -104,9 +106,9 @@ def from_json(value: Any, tensors: Mapping[str, Tensor], words: int) -> Any:
         rng.setstate((version, tuple(state), gauss))
         return rng
     if "example" in value:
-        return _example(value["example"], words)
+        return _parse_example(value["example"], vocab_size)
     if "value" in value:
-        return VALUES[value["value"]](
-            **{k: from_json(v, tensors, words) for k, v in value["fields"].items()}
+        return SERIALIZABLE_CLASSES[value["value"]](
+            **{k: deserialize_value(v, tensors, vocab_size) for k, v in value["fields"].items()}
         )
-    return {k: from_json(v, tensors, words) for k, v in value["dict"]}
+    return {k: deserialize_value(v, tensors, vocab_size) for k, v in value["dict"]}

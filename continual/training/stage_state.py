@@ -15,49 +15,49 @@ from continual.errors import DataError
 from continual.io.untrusted import is_number
 from continual.models.model import Model
 from continual.models.sharding import shard_like
-from continual.training.early_stopping import Patience
+from continual.training.early_stopping import EarlyStopping
 
 
 @dataclass
-class Progress:
+class StageState:
     """A stage under way: all that its next step depends on beside the weights, the strategy's
     memory and the data.
     """
 
     model: Model
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    patience: Patience | None
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    early_stopping: EarlyStopping | None
     step: int = 0
-    tokens: float = 0.0
+    supervised_tokens: float = 0.0
     seconds: float = 0.0
-    skipped: int = 0
-    suspects: set[str] = field(default_factory=set)  # the ids of the rows of skipped steps
+    skipped_steps: int = 0
+    suspect_ids: set[str] = field(default_factory=set)  # the ids of the rows of skipped steps
 
     @property
-    def trained(self) -> list[torch.Tensor]:
+    def parameters(self) -> list[torch.Tensor]:
         """What the optimizer changes."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """It as values that a checkpoint can hold."""
         return {
             "step": self.step,
-            "tokens": self.tokens,
+            "tokens": self.supervised_tokens,
             "seconds": self.seconds,
-            "skipped": self.skipped,
-            "suspects": sorted(self.suspects),
+            "skipped": self.skipped_steps,
+            "suspects": sorted(self.suspect_ids),
             "budget": self.model.layout.tokens_per_microbatch,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "patience": self.patience.state() if self.patience else None,
-            "random": random_state(),
+            "schedule": self.scheduler.state_dict(),
+            "patience": self.early_stopping.state_dict() if self.early_stopping else None,
+            "random": capture_rng_state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; raises DataError where the state is another stage's."""
         try:
-            self._load(state)
+            self._load_state_dict(state)
         except (
             KeyError,
             ValueError,
@@ -72,27 +72,31 @@ class Progress:
                 "stage-NN-step-* of the run's checkpoints to go on from the one before it"
             ) from e
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.skipped, self.suspects = state["skipped"], set(state["suspects"])
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.supervised_tokens, self.seconds = (
+            state["step"],
+            state["tokens"],
+            state["seconds"],
+        )
+        self.skipped_steps, self.suspect_ids = state["skipped"], set(state["suspects"])
         if not all(
             is_number(state[key], 0) for key in ("step", "tokens", "seconds", "skipped", "budget")
         ):
             raise ValueError("its step, tokens, seconds, skipped and budget are no counts")
         self.model.layout = replace(self.model.layout, tokens_per_microbatch=state["budget"])
-        self.optimizer.load_state_dict(self._cut(state["optimizer"]))
-        self.schedule.load_state_dict(state["schedule"])
-        if self.patience:
-            self.patience.load(state["patience"])
-        set_random_state(state["random"])
+        self.optimizer.load_state_dict(self._shard_optimizer_state(state["optimizer"]))
+        self.scheduler.load_state_dict(state["schedule"])
+        if self.early_stopping:
+            self.early_stopping.load_state_dict(state["patience"])
+        restore_rng_state(state["random"])
 
-    def _cut(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _shard_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """What the optimizer keeps of each parameter, in shards where that one is."""
         if not self.model.sharded:
             return state
         kept = {
             i: {
-                k: shard_like(t, self.trained[i]) if t.shape == self.trained[i].shape else t
+                k: shard_like(t, self.parameters[i]) if t.shape == self.parameters[i].shape else t
                 for k, t in own.items()
             }
             for i, own in state["state"].items()
@@ -100,27 +104,27 @@ class Progress:
         return {**state, "state": kept}
 
 
-def random_state() -> dict[str, Any]:
+def capture_rng_state() -> dict[str, Any]:
     """The states of the global generators of Python, NumPy and torch, on each device."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": list(random.getstate()),
         "numpy": [name, torch.from_numpy(np.array(keys, np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": [*torch.cuda.get_rng_state_all()] if _cuda() else [],
+        "cuda": [*torch.cuda.get_rng_state_all()] if _cuda_available() else [],
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def restore_rng_state(state: dict[str, Any]) -> None:
     """Give the global generators what `random_state` gave."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if _cuda() and state["cuda"]:
+    if _cuda_available() and state["cuda"]:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
-def _cuda() -> bool:
+def _cuda_available() -> bool:
     return torch.cuda.is_available()

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from continual.auditing.audit import audit, majority
-from continual.auditing.lengths import fit, measure
+from continual.auditing.audit import audit_stream, majority_baseline
+from continual.auditing.lengths import count_row_tokens, measure_lengths
 from continual.cli import main
 from continual.data.template import Encoder
 from continual.data.types import Example, Message, Stream, Task
 from continual.errors import ConfigError, DataError, MissingError
 from continual.reports import audits, write
 from continual.runs import run as engine
-from continual.runs.audit_step import alone
+from continual.runs.audit_step import run_audit
 from tests.support.models import (
     TASKS,
     load_json_lines,
@@ -73,7 +73,7 @@ def test_rows_of_one_split_that_ask_the_same_are_repeated():
             row("Say gold."),
         ]
     )
-    ((name, count, says, example),) = found(audit(stream(a)), "repeated")
+    ((name, count, says, example),) = found(audit_stream(stream(a)), "repeated")
     assert (name, count) == ("t", 2)
     assert says == "2 of 4 train rows repeat the prompt of an earlier one, 1 with the same answers"
     assert example == "t/train/1 (t/train.jsonl:1) and t/train/0 (t/train.jsonl:0)"
@@ -81,7 +81,7 @@ def test_rows_of_one_split_that_ask_the_same_are_repeated():
 
 def test_instruction_and_input_are_one_prompt_however_they_are_parted():
     a = task(train=[row("Say red.", "Now.")], test=[row("Say red. Now.")])
-    assert audit(stream(a)).tasks["t"]["leaked"] == 1
+    assert audit_stream(stream(a)).tasks["t"]["leaked"] == 1
 
 
 def test_a_test_row_in_another_tasks_training_rows_is_leaked():
@@ -89,7 +89,7 @@ def test_a_test_row_in_another_tasks_training_rows_is_leaked():
         task("t", test=[row(), row("Say gold.")]),
         task("u", train=[row(answers="RED ")], test=[row("x")]),
     )
-    told = audit(stream(a, b))
+    told = audit_stream(stream(a, b))
     assert found(told, "leaked") == [
         (
             "t",
@@ -102,12 +102,12 @@ def test_a_test_row_in_another_tasks_training_rows_is_leaked():
 
 
 def test_rows_that_only_pretraining_saw_are_training_rows_too():
-    told = audit(stream(task(test=[row()]), pretraining=[row(task="basic", id="b")]))
+    told = audit_stream(stream(task(test=[row()]), pretraining=[row(task="basic", id="b")]))
     assert found(told, "leaked")[0][1] == 1
 
 
 def test_a_dev_row_in_the_training_rows_and_a_test_row_in_the_dev_rows_are_told_apart():
-    told = audit(
+    told = audit_stream(
         stream(task(train=[row("A")], dev=[row("A"), row("B")], test=[row("B"), row("C")]))
     )
     assert [f[2] for f in found(told, "leaked")] == [
@@ -117,7 +117,7 @@ def test_a_dev_row_in_the_training_rows_and_a_test_row_in_the_dev_rows_are_told_
 
 
 def test_a_test_input_that_is_trained_on_under_another_instruction_is_told():
-    told = audit(
+    told = audit_stream(
         stream(
             task(
                 train=[row("Solve.", "2 + 2")],
@@ -136,7 +136,7 @@ def test_conflicting_answers_to_one_prompt_are_counted_wherever_they_stand():
         train=[row("A", answers="red"), row("B", answers="x")],
         test=[row("A", answers=("blue", "green"))],
     )
-    told = audit(stream(a, task("u", train=[row("B", answers=("y", "x"))])))
+    told = audit_stream(stream(a, task("u", train=[row("B", answers=("y", "x"))])))
     assert [(f[1], f[3]) for f in found(told, "conflicting")] == [
         (1, "t/train/0 (t/train.jsonl:0) and t/test/0 (t/test.jsonl:0)"),
         (1, "t/test/0 (t/test.jsonl:0) and t/train/0 (t/train.jsonl:0)"),
@@ -145,7 +145,8 @@ def test_conflicting_answers_to_one_prompt_are_counted_wherever_they_stand():
 
 def test_answers_of_which_one_is_right_for_all_rows_do_not_conflict():
     assert not found(
-        audit(stream(task(train=[row(answers="red"), row(answers=("blue", "Red"))]))), "conflicting"
+        audit_stream(stream(task(train=[row(answers="red"), row(answers=("blue", "Red"))]))),
+        "conflicting",
     )
 
 
@@ -154,7 +155,7 @@ def test_empty_answers_are_counted_by_split():
         train=[row("A", answers=(" ", "red")), row("B")],
         test=[row("C", answers=(" ", "red")), row("D", answers="")],
     )
-    told = audit(stream(a))
+    told = audit_stream(stream(a))
     assert [(f[2], f[3]) for f in found(told, "empty")] == [
         ("1 of 2 train rows have an empty answer", "t/train/0 (t/train.jsonl:0)"),
         ("1 of 2 test rows have an empty answer", "t/test/1 (t/test.jsonl:1)"),
@@ -163,32 +164,34 @@ def test_empty_answers_are_counted_by_split():
 
 
 def test_a_task_without_rows_to_score_is_told():
-    told = audit(stream(task(train=[row()], dev=[row("B")])))
+    told = audit_stream(stream(task(train=[row()], dev=[row("B")])))
     assert found(told, "unscored") == [("t", 0, "there are no test rows to score", "")]
-    assert not found(audit(stream(task(train=[row()], dev=[row("B")])), "dev"), "unscored")
+    assert not found(audit_stream(stream(task(train=[row()], dev=[row("B")])), "dev"), "unscored")
 
 
 def test_messages_are_compared_by_all_but_the_last():
     talk = (Message("user", "Say red."), Message("assistant", "red"))
     chat = Example("m", "t", "", outputs=("red",), messages=talk)
-    assert audit(stream(task(train=[chat], test=[row()]))).tasks["t"]["leaked"] == 1
+    assert audit_stream(stream(task(train=[chat], test=[row()]))).tasks["t"]["leaked"] == 1
 
 
 def test_rows_that_several_stages_learn_are_no_repetition():
     a, b = task("t", train=[row("A")]), task("u", train=[row("B")])
     both = Task("u", (*a.train, *b.train))
-    told = audit(stream(a, b, stages=(a, both)))
+    told = audit_stream(stream(a, b, stages=(a, both)))
     assert not found(told, "repeated")
     assert [told.tasks[name]["train"] for name in "tu"] == [1, 1]
 
 
 def test_a_clean_stream_has_no_finding():
-    assert audit(stream(task(train=[row("A")], dev=[row("B")], test=[row("C")]))).findings == ()
+    assert (
+        audit_stream(stream(task(train=[row("A")], dev=[row("B")], test=[row("C")]))).findings == ()
+    )
 
 
 def test_a_split_that_is_none_is_refused():
     with pytest.raises(ConfigError, match=r"unknown score\.split 'tset'; did you mean 'test'"):
-        audit(stream(task(train=[row()])), "tset")
+        audit_stream(stream(task(train=[row()])), "tset")
 
 
 # The majority's score
@@ -199,7 +202,7 @@ def answered(*answers):
 
 
 def test_the_majority_of_training_and_that_of_the_split_are_scored():
-    told = majority(
+    told = majority_baseline(
         task(labels=("yes", "no")),
         answered("Yes", "yes.", "no"),
         answered("no", "no", "yes", "no"),
@@ -218,23 +221,29 @@ def test_the_majority_of_training_and_that_of_the_split_are_scored():
 def test_a_task_of_few_answers_needs_no_labels_and_one_of_many_has_no_majority():
     many = [str(i) for i in range(30)]
     assert (
-        majority(task(), answered(*["a", "b"] * 10), answered("a"), "exact_match")["classes"] == 2
+        majority_baseline(task(), answered(*["a", "b"] * 10), answered("a"), "exact_match")[
+            "classes"
+        ]
+        == 2
     )
-    assert majority(task(), answered(*many * 10), answered("1"), "exact_match") is None
-    assert majority(task(), answered("a", "b"), answered("a"), "exact_match") is None, (
+    assert majority_baseline(task(), answered(*many * 10), answered("1"), "exact_match") is None
+    assert majority_baseline(task(), answered("a", "b"), answered("a"), "exact_match") is None, (
         "each answer but once"
     )
 
 
 def test_the_majority_gets_its_score_by_the_metric():
-    told = majority(task(labels=("a b", "c")), answered("a b"), answered("a c"), "token_f1")
+    told = majority_baseline(
+        task(labels=("a b", "c")), answered("a b"), answered("a c"), "token_f1"
+    )
     assert told["score"] == 0.5
     assert (
-        majority(task(labels=("a",)), answered("a"), answered("a"), "perplexity")["score"] is None
+        majority_baseline(task(labels=("a",)), answered("a"), answered("a"), "perplexity")["score"]
+        is None
     )
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("answers", "one_sided"),
     [
         ("aab", True),
@@ -247,7 +256,7 @@ def test_the_majority_gets_its_score_by_the_metric():
 )
 def test_one_answer_of_two_thirds_or_twice_its_part_is_an_imbalance(answers, one_sided):
     a = task(train=answered(*answers), test=answered("a"), labels=tuple(set(answers)))
-    told = found(audit(stream(a)), "imbalance")
+    told = found(audit_stream(stream(a)), "imbalance")
     assert bool(told) == one_sided
     if one_sided:
         assert "giving it to all test rows scores 100.0" in told[0][2]
@@ -257,7 +266,7 @@ def test_what_the_base_scores_above_the_majority_says_whether_it_solves_a_task()
     a = task(
         "a", train=answered(*"ccc", "d"), test=answered(*"ccc", "d"), labels=("c", "d")
     )  # the majority gets 0.75
-    told = audit(stream(a, task("b", train=[row()], test=[row("x")]))).to_json()
+    told = audit_stream(stream(a, task("b", train=[row()], test=[row("x")]))).to_dict()
     assert [line.split(":")[0] for line in audits.solved(told, {"a": 0.92, "b": 0.92})] == ["b"]
     assert [line.split(":")[0] for line in audits.solved(told, {"a": 0.98, "b": 0.88})] == ["a"]
     assert audits.solved(told, {"a": None}) == []
@@ -267,13 +276,15 @@ def test_what_the_base_scores_above_the_majority_says_whether_it_solves_a_task()
 
 
 def measured(train, test=(), limit=40, room=None, **more):
-    from continual.evaluation.scoring import prepare
+    from continual.evaluation.scoring import prepare_eval_set
 
     encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=limit, on_unusable="skip", **more)
     made = task(train=train, test=test)
-    asked = prepare(made, encoder, "test", 0, max_new_tokens=room) if test else None
+    asked = prepare_eval_set(made, encoder, "test", 0, max_new_tokens=room) if test else None
     encoder.skipped.clear(), encoder.shortened.clear()
-    told = measure(encoder, made.train, fit(encoder, made.train), made.test, asked, room)
+    told = measure_lengths(
+        encoder, made.train, count_row_tokens(encoder, made.train), made.test, asked, room
+    )
     assert encoder.skipped == encoder.shortened == []
     return encoder, made, told
 
@@ -284,7 +295,7 @@ def test_whole_lengths_are_told_and_what_becomes_of_the_rows_that_are_too_long()
     )
     whole = replace(encoder, limit=10_000)
     assert told.tokens == sorted(len(whole.train(e, 0).ids) for e in made.train[:3])
-    assert told.figures() == {
+    assert told.summarize() == {
         "median": told.tokens[1],
         "p95": told.tokens[2],
         "longest": told.tokens[2],
@@ -301,7 +312,7 @@ def test_shortened_prompts_and_answers_longer_than_max_new_tokens_are_found():
         [row(), row(input="q" * 60), row(answers=("q" * 20, "red")), row(answers="q" * 20)],
         room=8,
     )
-    assert {kind: [e.id for e in some] for kind, some in told.scored.items()} == {
+    assert {kind: [e.id for e in some] for kind, some in told.scored_by_kind.items()} == {
         "left out": [],
         "too long": ["t/test/3"],
         "shortened": ["t/test/1"],
@@ -312,7 +323,7 @@ def test_shortened_prompts_and_answers_longer_than_max_new_tokens_are_found():
 def test_the_quantiles_are_the_nearest_ranks(tokens):
     from continual.auditing.lengths import Lengths
 
-    told = Lengths(sorted(tokens), {}, {}).figures()
+    told = Lengths(sorted(tokens), {}, {}).summarize()
     for key, share in (("median", 50), ("p95", 95), ("longest", 100)):
         least = min(n for n in tokens if 100 * sum(m <= n for m in tokens) >= share * len(tokens))
         assert told[key] == least
@@ -334,7 +345,7 @@ def test_the_counts_are_those_of_comparing_every_row_with_every_other(parts):
         task(f"t{i}", *([row(*r) for r in split] for split in splits))
         for i, splits in enumerate(parts)
     ]
-    told = audit(stream(*tasks)).tasks
+    told = audit_stream(stream(*tasks)).tasks
     every = [
         (s, n, e)
         for s in ("train", "dev", "test")
@@ -423,7 +434,7 @@ def test_a_clean_stream_is_said_to_be_clean(run_cli, stream_folder):
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.score_answer.parametrize("kind", ["llama", "t5"])
 def test_tokens_are_counted_for_a_named_model_without_its_weights(
     leaky, tmp_path, kind, monkeypatch
 ):
@@ -436,7 +447,7 @@ def test_tokens_are_counted_for_a_named_model_without_its_weights(
         f"model.name={folder}",
         "data.max_length=20",
     ]
-    told = alone(cli_config(*keys), Console(file=io.StringIO()))
+    told = run_audit(cli_config(*keys), Console(file=io.StringIO()))
     assert told.fits == {"limit": 20, "max_length": 20, "context": 128 if kind == "llama" else None}
     assert told.tasks["first"]["tokens"]["longest"] > 0
 
@@ -447,9 +458,9 @@ def cli_config(*keys):
 
 def test_a_model_from_scratch_is_not_built_to_count_its_tokens(leaky, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    told = alone(
+    told = run_audit(
         cli_config(
-            "stream=folder", f"stream.path={leaky}", "model=scratch", "model.vocabulary=300"
+            "stream=folder", f"stream.path={leaky}", "model=scratch", "model.vocab_size=300"
         ),
         Console(file=io.StringIO()),
     )
@@ -522,7 +533,7 @@ def test_an_audit_agrees_with_what_the_run_counts(run_keys, tmp_path):
             folder / f"first/{split}.jsonl",
             [*make_rows("first", 4, len(split)), long, unfit, {**long, "id": "b"}],
         )
-    more = (f"stream.path={folder}", "data.on_unfit=skip", "train.epochs=1")
+    more = (f"stream.path={folder}", "data.on_unusable=skip", "train.epochs=1")
     _, said = run_in_process(tmp_path / "run", run_keys, *more)
     assert "inputs shortened to fit: 4; examples skipped: 2" in said
     told = json.loads((tmp_path / "run/audit.json").read_text())
@@ -535,7 +546,9 @@ def test_an_audit_agrees_with_what_the_run_counts(run_keys, tmp_path):
     }
     assert (
         json.loads(
-            json.dumps(alone(cli_config(*run_keys, *more), Console(file=io.StringIO())).to_json())
+            json.dumps(
+                run_audit(cli_config(*run_keys, *more), Console(file=io.StringIO())).to_dict()
+            )
         )
         == told
     )
@@ -549,7 +562,7 @@ def test_a_task_that_the_base_solves_is_told_once_it_is_scored(run_keys, tmp_pat
             {"id": e.id, "score": 1.0, "answer": "", "references": []} for e in test.examples
         ]
 
-    monkeypatch.setattr(module, "score", score)
+    monkeypatch.setattr(module, "score_task", score)
     _, said = run_in_process(tmp_path / "run", run_keys, "stream.tasks=[loud]", "train.epochs=1")
     assert (
         said.count("loud: the base already solves it, with 100.0; there is little left to learn")
@@ -568,7 +581,9 @@ def test_a_pages_audit_shows_every_text_as_text(run_keys, tmp_path):
     assert EVIL in page(tmp_path / "run").text
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"schema": 2}', '{"schema": 1, "tasks": {"a": 3}}'])
+@pytest.score_answer.parametrize(
+    "damage", ["{", "[]", '{"schema": 2}', '{"schema": 1, "tasks": {"a": 3}}']
+)
 def test_a_damaged_audit_is_named_by_the_report(run_keys, tmp_path, damage):
     run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]", "train.epochs=1")
     (tmp_path / "run/audit.json").write_text(damage)

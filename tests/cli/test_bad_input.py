@@ -38,7 +38,7 @@ def said(cli_error, run_keys, tmp_path, stream):
 # Rows
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("line", "told"),
     [
         ('{"instruction": "Say it.", "output": ', "found broken JSON"),
@@ -117,7 +117,11 @@ def test_a_run_refused_for_its_rows_may_be_given_again_with_more_room_or_skippin
     )
     said()
     code, _, err = run_cli(
-        "run", *run_keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}"
+        "run",
+        *run_keys,
+        f"stream.path={stream}",
+        "data.on_unusable=skip",
+        f"out={tmp_path / 'run'}",
     )
     assert code == 0, err
 
@@ -145,7 +149,11 @@ def test_all_bad_rows_may_be_skipped(run_cli, run_keys, stream, tmp_path):
         ],
     )
     code, _, err = run_cli(
-        "run", *run_keys, f"stream.path={stream}", "data.on_unfit=skip", f"out={tmp_path / 'run'}"
+        "run",
+        *run_keys,
+        f"stream.path={stream}",
+        "data.on_unusable=skip",
+        f"out={tmp_path / 'run'}",
     )
     assert code == 0
     assert "examples skipped: 2 (loud/train/6, loud/train/7 ...)" in err
@@ -236,7 +244,7 @@ def test_a_checkpoint_of_another_model_is_refused(cli_error, run_keys, tmp_path)
     config = tmp_path / "run/config.yaml"
     name = next(k for k in run_keys if k.startswith("model.name")).partition("=")[2]
     config.write_text(config.read_text().replace(name, str(other)))
-    start = ("stream.tasks=[last]", f"adapt.start={tmp_path / 'run'}")
+    start = ("stream.tasks=[last]", f"adapt.init_from={tmp_path / 'run'}")
     message = cli_error("adapt", *run_keys, *start, f"out={tmp_path / 'new'}")
     assert "its weights are of another model or adapter than the one configured" in message
 
@@ -244,7 +252,7 @@ def test_a_checkpoint_of_another_model_is_refused(cli_error, run_keys, tmp_path)
 # Run folders
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("file", "told"),
     [
         ("matrix.json", "matrix.json:1:3: found broken JSON"),
@@ -266,6 +274,6 @@ def test_a_report_of_a_damaged_matrix_names_it(cli_error, run_keys, tmp_path):
 def test_a_damaged_configuration_to_adapt_from_is_named(cli_error, run_keys, tmp_path):
     run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]")
     (tmp_path / "run/config.yaml").write_text("{ [")
-    start = ("stream.tasks=[last]", f"adapt.start={tmp_path / 'run'}")
+    start = ("stream.tasks=[last]", f"adapt.init_from={tmp_path / 'run'}")
     message = cli_error("adapt", *run_keys, *start, f"out={tmp_path / 'new'}")
     assert f"{tmp_path / 'run/config.yaml'} cannot be read" in message

@@ -14,7 +14,7 @@ from continual.cli.help import VERB_HELP
 from continual.cli.main import VERBS, compose_config
 from continual.results import comparison
 from continual.results.matrix import Matrix
-from continual.runs.signals import again
+from continual.runs.signals import resume_command
 from tests.support.models import TASKS, load_json_lines, run_in_process
 
 
@@ -29,14 +29,14 @@ def names(group):
 # Help and lists
 
 
-@pytest.mark.parametrize("word", ["--help", "-h", "help", None])
+@pytest.score_answer.parametrize("word", ["--help", "-h", "help", None])
 def test_help_names_every_command(run_cli, word):
     code, out, err = run_cli(*([word] if word else []))
     assert (code, err) == (0, "")
     assert all(f"continual {verb}" in out for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.score_answer.parametrize("verb", VERBS)
 def test_every_command_shows_examples(run_cli, verb):
     code, out, _ = run_cli(verb, "--help")
     assert code == 0
@@ -55,7 +55,7 @@ def test_help_loads_nothing_heavy():
     assert out.strip().endswith("set()")
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "line",
     [
         line
@@ -103,7 +103,7 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(run_cli, tmp_path):
 # Names that are not there
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "told"),
     [
         (
@@ -153,7 +153,7 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(run_cli, tmp_path):
         ),
         (["run", "lr=1"], "unknown key 'lr'; did you mean 'train.lr'?"),
         (
-            ["run", "strategy=maml", "strategy.inner=meta_sgd"],
+            ["run", "strategy=maml", "strategy.inner_optimizer=meta_sgd"],
             "did you mean 'strategy.maml.inner_optimizer'",
         ),
         (
@@ -176,7 +176,7 @@ def test_a_name_that_is_not_there_is_refused_with_the_nearest(cli_error, words, 
     assert told in cli_error(*words)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "told"),
     [
         (["stream.order=givn"], "unknown stream.order 'givn'; did you mean 'given'?"),
@@ -202,7 +202,7 @@ def test_a_name_that_is_not_there_is_refused_with_the_nearest(cli_error, words, 
         ),
         (["score.batch_size=0"], "score.batch_size=0: expected a whole number of at least 1"),
         (
-            ["data.max_length=many", "score.limit=0"],
+            ["data.max_length=many", "score.max_examples=0"],
             "data.max_length=many: expected a whole number of at least 1\nscore.limit=0",
         ),
         (["seed=x"], "seed=x: expected a whole number of at least 0"),
@@ -396,16 +396,16 @@ def test_report_of_several_folders_needs_a_place(cli_error, compared):
 ADAPT = (
     "stream.tasks=[loud]",
     "adapt.steps=6",
-    "adapt.at=[0,2,4]",
+    "adapt.eval_steps=[0,2,4]",
     "adapt.shots=[2,null]",
     "adapt.draws=1",
 )
 
 
-@pytest.mark.filterwarnings(
+@pytest.score_answer.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.score_answer.parametrize("adapter", ["none", "lora"])
 def test_adapt_from_a_run_writes_its_curve_and_a_model_that_loads(
     run_cli, run_keys, tmp_path, adapter
 ):
@@ -413,7 +413,7 @@ def test_adapt_from_a_run_writes_its_curve_and_a_model_that_loads(
         tmp_path / "run", run_keys, "stream.tasks=[first,last]", f"model.adapter={adapter}"
     )
     code, out, err = run_cli(
-        "adapt", *run_keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
+        "adapt", *run_keys, *ADAPT, f"adapt.init_from={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
     )
     assert code == 0, err
     curve = json.loads((tmp_path / "new/curve.json").read_text())
@@ -455,7 +455,7 @@ def test_adapt_from_the_base_and_from_one_checkpoint(run_cli, run_keys, tmp_path
     starts = {"base": "base", "one": str(tmp_path / "run/checkpoints/stage-01")}
     for name, start in starts.items():
         code, _, err = run_cli(
-            "adapt", *run_keys, *ADAPT, f"adapt.start={start}", f"out={tmp_path / name}"
+            "adapt", *run_keys, *ADAPT, f"adapt.init_from={start}", f"out={tmp_path / name}"
         )
         assert code == 0, err
         assert json.loads((tmp_path / name / "curve.json").read_text())["start"] == start
@@ -478,10 +478,13 @@ def test_adapt_learns_one_task_only(cli_error, run_keys, tmp_path):
     assert "pick one, such as stream.tasks=[first]" in told
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "told"),
     [
-        ("adapt.at=5", "adapt.at=5: expected a list of whole numbers of at least 0"),
+        (
+            "adapt.eval_steps=5",
+            "adapt.eval_steps=5: expected a list of whole numbers of at least 0",
+        ),
         (
             "adapt.shots=[16,many]",
             "adapt.shots=[16, 'many']: expected a list of whole numbers of at least 1",
@@ -496,7 +499,7 @@ def test_adapt_refuses_steps_and_shots_that_cannot_be(cli_error, run_keys, tmp_p
 
 def test_adapt_needs_a_checkpoint_to_start_from(cli_error, run_keys, tmp_path):
     told = cli_error(
-        "adapt", *run_keys, *ADAPT, f"adapt.start={tmp_path}", f"out={tmp_path / 'new'}"
+        "adapt", *run_keys, *ADAPT, f"adapt.init_from={tmp_path}", f"out={tmp_path / 'new'}"
     )
     assert "is neither a run folder with a checkpoint nor one of its checkpoints" in told
 
@@ -508,19 +511,19 @@ def test_adapt_builds_nothing_but_our_own_from_a_run_folder(cli_error, run_keys,
         config.read_text().replace("continual.models.loading.load_pretrained", "os.system")
     )
     told = cli_error(
-        "adapt", *run_keys, *ADAPT, f"adapt.start={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
+        "adapt", *run_keys, *ADAPT, f"adapt.init_from={tmp_path / 'run'}", f"out={tmp_path / 'new'}"
     )
     assert "asks for model._target_='os.system', which is not one of continual's" in told
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "name",
     ["plain/a b-1", "a,b", "a=b", "it's", "[x]", "{x}", "höhe", "123", "null", " lead", "a\\"],
 )
 def test_the_command_that_goes_on_names_the_same_folder_whatever_it_is_called(name, monkeypatch):
     monkeypatch.setattr("sys.argv", ["continual", "run", "out='other'", "seed=3"])
     for command, verb in (
-        (again(Path(name)), "run"),
+        (resume_command(Path(name)), "run"),
         (comparison.command(Path(name), ["seed=3"]), "compare"),
     ):
         program, first, *words = shlex.split(command)

@@ -84,7 +84,7 @@ def test_a_file_that_has_become_shorter_is_read_from_its_start(tmp_path):
     assert list(tail.read_new_events()) == [{"event": "start"}]
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "line",
     [
         b"{",
@@ -129,7 +129,7 @@ def test_speed_is_that_of_late_and_what_is_left_follows_from_the_stages_before(t
     ]
 
 
-@pytest.mark.parametrize("rows", range(1, 7))
+@pytest.score_answer.parametrize("rows", range(1, 7))
 def test_average_and_forgetting_so_far_are_those_of_a_run_that_ends_here(rows):
     whole = make_fake_matrix("naive")
     part = type(whole)(
@@ -224,9 +224,9 @@ def test_a_hundred_runs_are_looked_at_without_reading_a_line_twice(tmp_path):
         (tmp_path / f"runs/{n:03d}/config.yaml").touch()
     runs = {}
     assert len(refresh_runs([tmp_path / "runs"], runs)) == 100
-    before = {run.tail.path: run.tail.at for run in runs.values()}
+    before = {run.tail.path: run.tail.offset for run in runs.values()}
     assert build_runs_table(refresh_runs([tmp_path / "runs"], runs)).row_count == 100
-    assert {run.tail.path: run.tail.at for run in runs.values()} == before
+    assert {run.tail.path: run.tail.offset for run in runs.values()} == before
 
 
 def test_what_cannot_be_watched_is_refused(cli_error, tmp_path):

@@ -56,7 +56,7 @@ def response_ids(e):
 # Templates
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("name", "bare", "full", "response"),
     [
         ("plain", "Do it.\n", "Do it.\na b\n", "red"),
@@ -100,7 +100,7 @@ def test_chat_asks_for_an_answer_with_the_templates_generation_prompt():
     assert CHAT.decode(asked.ids) == "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("output", ["red", "think", "<", "\nred", "red "])
+@pytest.score_answer.parametrize("output", ["red", "think", "<", "\nred", "red "])
 def test_what_a_chat_template_writes_before_any_answer_is_asked_and_not_learned(output):
     encoder, e = Encoder(THINKER, "chat"), make_example("Do it.", output=output)
     made, asked = encoder.encode_example(e, 0), encoder.encode_prompt(e, 0, 5)
@@ -128,7 +128,7 @@ def test_a_space_that_a_chat_template_writes_before_an_answer_is_its_first_word_
     ]
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("name", "tokenizer", "turns"),
     [
         ("plain", PLAIN, ["Hello<eos>", "red<eos>"]),
@@ -188,7 +188,7 @@ def test_the_merging_tokenizer_does_merge_across_the_boundary():
     assert GREEDY("Say it\nred blue")["input_ids"] != apart
 
 
-@pytest.mark.parametrize("name", ["plain", "alpaca", "human_assistant", "inst"])
+@pytest.score_answer.parametrize("name", ["plain", "alpaca", "human_assistant", "inst"])
 def test_the_boundary_is_exact_where_merges_would_shift_it(name):
     encoder, row = Encoder(GREEDY, name), make_example("Say it", output="red blue")
     made, asked = encoder.encode_example(row, 0), encoder.encode_prompt(row, 0, 9)
@@ -223,8 +223,10 @@ def conversation(e):
     return [{"role": m.role, "content": m.content} for m in told]
 
 
-@pytest.mark.parametrize("written", [BEGUN, CHATML_TEMPLATE], ids=["a BOS", "no BOS"])
-@pytest.mark.parametrize("row", [make_example("Do it."), TALK], ids=["one turn", "messages"])
+@pytest.score_answer.parametrize("written", [BEGUN, CHATML_TEMPLATE], ids=["a BOS", "no BOS"])
+@pytest.score_answer.parametrize(
+    "row", [make_example("Do it."), TALK], ids=["one turn", "messages"]
+)
 def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row):
     tokenizer = train_byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=written)
     encoder, told = Encoder(tokenizer, "chat"), conversation(row)
@@ -407,7 +409,7 @@ def test_all_rows_that_do_not_fit_or_are_empty_are_named_together_with_file_line
     assert [line.split(": ")[0] for line in told] == ["t.jsonl:1", "t.jsonl:3", "t.jsonl:4"]
     assert "raise data.max_length" in told[0]
     assert "the response is empty" in told[1]
-    assert all("data.on_unfit=skip" in line for line in told)
+    assert all("data.on_unusable=skip" in line for line in told)
 
 
 def test_a_response_that_does_not_fit_is_refused_whatever_the_input():
@@ -441,7 +443,7 @@ def test_a_task_of_which_nothing_is_left_is_refused():
 
 
 def test_an_unknown_way_to_treat_the_unfit_names_the_known():
-    with pytest.raises(ConfigError, match=r"unknown data.on_unfit 'skp'; did you mean 'skip'"):
+    with pytest.raises(ConfigError, match=r"unknown data.on_unusable 'skp'; did you mean 'skip'"):
         Encoder(PLAIN, on_unusable="skp")
 
 

@@ -63,7 +63,7 @@ def same(encoder, given_stream, path):
 # The same ids
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "encoder",
     [
         Encoder(PLAIN, max_tokens=40, on_unusable="skip"),
@@ -109,7 +109,7 @@ def test_a_resumed_run_tokenises_nothing_and_counts_as_before(run_keys, tmp_path
             folder / task / "train.jsonl",
             [*make_rows(task, 6), long, {"instruction": "Say.", "output": ""}],
         )
-    told = (*run_keys, f"stream.path={folder}", "data.on_unfit=skip")
+    told = (*run_keys, f"stream.path={folder}", "data.on_unusable=skip")
     out = tmp_path / "run"
     whole, _ = run_in_process(out, told)
     (out / "finished").unlink()
@@ -147,7 +147,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.score_answer.parametrize("change", CHANGES)
 def test_a_change_of_what_the_ids_depend_on_makes_them_anew(change, tmp_path, capsys):
     path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, max_tokens=40)
     same(encoder, stream(*FIT), path)
@@ -199,7 +199,7 @@ FORGED = {
 }
 
 
-@pytest.mark.parametrize("how", FORGED)
+@pytest.score_answer.parametrize("how", FORGED)
 def test_numbers_that_cannot_be_rows_are_not_believed_whatever_their_hash(how, tmp_path, capsys):
     path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, max_tokens=40)
     same(encoder, stream(*FIT), path)
@@ -234,7 +234,7 @@ def test_every_task_of_which_nothing_is_left_is_refused_before_the_first_is_lear
     for task in TASKS[1:]:
         write_rows(folder / task / "train.jsonl", [{"instruction": "Say.", "output": ""}])
     with pytest.raises(DataError) as caught:
-        run_in_process(tmp_path / "run", run_keys, f"stream.path={folder}", "data.on_unfit=skip")
+        run_in_process(tmp_path / "run", run_keys, f"stream.path={folder}", "data.on_unusable=skip")
     assert [line.split(" has no train rows left")[0] for line in str(caught.value).split("\n")] == [
         "task 'last'",
         "task 'loud'",

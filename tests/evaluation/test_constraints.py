@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 
 from continual.data.types import Constraint
 from continual.errors import DataError
-from continual.evaluation.constraints import CHECKS, LANGUAGES, keeps, keeps_loosely, language
-from continual.evaluation.row_metrics import MEASURES, accuracies
-from continual.evaluation.text import sentences
+from continual.evaluation.constraints import (
+    CHECKS,
+    LANGUAGE_CODES,
+    detect_language,
+    satisfies,
+    satisfies_loosely,
+)
+from continual.evaluation.row_metrics import ROW_METRICS, ifeval_accuracies
+from continual.evaluation.text import split_sentences
 from streams.rows import load_jsonl, parse_row
 from tests.support.models import make_example
 
@@ -159,28 +165,29 @@ def test_every_check_has_its_cases():
     assert len(CHECKS) == 25
 
 
-@pytest.mark.parametrize("id", CHECKS)
+@pytest.score_answer.parametrize("id", CHECKS)
 def test_a_check_tells_answers_that_keep_to_it_from_those_that_do_not(id):
     kwargs, right, wrong = CASES[id]
-    assert {a: keeps(a, Constraint(id, kwargs)) for a in right} == dict.fromkeys(right, True)
-    assert {a: keeps(a, Constraint(id, kwargs)) for a in wrong} == dict.fromkeys(wrong, False)
+    assert {a: satisfies(a, Constraint(id, kwargs)) for a in right} == dict.fromkeys(right, True)
+    assert {a: satisfies(a, Constraint(id, kwargs)) for a in wrong} == dict.fromkeys(wrong, False)
 
 
-@pytest.mark.parametrize("id", CHECKS)
+@pytest.score_answer.parametrize("id", CHECKS)
 def test_a_blank_answer_keeps_to_nothing(id):
     assert not any(
-        keeps(a, Constraint(id, CASES[id][0])) or keeps_loosely(a, Constraint(id, CASES[id][0]))
+        satisfies(a, Constraint(id, CASES[id][0]))
+        or satisfies_loosely(a, Constraint(id, CASES[id][0]))
         for a in ("", " \n")
     )
 
 
-@pytest.mark.parametrize("code", TOLD)
+@pytest.score_answer.parametrize("code", TOLD)
 def test_the_language_of_a_sentence_is_told(code):
-    assert language(TOLD[code]) == code
-    assert code in LANGUAGES
+    assert detect_language(TOLD[code]) == code
+    assert code in LANGUAGE_CODES
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("text", "count"),
     [
         ("", 0),
@@ -197,13 +204,13 @@ def test_the_language_of_a_sentence_is_told(code):
     ],
 )
 def test_sentences_are_counted_as_people_count_them(text, count):
-    assert len(sentences(text)) == count
+    assert len(split_sentences(text)) == count
 
 
 # Loosely
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("id", "answer"),
     [
         ("detectable_format:json_format", 'Here it is:\n{"a": 1}'),
@@ -214,8 +221,8 @@ def test_sentences_are_counted_as_people_count_them(text, count):
     ],
 )
 def test_loosely_the_first_line_the_last_line_and_asterisks_do_not_count(id, answer):
-    assert not keeps(answer, Constraint(id))
-    assert keeps_loosely(answer, Constraint(id))
+    assert not satisfies(answer, Constraint(id))
+    assert satisfies_loosely(answer, Constraint(id))
 
 
 @given(
@@ -224,13 +231,13 @@ def test_loosely_the_first_line_the_last_line_and_asterisks_do_not_count(id, ans
 )
 def test_what_is_kept_strictly_is_kept_loosely(id, parts):
     constraint = Constraint(id, CASES[id][0])
-    assert keeps("".join(parts), constraint) <= keeps_loosely("".join(parts), constraint)
+    assert satisfies("".join(parts), constraint) <= satisfies_loosely("".join(parts), constraint)
 
 
 @given(st.lists(st.sampled_from(["one", "Two", "3"]), min_size=1, max_size=20), st.integers(1, 20))
 def test_at_least_and_less_than_part_all_answers(told, n):
     counts = [
-        keeps(
+        satisfies(
             " ".join(told),
             Constraint("length_constraints:number_words", {"num_words": n, "relation": r}),
         )
@@ -244,7 +251,7 @@ def test_at_least_and_less_than_part_all_answers(told, n):
 ASKED = (Constraint("punctuation:no_comma"), Constraint("startend:quotation"))
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("answer", "marks"),
     [
         ('"yes"', (1, 1, 1, 1)),
@@ -264,7 +271,7 @@ def test_a_row_is_marked_by_all_of_its_constraints_or_their_share_strictly_or_lo
         "constraint_share",
         "constraint_share_loose",
     )
-    assert tuple(MEASURES[name].mark(answer, row)["score"] for name in names) == marks
+    assert tuple(ROW_METRICS[name].score_answer(answer, row)["score"] for name in names) == marks
 
 
 def test_the_four_accuracies_are_those_of_ifeval():
@@ -273,7 +280,7 @@ def test_the_four_accuracies_are_those_of_ifeval():
         {"strict": [False], "loose": [True]},
         {"strict": [False, True], "loose": [False, True]},
     ]
-    assert accuracies(rows) == pytest.approx(
+    assert ifeval_accuracies(rows) == pytest.approx(
         {
             "prompt, strict": 1 / 3,
             "prompt, loose": 2 / 3,
@@ -307,7 +314,7 @@ def test_a_row_carries_its_constraints_and_level():
     assert hash(made) == hash(made)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("constraint", "said"),
     [
         (
@@ -367,7 +374,7 @@ def test_a_constraint_that_cannot_be_checked_is_refused_by_file_and_line(
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [{"id": "punctuation:no_comma"}, {}, [[]]])
+@pytest.score_answer.parametrize("value", [{"id": "punctuation:no_comma"}, {}, [[]]])
 def test_constraints_are_a_list_of_objects(value):
     told = {**row(), "constraints": value}
     if not value:
@@ -379,7 +386,7 @@ def test_constraints_are_a_list_of_objects(value):
             parse_row(told, task="t", id="i", where="f:1")
 
 
-@pytest.mark.parametrize("value", ["no more than 10 lines", 5])
+@pytest.score_answer.parametrize("value", ["no more than 10 lines", 5])
 def test_a_column_of_that_name_that_holds_no_list_is_metadata(value):
     assert (
         parse_row({**row(), "constraints": value}, task="t", id="i", where="f:1").constraints == ()
@@ -433,10 +440,10 @@ def kept(c):
     return exact[of]()
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="the rows of IFEval are not there")
+@pytest.score_answer.skipif(not REAL.is_file(), reason="the rows of IFEval are not there")
 def test_every_row_of_ifeval_is_read_and_each_of_its_constraints_can_be_kept():
     rows = load_jsonl(REAL, "ifeval")
     constraints = [c for e in rows for c in e.constraints]
     assert {c.id for c in constraints} == set(CHECKS)
     assert all(e.constraints for e in rows)
-    assert [c for c in constraints if not keeps(kept(c), c)] == []
+    assert [c for c in constraints if not satisfies(kept(c), c)] == []

@@ -8,12 +8,12 @@ import torch
 from continual.data.template import Encoder
 from continual.data.types import Example, Task
 from continual.errors import ConfigError, DataError
-from continual.evaluation.judge import RUBRIC, Judge, grade, requirements
-from continual.evaluation.scoring import prepare, score
+from continual.evaluation.judge import RUBRIC, Judge, get_requirements, parse_grade
+from continual.evaluation.scoring import prepare_eval_set, score_task
 from continual.models.loading import assemble
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from tests.support.models import (
     load_json_lines,
     make_example,
@@ -46,13 +46,13 @@ def taught(tmp_path_factory):
         for a in ANSWERS
         for word in ("red", "blue")
     ]
-    learn(
+    train_stage(
         net,
         Encoder(TOKENIZER, max_tokens=400).encode_task(Task("t", known), {"t": 0}),
         Strategy(),
-        Recipe(lr=0.01, steps=120, batch_size=6, warmup=0.1),
+        Recipe(lr=0.01, steps=120, batch_size=6, warmup_ratio=0.1),
         seed=0,
-        log=lambda e: None,
+        log_event=lambda e: None,
     )
     folder = tmp_path_factory.mktemp("judge")
     net.net.save_pretrained(folder)
@@ -82,7 +82,7 @@ def judged(judge, *answers):
 
 
 def test_each_requirement_is_graded_by_itself_and_the_mark_is_the_mean_of_the_grades(taught, short):
-    told = judged(Judge(str(taught), how="generate", device="cpu"), *ANSWERS)
+    told = judged(Judge(str(taught), grade_mode="generate", device="cpu"), *ANSWERS)
     assert [t["grades"] for t in told] == [[5, 2], [2, 5], [5, 5]]
     assert [t["score"] for t in told] == [
         pytest.approx(x) for x in ((1 + 0.25) / 2, (0.25 + 1) / 2, 1)
@@ -96,7 +96,7 @@ def test_by_likelihood_the_grade_is_the_expected_one(taught, short):
         [pytest.approx(5, abs=0.5), pytest.approx(2, abs=0.5)],
         [pytest.approx(5, abs=0.5)] * 2,
     ]
-    prompt, _ = judge.prompt(ROW, "red", "Say red.")
+    prompt, _ = judge.encode_grading_prompt(ROW, "red", "Say red.")
     shares = []
     for n in "12345":  # as five rows of their own
         whole = judge.encoder.encode_example(make_example(asked("red", "Say red."), output=n), 0)
@@ -122,15 +122,15 @@ def test_a_blank_answer_meets_nothing_and_no_judge_is_asked():
 
 def test_grades_that_cannot_be_read_count_as_0_and_are_told(dull, capsys):
     encoder = Encoder(TOKENIZER, max_tokens=120)
-    test = prepare(
+    test = prepare_eval_set(
         Task("t", (), (), (ROW,), "relevance_judged"),
         encoder,
         "test",
         0,
         max_new_tokens=4,
-        judge=Judge(str(dull), how="generate", device="cpu"),
+        judge=Judge(str(dull), grade_mode="generate", device="cpu"),
     )
-    value, (row,) = score(
+    value, (row,) = score_task(
         assemble(make_network("llama", len(TOKENIZER)), TOKENIZER, device="cpu"), test, 8
     )
     assert (value, row["grades"]) == (0, [None, None])
@@ -139,7 +139,7 @@ def test_grades_that_cannot_be_read_count_as_0_and_are_told(dull, capsys):
     )
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("said", "read"),
     [
         ("4", 4),
@@ -157,10 +157,10 @@ def test_grades_that_cannot_be_read_count_as_0_and_are_told(dull, capsys):
     ],
 )
 def test_a_grade_is_one_digit_from_1_to_5_and_nothing_beside_it(said, read):
-    assert grade(said) == read
+    assert parse_grade(said) == read
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("row", "found"),
     [
         (ROW, ["Say red.", "Say blue."]),
@@ -173,12 +173,12 @@ def test_a_grade_is_one_digit_from_1_to_5_and_nothing_beside_it(said, read):
     ],
 )
 def test_requirements_are_the_row_s_own_or_else_the_sentences_of_its_instruction(row, found):
-    assert requirements(row) == found
+    assert get_requirements(row) == found
 
 
 def test_a_long_answer_is_cut_for_the_judge_and_told(dull, capsys):
-    judge = Judge(str(dull), device="cpu", limit=200)
-    prompt, cut = judge.prompt(ROW, "red " * 500, "Say red.")
+    judge = Judge(str(dull), device="cpu", max_length=200)
+    prompt, cut = judge.encode_grading_prompt(ROW, "red " * 500, "Say red.")
     assert cut
     assert len(prompt.ids) <= 192
     assert "Answer: red red" in prompt.text
@@ -191,7 +191,7 @@ def test_an_instruction_too_long_for_the_judge_is_refused_by_file_and_line(dull)
     with pytest.raises(
         DataError, match=r"^t/dev.jsonl:3: the judge's prompt takes \d+ tokens without the answer"
     ):
-        Judge(str(dull), device="cpu", limit=150)([row], ["red"])
+        Judge(str(dull), device="cpu", max_length=150)([row], ["red"])
 
 
 def test_loading_a_judge_draws_nothing_from_the_run_s_random_numbers(dull):
@@ -201,10 +201,10 @@ def test_loading_a_judge_draws_nothing_from_the_run_s_random_numbers(dull):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("key", "said"),
     [
-        ("how=guess", "unknown score.judge.how 'guess'"),
+        ("how=guess", "unknown score.judge.grade_mode 'guess'"),
         ("dtype=fp8", "unknown score.judge.dtype 'fp8'"),
         ("template=plane", "unknown score.judge.template 'plane'; did you mean 'plain'"),
         ("max_length=0", "score.judge.max_length=0: expected a whole number"),

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from continual.data.template import Encoder
 from continual.data.types import Message, Stream, Task
 from continual.errors import ConfigError, DataError
-from continual.evaluation.metrics import METRICS
-from continual.evaluation.probes.base import Look, Setting
+from continual.evaluation.metrics import REFERENCE_METRICS
+from continual.evaluation.probes.base import RunSetup, StageContext
 from continual.evaluation.probes.changes import CHANGES
-from continual.evaluation.probes.general import General
+from continual.evaluation.probes.general import GeneralAbility
 from continual.evaluation.probes.shots import Shots
-from continual.evaluation.probes.transfer import Transfer, clustered
+from continual.evaluation.probes.transfer import Transfer, cluster_tasks
 from continual.evaluation.probes.turns import Turns
 from continual.evaluation.probes.wordings import Wordings
 from continual.results.matrix import Matrix
@@ -35,7 +35,7 @@ def setting(*tasks, limit=512, on_unfit="error", stream=None, **score):
             "stream": stream or {"_target_": "streams.skills.stream.generate_skills", "seed": 0},
         }
     )
-    return Setting(
+    return RunSetup(
         config, Stream("s", "o", tasks, tasks), Encoder(PLAIN, "plain", limit, on_unusable=on_unfit)
     )
 
@@ -48,11 +48,15 @@ def model(says):
         asked.extend(e.text for e in test.encoded)
         answers = [says(e.text) for e in test.encoded]
         return [
-            {"id": e.id, "answer": a, "score": max(METRICS[test.metric](a, o) for o in e.outputs)}
+            {
+                "id": e.id,
+                "answer": a,
+                "score": max(REFERENCE_METRICS[test.metric](a, o) for o in e.outputs),
+            }
             for e, a in zip(test.examples, answers, strict=True)
         ]
 
-    return Look(ask, EMPTY), asked
+    return StageContext(ask, EMPTY), asked
 
 
 def colours(name="t", train=8, test=4, instruction="Give the colour."):
@@ -104,8 +108,8 @@ def probed(tmp_path):
 def test_general_ability_is_the_score_of_each_task_of_a_stream_that_is_not_learned_and_its_drift(
     probed,
 ):
-    general = General(stream=probed)
-    general.ready(setting(colours()))
+    general = GeneralAbility(stream=probed)
+    general.prepare(setting(colours()))
     knows = general.measure(model(lambda text: last_line(text).split()[0])[0])
     assert knows["general"]["first"] == 1
     assert knows["general"]["mean"] == statistics.mean(
@@ -113,35 +117,37 @@ def test_general_ability_is_the_score_of_each_task_of_a_stream_that_is_not_learn
     )
     assert set(knows["general drift"].values()) == {0.0}
     look = model(lambda text: "")[0]
-    later = general.measure(Look(look.ask, EMPTY, knows))
+    later = general.measure(StageContext(look.ask, EMPTY, knows))
     assert later["general drift"] == {label: -value for label, value in knows["general"].items()}
 
 
 def test_a_probe_task_without_the_run_s_split_is_scored_on_the_one_it_has_and_its_table_says_so(
     probed,
 ):
-    general = General(stream=probed, limit=3)
-    general.ready(setting(colours()))
-    assert "first: 3 test rows, exact_match" in general.entries["general"].says
-    assert "loud: 3 dev rows, exact_match" in general.entries["general"].says
+    general = GeneralAbility(stream=probed, max_examples=3)
+    general.prepare(setting(colours()))
+    assert "first: 3 test rows, exact_match" in general.entries["general"].description
+    assert "loud: 3 dev rows, exact_match" in general.entries["general"].description
 
 
 def test_what_is_wrong_with_a_probe_s_stream_is_told_as_the_probe_s(probed, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^probe.general.stream: task 'first': unknown metric 'bleu'"
     ):
-        General(stream=probed, metric="bleu").ready(setting(colours()))
+        GeneralAbility(stream=probed, metric="bleu").prepare(setting(colours()))
     with pytest.raises(FileNotFoundError, match=r"^probe.general.stream: found no folder"):
-        General(stream={**probed, "path": str(tmp_path / "none")}).ready(setting(colours()))
+        GeneralAbility(stream={**probed, "path": str(tmp_path / "none")}).prepare(
+            setting(colours())
+        )
 
 
 # In context
 
 
 def test_demonstrations_are_answered_train_rows_before_the_prompt_and_those_of_k_begin_those_of_more():
-    shots = Shots(k=[0, 1, 2], limit=1)
-    shots.ready(setting(colours()))
-    none, one, two = (shots.tests["t", k][0].encoded[0].text for k in (0, 1, 2))
+    shots = Shots(k=[0, 1, 2], max_examples=1)
+    shots.prepare(setting(colours()))
+    none, one, two = (shots.eval_sets["t", k][0].encoded[0].text for k in (0, 1, 2))
     assert none == "Give the colour.\nsand\n"
     shown = two.removesuffix(f"\n{none}").split("\nGive")
     assert len(shown) == 2
@@ -164,17 +170,17 @@ def test_a_model_that_learns_from_two_demonstrations_scores_from_k_2_on():
 def test_no_demonstration_asks_what_a_scored_prompt_asks():
     task = colours()
     shots = Shots(k=[3])
-    shots.ready(setting(Task("t", (*task.test[:2], *task.train[:3]), test=task.test)))
+    shots.prepare(setting(Task("t", (*task.test[:2], *task.train[:3]), test=task.test)))
     assert not any(
         f"\n{e.input}\n{e.input}" in test.text
-        for test in shots.tests["t", 3][0].encoded
+        for test in shots.eval_sets["t", 3][0].encoded
         for e in task.test
     )
 
 
 def test_the_score_is_the_mean_over_draws():
     shots = Shots(k=[0, 1], draws=4)
-    shots.ready(setting(colours()))
+    shots.prepare(setting(colours()))
     look, asked = model(lambda text: last_line(text) if "red" in text else "")
     told = shots.measure(look)
     assert len(asked) == 4 + 4 * 4
@@ -188,11 +194,11 @@ def test_prompts_that_hold_fewer_for_want_of_room_are_counted_and_where_none_hol
     told = measured(shots, setting(task, limit=4 * one), last_line)
     assert told["shots"]["k=0"] == told["shots"]["k=2"] == 1
     assert told["shots"]["k=6"] is None
-    assert "4 of 4 at k=6" in shots.entries["shots"].says
-    assert "at k=2" not in shots.entries["shots"].says
+    assert "4 of 4 at k=6" in shots.entries["shots"].description
+    assert "at k=2" not in shots.entries["shots"].description
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("keys", "score", "told"),
     [
         (
@@ -207,7 +213,7 @@ def test_prompts_that_hold_fewer_for_want_of_room_are_counted_and_where_none_hol
 )
 def test_demonstrations_that_cannot_be_are_refused(keys, score, told):
     with pytest.raises(ConfigError, match=told):
-        Shots(**keys).ready(setting(colours(), **score))
+        Shots(**keys).prepare(setting(colours(), **score))
 
 
 # Wordings
@@ -241,15 +247,15 @@ def test_the_spread_of_a_model_that_no_wording_moves_is_zero():
 
 def test_a_change_that_changes_nothing_is_no_wording():
     wordings = Wordings(changes=["lower", "bare", "upper"])
-    wordings.ready(setting(colours(instruction="give the colour")))
-    assert list(wordings.tests["t"]) == ["as it is", "upper"]
+    wordings.prepare(setting(colours(instruction="give the colour")))
+    assert list(wordings.eval_sets["t"]) == ["as it is", "upper"]
 
 
 def test_given_wordings_of_rows_are_the_instructions_that_train_rows_repeat():
     a, b = colours(), colours(instruction="Which colour ?")
     once = make_example("Name it.", "jade", "jade", id="once")
     told = measured(
-        Wordings(given=["rows"], changes=[]),
+        Wordings(paraphrases=["rows"], changes=[]),
         setting(Task("t", (*a.train, *b.train, once), test=a.test)),
         lambda text: last_line(text) if "Which" in text else "",
     )
@@ -268,27 +274,27 @@ def test_given_wordings_of_a_file_ask_the_same_in_the_same_order(tmp_path):
     from streams.folder import load_folder
 
     where = setting(*load_folder(path=str(tmp_path), seed=0).tasks, stream=section)
-    wordings = Wordings(given=["other"], changes=[])
-    wordings.ready(where)
-    other = wordings.tests["first"]["given: other"]
+    wordings = Wordings(paraphrases=["other"], changes=[])
+    wordings.prepare(where)
+    other = wordings.eval_sets["first"]["given: other"]
     assert [e.instruction for e in other.examples] == [row["instruction"] for row in rows]
     assert [e.id for e in other.examples] == [
-        e.id for e in wordings.tests["first"]["as it is"].examples
+        e.id for e in wordings.eval_sets["first"]["as it is"].examples
     ]
     write_rows(tmp_path / "first" / "other.jsonl", rows[:3])
     with pytest.raises(DataError, match="has 3 rows there and 4 that are scored"):
-        Wordings(given=["other"]).ready(where)
+        Wordings(paraphrases=["other"]).prepare(where)
     with pytest.raises(
         ConfigError, match=r"given=\[\.\./x\]: stream.files.test=\.\./x: expected the name"
     ):
-        Wordings(given=["../x"]).ready(where)
+        Wordings(paraphrases=["../x"]).prepare(where)
 
 
 def test_a_file_of_wordings_needs_a_stream_of_files():
     with pytest.raises(
-        ConfigError, match=r"probe.wordings.given=\[other\]: .*expected rows, or a file"
+        ConfigError, match=r"probe.wordings.paraphrases=\[other\]: .*expected rows, or a file"
     ):
-        Wordings(given=["other"]).ready(setting(colours()))
+        Wordings(paraphrases=["other"]).prepare(setting(colours()))
 
 
 def test_every_wording_is_scored_on_the_examples_that_fit_under_all():
@@ -301,18 +307,18 @@ def test_every_wording_is_scored_on_the_examples_that_fit_under_all():
     assert fits < len(
         Encoder(PLAIN).encode_example(make_example(long.instruction.upper(), "jade", "jade"), 0).ids
     )
-    wordings.ready(setting(Task("t", task.train, test=(*task.test, long)), limit=fits + 8))
-    assert [len(test.examples) for test in wordings.tests["t"].values()] == [4, 4]
-    assert "1 in all left out" in wordings.entries["wordings"].says
+    wordings.prepare(setting(Task("t", task.train, test=(*task.test, long)), limit=fits + 8))
+    assert [len(test.examples) for test in wordings.eval_sets["t"].values()] == [4, 4]
+    assert "1 in all left out" in wordings.entries["wordings"].description
 
 
 def test_an_unknown_change_and_a_single_wording_are_refused():
     with pytest.raises(
         ConfigError, match=r"unknown change in probe.wordings.changes 'uper'; did you mean 'upper'"
     ):
-        Wordings(changes=["uper"]).ready(setting(colours()))
+        Wordings(changes=["uper"]).prepare(setting(colours()))
     with pytest.raises(ConfigError, match="a single wording of each task"):
-        Wordings(changes=[]).ready(setting(colours()))
+        Wordings(changes=[]).prepare(setting(colours()))
 
 
 @given(
@@ -364,7 +370,7 @@ def test_a_model_that_remembers_completes_uses_context_and_agrees_with_itself():
         "context": 1,
         "consistent": 1,
     }
-    assert "t: 2 conversations" in turns.entries["turns"].says
+    assert "t: 2 conversations" in turns.entries["turns"].description
 
 
 def test_a_model_that_forgets_the_turns_before_uses_no_context():
@@ -390,8 +396,8 @@ def test_turns_answered_alone_as_well_need_no_context():
 
 
 def test_each_turn_is_asked_behind_the_model_s_own_answers_and_the_first_question_again_at_the_end():
-    turns = Turns(limit=1)
-    turns.ready(setting(TALK))
+    turns = Turns(max_examples=1)
+    turns.prepare(setting(TALK))
     look, asked = model(lambda text: f"answer {text.count('Say')}")
     told = turns.measure(look)
     assert asked == [
@@ -420,15 +426,15 @@ def test_conversations_without_room_for_the_question_again_are_refused_or_left_o
     with pytest.raises(
         DataError, match="1 conversations leave no room for their first question asked again"
     ):
-        Turns().ready(setting(talk, limit=60))
+        Turns().prepare(setting(talk, limit=60))
     turns = Turns()
-    turns.ready(setting(talk, limit=60, on_unfit="skip"))
-    assert "t: 2 conversations; 1 left out" in turns.entries["turns"].says
+    turns.prepare(setting(talk, limit=60, on_unfit="skip"))
+    assert "t: 2 conversations; 1 left out" in turns.entries["turns"].description
 
 
 def test_a_turn_that_the_model_s_own_answers_leave_no_room_for_is_unanswered():
-    turns = Turns(limit=1)
-    turns.ready(setting(TALK, limit=60))
+    turns = Turns(max_examples=1)
+    turns.prepare(setting(TALK, limit=60))
     look, asked = model(lambda text: "red " * 60)
     assert turns.measure(look)["turns"]["later turns"] == 0
     assert asked == ["Say red.\n", "Say it again.\n"]
@@ -436,9 +442,9 @@ def test_a_turn_that_the_model_s_own_answers_leave_no_room_for_is_unanswered():
 
 def test_a_stream_without_conversations_of_several_turns_is_refused():
     with pytest.raises(ConfigError, match="in which the user speaks twice or more"):
-        Turns().ready(setting(colours()))
-    with pytest.raises(ConfigError, match=r"probe.turns.met=2: expected a mark above 0"):
-        Turns(met=2).ready(setting(TALK))
+        Turns().prepare(setting(colours()))
+    with pytest.raises(ConfigError, match=r"probe.turns.pass_score=2: expected a mark above 0"):
+        Turns(pass_score=2).prepare(setting(TALK))
 
 
 # Transfer
@@ -454,19 +460,19 @@ def test_tasks_cluster_by_the_words_of_their_instructions():
     chosen = [
         tasks[n] for n in ("count_animals", "reverse", "count_fruits", "first_and_third", "third")
     ]
-    assert clustered(chosen, 0.3) == [
+    assert cluster_tasks(chosen, 0.3) == [
         ["count_animals", "count_fruits"],
         ["reverse"],
         ["first_and_third", "third"],
     ]
-    assert clustered(chosen, 1.0) == [[t.name] for t in chosen]
-    assert clustered(chosen, 0.0) == [[t.name for t in chosen]]
+    assert cluster_tasks(chosen, 1.0) == [[t.name] for t in chosen]
+    assert cluster_tasks(chosen, 0.0) == [[t.name for t in chosen]]
 
 
 def test_transfer_is_the_step_of_the_matrix_within_and_across_clusters():
     a, b, c = colours("a"), colours("b"), colours("c", instruction="Add both numbers up .")
     transfer = Transfer()
-    transfer.ready(setting(a, b, c))
+    transfer.prepare(setting(a, b, c))
     rows = ((0.1, 0.1, 0.1), (0.9, 0.4, 0.2), (0.8, 0.9, 0.2), (0.3, 0.5, 1.0))
     tasks = ("a", "b", "c")
 
@@ -481,7 +487,7 @@ def test_transfer_is_the_step_of_the_matrix_within_and_across_clusters():
             ("base", *tasks)[:n],
             rows[:n],
         )
-        return transfer.measure(Look(model(str)[0].ask, made))
+        return transfer.measure(StageContext(model(str)[0].ask, made))
 
     assert set(after(1)["transfer"].values()) == {None}
     told = [after(n)["transfer"] for n in (2, 3, 4)]
@@ -498,7 +504,7 @@ def test_transfer_is_the_step_of_the_matrix_within_and_across_clusters():
 
 def test_a_stage_of_all_tasks_tells_nothing_of_one_task_s_transfer():
     transfer = Transfer()
-    transfer.ready(setting(colours("a"), colours("b")))
+    transfer.prepare(setting(colours("a"), colours("b")))
     joint = Matrix(
         "s",
         "o",
@@ -509,4 +515,6 @@ def test_a_stage_of_all_tasks_tells_nothing_of_one_task_s_transfer():
         ("base", "joint"),
         ((0.1, 0.1), (0.9, 0.9)),
     )
-    assert set(transfer.measure(Look(model(str)[0].ask, joint))["transfer"].values()) == {None}
+    assert set(transfer.measure(StageContext(model(str)[0].ask, joint))["transfer"].values()) == {
+        None
+    }

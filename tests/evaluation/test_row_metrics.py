@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from continual.auditing.audit import audit
+from continual.auditing.audit import audit_stream
 from continual.data.template import Encoder
 from continual.data.types import Constraint, Message, Stream, Task
 from continual.errors import ConfigError, DataError
 from continual.evaluation.constraints import CHECKS
-from continual.evaluation.demands import LEVELS, demands, level
-from continual.evaluation.fidelity import elements, fidelity
-from continual.evaluation.row_metrics import MEASURES
-from continual.evaluation.scoring import mark, prepare, score
+from continual.evaluation.demands import COMPOSITION_LEVELS, composition_level, find_demands
+from continual.evaluation.fidelity import find_elements, score_fidelity
+from continual.evaluation.row_metrics import ROW_METRICS
+from continual.evaluation.scoring import prepare_eval_set, score_answer, score_task
 from continual.reports import measures
 from continual.results.run_folder import Run
 from tests.support.models import (
@@ -37,7 +37,7 @@ COMMA, QUOTE = Constraint("punctuation:no_comma"), Constraint("startend:quotatio
 # What is asked for
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("instruction", "expected"),
     [
         ("Say it in at least 100 words.", [("number_words", "at least", 100)]),
@@ -93,7 +93,7 @@ COMMA, QUOTE = Constraint("punctuation:no_comma"), Constraint("startend:quotatio
     ],
 )
 def test_checkable_demands_are_found_by_an_instruction_s_own_words(instruction, expected):
-    found = [c for d in demands(instruction) for c in d.constraints]
+    found = [c for d in find_demands(instruction) for c in d.constraints]
     assert [c.id.partition(":")[2] for c in found] == [name for name, *_ in expected]
     for c, (_, *told) in zip(found, expected, strict=True):
         assert all(value in c.kwargs.values() for value in told)
@@ -127,7 +127,7 @@ def test_checkable_demands_are_found_by_an_instruction_s_own_words(instruction, 
     )
 )
 def test_what_is_found_can_be_checked_and_no_passage_is_counted_twice(words):
-    found = demands(" ".join(words))
+    found = find_demands(" ".join(words))
     for d in found:
         for c in d.constraints:
             assert CHECKS[c.id]("Some answer", **c.kwargs) in (True, False)
@@ -138,7 +138,7 @@ def test_what_is_found_can_be_checked_and_no_passage_is_counted_twice(words):
 # Level
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("instruction", "expected"),
     [
         ("Write a poem.", 0),
@@ -156,7 +156,7 @@ def test_what_is_found_can_be_checked_and_no_passage_is_counted_twice(words):
     ],
 )
 def test_the_level_of_an_instruction_is_told_by_its_own_words(instruction, expected):
-    assert level(instruction) == LEVELS[expected]
+    assert composition_level(instruction) == COMPOSITION_LEVELS[expected]
 
 
 def test_a_row_s_own_level_goes_before_and_a_conversation_s_is_that_of_its_last_question():
@@ -172,9 +172,9 @@ def test_a_row_s_own_level_goes_before_and_a_conversation_s_is_that_of_its_last_
         make_example("Say it, then stop."),
     ]
     encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=120)
-    _, predictions = score(
+    _, predictions = score_task(
         make_text_model(),
-        prepare(Task("t", (), (), tuple(asked)), encoder, "test", 0, max_new_tokens=2),
+        prepare_eval_set(Task("t", (), (), tuple(asked)), encoder, "test", 0, max_new_tokens=2),
         8,
     )
     assert [p["level"] for p in predictions] == ["hard", "single step", "multi-step"]
@@ -183,7 +183,7 @@ def test_a_row_s_own_level_goes_before_and_a_conversation_s_is_that_of_its_last_
 # Fidelity
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("instruction", "found"),
     [
         ("Write about 1,500 cats and two dogs.", {"number: 1,500", "number: two"}),
@@ -201,10 +201,10 @@ def test_a_row_s_own_level_goes_before_and_a_conversation_s_is_that_of_its_last_
 def test_the_concrete_elements_of_an_instruction_are_its_numbers_quotes_names_and_forms(
     instruction, found
 ):
-    assert {f"{e.kind}: {e.text}" for e in elements(instruction)} == found
+    assert {f"{e.kind}: {e.text}" for e in find_elements(instruction)} == found
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("instruction", "answer", "lost"),
     [
         ("Write about 1,500 cats.", "There were 1500 cats.", []),
@@ -226,14 +226,14 @@ def test_the_concrete_elements_of_an_instruction_are_its_numbers_quotes_names_an
     ],
 )
 def test_fidelity_is_the_share_of_them_that_the_answer_keeps(instruction, answer, lost):
-    count = len(elements(instruction))
-    assert fidelity(answer, instruction) == (pytest.approx(1 - len(lost) / count), lost)
+    count = len(find_elements(instruction))
+    assert score_fidelity(answer, instruction) == (pytest.approx(1 - len(lost) / count), lost)
 
 
 def test_where_nothing_can_be_lost_any_answer_but_a_blank_one_is_faithful():
-    assert fidelity("red", "Say it.") == (1, [])
-    assert fidelity(" ", "Say it.") == (0, [])
-    assert fidelity("", "Tell Ann.") == (0, ["name: Ann"])
+    assert score_fidelity("red", "Say it.") == (1, [])
+    assert score_fidelity(" ", "Say it.") == (0, [])
+    assert score_fidelity("", "Tell Ann.") == (0, ["name: Ann"])
 
 
 # Relevance without a judge
@@ -242,11 +242,17 @@ def test_where_nothing_can_be_lost_any_answer_but_a_blank_one_is_faithful():
 def test_relevance_without_a_judge_is_the_share_of_the_checkable_requirements_that_are_met():
     row = make_example("Use no commas and put it in double quotation marks.")
     assert [
-        mark("relevance_checked", a, row)["score"] for a in ('"so"', '"so, so"', "so, so", "")
+        score_answer("relevance_checked", a, row)["score"]
+        for a in ('"so"', '"so, so"', "so, so", "")
     ] == [1, 0.5, 0, 0]
     carried = make_example("Say it.", constraints=(COMMA,))
-    assert [mark("relevance_checked", a, carried)["score"] for a in ("so", "so, so")] == [1, 0]
-    assert [mark("relevance_checked", a, make_example("Say it."))["score"] for a in ("so", "")] == [
+    assert [score_answer("relevance_checked", a, carried)["score"] for a in ("so", "so, so")] == [
+        1,
+        0,
+    ]
+    assert [
+        score_answer("relevance_checked", a, make_example("Say it."))["score"] for a in ("so", "")
+    ] == [
         1,
         0,
     ]
@@ -257,18 +263,18 @@ def test_relevance_without_a_judge_is_the_share_of_the_checkable_requirements_th
 
 def ready(metric, *asked, **more):
     encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=120)
-    return prepare(
+    return prepare_eval_set(
         Task("t", (), (), asked, metric), encoder, "test", 0, **{"max_new_tokens": 4, **more}
     )
 
 
-@pytest.mark.parametrize("metric", MEASURES)
+@pytest.score_answer.parametrize("metric", ROW_METRICS)
 def test_a_measure_marks_the_answers_of_a_model_and_says_what_the_mark_is_made_of(metric):
     test = ready(
         metric, make_example("Use no commas.", output="", id="a", constraints=(COMMA, QUOTE))
     )
-    value, (row,) = score(make_text_model(), test, 8)
-    assert value == row["score"] == mark(metric, row["answer"], test.examples[0])["score"]
+    value, (row,) = score_task(make_text_model(), test, 8)
+    assert value == row["score"] == score_answer(metric, row["answer"], test.examples[0])["score"]
     assert {"lost", "met", "strict"} & set(row)
 
 
@@ -281,7 +287,7 @@ def test_rows_that_a_measure_cannot_mark_are_named_by_file_and_line():
         ready("constraint_check", good, bad)
 
 
-@pytest.mark.parametrize("metric", ["fidelity", "relevance_checked"])
+@pytest.score_answer.parametrize("metric", ["fidelity", "relevance_checked"])
 def test_a_task_without_any_row_to_measure_is_refused(metric):
     assert (
         len(ready(metric, make_example("Say it."), make_example("Use no commas.", id="b")).examples)
@@ -311,7 +317,7 @@ def test_an_empty_output_beside_constraints_is_no_finding_of_the_audit():
     )
     for row, kinds in ((asked, []), (bare, ["empty"])):
         task = Task("t", (make_example("Do it."),), (), (row,))
-        assert [f.kind for f in audit(Stream("s", "o", (task,), (task,))).findings] == kinds
+        assert [f.kind for f in audit_stream(Stream("s", "o", (task,), (task,))).findings] == kinds
 
 
 # A run

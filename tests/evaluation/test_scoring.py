@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from continual.data.template import Encoder
 from continual.data.types import Message, Task
 from continual.errors import ConfigError, DataError
-from continual.evaluation.metrics import METRICS, exact_match, rouge_l, token_f1
-from continual.evaluation.scoring import prepare, score
-from continual.evaluation.text import normalise
+from continual.evaluation.metrics import REFERENCE_METRICS, exact_match, rouge_l, token_f1
+from continual.evaluation.scoring import prepare_eval_set, score_task
+from continual.evaluation.text import normalize_text
 from continual.models.generation import generate_answers
 from continual.models.loading import assemble
 from continual.models.loss import nll
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from tests.support.models import make_example, make_text_model, stream_text, train_byte_bpe
 
 SAID = ["red", "blue green", "blue green gold pink", "grey grey red", "plum", "teal red gold"]
@@ -31,7 +31,7 @@ ROWS = [
 
 def ready(net, rows=ROWS, metric="exact_match", seq2seq=False, **more):
     encoder = Encoder(net.tokenizer, max_tokens=120, seq2seq=seq2seq)
-    return prepare(Task("t", (), (), tuple(rows), metric), encoder, "test", 0, **more)
+    return prepare_eval_set(Task("t", (), (), tuple(rows), metric), encoder, "test", 0, **more)
 
 
 @pytest.fixture(scope="module", params=["llama", "t5"])
@@ -39,13 +39,13 @@ def taught(request):
     """A model that has learned ROWS by heart."""
     net = make_text_model(request.param)
     encoder = Encoder(net.tokenizer, seq2seq=request.param == "t5")
-    learn(
+    train_stage(
         net,
         encoder.encode_task(Task("t", ROWS), {"t": 0}),
         Strategy(),
-        Recipe(lr=0.02, steps=150, warmup=0.1),
+        Recipe(lr=0.02, steps=150, warmup_ratio=0.1),
         seed=0,
-        log=lambda e: None,
+        log_event=lambda e: None,
     )
     return net
 
@@ -53,7 +53,7 @@ def taught(request):
 # Marks
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("said", "right"),
     [
         ("red", "red"),
@@ -73,7 +73,7 @@ def test_exact_match_compares_both_sides_normalised(said, right):
     assert exact_match(said, right) == 1
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("said", "right"),
     [
         ("", "red"),
@@ -92,10 +92,10 @@ def test_another_or_an_empty_answer_is_no_match(said, right):
 
 @given(st.text())
 def test_normalising_twice_is_normalising_once(text):
-    assert normalise(normalise(text)) == normalise(text)
+    assert normalize_text(normalize_text(text)) == normalize_text(text)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("said", "right", "expected"),
     [
         ("red blue", "red blue", 1),
@@ -111,7 +111,7 @@ def test_token_f1_is_the_harmonic_mean_of_precision_and_recall_over_words(said, 
     assert token_f1(said, right) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("said", "right", "expected"),
     [
         ("a b c d", "a b c d", 1),
@@ -143,7 +143,7 @@ def test_rouge_l_of_ascii_is_that_of_the_rouge_score_package(a, b):
     )
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("said", "right", "expected"),
     [
         ("反对", "反对", 1),
@@ -164,10 +164,14 @@ def test_rouge_l_counts_words_of_any_script(said, right, expected):
     assert rouge_l(said, right) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.score_answer.parametrize("metric", REFERENCE_METRICS)
 def test_every_metric_is_between_0_and_1_at_its_ends(metric):
-    assert METRICS[metric]("red blue", "red blue") == 1
-    assert METRICS[metric]("", "red blue") == METRICS[metric]("gold", "red blue") == 0
+    assert REFERENCE_METRICS[metric]("red blue", "red blue") == 1
+    assert (
+        REFERENCE_METRICS[metric]("", "red blue")
+        == REFERENCE_METRICS[metric]("gold", "red blue")
+        == 0
+    )
 
 
 # Answers
@@ -177,7 +181,7 @@ def test_a_taught_model_answers_and_stops_at_the_end_of_sequence(taught):
     test = ready(taught, seq2seq=taught.layout.seq2seq, max_new_tokens=50)
     forwards = []
     hook = taught.net.get_output_embeddings().register_forward_hook(lambda *_: forwards.append(1))
-    value, rows = score(taught, test, batch_size=8)
+    value, rows = score_task(taught, test, batch_size=8)
     hook.remove()
     assert [r["answer"] for r in rows] == SAID, "what follows the end of sequence would show"
     assert value == 1
@@ -189,24 +193,24 @@ def test_by_default_an_answer_may_be_as_long_as_the_longest_reference_and_its_en
     assert test.max_new_tokens == max(len(taught.tokenizer(o)["input_ids"]) for o in SAID) + (
         not taught.layout.seq2seq
     )
-    assert score(taught, test, 8)[0] == 1
+    assert score_task(taught, test, 8)[0] == 1
 
 
-@pytest.mark.parametrize("template", ["plain", "human_assistant"])
+@pytest.score_answer.parametrize("template", ["plain", "human_assistant"])
 def test_the_room_is_counted_as_the_template_writes_the_answer(template):
     tokenizer = train_byte_bpe(
         [" uncommon"] * 9, size=300
     )  # one token after a space, several without
     row = make_example(output="uncommon")
     encoder = Encoder(tokenizer, template)
-    test = prepare(Task("t", (), (), (row,)), encoder, "test", 0)
+    test = prepare_eval_set(Task("t", (), (), (row,)), encoder, "test", 0)
     assert test.max_new_tokens == sum(encoder.encode_example(row, 0).response_mask)
 
 
 def test_the_rows_keep_their_order_and_their_marks(taught):
     wrong = replace(ROWS[2], outputs=("something else",))
     test = ready(taught, [*ROWS[:2], wrong, *ROWS[3:]], seq2seq=taught.layout.seq2seq)
-    value, rows = score(taught, test, batch_size=2)
+    value, rows = score_task(taught, test, batch_size=2)
     assert [r["id"] for r in rows] == [e.id for e in ROWS]
     assert [r["score"] for r in rows] == [1, 1, 0, 1, 1, 1]
     assert value == pytest.approx(5 / 6)
@@ -216,11 +220,11 @@ def test_the_rows_keep_their_order_and_their_marks(taught):
 
 def test_of_several_accepted_answers_the_best_counts(taught):
     rows = [replace(e, outputs=("nonsense", e.outputs[0])) for e in ROWS]
-    assert score(taught, ready(taught, rows, seq2seq=taught.layout.seq2seq), 8)[0] == 1
+    assert score_task(taught, ready(taught, rows, seq2seq=taught.layout.seq2seq), 8)[0] == 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "t5"])
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.score_answer.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "t5"])
+@pytest.score_answer.parametrize("batch_size", [1, 4, 16])
 def test_answers_in_batches_are_those_of_plain_greedy_decoding(kind, batch_size):
     net = make_text_model(kind, dtype=torch.float64)
     with torch.no_grad():  # large weights: varied answers, some of which end early
@@ -269,7 +273,7 @@ def test_an_empty_answer_is_wrong_and_stays_in_the_denominator():
         net.net.lm_head.register_forward_hook(
             lambda m, args, out: out.index_fill(-1, torch.tensor(0), 1.0)
         )
-    value, rows = score(net, ready(net), 8)
+    value, rows = score_task(net, ready(net), 8)
     assert [r["answer"] for r in rows] == [""] * 6
     assert value == 0
     assert len(rows) == 6
@@ -282,7 +286,7 @@ def test_a_conversation_is_scored_on_its_last_turn():
         Message("user", "Name one."),
         Message("assistant", "red"),
     )
-    _, (row,) = score(
+    _, (row,) = score_task(
         make_text_model(),
         ready(make_text_model(), [make_example("", output="red", messages=turns)]),
         8,
@@ -296,7 +300,7 @@ def test_a_conversation_is_scored_on_its_last_turn():
 LABELS = ("very bad", "very sad", "very odd", "most odd", "most bad")
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.score_answer.parametrize("kind", ["llama", "t5"])
 def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
     net = make_text_model(kind, dtype=torch.float64)
     with torch.no_grad():
@@ -307,28 +311,30 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
         make_example(f"Say {'it ' * (7 * i % 5)}{i}.", output="very sad", id=f"r{i}")
         for i in range(12)
     ]
-    test = prepare(
-        Task("t", (), (), tuple(rows), labels=LABELS), encoder, "test", 0, how="likelihood"
+    test = prepare_eval_set(
+        Task("t", (), (), tuple(rows), labels=LABELS), encoder, "test", 0, answer_mode="likelihood"
     )
     best = []
     for row in rows:
         alone = [encoder.encode_example(replace(row, outputs=(label,)), 0) for label in LABELS]
         each = [nll(net, net.batch([e])).item() * sum(e.response_mask) for e in alone]
         best.append(LABELS[each.index(min(each))])
-    value, predictions = score(net, test, batch_size=4)
+    value, predictions = score_task(net, test, batch_size=4)
     assert [p["answer"] for p in predictions] == best
     assert value == best.count("very sad") / 12
     assert len(set(best)) > 1
 
 
 def test_a_task_without_labels_cannot_be_answered_by_likelihood():
-    with pytest.raises(ConfigError, match=r"task 't' has no labels, .* or set score.how=generate"):
+    with pytest.raises(
+        ConfigError, match=r"task 't' has no labels, .* or set score.answer_mode=generate"
+    ):
         ready(make_text_model(), how="likelihood")
 
 
 def test_an_unknown_way_to_answer_names_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"unknown score.how 'likelyhood'; did you mean 'likelihood'"
+        ConfigError, match=r"unknown score.answer_mode 'likelyhood'; did you mean 'likelihood'"
     ):
         ready(make_text_model(), how="likelyhood")
 
@@ -336,15 +342,15 @@ def test_an_unknown_way_to_answer_names_the_nearest():
 # Perplexity
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.score_answer.parametrize("weight", [0.0, 1.0])
+@pytest.score_answer.parametrize("kind", ["llama", "t5"])
 def test_perplexity_is_that_of_the_reference_whatever_is_trained_on(kind, weight):
     net = make_text_model(kind)
     test = ready(net, metric="perplexity", seq2seq=kind == "t5")
     expected = [nll(net, net.batch([e])).item() for e in test.encoded]
     if kind == "llama":
         net.layout = replace(net.layout, instruction_weight=weight)
-    value, rows = score(net, test, 8)
+    value, rows = score_task(net, test, 8)
     assert [r["perplexity"] for r in rows] == pytest.approx(
         [math.exp(x) for x in expected], rel=1e-4
     )
@@ -365,7 +371,9 @@ def test_a_split_that_is_not_there_says_which_is():
     with pytest.raises(
         DataError, match=r"task 't' has no dev rows \(it has test\); .*score.split=test"
     ):
-        prepare(Task("t", (), (), tuple(ROWS)), Encoder(make_text_model().tokenizer), "dev", 0)
+        prepare_eval_set(
+            Task("t", (), (), tuple(ROWS)), Encoder(make_text_model().tokenizer), "dev", 0
+        )
 
 
 def test_a_prompt_longer_than_the_context_is_refused_by_file_and_line():
@@ -379,10 +387,10 @@ def test_a_prompt_longer_than_the_context_is_refused_by_file_and_line():
         DataError,
         match=r"(?s)^t/test.jsonl:2: takes .*score.max_new_tokens.*\nt/test.jsonl:3: takes",
     ):
-        prepare(Task("t", (), (), tuple(rows)), encoder, "test", 0)
+        prepare_eval_set(Task("t", (), (), tuple(rows)), encoder, "test", 0)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("more", "whence"),
     [({}, "the longest of its test references"), ({"max_new_tokens": 120}, "score.max_new_tokens")],
 )
@@ -398,7 +406,7 @@ def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_once_a_task(more,
 def test_a_task_of_which_no_test_row_fits_is_refused_even_when_skipping():
     encoder = Encoder(train_byte_bpe(stream_text()), max_tokens=10, on_unusable="skip")
     with pytest.raises(DataError, match="task 't' has no test rows left to score"):
-        prepare(Task("t", (), (), (make_example("x" * 90),)), encoder, "test", 0)
+        prepare_eval_set(Task("t", (), (), (make_example("x" * 90),)), encoder, "test", 0)
 
 
 def test_a_limit_scores_the_first_rows():

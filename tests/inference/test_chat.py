@@ -48,7 +48,9 @@ def test_a_prompt_from_a_pipe_is_answered(say, done):
     assert len(out) == 3
 
 
-@pytest.mark.parametrize(("stage", "number"), [("base", 0), ("1", 1), ("last", 2), ("first", 1)])
+@pytest.score_answer.parametrize(
+    ("stage", "number"), [("base", 0), ("1", 1), ("last", 2), ("first", 1)]
+)
 def test_a_tasks_instruction_stands_before_what_is_typed_and_each_stage_answers_as_it_did(
     say, done, stage, number
 ):
@@ -97,7 +99,7 @@ def test_tasks_and_stages_tell_what_they_scored(say, done):
     ]
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("line", "expected"),
     [
         ("/stag 1", "unknown command '/stag'; did you mean '/stage'"),
@@ -126,10 +128,10 @@ def test_quit_ends_it(say, done):
     assert len(say(done, "/quit", "/stages")) == 2
 
 
-@pytest.mark.filterwarnings(
+@pytest.score_answer.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
-@pytest.mark.parametrize("strategy", ["per_task", "router", "gain_lora"])
+@pytest.score_answer.parametrize("strategy", ["per_task", "router", "gain_lora"])
 def test_a_strategy_that_chooses_weights_chooses_them_here_too(say, run_keys, tmp_path, strategy):
     rank = ("strategy.gain_lora.rank=2",) if strategy == "gain_lora" else ()
     run_in_process(tmp_path, run_keys, *SHORT, f"strategy={strategy}", *rank, "model.adapter=lora")
@@ -144,7 +146,7 @@ def test_an_adapted_model_answers_as_it_did_when_it_was_scored(say, run_cli, run
     words = (
         "stream.tasks=[loud]",
         "adapt.steps=20",
-        "adapt.at=[]",
+        "adapt.eval_steps=[]",
         "adapt.shots=[null]",
         "adapt.draws=1",
         "train.lr=0.02",

@@ -32,8 +32,10 @@ from tests.support.models import (
 )
 
 pytestmark = [  # both of peft's own
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings(
+    pytest.score_answer.filterwarnings(
+        "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
+    ),
+    pytest.score_answer.filterwarnings(
         "ignore:Position ids are not supported for parameter efficient tuning"
     ),
 ]
@@ -109,7 +111,7 @@ LORA = ("model.adapter=lora",)
 VIRTUAL = ("model.adapter=prompt_tuning", "train.lr=0.3")
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("more", "stage", "options"),
     [
         ((), "last", {}),
@@ -168,11 +170,11 @@ def test_an_adapter_is_saved_for_its_base_and_is_far_smaller(made, run_keys, tmp
 def test_an_adapter_of_a_base_that_only_this_run_has_brings_it_along(run_keys, tmp_path):
     words = (
         "model=scratch",
-        "model.hidden=32",
+        "model.hidden_size=32",
         "model.layers=1",
         "model.heads=2",
-        "model.context=64",
-        "model.vocabulary=300",
+        "model.context_length=64",
+        "model.vocab_size=300",
         "model.adapter=lora",
         *SHORT,
     )
@@ -186,7 +188,12 @@ def test_an_adapter_of_a_base_that_only_this_run_has_brings_it_along(run_keys, t
 
 
 def test_the_adapted_model_of_an_adaptation_is_exported(run_cli, made, run_keys, tmp_path):
-    words = ("stream.tasks=[loud]", "adapt.steps=2", "adapt.at=[]", f"adapt.start={made(*LORA)}")
+    words = (
+        "stream.tasks=[loud]",
+        "adapt.steps=2",
+        "adapt.eval_steps=[]",
+        f"adapt.init_from={made(*LORA)}",
+    )
     assert run_cli("adapt", *run_keys, *words, f"out={tmp_path / 'new'}")[0] == 0
     code, out, err = run_cli("export", tmp_path / "new", "merged=false")
     assert code == 0, err
@@ -226,7 +233,7 @@ def test_the_hubs_own_reader_takes_the_card(made, tmp_path):
     assert [r.metric_type for r in data.eval_results] == ["exact_match"] * 2
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("licences", "expected"),
     [
         (["CC BY-SA 3.0 (databricks-dolly-15k)"] * 2, "cc-by-sa-3.0"),
@@ -271,7 +278,7 @@ TOKENIZERS = [
 ]
 
 
-@pytest.mark.parametrize("seq2seq", [False, True])
+@pytest.score_answer.parametrize("seq2seq", [False, True])
 def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_stands_there_once(
     seq2seq,
 ):
@@ -291,8 +298,8 @@ def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_s
     assert told.count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("seq2seq", [False, True])
-@pytest.mark.parametrize("more", [{}, {"enable_thinking": False}], ids=str)
+@pytest.score_answer.parametrize("seq2seq", [False, True])
+@pytest.score_answer.parametrize("more", [{}, {"enable_thinking": False}], ids=str)
 def test_a_chat_template_is_saved_so_that_it_asks_with_all_that_it_writes_before_any_answer(
     seq2seq, more
 ):
@@ -343,7 +350,7 @@ def test_a_folder_that_is_there_is_left_alone(cli_error, made, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("more", "words", "expected"),
     [
         ((), ["stage=frist"], "unknown stage 'frist'; did you mean 'first'"),
@@ -409,7 +416,7 @@ def test_a_full_disk_leaves_nothing_behind(cli_error, made, tmp_path, monkeypatc
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("old", "new", "expected"),
     [
         (

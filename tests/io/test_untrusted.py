@@ -70,7 +70,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}.{p.stem}")
+@pytest.score_answer.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_no_module_can_turn_a_file_into_code(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         named = (
@@ -160,7 +160,7 @@ def nothing_unpickled(monkeypatch):
     assert told == []
 
 
-@pytest.mark.filterwarnings(
+@pytest.score_answer.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_a_resume_an_adaptation_and_a_report_unpickle_nothing_and_start_no_process(
@@ -183,7 +183,7 @@ def test_a_resume_an_adaptation_and_a_report_unpickle_nothing_and_start_no_proce
         "adapt",
         *words,
         "stream.tasks=[loud]",
-        f"adapt.start={out}",
+        f"adapt.init_from={out}",
         "adapt.steps=1",
         f"out={tmp_path / 'new'}",
     )
@@ -213,7 +213,10 @@ def theirs(tmp_path):
     def take_over(**change):
         path.write_text(OmegaConf.to_yaml(OmegaConf.merge(good, change)))
         config = OmegaConf.create(
-            {"model": {"_target_": "continual.training.scratch.build"}, "data": {"max_length": 5}}
+            {
+                "model": {"_target_": "continual.training.scratch.load_or_build_llama"},
+                "data": {"max_length": 5},
+            }
         )
         trust.inherit_model_and_data(config, path)
         return config
@@ -226,7 +229,7 @@ def test_the_model_and_data_keys_of_a_run_are_taken_over(theirs):
     assert (config.model.name, config.data.max_length) == ("x", 9)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "target",
     [
         "os.system",
@@ -244,7 +247,7 @@ def test_only_the_constructors_of_the_registry_are_built_from_a_run_folder(their
     with pytest.raises(
         ConfigError,
         match=r"asks for model._target_=.* not one of continual's \(continual.models.loading.load_pretrained, "
-        r"continual.training.scratch.build\); only those are built",
+        r"continual.training.scratch.load_or_build_llama\); only those are built",
     ):
         theirs(model={"_target_": target})
 
@@ -253,7 +256,7 @@ def test_the_stream_that_a_model_was_made_for_is_of_the_registry_too(theirs):
     with pytest.raises(ConfigError, match=r"asks for stream._target_='os.system'"):
         theirs(
             model={
-                "_target_": "continual.training.scratch.build",
+                "_target_": "continual.training.scratch.load_or_build_llama",
                 "stream": {"_target_": "os.system", "command": "id"},
             }
         )
@@ -261,7 +264,7 @@ def test_the_stream_that_a_model_was_made_for_is_of_the_registry_too(theirs):
         theirs(stream={"_target_": "os.system"})
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "change",
     [
         {"model": {"adapters": {"lora": {"_target_": "os.system"}}}},
@@ -277,7 +280,7 @@ def test_nothing_is_built_within_the_keys(theirs, change):
 def test_the_registry_is_what_the_configurations_name():
     assert instantiate.allowed_targets("model") - instantiate.allowed_targets("stream") == {
         "continual.models.loading.load_pretrained",
-        "continual.training.scratch.build",
+        "continual.training.scratch.load_or_build_llama",
     }
     assert instantiate.allowed_targets("stream") == {
         "streams.folder.load_folder",
@@ -294,7 +297,7 @@ def test_a_models_own_code_is_not_run_because_a_run_folder_asks_for_it(theirs):
         theirs(model={"trust_remote_code": True})
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "text",
     [
         "a: ${oc.env:HOME}",
@@ -342,7 +345,7 @@ def test_a_link_in_a_stream_folder_may_lead_to_another_place_in_it_only(
     assert code == 0, err
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "name", [".lock", "events.jsonl", "matrix.json", "predictions", "checkpoints/stage-01", "x/y"]
 )
 def test_a_run_folder_with_a_link_that_leads_out_is_neither_read_nor_written(
@@ -358,7 +361,7 @@ def test_a_run_folder_with_a_link_that_leads_out_is_neither_read_nor_written(
         ("run", *run_keys, f"out={out}"),
         ("adapt", *run_keys, f"out={out}"),
         ("report", out),
-        ("adapt", *run_keys, f"adapt.start={out}", f"out={tmp_path / 'new'}"),
+        ("adapt", *run_keys, f"adapt.init_from={out}", f"out={tmp_path / 'new'}"),
     ):
         code, _, err = run_cli(*words)
         assert code == 2
@@ -377,7 +380,7 @@ def test_links_that_go_in_a_circle_are_refused(run_cli, tmp_path):
     assert (code, "is a link to" in err) == (2, True)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "task", ["../../x", "/etc/passwd", "..", ".", "a/../../b", "a\\b", "~", "x\n", "C:", "é" * 20]
 )
 def test_a_task_of_any_name_has_its_predictions_in_the_folder(task, tmp_path):
@@ -401,7 +404,7 @@ def test_a_file_of_a_checkpoint_may_be_no_link(tmp_path):
     (tmp_path / "stage-01/memory.json").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "stage-01/manifest.json").write_text('{"memory.json": {}}')
     assert (
-        checkpoint.fault(tmp_path / "stage-01")
+        checkpoint.find_damage(tmp_path / "stage-01")
         == "'memory.json' is no file of the checkpoint's own"
     )
 
@@ -518,7 +521,7 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison", "adapt"])
+@pytest.score_answer.parametrize("kind", ["run", "comparison", "adapt"])
 def test_no_text_becomes_a_tag_or_an_attribute(pages, kind):
     page = pages[kind].read_text("utf-8")
     found = Tags(page).tags
@@ -546,13 +549,13 @@ BROWSER = (
 )
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
-@pytest.mark.parametrize("kind", ["run", "comparison", "adapt"])
+@pytest.score_answer.skipif(BROWSER is None, reason="no chromium on PATH")
+@pytest.score_answer.parametrize("kind", ["run", "comparison", "adapt"])
 def test_no_text_runs_in_a_browser(pages, kind, tmp_path):
     assert dump(pages[kind], tmp_path).count("<title>owned") == 0
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
+@pytest.score_answer.skipif(BROWSER is None, reason="no chromium on PATH")
 def test_a_script_that_is_not_escaped_would_be_seen_to_run(tmp_path):
     (tmp_path / "page.html").write_text(f"<title>x</title>{EVIL}")
     assert "<title>owned" in dump(tmp_path / "page.html", tmp_path)
@@ -592,7 +595,7 @@ def test_a_terminal_is_told_nothing_that_it_obeys(run_cli, tmp_path):
         assert not re.search(r"[\x07\x1b\x9b]\[?(2J|\]0)", shown + err)
 
 
-@pytest.mark.parametrize("scored", [True, False])
+@pytest.score_answer.parametrize("scored", [True, False])
 def test_why_a_run_failed_and_the_command_that_finishes_it_are_text_whatever_they_hold(
     run_cli, tmp_path, scored
 ):

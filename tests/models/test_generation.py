@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from continual.data.types import Encoded
-from continual.evaluation.likelihood import likelihoods
+from continual.evaluation.likelihood import label_log_likelihoods
 from continual.models import generation as answers
 from continual.models.loss import token_nll
 from continual.models.model import Model
@@ -59,8 +59,8 @@ def cut(ids: list[int]) -> list[int]:
     return ids[: ids.index(END) + 1] if END in ids else ids
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", READ)
+@pytest.score_answer.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.score_answer.parametrize("kind", READ)
 def test_every_architecture_answers_as_generate_does(kind, dtype):
     net = made(READ[kind], dtype)
     padded = replace(net, layout=replace(net.layout, packed=False))
@@ -69,7 +69,7 @@ def test_every_architecture_answers_as_generate_does(kind, dtype):
     assert len({tuple(a) for a in alone}) > 5
 
 
-@pytest.mark.parametrize("kind", OWN_RULES)
+@pytest.score_answer.parametrize("kind", OWN_RULES)
 def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_and_has_its_own_loss(
     kind,
 ):
@@ -172,15 +172,15 @@ LABELS = [
 ]  # some begin with others, one is twice
 
 
-@pytest.mark.parametrize("batch_size", [3, 128])
-@pytest.mark.parametrize("kind", READ)
+@pytest.score_answer.parametrize("batch_size", [3, 128])
+@pytest.score_answer.parametrize("kind", READ)
 def test_labels_read_as_a_tree_have_the_likelihoods_that_each_has_alone(kind, batch_size):
     net = made(READ[kind], torch.float64)
     padded = replace(net, layout=replace(net.layout, packed=False))
     alone = torch.cat(
-        [likelihoods(padded, [p], [ids], 1) for p in prompts() for ids in LABELS]
+        [label_log_likelihoods(padded, [p], [ids], 1) for p in prompts() for ids in LABELS]
     ).view(-1, len(LABELS))
-    together = likelihoods(net, prompts(), LABELS, batch_size)
+    together = label_log_likelihoods(net, prompts(), LABELS, batch_size)
     # some norms of transformers round through float32 even in float64
     torch.testing.assert_close(
         together, alone, **({} if kind in ("gpt2", "opt") else {"rtol": 1e-5, "atol": 1e-5})
@@ -193,10 +193,10 @@ def test_what_labels_begin_with_alike_is_read_once_behind_each_prompt(monkeypatc
     before = KVCache.advance
     monkeypatch.setattr(
         KVCache,
-        "next",
-        lambda self, count: read.append((len(self.order), count)) or before(self, count),
+        "advance",
+        lambda self, count: read.append((len(self.prompt_order), count)) or before(self, count),
     )
-    likelihoods(net, prompts(), LABELS, 128)
+    label_log_likelihoods(net, prompts(), LABELS, 128)
     assert read == [(17, 5)], "the prompt's last token and 5, 5 6, 5 6 7, 5 8"
 
 
@@ -207,6 +207,6 @@ def test_no_more_labels_are_read_at_once_than_a_pass_has_tokens():
     hook = net.net.get_output_embeddings().register_forward_hook(
         lambda m, args, out: read.append(args[0].shape[1])
     )
-    likelihoods(net, prompts()[:3], labels, 128)
+    label_log_likelihoods(net, prompts()[:3], labels, 128)
     hook.remove()
     assert read == [17, 17, 17]

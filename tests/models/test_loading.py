@@ -18,7 +18,7 @@ from continual.models.loss import nll
 from continual.models.weights import snapshot, weights
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from tests.support.models import (
     make_example,
     make_network,
@@ -39,8 +39,8 @@ def folders(tmp_path_factory):
     return {kind: write_model(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.score_answer.parametrize("adapter", ["none", "lora"])
+@pytest.score_answer.parametrize("kind", KINDS)
 def test_a_local_folder_runs_two_stages(folders, kind, adapter, run_keys, tmp_path):
     matrix, _ = run_in_process(
         tmp_path,
@@ -59,7 +59,7 @@ def test_a_local_folder_runs_two_stages(folders, kind, adapter, run_keys, tmp_pa
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.score_answer.parametrize("kind", KINDS)
 def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
     base, lora = make_text_model(kind), make_text_model(kind, adapter="lora", adapters=LORA)
     encoder = Encoder(base.tokenizer, seq2seq=kind == "t5")
@@ -68,13 +68,13 @@ def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
     )
     torch.testing.assert_close(nll(base, base.batch(task.train)), nll(lora, lora.batch(task.train)))
     frozen = {n: p.clone() for n, p in lora.net.named_parameters() if not p.requires_grad}
-    learn(lora, task, Strategy(), Recipe(lr=0.01), seed=0, log=lambda e: None)
+    train_stage(lora, task, Strategy(), Recipe(lr=0.01), seed=0, log_event=lambda e: None)
     assert frozen
     assert all(torch.equal(p, frozen[n]) for n, p in lora.net.named_parameters() if n in frozen)
     assert nll(lora, lora.batch(task.train)) < nll(base, base.batch(task.train))
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3", "loha", "lokr", "oft", "prompt_tuning"])
+@pytest.score_answer.parametrize("kind", ["lora", "ia3", "loha", "lokr", "oft", "prompt_tuning"])
 def test_every_configured_adapter_trains(kind, run_keys, tmp_path):
     matrix, _ = run_in_process(
         tmp_path, run_keys, "stream.tasks=[first]", f"model.adapter={kind}", "train.epochs=1"
@@ -127,7 +127,7 @@ def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
         for i, o in enumerate(("red", "blue gold", "grey"))
     )
     task = encoder.encode_task(Task("t", rows), {"t": 0})
-    learn(net, task, Strategy(), Recipe(lr=0.02, steps=80), seed=0, log=lambda e: None)
+    train_stage(net, task, Strategy(), Recipe(lr=0.02, steps=80), seed=0, log_event=lambda e: None)
     assert generate_answers(net, [encoder.encode_prompt(e, 0, 9) for e in rows], 20, 4) == [
         "red",
         "blue gold",
@@ -152,7 +152,7 @@ def test_an_encoder_decoder_without_a_start_token_starts_with_padding():
 
 
 def test_the_models_context_bounds_an_example(folders):
-    assert [load_pretrained(name=str(folders[kind]), device="cpu").context for kind in KINDS] == [
+    assert [load_pretrained(name=str(folders[kind]), device="cpu").context_length for kind in KINDS] == [
         128,
         128,
         128,
@@ -196,7 +196,7 @@ def test_an_unknown_adapter_names_the_nearest(folders):
         make_text_model(adapter="lra", adapters=LORA)
 
 
-@pytest.mark.parametrize("kind", ["prefix_tuning", "p_tuning"])
+@pytest.score_answer.parametrize("kind", ["prefix_tuning", "p_tuning"])
 def test_adapters_that_add_more_than_embeddings_of_virtual_tokens_are_refused(kind):
     with pytest.raises(
         ConfigError, match=f"model.adapter={kind} cannot be used: .*more than embeddings of virtual"
@@ -204,7 +204,9 @@ def test_adapters_that_add_more_than_embeddings_of_virtual_tokens_are_refused(ki
         make_text_model(adapter=kind, adapters={kind: {"num_virtual_tokens": 4}})
 
 
-@pytest.mark.parametrize("settings", [{"rank": 8}, {"target_modules": ["nothing"]}, {"r": 0}])
+@pytest.score_answer.parametrize(
+    "settings", [{"rank": 8}, {"target_modules": ["nothing"]}, {"r": 0}]
+)
 def test_wrong_settings_of_an_adapter_are_told(settings):
     with pytest.raises(
         ConfigError, match=r"model.adapter=lora cannot be used: .*model.adapters.lora"
@@ -221,11 +223,11 @@ def test_an_unknown_dtype_names_the_known(folders):
 
 SCRATCH = (
     "model=scratch",
-    "model.hidden=32",
+    "model.hidden_size=32",
     "model.layers=1",
     "model.heads=2",
-    "model.context=96",
-    "model.vocabulary=320",
+    "model.context_length=96",
+    "model.vocab_size=320",
     "model.pretrain.tokens=600",
 )
 
@@ -273,7 +275,7 @@ def kept(out):
 def test_a_shape_that_cannot_be_is_refused(run_keys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = [k for k in run_keys if not k.startswith("model")]
-    with pytest.raises(ConfigError, match=r"model.hidden=32 is no multiple of model.heads=3"):
+    with pytest.raises(ConfigError, match=r"model.hidden_size=32 is no multiple of model.heads=3"):
         run_in_process(tmp_path / "a", made, *SCRATCH, "model.heads=3")
 
 

@@ -20,9 +20,9 @@ KEYS = (
     "strategy=replay",
     "strategy.replay.capacity=6",
     "checkpoint.every_steps=2",
-    "score.limit=3",
+    "score.max_examples=3",
     "train.patience=2",
-    "score.during=3",
+    "score.every_steps=3",
 )
 
 
@@ -32,7 +32,7 @@ def whole(run_keys, tmp_path_factory):
     on with.
     """
     out = tmp_path_factory.mktemp("whole")
-    told = sharded_runs.train_stage(save_to=out / "stage")
+    told = sharded_runs.train_one_stage(save_to=out / "stage")
     said = run_in_process(out / "run", run_keys, *KEYS)[1]
     return out, told, said
 
@@ -64,7 +64,7 @@ def cut(out: Path, stage: int) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "i",
     range(len(sharded_runs.SHARDED_CASES)),
     ids=[" ".join(entry) + " lora" * lora for entry, lora in sharded_runs.SHARDED_CASES],
@@ -92,7 +92,10 @@ def test_a_stage_kept_in_shards_goes_on_whole_and_the_other_way_round(sharded, w
     assert toy.all_close(load_file(sharded / "weights.safetensors"), whole[1], rtol=1e-6, atol=1e-8)
     assert toy.all_close(load_file(sharded / "again.safetensors"), whole[1], rtol=1e-6, atol=1e-8)
     assert toy.all_close(
-        sharded_runs.train_stage(resume_from=sharded / "sharded"), whole[1], rtol=1e-6, atol=1e-8
+        sharded_runs.train_one_stage(resume_from=sharded / "sharded"),
+        whole[1],
+        rtol=1e-6,
+        atol=1e-8,
     )
 
 
@@ -172,7 +175,7 @@ def test_a_strategy_that_works_on_whole_weights_is_refused_before_anything_is_bu
         )
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "expected"),
     [
         (("train.shard=maybe",), "train.shard=maybe: expected true or false"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual.errors import ConfigError
-from continual.evaluation.likelihood import likelihoods
+from continual.evaluation.likelihood import label_log_likelihoods
 from continual.models.generation import generate_ids
 from continual.models.loss import nll
 from continual.models.weights import gradient, weights
@@ -61,7 +61,7 @@ def left_by(made, loss):
     return gradient(made)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.score_answer.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_pefts_prompt_tuning(kind):
     made = prompted(kind)
     assert set(weights(made)) == {"prompt_encoder.default.embedding.weight"}
@@ -70,9 +70,14 @@ def test_loss_and_gradient_are_those_of_pefts_prompt_tuning(kind):
     assert toy.all_close(left_by(made, ours), left_by(made, theirs), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "layout",
-    [{"flat": False}, {"shared": False}, {"tokens": 7}, {"instruction_weight": 0.5}],
+    [
+        {"packed": False},
+        {"share_prefixes": False},
+        {"tokens_per_microbatch": 7},
+        {"instruction_weight": 0.5},
+    ],
     ids=str,
 )
 def test_every_layout_has_the_same_loss(layout):
@@ -82,8 +87,8 @@ def test_every_layout_has_the_same_loss(layout):
     for made.layout in (plain, replace(plain, **layout)):
         parts = made.batch(EXAMPLES).micro_batches()
         told.append(
-            sum(nll(made, part) * part.tokens for part in parts)
-            / sum(part.tokens for part in parts)
+            sum(nll(made, part) * part.supervised_tokens for part in parts)
+            / sum(part.supervised_tokens for part in parts)
         )
     torch.testing.assert_close(*told)
 
@@ -93,13 +98,13 @@ def test_with_a_dual_objective_every_real_token_is_predicted_and_no_virtual_one(
     made.layout = replace(made.layout, instruction_weight=0.5)
     batch = made.batch(EXAMPLES)
     assert len(batch.targets) == sum(len(e.ids) for e in EXAMPLES)
-    assert batch.targets.max() < made.layout.prefix[0]
-    assert batch.tokens == sum(
+    assert batch.targets.max() < made.layout.prompt_prefix[0]
+    assert batch.supervised_tokens == sum(
         sum(e.response_mask) + 0.5 * e.response_mask.index(True) for e in EXAMPLES
     )
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("kind", "flat"), [*((kind, True) for kind in KINDS[:4]), ("llama", False), ("t5", False)]
 )
 def test_answers_are_those_of_pefts_prompt_tuning(kind, flat):
@@ -125,9 +130,11 @@ def test_answers_are_those_of_pefts_prompt_tuning(kind, flat):
 def test_the_likelihood_of_labels_is_that_behind_the_virtual_tokens():
     made = prompted()
     prompts, labels = [replace(e, ids=e.ids[:2]) for e in EXAMPLES], [(9, 0), (9, 4, 0), (11, 0)]
-    flat = likelihoods(made, prompts, labels, 8)
+    flat = label_log_likelihoods(made, prompts, labels, 8)
     made.layout = replace(made.layout, packed=False)
-    torch.testing.assert_close(flat, likelihoods(made, prompts, labels, 8), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        flat, label_log_likelihoods(made, prompts, labels, 8), rtol=1e-4, atol=1e-5
+    )
     pair = make_encoded(list(prompts[0].ids), list(labels[1]))
     torch.testing.assert_close(
         flat[0, 1].item(), -by_peft(made, [pair]).item() * 3, rtol=1e-4, atol=1e-5
@@ -152,7 +159,7 @@ def test_fixed_tokens_stand_where_they_are_put_and_do_not_train(lengths, live):
     assert all(f.grad is None for f in fixed)
 
 
-@pytest.mark.filterwarnings(
+@pytest.score_answer.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
 def test_what_a_run_saves_is_pefts_own_adapter(tmp_path):

@@ -22,13 +22,19 @@ from continual.reports import write as report
 from continual.reports.reach import reach
 from continual.results.curve import Curve
 from continual.runs import adapt
-from continual.runs.signals import Stopped
+from continual.runs.signals import RunInterrupted
 from continual.tracking import events
 from tests.support.fake_run import write_fake_adaptation
 from tests.support.models import run_in_process, stream_text, train_byte_bpe, write_model
 from tests.support.toy import all_close, bitwise_equal
 
-QUICK = ("task=loud", "adapt.steps=3", "adapt.at=[0,2]", "adapt.shots=[2,5,null]", "adapt.draws=2")
+QUICK = (
+    "task=loud",
+    "adapt.steps=3",
+    "adapt.eval_steps=[0,2]",
+    "adapt.shots=[2,5,null]",
+    "adapt.draws=2",
+)
 
 
 def adapted(out, keys, *more):
@@ -42,13 +48,13 @@ def adapted(out, keys, *more):
 @pytest.fixture
 def learned(monkeypatch):
     """The ids of the examples of every curve that is learned, as it is begun."""
-    learn, sets = adapt.learn, []
+    learn, sets = adapt.train_stage, []
 
     def noted(model, task, *args, **more):
         sets.append([e.id for e in task.train])
         return learn(model, task, *args, **more)
 
-    monkeypatch.setattr(adapt, "learn", noted)
+    monkeypatch.setattr(adapt, "train_stage", noted)
     return sets
 
 
@@ -63,7 +69,7 @@ def test_checkpoint_and_task_are_short_for_the_start_and_the_one_task_of_the_str
         "adapt",
         [
             *run_keys,
-            "adapt.start=runs/a",
+            "adapt.init_from=runs/a",
             "stream.tasks=[loud]",
             "stream.arrangement=joint",
             "out=x",
@@ -82,7 +88,7 @@ def test_checkpoint_starts_from_a_run(run_cli, run_keys, tmp_path):
     assert Curve.read(tmp_path / "new").start == str(tmp_path / "run/checkpoints/stage-01")
 
 
-@pytest.mark.filterwarnings(
+@pytest.score_answer.filterwarnings(
     "ignore:Setting .save_embedding_layers. to .True.:UserWarning"
 )  # peft's own
 def test_it_starts_from_the_runs_network_whatever_its_own_seed(run_keys, tmp_path, monkeypatch):
@@ -92,12 +98,14 @@ def test_it_starts_from_the_runs_network_whatever_its_own_seed(run_keys, tmp_pat
     bare = write_model(
         tmp_path / "model", tokenizer=train_byte_bpe(stream_text(), eos=None, pad=None)
     )
-    more, curves, started = (f"model.name={bare}", "model.adapter=lora"), adapt.curves, []
+    more, curves, started = (f"model.name={bare}", "model.adapter=lora"), adapt.train_curves, []
     run_in_process(
         tmp_path / "run", run_keys, *more, "stream.tasks=[first]", "train.steps=1", "seed=1"
     )
     monkeypatch.setattr(
-        adapt, "curves", lambda bench, *rest: started.append(state(bench)) or curves(bench, *rest)
+        adapt,
+        "train_curves",
+        lambda bench, *rest: started.append(state(bench)) or curves(bench, *rest),
     )
     adapted(
         tmp_path / "new",
@@ -149,10 +157,20 @@ def test_by_the_inner_rule_it_takes_plain_sgd_at_the_inner_lr_whatever_train_say
 ):
     start = f"checkpoint={prepared}"
     adapted(
-        tmp_path / "inner", run_keys, start, "adapt.rule=inner", "train.clip=1e-9", "train.lr=7"
+        tmp_path / "inner",
+        run_keys,
+        start,
+        "adapt.update_rule=inner",
+        "train.max_grad_norm=1e-9",
+        "train.lr=7",
     )
     adapted(
-        tmp_path / "sgd", run_keys, start, "train.optimizer=sgd", "train.lr=0.05", "train.clip=null"
+        tmp_path / "sgd",
+        run_keys,
+        start,
+        "train.optimizer=sgd",
+        "train.lr=0.05",
+        "train.max_grad_norm=null",
     )
     adapted(tmp_path / "adamw", run_keys, start)
     inner, sgd, adamw = (
@@ -178,7 +196,7 @@ def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(run_keys
         tmp_path / "new",
         run_keys,
         f"checkpoint={checkpoint}",
-        "adapt.rule=inner",
+        "adapt.update_rule=inner",
         "adapt.steps=1",
         "adapt.draws=1",
         "adapt.shots=[5]",
@@ -189,7 +207,7 @@ def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(run_keys
         f"checkpoint={checkpoint}",
         "train.optimizer=sgd",
         "train.lr=1",
-        "train.clip=null",
+        "train.max_grad_norm=null",
         "adapt.steps=1",
         "adapt.draws=1",
         "adapt.shots=[5]",
@@ -214,12 +232,12 @@ def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(run_keys
     assert rates.std() > 0
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "told"),
     [
         (("checkpoint=base",), "the base has none"),
-        (("checkpoint={run}", "strategy=l2"), "found strategy=l2 beside adapt.rule=inner"),
-        (("checkpoint={run}", "adapt.rule=outer"), "unknown adapt.rule 'outer'"),
+        (("checkpoint={run}", "strategy=l2"), "found strategy=l2 beside adapt.update_rule=inner"),
+        (("checkpoint={run}", "adapt.update_rule=outer"), "unknown adapt.update_rule 'outer'"),
     ],
 )
 def test_an_inner_rule_that_cannot_be_is_refused(
@@ -227,7 +245,12 @@ def test_an_inner_rule_that_cannot_be_is_refused(
 ):
     words = [word.format(run=prepared) for word in words]
     assert told in cli_error(
-        "adapt", *run_keys, "task=loud", "adapt.rule=inner", *words, f"out={tmp_path / 'new'}"
+        "adapt",
+        *run_keys,
+        "task=loud",
+        "adapt.update_rule=inner",
+        *words,
+        f"out={tmp_path / 'new'}",
     )
 
 
@@ -238,7 +261,7 @@ def test_a_start_that_was_prepared_for_no_inner_loop_is_refused(cli_error, run_k
         *run_keys,
         "task=loud",
         f"checkpoint={tmp_path / 'run'}",
-        "adapt.rule=inner",
+        "adapt.update_rule=inner",
         f"out={tmp_path / 'new'}",
     )
     assert "Strategy has no inner loop" in told
@@ -256,7 +279,7 @@ def test_an_inner_rule_that_is_no_installed_strategy_s_is_refused(
         *run_keys,
         "task=loud",
         f"checkpoint={tmp_path / 'run'}",
-        "adapt.rule=inner",
+        "adapt.update_rule=inner",
         f"out={tmp_path / 'new'}",
     )
     assert "strategy.maml._target_='os.system', which is neither" in told
@@ -288,7 +311,7 @@ def test_more_shots_than_examples_are_all_of_them_once(run_keys, tmp_path, learn
     assert [len(chosen) for chosen in learned] == [12]
 
 
-@pytest.mark.parametrize("value", ["0", "two", "1.5"])
+@pytest.score_answer.parametrize("value", ["0", "two", "1.5"])
 def test_draws_that_cannot_be_are_refused(cli_error, run_keys, tmp_path, value):
     told = cli_error("adapt", *run_keys, "task=loud", f"adapt.draws={value}", f"out={tmp_path}")
     assert f"adapt.draws={value}: expected a whole number of at least 1" in told
@@ -301,17 +324,17 @@ def test_a_killed_adaptation_keeps_its_finished_curves_and_ends_as_if_it_had_not
     run_keys, tmp_path, monkeypatch, learned
 ):
     adapted(tmp_path / "whole", run_keys)
-    noted, killed = adapt.learn, len(learned) + 4
+    noted, killed = adapt.train_stage, len(learned) + 4
 
     def dies(*args, **more):
         if len(learned) == killed:
             raise KeyboardInterrupt
         return noted(*args, **more)
 
-    monkeypatch.setattr(adapt, "learn", dies)
+    monkeypatch.setattr(adapt, "train_stage", dies)
     with pytest.raises(KeyboardInterrupt):
         adapted(tmp_path / "cut", run_keys)
-    monkeypatch.setattr(adapt, "learn", noted)
+    monkeypatch.setattr(adapt, "train_stage", noted)
     assert not (tmp_path / "cut/curve.json").exists()
     adapted(tmp_path / "cut", run_keys)
     assert len(learned) == killed + 2
@@ -344,7 +367,7 @@ def failing(write, name):
 
 
 def test_a_signal_stops_it_with_the_command_that_goes_on(run_keys, tmp_path, monkeypatch, learned):
-    score, times = adapt.score, []
+    score, times = adapt.score_task, []
 
     def interrupted(*args):
         times.append(1)
@@ -352,9 +375,9 @@ def test_a_signal_stops_it_with_the_command_that_goes_on(run_keys, tmp_path, mon
             signal.raise_signal(signal.SIGINT)
         return score(*args)
 
-    monkeypatch.setattr(adapt, "score", interrupted)
+    monkeypatch.setattr(adapt, "score_task", interrupted)
     with pytest.raises(
-        Stopped, match=r"(?s)curve of 2 shots and draw 1, which begins anew.*Go on with"
+        RunInterrupted, match=r"(?s)curve of 2 shots and draw 1, which begins anew.*Go on with"
     ):
         adapted(tmp_path, run_keys)
     adapted(tmp_path, run_keys)
@@ -378,7 +401,7 @@ def test_a_curve_without_draws_is_read_as_one_draw(tmp_path):
     assert [(step, score, score) for step, score in curve.of(64)] == curve.band(64)
 
 
-@pytest.mark.parametrize("draw", ['"first"', "-1", "1e999", "[]"])
+@pytest.score_answer.parametrize("draw", ['"first"', "-1", "1e999", "[]"])
 def test_a_draw_that_is_none_is_refused(tmp_path, draw):
     write_fake_adaptation(tmp_path / "a")
     point = f'{{"shots": 1, "step": 0, "score": 1, "draw": {draw}}}'

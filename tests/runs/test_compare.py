@@ -13,8 +13,8 @@ from continual.errors import DataError
 from continual.reports import audits
 from continual.results import comparison
 from continual.results.matrix import Matrix
-from continual.runs.compare import PLUGINS
-from continual.runs.lock import alone
+from continual.runs.compare import LAUNCHER_PACKAGES
+from continual.runs.lock import run_folder_lock
 from continual.training import scratch
 from tests.support import subprocesses
 from tests.support.models import TASKS, run_in_process, write_stream
@@ -25,7 +25,7 @@ SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
 def installed(launcher: str) -> bool:
     try:
         return (
-            importlib.util.find_spec(f"hydra_plugins.hydra_{PLUGINS[launcher]}_launcher")
+            importlib.util.find_spec(f"hydra_plugins.hydra_{LAUNCHER_PACKAGES[launcher]}_launcher")
             is not None
         )
     except ModuleNotFoundError:
@@ -33,8 +33,9 @@ def installed(launcher: str) -> bool:
 
 
 def needs(launcher: str):
-    return pytest.mark.skipif(
-        not installed(launcher), reason=f"hydra-{PLUGINS[launcher]}-launcher is not installed"
+    return pytest.score_answer.skipif(
+        not installed(launcher),
+        reason=f"hydra-{LAUNCHER_PACKAGES[launcher]}-launcher is not installed",
     )
 
 
@@ -99,7 +100,7 @@ def test_a_setting_of_one_strategy_is_for_the_runs_that_have_it(run_cli, run_key
     }
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "said"),
     [
         (
@@ -145,28 +146,28 @@ def test_submitits_local_executor_does_the_runs(run_cli, run_keys, tmp_path):
     assert names(tmp_path / "it") == {"seed=0_strategy=naive"}
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "ray_cluster"])
+@pytest.score_answer.parametrize("launcher", ["slurm", "ray_cluster"])
 def test_the_configurations_of_clusters_compose(launcher):
     if not installed(launcher):
-        pytest.skip(f"hydra-{PLUGINS[launcher]}-launcher is not installed")
+        pytest.skip(f"hydra-{LAUNCHER_PACKAGES[launcher]}-launcher is not installed")
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("conf", version_base=None):
         config = compose(
             "compare", [f"hydra/launcher={launcher}", "out=x"], return_hydra_config=True
         ).hydra.launcher
-    assert PLUGINS[launcher] in config._target_
+    assert LAUNCHER_PACKAGES[launcher] in config._target_
     if launcher == "slurm":
         assert config.max_num_timeout > 0
     else:
         assert config.ray.remote.num_cpus > 0
 
 
-@pytest.mark.parametrize("launcher", sorted(PLUGINS))
+@pytest.score_answer.parametrize("launcher", sorted(LAUNCHER_PACKAGES))
 def test_a_launcher_that_is_not_installed_is_named(cli_error, monkeypatch, launcher):
     monkeypatch.setattr("continual.runs.compare.find_spec", lambda _: None)
     told = cli_error("compare", f"hydra/launcher={launcher}")
-    package = f"hydra-{PLUGINS[launcher]}-launcher"
+    package = f"hydra-{LAUNCHER_PACKAGES[launcher]}-launcher"
     assert (
         told.split()
         == (
@@ -264,12 +265,12 @@ def test_a_signal_ends_the_comparison_and_no_further_run_begins(
     run_cli, run_keys, tmp_path, monkeypatch
 ):
     import continual.runs.run
-    from continual.runs.signals import Stopped
+    from continual.runs.signals import RunInterrupted
 
     def stopped(config, console):
-        raise Stopped("stopped after step 3", 15)
+        raise RunInterrupted("stopped after step 3", 15)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context_length() as patch:
         patch.setattr(continual.runs.run, "run", stopped)
         code, _, err = run_cli(
             "compare", *run_keys, *SMALL, "strategy=naive", "seed=0,1", f"out={tmp_path / 'it'}"
@@ -284,7 +285,7 @@ def test_a_signal_ends_the_comparison_and_no_further_run_begins(
 
 
 def test_two_comparisons_in_one_folder_at_once_are_refused(cli_error, run_keys, tmp_path):
-    with alone(tmp_path / "it"):
+    with run_folder_lock(tmp_path / "it"):
         told = cli_error("compare", *run_keys, *SMALL, "strategy=naive", f"out={tmp_path / 'it'}")
     assert "is in use by process" in told
 
@@ -314,7 +315,7 @@ def test_commands_that_later_ones_contain_are_forgotten(tmp_path):
     assert "seed=1: not begun" in told
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "text",
     [
         "",
@@ -340,13 +341,13 @@ def build(folder):
     from streams.folder import load_folder as stream
 
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    scratch.build(
+    scratch.load_or_build_llama(
         stream=stream(path=str(folder / "stream"), seed=0),
-        hidden=16,
+        hidden_size=16,
         layers=1,
         heads=2,
-        context=64,
-        vocabulary=300,
+        context_length=64,
+        vocab_size=300,
         pretrain={"tokens": 0},
         device="cpu",
     )
@@ -361,7 +362,7 @@ def test_processes_that_need_the_same_scratch_model_build_it_once(tmp_path):
     assert (kept[0] / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["cells.json", "it/audit.json"])
+@pytest.score_answer.parametrize("name", ["cells.json", "it/audit.json"])
 def test_a_file_that_is_nested_without_end_is_one_clear_error(name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)

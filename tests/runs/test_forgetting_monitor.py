@@ -13,21 +13,21 @@ from safetensors.torch import load_file
 from continual.errors import DataError
 from continual.results.matrix import Matrix
 from continual.results.run_folder import Run
-from continual.runs.forgetting_monitor import aside
-from continual.runs.stop_if import Gated
+from continual.runs.forgetting_monitor import preserve_state
+from continual.runs.stop_if import ForgettingLimitExceeded
 from continual.training import checkpoint
 from strategies.per_task import PerTask
 from tests.support import subprocesses, toy
 from tests.support.models import TASKS, load_json_lines, run_in_process, write_model, write_rows
 
-LOOK = ("score.metric=perplexity", "score.during=2")
+LOOK = ("score.metric=perplexity", "score.every_steps=2")
 CLASH = (
     "train.lr=0.03",
     "train.steps=10",
     "train.schedule=constant",
-    "train.warmup=0",
+    "train.warmup_ratio=0",
     "score.metric=perplexity",
-    "score.during=1",
+    "score.every_steps=1",
 )
 
 
@@ -54,7 +54,7 @@ def assert_same(a, b):
 def looked(run_keys, tmp_path_factory):
     """A run that looks at all test rows every second of its stages' four steps."""
     out = tmp_path_factory.mktemp("early") / "looked"
-    return out, *run_in_process(out, run_keys, *LOOK, "score.during_examples=99")
+    return out, *run_in_process(out, run_keys, *LOOK, "score.monitor_examples=99")
 
 
 # What is told
@@ -108,7 +108,7 @@ def test_the_sample_is_the_same_all_the_run_through_and_another_of_another_seed(
     for seed in (0, 1):
         out = tmp_path / str(seed)
         run_in_process(
-            out, run_keys, *LOOK, "score.during_examples=2", f"seed={seed}", "train.lr=0"
+            out, run_keys, *LOOK, "score.monitor_examples=2", f"seed={seed}", "train.lr=0"
         )
         told = {e["scores"]["first"] for e in points(out).values()}
         assert max(told) == pytest.approx(min(told)), (
@@ -141,7 +141,7 @@ def test_its_seconds_are_of_scoring_not_of_training(looked):
 # Looking changes nothing
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "kind",
     [
         ["strategy=naive"],
@@ -155,7 +155,7 @@ def test_a_run_that_looks_ends_as_one_that_does_not_bit_for_bit(kind, run_keys, 
     model = write_model(tmp_path / "model", "gpt2")  # which has dropout
     told = [*run_keys, f"model.name={model}", *kind]
     run_in_process(tmp_path / "blind", told)
-    run_in_process(tmp_path / "looked", told, "score.during=1", "score.during_examples=3")
+    run_in_process(tmp_path / "looked", told, "score.every_steps=1", "score.monitor_examples=3")
     assert_same(tmp_path / "blind", tmp_path / "looked")
     assert len(points(tmp_path / "looked")) == 3 * 5
 
@@ -174,7 +174,7 @@ def test_aside_a_model_may_be_routed_drawn_with_and_put_to_work_and_is_as_it_was
     expected = random.random(), torch.rand(1).item()
     random.seed(1)
     torch.manual_seed(1)
-    with aside(made, strategy):
+    with preserve_state(made, strategy):
         assert not made.net.training
         strategy.route(made, "a")
         assert not any(w.any() for w in toy.copy_parameters(made).values())
@@ -188,7 +188,7 @@ def test_a_strategy_with_an_adapter_a_task_has_the_stage_s_own_answered_by_the_w
     run_keys, tmp_path
 ):
     matrix, _ = run_in_process(
-        tmp_path, run_keys, *LOOK, "score.during_examples=99", "strategy=per_task"
+        tmp_path, run_keys, *LOOK, "score.monitor_examples=99", "strategy=per_task"
     )
     told = points(tmp_path)
     for stage in (1, 2, 3):
@@ -212,7 +212,7 @@ def test_a_run_that_goes_on_within_a_stage_has_every_point_once(
             shutil.copytree(whole, out)
         return save(folder, *more, **named)
 
-    told = [*run_keys, *LOOK, "score.during_examples=99", "checkpoint.every_steps=3"]
+    told = [*run_keys, *LOOK, "score.monitor_examples=99", "checkpoint.every_steps=3"]
     monkeypatch.setattr(checkpoint, "save", leave_a_copy)
     run_in_process(whole, told)
     monkeypatch.undo()
@@ -239,10 +239,12 @@ def test_answers_of_an_earlier_stage_that_are_gone_are_named_with_the_mend(
         shutil.rmtree(out / path)
     with pytest.raises(
         DataError,
-        match=r"stage-01/first.jsonl: found no mark of every .* go on with score.during=nul",
+        match=r"stage-01/first.jsonl: found no mark of every .* go on with score.every_steps=nul",
     ):
-        run_in_process(out, run_keys, *LOOK, "score.during_examples=99")
-    assert run_in_process(out, run_keys, *LOOK, "score.during=null")[0].scores == looked[1].scores
+        run_in_process(out, run_keys, *LOOK, "score.monitor_examples=99")
+    assert (
+        run_in_process(out, run_keys, *LOOK, "score.every_steps=null")[0].scores == looked[1].scores
+    )
 
 
 # The gate
@@ -320,9 +322,9 @@ def test_a_gate_stops_the_run_where_it_forgets_more_keeps_it_and_lets_it_go_on_w
 
 
 def test_a_gate_that_is_raised_stops_the_run_again_where_it_is_passed(clashing, tmp_path):
-    with pytest.raises(Gated):
+    with pytest.raises(ForgettingLimitExceeded):
         run_in_process(tmp_path, clashing, "stop_if.forgetting=0.1")
-    with pytest.raises(Gated, match=r"stopped by stop_if.forgetting=0.4: "):
+    with pytest.raises(ForgettingLimitExceeded, match=r"stopped by stop_if.forgetting=0.4: "):
         run_in_process(tmp_path, clashing, "stop_if.forgetting=0.4")
     gates = [e for e in load_json_lines(tmp_path / "events.jsonl") if e["event"] == "gate"]
     assert [e["limit"] for e in gates] == [0.1, 0.4]
@@ -381,30 +383,30 @@ def test_what_stopped_a_run_is_read_with_care(looked, run_keys, tmp_path):
     ):
         (out / "stopped.json").write_text(text)
         with pytest.raises(DataError, match=r"stopped.json"):
-            run_in_process(out, run_keys, *LOOK, "score.during_examples=99")
+            run_in_process(out, run_keys, *LOOK, "score.monitor_examples=99")
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "expected"),
     [
-        (("score.during=0",), "score.during=0: expected a whole number of at least 1"),
+        (("score.every_steps=0",), "score.every_steps=0: expected a whole number of at least 1"),
         (
-            ("score.during_examples=half",),
-            "score.during_examples=half: expected a whole number of at least 1",
+            ("score.monitor_examples=half",),
+            "score.monitor_examples=half: expected a whole number of at least 1",
         ),
         (
             ("stop_if.forgetting=0.2",),
-            "forgetting within a stage is not measured; set score.during=N",
+            "forgetting within a stage is not measured; set score.every_steps=N",
         ),
         (
-            ("score.during=5", "stop_if.forgetting=20"),
+            ("score.every_steps=5", "stop_if.forgetting=20"),
             "expected a share of at least 0 and below 1, such as 0.2",
         ),
         (
-            ("score.during=5", "stop_if.forgetting"),
+            ("score.every_steps=5", "stop_if.forgetting"),
             "unquoted, > names a file that a shell writes to",
         ),
-        (("score.during=5", "stop_if.forgeting>0.2"), "did you mean 'stop_if.forgetting'"),
+        (("score.every_steps=5", "stop_if.forgeting>0.2"), "did you mean 'stop_if.forgetting'"),
     ],
 )
 def test_what_cannot_be_looked_at_is_refused_before_training(
@@ -414,6 +416,6 @@ def test_what_cannot_be_looked_at_is_refused_before_training(
 
 
 def test_adapt_scores_at_steps_of_its_own(cli_error, run_keys, tmp_path):
-    assert "score.during=5: adapt has one task and scores it at adapt.at" in cli_error(
-        "adapt", *run_keys, "stream.tasks=[first]", "score.during=5", f"out={tmp_path}"
+    assert "score.every_steps=5: adapt has one task and scores it at adapt.eval_steps" in cli_error(
+        "adapt", *run_keys, "stream.tasks=[first]", "score.every_steps=5", f"out={tmp_path}"
     )

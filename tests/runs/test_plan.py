@@ -14,22 +14,22 @@ from benchmarks import common
 from continual.evaluation import scoring
 from continual.models.loading import add_adapter, load_pretrained
 from continual.models.weights import snapshot, weights
-from continual.runs.plan import plan, show
-from continual.runs.rehearse import Ghosts, rehearse, scored
+from continual.runs.plan import plan, print_plan
+from continual.runs.rehearse import CostCounterMode, count_scoring_flops, rehearse
 from continual.strategy.interface import Strategy, memory
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from tests.support import toy
 from tests.support.models import make_example, write_model
 
 LORA = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}}
 GIVEN = (
-    "plan.tasks=5",
-    "plan.examples=8",
-    "plan.tests=2",
-    "plan.tokens=12",
-    "plan.response=2",
-    "plan.flops=1e12",
-    "plan.stages=4",
+    "plan.num_tasks=5",
+    "plan.train_examples=8",
+    "plan.test_examples=2",
+    "plan.tokens_per_example=12",
+    "plan.response_tokens=2",
+    "plan.peak_flops=1e12",
+    "plan.rehearse_stages=4",
     "train.batch_size=4",
 )
 SHORT = replace(toy.RECIPE, steps=2)
@@ -51,8 +51,8 @@ def executed(strategy, adapter="none", stages=2, recipe=SHORT):
     model = network(adapter)
     return [
         common.flops(
-            lambda i=i: learn(
-                model, toy.make_task(i), strategy, recipe, seed=i, log=lambda event: None
+            lambda i=i: train_stage(
+                model, toy.make_task(i), strategy, recipe, seed=i, log_event=lambda event: None
             )
         )
         for i in range(stages)
@@ -67,7 +67,7 @@ def planned(model_folder, *words):
 # Against stages that are run
 
 
-@pytest.mark.parametrize(("name", "adapter"), [("naive", "lora"), ("maml", "none")])
+@pytest.score_answer.parametrize(("name", "adapter"), [("naive", "lora"), ("maml", "none")])
 def test_a_rehearsal_counts_the_flops_that_a_stage_executes(name, adapter):
     told = [s.flops for s in rehearsed(toy.strategy_from_config(name), adapter)]
     assert told == pytest.approx(executed(toy.strategy_from_config(name), adapter), rel=1e-3)
@@ -86,15 +86,15 @@ def test_memory_has_its_parts():
     model = network("lora")
     trained = sum(w.nbytes for w in weights(model).values())
     assert stage.weights == sum(t.nbytes for t in [*model.net.parameters(), *model.net.buffers()])
-    assert stage.gradients == stage.weights_disk == trained
+    assert stage.gradient_bytes == stage.weight_disk_bytes == trained
     assert 2 * trained <= stage.optimizer <= 2 * trained + 8 * len(weights(model))
     assert stage.strategy == 0
-    assert stage.activations > 0
+    assert stage.activation_bytes > 0
 
 
 def test_ewc_holds_an_anchor_and_an_importance_from_its_second_stage_on():
     stages = rehearsed(toy.strategy_from_config("ewc"))
-    assert [s.strategy for s in stages] == [0, 2 * stages[0].gradients]
+    assert [s.strategy for s in stages] == [0, 2 * stages[0].gradient_bytes]
     assert all(s.end_flops > 0 for s in stages)
     assert [s.flops for s in stages] == pytest.approx(
         executed(toy.strategy_from_config("ewc")), rel=1e-3
@@ -102,24 +102,26 @@ def test_ewc_holds_an_anchor_and_an_importance_from_its_second_stage_on():
 
 
 def test_early_stopping_is_planned_for_as_if_it_never_came():
-    ghosts = Ghosts()
-    with ghosts.shapes():
+    ghosts = CostCounterMode()
+    with ghosts.meta_device():
         model = network()
-    ghosts.haunt(model.net)
+    ghosts.convert_to_fake(model.net)
     recipe = replace(toy.RECIPE, patience=1)
     stage = rehearse(ghosts, model, toy.make_task(0), Strategy(), recipe, steps=2, seed=0)
-    assert stage.steps == recipe.total(len(toy.make_task(0).train))
+    assert stage.steps == recipe.total_steps(len(toy.make_task(0).train))
 
 
 def test_scoring_counts_the_flops_of_answers_as_long_as_may_be(model_folder):
     rows = toy.make_examples(0, 6)
-    test = scoring.Test("a", "perplexity", [make_example(id=e.id) for e in rows], rows, 4)
-    ghosts = Ghosts()
-    with ghosts.shapes():
+    test = scoring.EvalSet("a", "perplexity", [make_example(id=e.id) for e in rows], rows, 4)
+    ghosts = CostCounterMode()
+    with ghosts.meta_device():
         model = load_pretrained(name=str(model_folder), device="cpu", drawn=True)
-    ghosts.haunt(model.net)
+    ghosts.convert_to_fake(model.net)
     real = load_pretrained(name=str(model_folder), device="cpu")
-    assert scored(ghosts, model, test, 6) == common.flops(lambda: scoring.score(real, test, 6))
+    assert count_scoring_flops(ghosts, model, test, 6) == common.flops(
+        lambda: scoring.score_task(real, test, 6)
+    )
 
 
 # What grows
@@ -138,13 +140,13 @@ class Anchors(Strategy):
 
 def test_a_strategy_s_growth_is_measured_not_told():
     stages = rehearsed(Anchors(), stages=3)
-    each = stages[0].gradients
+    each = stages[0].gradient_bytes
     assert [s.strategy for s in stages] == [0, each, 2 * each]
 
 
 def test_each_task_s_prompt_is_kept(model_folder):
     made = planned(model_folder, "model.adapter=prompt_tuning", "strategy=progressive_prompts")
-    assert made.growth(lambda s: s.strategy) == 5 * 32 * 4
+    assert made.growth_per_task(lambda s: s.strategy) == 5 * 32 * 4
     assert made.trained == 5 * 32
 
 
@@ -154,14 +156,19 @@ def test_only_a_buffer_without_a_bound_is_said_to_grow(model_folder):
         for n in ("0.9", "8")
     )
     for made in (free, bound):
-        assert [made.growth(of) for of in (lambda s: s.strategy, lambda s: s.peak)] == [0, 0]
-        assert made.checkpoints > made.stages[-1].weights_disk * len(made.training)
-    assert free.growth(lambda s: s.memory_disk) > 4 * bound.growth(lambda s: s.memory_disk)
+        assert [made.growth_per_task(of) for of in (lambda s: s.strategy, lambda s: s.peak)] == [
+            0,
+            0,
+        ]
+        assert made.checkpoint_bytes > made.stages[-1].weight_disk_bytes * len(made.training)
+    assert free.growth_per_task(lambda s: s.memory_disk_bytes) > 4 * bound.growth_per_task(
+        lambda s: s.memory_disk_bytes
+    )
 
 
 def test_later_stages_follow_from_those_that_were_rehearsed(model_folder):
     few, all_of_them = (
-        planned(model_folder, "strategy=replay", f"plan.stages={n}") for n in (4, 5)
+        planned(model_folder, "strategy=replay", f"plan.rehearse_stages={n}") for n in (4, 5)
     )
     assert len(few.stages) == 4
     assert sum(few.training) == pytest.approx(sum(all_of_them.training), rel=0.05)
@@ -175,7 +182,7 @@ def test_no_weights_and_no_tokenizer_are_needed_where_the_tasks_are_told(tmp_pat
     for path in folder.iterdir():
         if path.name != "config.json":
             path.unlink()
-    made = planned(folder, "strategy=naive", "plan.gpus=2", "plan.stages=1")
+    made = planned(folder, "strategy=naive", "plan.gpus=2", "plan.rehearse_stages=1")
     assert made.parameters == made.trained > 0
     assert len(made.training) == 5
     assert made.hours(made.flops) == pytest.approx(made.flops / (2 * 1e12 * 0.4) / 3600)
@@ -189,8 +196,8 @@ def test_the_stream_s_own_rows_are_rehearsed(run_cli, stream_folder, model_folde
         "model=hf",
         f"model.name={model_folder}",
         "model.adapter=lora",
-        "plan.flops=1e12",
-        "plan.memory=1",
+        "plan.peak_flops=1e12",
+        "plan.memory_gb=1",
         "train.batch_size=6",
     )
     assert (code, err) == (0, "")
@@ -203,48 +210,51 @@ def test_the_stream_s_own_rows_are_rehearsed(run_cli, stream_folder, model_folde
 def test_a_gpu_that_is_too_small_is_said_to_be(model_folder):
     with initialize_config_module("conf", version_base=None):
         config = compose(
-            "plan", ["model=hf", f"model.name={model_folder}", *GIVEN, "plan.memory=1e-6"]
+            "plan", ["model=hf", f"model.name={model_folder}", *GIVEN, "plan.memory_gb=1e-6"]
         )
     console = Console(record=True, width=160)
-    show(plan(config), config, console)
+    print_plan(plan(config), config, console)
     assert "does not fit in 1e-06 GB" in console.export_text()
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "told"),
     [
         ((), "marking answers"),
         (
-            ("probe=[shots,wordings]", "score.judge.name=a/judge", "score.during=9"),
+            ("probe=[shots,wordings]", "score.judge.name=a/judge", "score.every_steps=9"),
             "marking answers, the judge a/judge, looking at forgetting every 9 steps "
-            "(score.during), what the probes ask after each stage (shots, wordings)",
+            "(score.every_steps), what the probes ask after each stage (shots, wordings)",
         ),
     ],
 )
 def test_what_is_not_counted_is_said(run_cli, model_folder, words, told):
     code, out, err = run_cli(
-        "plan", "model=hf", f"model.name={model_folder}", *GIVEN, "plan.stages=1", *words
+        "plan", "model=hf", f"model.name={model_folder}", *GIVEN, "plan.rehearse_stages=1", *words
     )
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == f"not counted: {told}"
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("word", "told"),
     [
         ("plan.gpus=0", "plan.gpus=0: expected a whole number of at least 1"),
-        ("plan.steps=1", "plan.steps=1: expected a whole number of at least 2"),
-        ("plan.share=0", "plan.share=0: expected a number above 0"),
-        ("plan.flops=fast", "plan.flops=fast: expected a number above 0"),
-        ("plan.response=12", "plan.response=12: expected fewer than plan.tokens=12"),
+        ("plan.rehearse_steps=1", "plan.rehearse_steps=1: expected a whole number of at least 2"),
+        ("plan.flops_utilization=0", "plan.flops_utilization=0: expected a number above 0"),
+        ("plan.peak_flops=fast", "plan.peak_flops=fast: expected a number above 0"),
+        (
+            "plan.response_tokens=12",
+            "plan.response_tokens=12: expected fewer than plan.tokens_per_example=12",
+        ),
     ],
 )
 def test_numbers_that_cannot_work_are_refused(cli_error, model_folder, word, told):
     assert told in cli_error("plan", "model=hf", f"model.name={model_folder}", *GIVEN, word)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.score_answer.slow
+@pytest.score_answer.parametrize("adapter", ["none", "lora"])
 def test_peak_memory_is_foretold_within_15_percent(adapter):
     from benchmarks.plan import measure
 

@@ -14,8 +14,8 @@ from tests.support.models import TASKS, load_json_lines, run_in_process, write_r
 
 SETTINGS = (
     "probe.shots.k=[0,2]",
-    "probe.shots.limit=3",
-    "probe.wordings.limit=2",
+    "probe.shots.max_examples=3",
+    "probe.wordings.max_examples=2",
     "probe.wordings.changes=[upper]",
 )
 
@@ -124,7 +124,7 @@ def test_a_run_that_ends_while_it_probes_goes_on_to_the_same_probes(
             raise KeyboardInterrupt
         return whole(self, look)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context_length() as patch:
         patch.setattr(Shots, "measure", dies)
         with pytest.raises(KeyboardInterrupt):
             run_in_process(out, words)
@@ -165,7 +165,7 @@ def test_half_a_file_of_a_stage_is_measured_again(done, words, tmp_path):
     assert (out / "probes.json").read_bytes() == (done[0] / "probes.json").read_bytes()
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "strategy",
     [
         ["per_task"],
@@ -225,7 +225,7 @@ def test_the_tables_show_the_probes(run_cli, done):
     assert "wordings spread" in said
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "spoil",
     [
         lambda told: {**told, "schema": 2},
@@ -253,13 +253,13 @@ def test_probes_of_another_form_are_one_clear_error(done, tmp_path, spoil):
 def test_a_stage_s_figures_that_are_none_are_not_read(tmp_path):
     for text in ('{"shots": {"k=0": "1"}}', "[1]", "{", '{"shots": 1}'):
         (tmp_path / "probes.json").write_text(text)
-        assert record.read(tmp_path / "probes.json") == {}
+        assert record.load_probe_result(tmp_path / "probes.json") == {}
 
 
 # Refused
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("given", "told"),
     [
         (["probe=[shot]"], "unknown probe 'shot'; did you mean 'shots'"),

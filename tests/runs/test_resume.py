@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from continual.errors import ConfigError, ContinualError, DataError, MissingError
 from continual.results.matrix import Matrix
 from continual.runs import run as engine
-from continual.runs.lock import alone
+from continual.runs.lock import run_folder_lock
 from continual.tracking.events import EventLog
 from continual.training import checkpoint
 from tests.support import subprocesses
@@ -81,7 +81,7 @@ def spoil(path):
 # After a stage
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.score_answer.parametrize("stage", [1, 2, 3])
 def test_a_run_continues_after_its_last_trained_stage_to_the_same_end(done, copy, run_keys, stage):
     rewind(copy, stage)
     _, said = run_in_process(copy, run_keys, *BOTH)
@@ -211,11 +211,11 @@ KINDS = {
         "train.epochs=40",
         "train.lr=0.05",
     ],
-    "dropped tokens": ["strategy=replay", "loss.mask_instruction_tokens=0.3"],
+    "dropped tokens": ["strategy=replay", "loss.prompt_mask_prob=0.3"],
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.score_answer.parametrize("kind", KINDS)
 def test_every_strategy_goes_on_within_a_stage_to_the_same_end(
     kind, run_keys, tmp_path, monkeypatch
 ):
@@ -232,7 +232,7 @@ def test_every_strategy_goes_on_within_a_stage_to_the_same_end(
     run_in_process(whole, told)
     monkeypatch.undo()
     torch.manual_seed(99)
-    _, said = run_in_process(cut, told, "score.during=1")  # which may only look
+    _, said = run_in_process(cut, told, "score.every_steps=1")  # which may only look
     assert f"resuming {cut} from {stage}-step-" in said
     assert_same(whole, cut)
 
@@ -272,7 +272,7 @@ def leaves(number: int, when: dict, *words: str) -> None:
     subprocesses.run_command(*words)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "when",
     [
         {"event": "step", "stage": 2, "step": 2},
@@ -294,7 +294,7 @@ def test_a_killed_process_given_again_ends_bit_for_bit_as_if_it_had_not_been(
     assert_same(done, out)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.score_answer.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(
     number, code, run_keys, done, tmp_path
 ):
@@ -316,7 +316,7 @@ def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(
 # Faults
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "file",
     ["weights.safetensors", "memory.safetensors", "memory.json", "matrix.json", "manifest.json"],
 )
@@ -355,9 +355,9 @@ def test_of_the_checkpoints_within_a_stage_the_newest_whole_one_is_used(
     spoil(within[-1] / "progress.json")
     for path in (tmp_path / "checkpoints").glob("stage-0[23]"):
         shutil.rmtree(path)
-    found = checkpoint.find(tmp_path)
-    assert (found.trained.name, found.within) == ("stage-01", within[-2])
-    assert found.damaged == [f"{within[-1]}: progress.json is not as it was written"]
+    found = checkpoint.find_resume_point(tmp_path)
+    assert (found.stage_folder.name, found.step_folder) == ("stage-01", within[-2])
+    assert found.damage == [f"{within[-1]}: progress.json is not as it was written"]
 
 
 class Left(Exception):
@@ -367,15 +367,15 @@ class Left(Exception):
 def leave(out, keys, monkeypatch, stage, step):
     """Begin a run, or go on, and leave it right behind this step, as if it had been killed."""
 
-    class Leaves(engine.Keeper):
+    class Leaves(engine.StageCallback):
         def __call__(self, now, progress):
             seconds = super().__call__(now, progress)
-            if (self.number, now) == (stage, step):
+            if (self.stage_number, now) == (stage, step):
                 raise Left
             return seconds
 
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "Keeper", Leaves)
+    with monkeypatch.context_length() as patch:
+        patch.setattr(engine, "StageCallback", Leaves)
         with pytest.raises(Left):
             run_in_process(out, keys)
 
@@ -406,7 +406,7 @@ def test_what_is_kept_before_damaged_steps_is_there_for_the_next_time(
     ]
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("was", "now", "told"),
     [
         (
@@ -456,7 +456,7 @@ def test_a_run_does_not_go_on_with_other_numbers_of_test_rows(
         run_in_process(tmp_path / "out", run_keys)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "lost",
     [["config.yaml"], ["config.yaml", "finished"], ["events.jsonl", "matrix.json", "finished"]],
     ids=["finished", "unfinished", "checkpoints alone"],
@@ -514,7 +514,7 @@ def limited(most: int, *words: str) -> None:
     subprocesses.run_command(*words)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="file size limits as on Linux")
+@pytest.score_answer.skipif(sys.platform != "linux", reason="file size limits as on Linux")
 def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothing_finished_is_lost(
     run_keys, tmp_path
 ):
@@ -529,7 +529,7 @@ def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothin
     assert matrix.finished
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a folder that nobody may write in")
+@pytest.score_answer.skipif(sys.platform != "linux", reason="a folder that nobody may write in")
 def test_a_folder_that_cannot_be_written_is_one_clear_error(cli_error, run_keys):
     assert "see that the folder can be written" in cli_error(
         "run", *run_keys, "out=/proc/continual"
@@ -538,7 +538,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(cli_error, run_keys)
 
 def test_a_second_process_in_the_same_folder_is_refused(run_keys, tmp_path):
     with (
-        alone(tmp_path),
+        run_folder_lock(tmp_path),
         pytest.raises(ConfigError, match=r"is in use by process \d+; wait for it, or give another"),
     ):
         run_in_process(tmp_path, run_keys)

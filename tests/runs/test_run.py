@@ -110,7 +110,7 @@ def test_what_is_shortened_or_skipped_is_counted_and_shown(run_keys, tmp_path):
         ],
     )
     _, said = run_in_process(
-        tmp_path / "run", run_keys, f"stream.path={stream}", "data.on_unfit=skip"
+        tmp_path / "run", run_keys, f"stream.path={stream}", "data.on_unusable=skip"
     )
     assert (
         "inputs shortened to fit: 1; examples skipped: 2 (first/train/7, first/train/8 ...)" in said

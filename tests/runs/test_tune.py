@@ -53,7 +53,7 @@ def test_the_long_leaderboard_is_the_ten_most_used_between_floor_and_ceilings():
     assert len(strategies - FLOOR_AND_CEILING - {"per_task"}) == 10
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("words", "found"),
     [
         (
@@ -73,7 +73,7 @@ def test_the_long_leaderboard_is_the_ten_most_used_between_floor_and_ceilings():
 def test_an_experiment_s_sweeps_are_the_comparison_s_but_for_what_the_command_sets(
     run_cli, monkeypatch, tmp_path, words, found
 ):
-    monkeypatch.setattr("continual.runs.compare._sweep", lambda words: None)
+    monkeypatch.setattr("continual.runs.compare._run_sweep", lambda words: None)
     run_cli("compare", "experiment=leaderboard", *words, f"out={tmp_path}")
     assert (
         set(json.loads((tmp_path / comparison.PLAN).read_text())["commands"][-1]["cells"]) == found
@@ -131,7 +131,7 @@ def test_every_searched_key_is_one_of_its_strategy_and_holds_the_default_in_its_
                 assert settings[key] in parsed.value().list, (name, key)
 
 
-@pytest.mark.filterwarnings(
+@pytest.score_answer.filterwarnings(
     "ignore::DeprecationWarning"
 )  # the plugin's Optuna uses a name that SQLAlchemy has moved
 def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(

@@ -12,8 +12,8 @@ from continual.errors import ConfigError
 from continual.models.weights import gradient
 from continual.strategy.interface import Strategy
 from continual.testing import rules
-from continual.training.early_stopping import Patience
-from continual.training.stage import learn
+from continual.training.early_stopping import EarlyStopping
+from continual.training.stage import train_stage
 from tests.support import toy
 from tests.support.strategy_table import CONFIGS, TABLE, kind_of, make, network, of_kind, sized
 
@@ -84,7 +84,7 @@ OFF = {
 }
 
 
-every = pytest.mark.parametrize("entry", TABLE, ids=" ".join)
+every = pytest.score_answer.parametrize("entry", TABLE, ids=" ".join)
 
 
 @cache
@@ -102,13 +102,13 @@ def subject(entry) -> rules.StrategyUnderTest:
     return made
 
 
-@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+@pytest.score_answer.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
 @every
 def test_every_strategy_keeps_every_rule(entry, rule):
     rule(subject(entry))
 
 
-@pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
+@pytest.score_answer.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
     rules.disabled_equals_naive(
         rules.StrategyUnderTest(
@@ -117,18 +117,20 @@ def test_switched_off_it_is_naive_bit_for_bit(names):
     )
 
 
-@pytest.mark.parametrize("entry", [sized(name) for name in CONFIGS], ids=" ".join)
+@pytest.score_answer.parametrize("entry", [sized(name) for name in CONFIGS], ids=" ".join)
 def test_a_stage_that_is_stopped_early_ends_as_if_it_had_ended_with_its_best_epoch(
     entry, monkeypatch
 ):
     """Its weights, and what the strategy remembers of them and of the way to them, bit for bit."""
-    monkeypatch.setattr(Patience, "_loss", lambda self: float(self.seen))  # the first is the best
+    monkeypatch.setattr(
+        EarlyStopping, "_loss", lambda self: float(self.seen)
+    )  # the first is the best
     task = replace(toy.make_task(1, toy.SHORT_TASK_SIZE), dev=toy.make_task(1).train)
     found = []
     for recipe in ({"epochs": 1}, {"epochs": 3, "patience": 1}):
         (made, strategy), told = subject(entry).after_one_stage(), []
         recipe = replace(subject(entry).recipe, schedule="constant", **recipe)
-        learn(made, task, strategy, recipe, seed=1, log=told.append)
+        train_stage(made, task, strategy, recipe, seed=1, log_event=told.append)
         found.append((told[-1]["steps"], rules.serialize_state(made, strategy)))
     assert found[0][0] < found[1][0]
     assert found[0][1] == found[1][1]
@@ -141,7 +143,7 @@ def planned(entry):
     )
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "entry", [sized(name) for name in CONFIGS if name not in UNPLANNED], ids=" ".join
 )
 def test_a_plan_can_go_through_its_stages(entry):
@@ -149,8 +151,8 @@ def test_a_plan_can_go_through_its_stages(entry):
     assert second.peak > second.weights > first.strategy == 0
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-@pytest.mark.parametrize("entry", [sized(name) for name in UNPLANNED], ids=" ".join)
+@pytest.score_answer.filterwarnings("ignore:Accessing the data pointer")
+@pytest.score_answer.parametrize("entry", [sized(name) for name in UNPLANNED], ids=" ".join)
 def test_a_strategy_that_cannot_be_planned_says_what_to_do(entry):
     with pytest.raises(ConfigError, match="plan a strategy that stores as much"):
         planned(entry)
@@ -165,7 +167,7 @@ def naive(kind, *sizes):
     return toy.copy_parameters(made)
 
 
-@pytest.mark.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
+@pytest.score_answer.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
 def test_switched_on_it_is_not_naive(entry):
     on, strategy = subject(entry).after_one_stage()
     for t in (1, 2, 3):  # a projection waits for tasks that oppose each other

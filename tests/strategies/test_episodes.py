@@ -14,7 +14,7 @@ from continual.data.template import Encoder
 from continual.data.types import Task
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from strategies.maml import MAML
 from streams.arrange import EPISODE_ROWS
 from streams.skills.stream import generate_skills
@@ -47,13 +47,13 @@ def drawn(sizes, episode, batch_size, epochs=1):
         episode_size=episode,
     )
     noting = Noting()
-    learn(
+    train_stage(
         made(),
         mixed,
         noting,
         Recipe(lr=0.0, epochs=epochs, batch_size=batch_size),
         seed=1,
-        log=lambda event: None,
+        log_event=lambda event: None,
     )
     return noting.steps
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continual.errors import ConfigError
-from continual.evaluation.likelihood import likelihoods
+from continual.evaluation.likelihood import label_log_likelihoods
 from continual.models.generation import generate_ids
 from continual.models.lora import factors
 from continual.models.loss import forward, nll
@@ -21,7 +21,7 @@ from continual.models.model import Model
 from continual.models.weights import snapshot
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from strategies.gain_lora import (
     GainLoRA,
     extend_basis,
@@ -121,8 +121,12 @@ def test_prompts_are_answered_together_as_each_is_by_its_merged_weights():
     said = generate_ids(made, asked, 4, 6, 0)
     assert said == [generate_ids(merged(strategy, made, e.ids), [e], 4, 1, 0)[0] for e in asked]
     labels = [(5, 6, 7), (8,)]
-    alone = torch.cat([likelihoods(merged(strategy, made, e.ids), [e], labels, 1) for e in asked])
-    torch.testing.assert_close(likelihoods(made, asked, labels, 6), alone, rtol=1e-8, atol=1e-9)
+    alone = torch.cat(
+        [label_log_likelihoods(merged(strategy, made, e.ids), [e], labels, 1) for e in asked]
+    )
+    torch.testing.assert_close(
+        label_log_likelihoods(made, asked, labels, 6), alone, rtol=1e-8, atol=1e-9
+    )
 
 
 def test_an_encoder_s_gates_hold_for_its_decoder():
@@ -155,7 +159,7 @@ def test_before_the_first_stage_the_base_answers():
 # Earlier tasks
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "recipe", [RECIPE, replace(RECIPE, optimizer="sgd", lr=0.5)], ids=["adamw", "sgd"]
 )
 def test_with_a_threshold_of_1_nothing_is_said_otherwise_for_a_prompt_of_an_earlier_task(recipe):
@@ -278,14 +282,14 @@ def test_the_best_epoch_s_gate_comes_back_with_its_weights():
             return nll(made, made.batch(task.dev)).item()
 
     recipe = replace(RECIPE, lr=0.1, epochs=30, patience=2, schedule="constant")
-    learn(
+    train_stage(
         made,
         task,
         strategy,
         recipe,
         seed=0,
-        log=lambda event: None,
-        after=lambda step, _: seen.append(dev()) if step % 2 == 0 else None,
+        log_event=lambda event: None,
+        on_step=lambda step, _: seen.append(dev()) if step % 2 == 0 else None,
     )
     assert len(seen) == seen.index(min(seen)) + 1 + 2 < 30
     assert dev() == pytest.approx(min(seen), abs=1e-9)
@@ -301,7 +305,7 @@ def test_replayed_prompts_have_their_own_gates():
             assert gates[row].item() == pytest.approx(g, abs=1e-12)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("other", "plain"),
     [
         (AGEM(capacity=4), Strategy()),
@@ -355,7 +359,9 @@ def test_a_strategy_that_takes_a_branch_back_is_refused():
         trained(0, 1, strategy=compose(GainLoRA(**EXACT), PerTask()))
 
 
-@pytest.mark.parametrize("wrong", [{"hidden_size": 0}, {"threshold": 0.0}, {"threshold": 1.1}])
+@pytest.score_answer.parametrize(
+    "wrong", [{"hidden_size": 0}, {"threshold": 0.0}, {"threshold": 1.1}]
+)
 def test_a_gate_of_nothing_is_refused(wrong):
     with pytest.raises(ConfigError, match="for gain_lora; expected at least 1 unit, and a share"):
         GainLoRA(**wrong)
@@ -378,7 +384,7 @@ KEYS = (
 )
 
 
-@pytest.mark.filterwarnings(
+@pytest.score_answer.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(cli_error, run_keys, tmp_path):
@@ -386,7 +392,7 @@ def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(cli_error, run_k
     told = cli_error(
         "adapt",
         *run_keys,
-        f"adapt.start={tmp_path / 'run'}",
+        f"adapt.init_from={tmp_path / 'run'}",
         "task=loud",
         f"out={tmp_path / 'new'}",
     )

@@ -19,7 +19,7 @@ from continual.packing.layout import response_start
 from continual.strategy.compose import compose
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from strategies.lamol import LAMOL, make_prompt
 from strategies.lwf import LwF
 from tests.support import toy
@@ -51,7 +51,7 @@ def learned():
     """A model that has learned two tasks well, and its strategy before a third."""
     made, strategy = toy.make_model(), LAMOL(share=0.5)
     for i in (0, 1):
-        learn(made, task(i), strategy, LONG, seed=i, log=lambda event: None)
+        train_stage(made, task(i), strategy, LONG, seed=i, log_event=lambda event: None)
     strategy.begin(made, task(2))
     return made, strategy
 
@@ -129,7 +129,7 @@ def test_each_earlier_task_gets_an_equal_part_of_what_is_written(learned):
     )  # 16 new ones, as many written
 
 
-@pytest.mark.parametrize("share", [0.25, 1 / 6, 0.5])
+@pytest.score_answer.parametrize("share", [0.25, 1 / 6, 0.5])
 def test_the_share_of_written_examples_in_a_stage_is_gamma_of_the_new_ones(share, learned):
     made, strategy = learned[0], LAMOL(share=share, lm_weight=0.0)
     strategy.buffer.tasks = {"a": rows(0)}
@@ -141,7 +141,7 @@ def test_the_share_of_written_examples_in_a_stage_is_gamma_of_the_new_ones(share
 
 def test_nothing_of_the_old_data_is_kept_but_how_prompts_begin_and_their_lengths(tmp_path):
     made, strategy = toy.make_model(), LAMOL()
-    learn(made, task(0), strategy, toy.RECIPE, seed=0, log=lambda event: None)
+    train_stage(made, task(0), strategy, toy.RECIPE, seed=0, log_event=lambda event: None)
     checkpoint.save(tmp_path / "one", made, strategy, toy.empty_matrix())
     told = (tmp_path / "one" / "memory.json").read_text("utf-8")
     assert strategy.tasks == {0: {"begins": [([2, 3], 16)], "prompt": 4, "response": 2}}
@@ -198,7 +198,7 @@ def test_sampling_follows_the_model_s_distribution_over_the_likeliest_tokens():
     assert abs(found[1] / n - 5 / 9) < 4 * (5 / 9 * 4 / 9 / n) ** 0.5
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.score_answer.parametrize("batch_size", [1, 3, 50])
 def test_what_is_sampled_behind_one_prompt_does_not_depend_on_the_others(batch_size):
     made, prompts = (
         toy.make_model(torch.float64),
@@ -230,7 +230,7 @@ def test_an_encoder_decoder_model_is_refused():
         LAMOL().begin(made, task(0))
 
 
-@pytest.mark.parametrize("wrong", [{"lm_weight": -1}, {"top_k": 0}])
+@pytest.score_answer.parametrize("wrong", [{"lm_weight": -1}, {"top_k": 0}])
 def test_numbers_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError, match="LAMOL with"):
         LAMOL(**wrong)

@@ -16,7 +16,7 @@ from continual.errors import ConfigError
 from continual.models.weights import combine, flatten_weights, restore, snapshot
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from strategies.ewc import L2
 from strategies.merge import EMA, TIES, Average, FisherMerge, TaskArithmetic
 from tests.support import toy
@@ -89,7 +89,7 @@ def drawn(seed: int, n: int) -> list[torch.Tensor]:
 # Where stages begin, and what is tested
 
 
-@pytest.mark.parametrize("begin_at", ["merged", "own", "base"])
+@pytest.score_answer.parametrize("begin_at", ["merged", "own", "base"])
 def test_the_mean_of_all_stages_is_tested_after_each_wherever_they_begin(begin_at):
     strategy, base, tested = watched(Average, 0, 1, 2, init_from=begin_at)
     for t in range(3):
@@ -114,7 +114,7 @@ def test_with_early_stopping_the_best_weights_are_merged():
         task_names=toy.TASK_NAMES,
     )
     recipe = toy.replace(toy.RECIPE, lr=0.1, epochs=6, patience=1)
-    learn(made, task, strategy, recipe, seed=0, log=lambda event: None)
+    train_stage(made, task, strategy, recipe, seed=0, log_event=lambda event: None)
     assert len(strategy.steps) < 18
     assert toy.bitwise_equal(snapshot(made), strategy.ended[0])
     assert not toy.bitwise_equal(strategy.ended[0], strategy.steps[-1])
@@ -128,7 +128,7 @@ def test_what_is_listed_after_a_merge_sees_the_stage_s_own_weights_and_what_is_b
         assert not toy.bitwise_equal(strategy.ended[1], snapshot(made))
 
 
-@pytest.mark.parametrize("kind", [Average, FisherMerge, EMA, TaskArithmetic, TIES])
+@pytest.score_answer.parametrize("kind", [Average, FisherMerge, EMA, TaskArithmetic, TIES])
 def test_memory_does_not_grow_with_the_tasks(kind):
     strategy, made = kind(), toy.make_model()
     toy.train_stages(made, strategy, 0, size=6)
@@ -234,7 +234,7 @@ def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_o
     assert toy.bitwise_equal(strategy.begun[1], strategy.ended[0])
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("make", "told"),
     [
         (lambda: Average(init_from="middle"), "unknown init_from 'middle'"),
@@ -249,7 +249,7 @@ def test_what_cannot_be_merged_is_refused(make, told):
         make()
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("kind", "begin_at", "bytes_a_weight"),
     [
         (Average, "merged", 4),

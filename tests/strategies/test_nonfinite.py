@@ -19,7 +19,7 @@ from continual.models.importance import (
 from continual.models.weights import restore, snapshot
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from strategies.der import DER
 from strategies.ewc import EWC, MAS
 from strategies.gem import GEM
@@ -67,7 +67,7 @@ def model():
 def stage(made, strategy, task, recipe=SKIP, **more) -> list[dict]:
     """The events of a stage."""
     told = []
-    learn(made, task, strategy, recipe, seed=0, log=told.append, **more)
+    train_stage(made, task, strategy, recipe, seed=0, log_event=told.append, **more)
     return told
 
 
@@ -75,7 +75,7 @@ def warned(told) -> list[str]:
     return [e["text"] for e in told if e["event"] == "warning"]
 
 
-@pytest.mark.parametrize("strategy", KEEPING, ids=lambda s: type(s).__name__)
+@pytest.score_answer.parametrize("strategy", KEEPING, ids=lambda s: type(s).__name__)
 def test_nothing_of_it_is_kept_and_no_later_step_is_skipped(strategy):
     made, strategy = model(), deepcopy(strategy)
     first, second = (stage(made, strategy, rows(t, bad)) for t, bad in ((0, (3,)), (1, ())))
@@ -87,7 +87,7 @@ def test_nothing_of_it_is_kept_and_no_later_step_is_skipped(strategy):
     assert all(t.isfinite().all() for t in toy.memory_tensors(strategy).values())
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "strategy",
     [EWC(), MAS(), FisherMerge(num_examples=12), OGD(num_examples=12)],
     ids=lambda s: type(s).__name__,
@@ -183,7 +183,7 @@ def test_where_no_row_is_left_the_stage_is_an_error():
         stage(made, EWC(), rows(0, (3,)), replace(SKIP, batch_size=12, epochs=2), after=after)
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     "measure",
     [
         fisher,

@@ -24,7 +24,7 @@ from tests.support import toy
 from tests.support.models import TASKS, load_json_lines, make_encoded, run_in_process
 
 
-@pytest.mark.parametrize("lora", [0, 4], ids=["whole network", "lora"])
+@pytest.score_answer.parametrize("lora", [0, 4], ids=["whole network", "lora"])
 def test_each_adapter_is_bit_for_bit_the_one_learned_alone(lora):
     made, strategy = toy.make_model(lora_rank=lora), PerTask()
     toy.train_stages(made, strategy, 0, 1, 2)
@@ -208,10 +208,10 @@ class Forgetful(Strategy):
         yield range(len(prompts) - 1)
 
 
-def perplexities(prompts: int) -> scoring.Test:
+def perplexities(prompts: int) -> scoring.EvalSet:
     """A test that takes no decoding."""
     asked = tuple(make_encoded([5, 6 + i], [7, 8][: 1 + i % 2], str(i)) for i in range(prompts))
-    return scoring.Test(
+    return scoring.EvalSet(
         "a", "perplexity", [Example(e.id, "a", "Say it.", outputs=("x",)) for e in asked], asked, 3
     )
 
@@ -222,17 +222,17 @@ def test_a_strategy_that_leaves_prompts_out_is_told_so():
         ContinualError,
         match="of the 3 prompts of task 'a' 2 were dispatched, and each must be once",
     ):
-        scoring.score(made, test, 8, Forgetful().dispatch(made, test.prompts))
+        scoring.score_task(made, test, 8, Forgetful().dispatch(made, test.prompt_ids))
 
 
 def test_a_strategy_sees_of_a_test_what_is_asked_and_no_answer():
     asked = (make_encoded([5, 6], [7]), make_encoded([5, 6, 8], []))
-    assert scoring.Test("a", "perplexity", asked, asked, 3).prompts == [(5, 6), (5, 6, 8)]
+    assert scoring.EvalSet("a", "perplexity", asked, asked, 3).prompt_ids == [(5, 6), (5, 6, 8)]
 
 
 def test_the_order_of_turns_does_not_change_the_order_of_answers():
     made, test = toy.make_model(), perplexities(5)
-    value, rows = scoring.score(made, test, 8)
-    shuffled, again = scoring.score(made, test, 8, iter([[3, 1], [4], [0, 2]]))
+    value, rows = scoring.score_task(made, test, 8)
+    shuffled, again = scoring.score_task(made, test, 8, iter([[3, 1], [4], [0, 2]]))
     assert [r["id"] for r in again] == [r["id"] for r in rows] == [*"01234"]
     assert shuffled == pytest.approx(value)

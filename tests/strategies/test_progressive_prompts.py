@@ -81,7 +81,7 @@ def test_a_learned_task_is_answered_as_it_was_bit_for_bit():
 def test_a_task_that_is_not_learned_is_answered_behind_all_prompts():
     made, strategy = trained(0, 1)
     told = logits(made, strategy, 3)
-    made.behind(strategy.prompts[::-1], live=False)
+    made.set_prompt_prefix(strategy.prompts[::-1], live=False)
     assert torch.equal(forward(made, made.batch(toy.make_examples(3))), told)
 
 
@@ -142,7 +142,7 @@ def test_a_model_without_virtual_tokens_is_refused():
         ProgressivePrompts(max_prompts=0)
 
 
-@pytest.mark.filterwarnings(
+@pytest.score_answer.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_the_newest_prompt_alone_is_not_adapted(cli_error, run_keys, tmp_path):
@@ -156,7 +156,7 @@ def test_the_newest_prompt_alone_is_not_adapted(cli_error, run_keys, tmp_path):
     told = cli_error(
         "adapt",
         *run_keys,
-        f"adapt.start={tmp_path / 'run'}",
+        f"adapt.init_from={tmp_path / 'run'}",
         "task=loud",
         f"out={tmp_path / 'new'}",
     )

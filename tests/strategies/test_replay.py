@@ -17,7 +17,7 @@ from continual.packing.batch import Batch, Layout
 from continual.strategy.replay_buffer import ReplayBuffer, update_reservoir
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
-from continual.training.serialization import from_json, to_json
+from continual.training.serialization import deserialize_value, serialize_value
 from strategies.replay import Replay
 from tests.support import toy
 
@@ -40,8 +40,8 @@ def test_what_was_drawn_before_the_first_example_came_is_drawn_once_also_behind_
     """A first stage of several tasks, whose conflicts take the buffer's generator."""
     buffer = ReplayBuffer(5)
     buffer.rng.random()
-    told = json.loads(json.dumps(to_json(buffer, "buffer", {})))
-    assert from_json(told, {}, 64).rng.random() == buffer.rng.random()
+    told = json.loads(json.dumps(serialize_value(buffer, "buffer", {})))
+    assert deserialize_value(told, {}, 64).rng.random() == buffer.rng.random()
 
 
 class Scripted(random.Random):
@@ -135,14 +135,14 @@ def test_none_is_drawn_twice_before_all_have_been_drawn_once(n, seed):
     assert len(drawn) == min(n, 6)
 
 
-@pytest.mark.parametrize("kind", ["balanced", "reservoir"])
+@pytest.score_answer.parametrize("kind", ["balanced", "reservoir"])
 def test_the_same_seed_keeps_and_draws_the_same(kind):
     one, two, other = (filled([30, 30], 10, kind, seed) for seed in (1, 1, 2))
     assert one.examples == two.examples != other.examples
     assert one.draw(20) == two.draw(20)
 
 
-@pytest.mark.parametrize("capacity", [-1, 2.5])
+@pytest.score_answer.parametrize("capacity", [-1, 2.5])
 def test_a_capacity_that_is_neither_count_nor_fraction_is_refused(capacity):
     with pytest.raises(ConfigError, match="whole number of examples, or a fraction"):
         ReplayBuffer(capacity)
@@ -217,7 +217,7 @@ def test_the_running_share_is_exact_to_within_one_example(share, sizes):
         assert -1e-6 <= share * (new + old) - old < 1
 
 
-@pytest.mark.parametrize("share", [1, -0.1, 1.5])
+@pytest.score_answer.parametrize("share", [1, -0.1, 1.5])
 def test_a_share_that_leaves_no_room_for_new_examples_is_refused(share):
     with pytest.raises(ConfigError, match="replay share"):
         Replay(share=share)

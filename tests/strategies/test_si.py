@@ -121,7 +121,7 @@ def test_the_path_integrals_of_all_weights_add_up_to_the_fall_of_the_task_s_own_
     back.
     """
     made, strategy = toy.make_model(torch.float64), Recording(strength=50.0, damping=1e-3)
-    small = Recipe(lr=2e-4, epochs=40, batch_size=12, schedule="constant", clip=0.01)
+    small = Recipe(lr=2e-4, epochs=40, batch_size=12, schedule="constant", max_grad_norm=0.01)
     for t in (0, 1):
         before = toy.mean_loss(made.net, toy.make_examples(t)).item()
         toy.train_stages(made, strategy, t, recipe=small)
@@ -233,7 +233,7 @@ def test_rwalk_s_importance_lies_between_0_and_2():
     assert strategy.importance.keys() == weights(made).keys()
 
 
-@pytest.mark.parametrize("kind", [SI, RWalk])
+@pytest.score_answer.parametrize("kind", [SI, RWalk])
 def test_a_merge_that_is_listed_behind_is_no_step_of_the_path_and_its_outcome_is_the_anchor(kind):
     alone, merged = kind(), compose(kind(), TaskArithmetic())
     for strategy in (alone, merged):

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from continual.distributed import processes
 from continual.models.sharding import full_tensor
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from tests.support import toy
 from tests.support.strategy_table import TABLE, make, network
 
-RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=5, patience=2, log_every=1)
+RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=5, patience=2, log_every_steps=1)
 
 
 def train_two_stages(
@@ -35,7 +35,7 @@ def train_two_stages(
             tuple(toy.make_examples(i, 5, seed=1)),
             task_names=toy.TASK_NAMES,
         )
-        learn(made, task, strategy, RECIPE, seed=i, log=log)
+        train_stage(made, task, strategy, RECIPE, seed=i, log_event=log)
     kept = {f"memory{path}": t for path, t in toy.memory_tensors(strategy).items()}
     return losses, {
         n: full_tensor(t).contiguous() for n, t in {**toy.copy_parameters(made), **kept}.items()

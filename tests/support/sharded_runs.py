@@ -19,7 +19,7 @@ from continual.runs.run import run
 from continual.tracking import events
 from continual.training import checkpoint
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from tests.support import toy
 from tests.support.all_strategies import train_two_stages
 from tests.support.strategy_table import CONFIGS, make, sized
@@ -63,7 +63,7 @@ def train_cases(out: Path) -> None:
         )
 
 
-def train_stage(
+def train_one_stage(
     save_to: Path | None = None, resume_from: Path | None = None, prepare=lambda made: None
 ) -> dict[str, torch.Tensor]:
     """The weights after a stage that is kept at one step, or that goes on from where it was kept."""
@@ -76,7 +76,7 @@ def train_stage(
 
     def go_on():
         checkpoint.load(resume_from, made, strategy)
-        return checkpoint.progress(resume_from, made)
+        return checkpoint.load_stage_state(resume_from, made)
 
     task = toy.Task(
         "a",
@@ -84,15 +84,15 @@ def train_stage(
         tuple(toy.make_examples(0, 5, seed=1)),
         task_names=toy.TASK_NAMES,
     )
-    learn(
+    train_stage(
         made,
         task,
         strategy,
         RECIPE,
         seed=0,
-        log=lambda event: None,
-        after=after,
-        progress=go_on if resume_from else None,
+        log_event=lambda event: None,
+        on_step=after,
+        restore_state=go_on if resume_from else None,
     )
     return {n: sharding.full_tensor(t) for n, t in toy.copy_parameters(made).items()}
 
@@ -108,8 +108,8 @@ def run_all_cases(out: Path, keys: list[str]) -> None:
     events.silence_libraries()
     with processes.process_group("cpu"):
         train_cases(out)
-        weights = train_stage(save_to=out / "sharded", prepare=shard_model)
-        again = train_stage(resume_from=out / "whole", prepare=shard_model)
+        weights = train_one_stage(save_to=out / "sharded", prepare=shard_model)
+        again = train_one_stage(resume_from=out / "whole", prepare=shard_model)
         if processes.is_main_process():
             save_file(weights, out / "weights.safetensors")
             save_file(again, out / "again.safetensors")
@@ -120,14 +120,16 @@ def run_all_cases(out: Path, keys: list[str]) -> None:
 
 def to_adapt_keys(keys: list[str], shard: str) -> list[str]:
     """The keys of a run as those of an adaptation to one of its tasks."""
-    left = [k for k in keys if not k.startswith(("checkpoint.", "train.shard=", "score.during="))]
+    left = [
+        k for k in keys if not k.startswith(("checkpoint.", "train.shard=", "score.every_steps="))
+    ]
     return [
         *left,
         f"train.shard={shard}",
         "stream.tasks=[first]",
-        "adapt.start=base",
+        "adapt.init_from=base",
         "adapt.steps=4",
-        "adapt.at=[2]",
+        "adapt.eval_steps=[2]",
         "adapt.shots=[4]",
         "model.adapter=lora",
     ]

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from continual.data.types import Encoded, Task
 from continual.models.model import Model
 from continual.runs import build
-from continual.runs.rehearse import Ghosts, Stage, rehearse
+from continual.runs.rehearse import CostCounterMode, StageCost, rehearse
 from continual.strategy.interface import Strategy
 from continual.testing import toy
 from continual.testing.toy import (
@@ -96,12 +96,14 @@ def strategy_from_config(names: str, *overrides: str) -> Strategy:
     return build.strategy(made)
 
 
-def rehearse_stages(network, strategy: Strategy, recipe: Recipe, stages: int = 2) -> list[Stage]:
+def rehearse_stages(
+    network, strategy: Strategy, recipe: Recipe, stages: int = 2
+) -> list[StageCost]:
     """Stages without numbers, of at most two steps each, on the model that `network` makes."""
-    ghosts = Ghosts()
-    with ghosts.shapes():
+    ghosts = CostCounterMode()
+    with ghosts.meta_device():
         made = network()
-    ghosts.haunt(made.net)
+    ghosts.convert_to_fake(made.net)
     return [
         rehearse(ghosts, made, make_task(i), strategy, recipe, steps=2, seed=i)
         for i in range(stages)

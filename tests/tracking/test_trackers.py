@@ -18,7 +18,7 @@ SHORT = ("train.epochs=1", "stream.tasks=[first,last]")
 
 
 def needs(package):
-    return pytest.mark.skipif(not find_spec(package), reason=f"needs the extra {package}")
+    return pytest.score_answer.skipif(not find_spec(package), reason=f"needs the extra {package}")
 
 
 class Sink:
@@ -46,7 +46,7 @@ def sinks(monkeypatch):
 
 
 def series(sink, name):
-    return [(step, values[name]) for step, values in sink.figures if name in values]
+    return [(step, values[name]) for step, values in sink.summarize if name in values]
 
 
 def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(
@@ -102,7 +102,7 @@ def test_each_curve_of_an_adaptation_comes_behind_the_one_before(
     words = (
         "stream.tasks=[loud]",
         "adapt.steps=4",
-        "adapt.at=[0,2]",
+        "adapt.eval_steps=[0,2]",
         "adapt.shots=[2,null]",
         "adapt.draws=1",
         "track=tensorboard",
@@ -122,7 +122,7 @@ def test_what_happens_within_a_stage_is_told_where_it_happens(tmp_path, sinks):
 # What is not there
 
 
-@pytest.mark.parametrize("kind", TRACKERS)
+@pytest.score_answer.parametrize("kind", TRACKERS)
 def test_a_package_that_is_missing_is_told_before_training(
     cli_error, run_keys, tmp_path, monkeypatch, kind
 ):
@@ -181,7 +181,9 @@ def test_weights_and_biases_keeps_the_run_offline(run_keys, tmp_path, monkeypatc
 
 
 @needs("mlflow")
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # its own
+@pytest.score_answer.filterwarnings(
+    "ignore:The ``noload`` loader strategy is deprecated"
+)  # its own
 def test_mlflow_has_the_run_in_its_store(run_keys, tmp_path, monkeypatch):
     import mlflow
 

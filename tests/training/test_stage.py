@@ -18,7 +18,7 @@ from continual.models.model import pick_device
 from continual.models.weights import snapshot, weights
 from continual.strategy.interface import Strategy
 from continual.training.recipe import Recipe
-from continual.training.stage import learn
+from continual.training.stage import train_stage
 from tests.support import toy
 from tests.support.models import make_encoded, make_text_model, some
 
@@ -29,14 +29,14 @@ TASK = Task("colours", ROWS, dev=some(4, seed=6))
 def train(net=None, task=TASK, strategy=None, seed=0, after=None, **recipe):
     """The trained model and the events of its stage."""
     net, events = net or make_text_model(), []
-    learn(
+    train_stage(
         net,
         task,
         strategy or Strategy(),
         Recipe(**{"lr": 0.01, "batch_size": 4, "log_every": 1, **recipe}),
         seed=seed,
-        log=events.append,
-        after=after,
+        log_event=events.append,
+        on_step=after,
     )
     return net, events
 
@@ -52,7 +52,7 @@ def same(a, b):
 # The step
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.score_answer.parametrize("kind", ["llama", "t5"])
 def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
     nets = [make_text_model(kind, dtype=torch.float64) for _ in range(2)]
     nets[1].layout = replace(nets[1].layout, tokens=1)
@@ -137,7 +137,7 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.mark.parametrize("clip", [0.01, None])
+@pytest.score_answer.parametrize("clip", [0.01, None])
 def test_the_gradient_is_clipped_to_the_asked_norm(clip):
     norms = []
 
@@ -172,7 +172,7 @@ def test_the_logged_rate_is_the_one_of_that_step():
     assert logged == seen
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("schedule", "warmup", "expected"),
     [
         ("constant", 0.0, [1.0] * 10),
@@ -189,7 +189,7 @@ def test_the_learning_rate_rises_and_falls_as_asked(schedule, warmup, expected):
 # Its end
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("recipe", "expected"),
     [
         ({"epochs": 3}, 9),
@@ -250,7 +250,7 @@ def with_dropout():
     return net
 
 
-@pytest.mark.parametrize("make", [make_text_model, with_dropout])
+@pytest.score_answer.parametrize("make", [make_text_model, with_dropout])
 def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(make):
     a, b, c = (train(make(), seed=seed, mask_instruction_tokens=0.3)[0] for seed in (1, 1, 2))
     assert same(a, b)
@@ -280,7 +280,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_fp32():
     assert steps(events)[-1]["loss"] < steps(events)[0]["loss"]
 
 
-@pytest.mark.parametrize("how", ["autocast", "weights"])
+@pytest.score_answer.parametrize("how", ["autocast", "weights"])
 def test_in_bf16_the_loss_is_that_of_the_logits_in_fp32(how):
     made = toy.make_model(torch.bfloat16 if how == "weights" else torch.float32)
     made.bf16 = how == "autocast"
@@ -296,7 +296,7 @@ def test_in_bf16_the_loss_is_that_of_the_logits_in_fp32(how):
         )
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("cuda", "mps", "expected"),
     [
         (True, True, "cuda"),
@@ -320,10 +320,13 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 # What cannot be
 
 
-@pytest.mark.parametrize(
+@pytest.score_answer.parametrize(
     ("recipe", "message"),
     [
-        ({"clip": -1.0}, r"train.clip=-1.0: expected more than 0, or null for no clipping"),
+        (
+            {"clip": -1.0},
+            r"train.max_grad_norm=-1.0: expected more than 0, or null for no clipping",
+        ),
         ({"weight_decay": -0.1}, r"train.weight_decay=-0.1: expected at least 0"),
         ({"optimizer": "adam"}, r"unknown train.optimizer 'adam'; did you mean 'adamw'"),
         ({"schedule": "cosin"}, r"unknown train.schedule 'cosin'; did you mean 'cosine'"),
@@ -334,8 +337,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         ({"batch_size": 2.5}, "train.batch_size=2.5: expected a whole number"),
         ({"epochs": 0}, "train.epochs=0: expected more than 0"),
         ({"steps": 0}, "train.steps=0: expected at least 1"),
-        ({"warmup": 10}, r"train.warmup=10: expected a share or probability in \[0, 1\]"),
-        ({"clip": "no"}, "train.clip=no: expected a number"),
+        ({"warmup": 10}, r"train.warmup_ratio=10: expected a share or probability in \[0, 1\]"),
+        ({"clip": "no"}, "train.max_grad_norm=no: expected a number"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(recipe, message):
@@ -345,7 +348,7 @@ def test_a_recipe_that_cannot_work_is_refused(recipe, message):
 
 def test_all_that_is_wrong_with_a_recipe_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        Recipe(lr=-1, batch_size=0, warmup=2)
+        Recipe(lr=-1, batch_size=0, warmup_ratio=2)
     assert len(str(caught.value).split("\n")) == 3
 
 

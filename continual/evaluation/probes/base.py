@@ -14,29 +14,29 @@ from continual.data.template import Encoder
 from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError
 from continual.evaluation.judge import Judge
-from continual.evaluation.scoring import PERPLEXITY, Test, prepare
+from continual.evaluation.scoring import PERPLEXITY, EvalSet, prepare_eval_set
 from continual.results.matrix import Matrix
 
-Series = dict[str, float | None]  # figures by label; None where there is nothing to measure
-Found = dict[str, Series]  # by entry
-Ask = Callable[
-    [Test], list[dict[str, Any]]
+LabelValues = dict[str, float | None]  # figures by label; None where there is nothing to measure
+ProbeResult = dict[str, LabelValues]  # by entry
+Predict = Callable[
+    [EvalSet], list[dict[str, Any]]
 ]  # the prediction of each example with its mark, as `score` gives them
 
 
 @dataclass(frozen=True)
-class Entry:
+class ProbeEntry:
     """One table of probes.json: what its figures are, where their definition comes from, and which
     are better.
     """
 
-    says: str
+    description: str
     source: str
     better: str = "higher"
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSetup:
     """What a run has before its first stage."""
 
     config: DictConfig
@@ -44,49 +44,49 @@ class Setting:
     encoder: Encoder
     judge: Judge | None = None
 
-    def test(
+    def make_eval_set(
         self, task: Task[Example], rows: Sequence[Example], encoder: Encoder | None = None
-    ) -> Test:
+    ) -> EvalSet:
         """These rows, ready to be scored as the matrix is; raises as `score.prepare` does."""
         s = self.config.score
         scored: dict[str, Any] = {str(s.split): tuple(rows)}
-        return prepare(
+        return prepare_eval_set(
             replace(task, **scored),
-            encoder or self.apart(),
+            encoder or self.fresh_encoder(),
             s.split,
             self.stream.tasks.index(task),
             metric=s.metric,
             max_new_tokens=s.max_new_tokens,
-            how=s.how,
+            answer_mode=s.how,
             judge=self.judge,
         )
 
-    def rows(self, task: Task[Example], limit: int | None) -> Sequence[Example]:
+    def scored_rows(self, task: Task[Example], max_examples: int | None) -> Sequence[Example]:
         """The first rows that are scored, at most `limit`."""
-        return task.get_split(self.config.score.split)[:limit]
+        return task.get_split(self.config.score.split)[:max_examples]
 
-    def metric(self, task: Task[Example]) -> str:
+    def metric_name(self, task: Task[Example]) -> str:
         """What marks the task's answers."""
         return str(self.config.score.metric or task.metric)
 
-    def apart(self, **more: Any) -> Encoder:
+    def fresh_encoder(self, **changes: Any) -> Encoder:
         """The run's encoder with counts of its own."""
-        return replace(self.encoder, skipped=[], shortened=[], fewer=[], **more)
+        return replace(self.encoder, skipped=[], shortened=[], fewer=[], **changes)
 
 
 @dataclass(frozen=True)
-class Look:
+class StageContext:
     """What a probe has after a stage: `ask`, the matrix up to this stage, and what it found itself
     before training.
     """
 
-    ask: Ask
+    predict: Predict
     matrix: Matrix
-    base: Found | None = None
+    base_result: ProbeResult | None = None
 
-    def score(self, test: Test) -> float:
+    def mean_score(self, test: EvalSet) -> float:
         """The mean of the marks."""
-        marks = [float(row["score"]) for row in self.ask(test)]
+        marks = [float(row["score"]) for row in self.predict(test)]
         return sum(marks) / len(marks)
 
 
@@ -98,36 +98,36 @@ class Probe:
     and the prompts alone.
     """
 
-    def ready(self, setting: Setting) -> None:
+    def prepare(self, setup: RunSetup) -> None:
         """Make the prompts."""
 
     @property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, ProbeEntry]:
         """What it measures, by name; once it is ready."""
         raise NotImplementedError
 
-    def measure(self, look: Look) -> Found:
+    def measure(self, context: StageContext) -> ProbeResult:
         """The figures after this stage."""
         raise NotImplementedError
 
 
-def known_mean(values: Iterable[float | None]) -> float | None:
+def mean_or_none(values: Iterable[float | None]) -> float | None:
     """The mean of what was measured; None of nothing."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
-def at_least(name: str, least: int, **values: int | None) -> None:
+def check_minimum(probe: str, minimum: int, **values: int | None) -> None:
     """Raise ConfigError where a key of the probe is below what can work."""
     for key, value in values.items():
-        if value is not None and value < least:
-            raise ConfigError(f"probe.{name}.{key}={value}: expected at least {least}")
+        if value is not None and value < minimum:
+            raise ConfigError(f"probe.{probe}.{key}={value}: expected at least {minimum}")
 
 
-def answered(name: str, setting: Setting) -> None:
+def check_generates_answers(probe: str, setting: RunSetup) -> None:
     """Raise ConfigError where tasks are not answered, for a probe that looks at answers."""
-    if marked := [t.name for t in setting.stream.tasks if setting.metric(t) == PERPLEXITY]:
+    if marked := [t.name for t in setting.stream.tasks if setting.metric_name(t) == PERPLEXITY]:
         raise ConfigError(
-            f"probe=[{name}] looks at answers, and by perplexity {', '.join(marked)} gives none; "
+            f"probe=[{probe}] looks at answers, and by perplexity {', '.join(marked)} gives none; "
             "set score.metric to another, or leave the probe out"
         )

@@ -6,25 +6,29 @@ import random
 import string
 from collections.abc import Callable, Mapping
 
-POLITE = ("Please {}", "Could you please do this: {}", "I would be grateful if you could help. {}")
+POLITE_PHRASES = (
+    "Please {}",
+    "Could you please do this: {}",
+    "I would be grateful if you could help. {}",
+)
 
 
-def lower(text: str, rng: random.Random) -> str:
+def lowercase(text: str, rng: random.Random) -> str:
     """All letters small."""
     return text.lower()
 
 
-def upper(text: str, rng: random.Random) -> str:
+def uppercase(text: str, rng: random.Random) -> str:
     """All letters capital."""
     return text.upper()
 
 
-def bare(text: str, rng: random.Random) -> str:
+def strip_punctuation(text: str, rng: random.Random) -> str:
     """Without any punctuation."""
     return " ".join(text.translate(str.maketrans("", "", string.punctuation)).split()) or text
 
 
-def typos(text: str, rng: random.Random) -> str:
+def add_typos(text: str, rng: random.Random) -> str:
     """In every fifth word of four letters or more, at least one, two neighbouring letters within it
     are swapped.
     """
@@ -36,22 +40,31 @@ def typos(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def polite(text: str, rng: random.Random) -> str:
+def add_polite_phrase(text: str, rng: random.Random) -> str:
     """Behind a polite phrase."""
-    return rng.choice(POLITE).format(text)
+    return rng.choice(POLITE_PHRASES).format(text)
 
 
-def lines(text: str, rng: random.Random) -> str:
+def break_lines(text: str, rng: random.Random) -> str:
     """A line break in place of the space behind every third to sixth word."""
     every, words = rng.randint(3, 6), text.split(" ")
     return "\n".join(" ".join(words[i : i + every]) for i in range(0, len(words), every))
 
 
-def headed(text: str, rng: random.Random) -> str:
+def add_heading(text: str, rng: random.Random) -> str:
     """Behind a heading."""
     return f"Task: {text}"
 
 
 CHANGES: Mapping[str, Callable[[str, random.Random], str]] = {
-    f.__name__: f for f in (lower, upper, bare, typos, polite, lines, headed)
+    f.__name__: f
+    for f in (
+        lowercase,
+        uppercase,
+        strip_punctuation,
+        add_typos,
+        add_polite_phrase,
+        break_lines,
+        add_heading,
+    )
 }

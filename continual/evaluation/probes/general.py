@@ -13,21 +13,21 @@ from continual.data.template import Encoder
 from continual.data.types import Example, Stream, Task
 from continual.errors import ContinualError
 from continual.evaluation.probes.base import (
-    Entry,
-    Found,
-    Look,
     Probe,
-    Setting,
-    at_least,
-    known_mean,
+    ProbeEntry,
+    ProbeResult,
+    RunSetup,
+    StageContext,
+    check_minimum,
+    mean_or_none,
 )
-from continual.evaluation.scoring import Test, prepare
+from continual.evaluation.scoring import EvalSet, prepare_eval_set
 
 SOURCE = "Wang et al. 2023 (TRACE): R^G_t, and the general ability delta mean_i (R^G_t,i - R^G_0,i)"
 
 
 @dataclass(kw_only=True)
-class General(Probe):
+class GeneralAbility(Probe):
     """How well a stream's tasks are answered that are never learned, and how far that is from
     before training.
 
@@ -40,54 +40,59 @@ class General(Probe):
     stream: Mapping[str, Any]
     split: str | None = None
     metric: str | None = None
-    limit: int | None = 100
+    max_examples: int | None = 100
     max_new_tokens: int | None = None
-    tests: list[Test] = field(init=False, repr=False, default_factory=list)
-    rows: list[str] = field(init=False, repr=False, default_factory=list)
+    eval_sets: list[EvalSet] = field(init=False, repr=False, default_factory=list)
+    row_summaries: list[str] = field(init=False, repr=False, default_factory=list)
 
-    def ready(self, setting: Setting) -> None:
+    def prepare(self, setup: RunSetup) -> None:
         """Build the stream and encode its prompts; raises what is wrong with either."""
-        at_least("general", 1, limit=self.limit, max_new_tokens=self.max_new_tokens)
-        score = setting.config.score
+        check_minimum("general", 1, limit=self.max_examples, max_new_tokens=self.max_new_tokens)
+        score = setup.config.score
         try:
             made: Stream = construct(OmegaConf.create(dict(self.stream)), "probe.general.stream")
             for task in made.tasks:
-                split, encoder = self.split or _split(task, score.split), setting.apart()
-                self.tests.append(
-                    prepare(
+                split, encoder = (
+                    self.split or _choose_split(task, score.split),
+                    setup.fresh_encoder(),
+                )
+                self.eval_sets.append(
+                    prepare_eval_set(
                         task,
                         encoder,
                         split,
                         0,
                         metric=self.metric,
-                        limit=self.limit,
+                        max_examples=self.max_examples,
                         max_new_tokens=self.max_new_tokens,
-                        how=score.how if task.labels else "generate",
-                        judge=setting.judge,
+                        answer_mode=score.how if task.labels else "generate",
+                        judge=setup.judge,
                     )
                 )
-                self.rows.append(_told(self.tests[-1], split, encoder))
+                self.row_summaries.append(_summarize_rows(self.eval_sets[-1], split, encoder))
         except ContinualError as error:
             said = str(error).replace("score.max_new_tokens", "probe.general.max_new_tokens")
             raise type(error)(f"probe.general.stream: {said}") from error
 
     @property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, ProbeEntry]:
         """The scores, and their drift."""
         return {
-            "general": Entry(
-                f"score on tasks that are never learned ({'; '.join(self.rows)})", SOURCE
+            "general": ProbeEntry(
+                f"score on tasks that are never learned ({'; '.join(self.row_summaries)})", SOURCE
             ),
-            "general drift": Entry(
+            "general drift": ProbeEntry(
                 "the same less the score before training; below 0: ability lost", SOURCE
             ),
         }
 
-    def measure(self, look: Look) -> Found:
+    def measure(self, context: StageContext) -> ProbeResult:
         """Score each task."""
-        scores: dict[str, float | None] = {test.task: look.score(test) for test in self.tests}
-        scores = {"mean": known_mean(scores.values()), **scores}
-        base = look.base["general"] if look.base else scores
+        scores: dict[str, float | None] = {
+            test.task: context.mean_score(test) for test in self.eval_sets
+        }
+        scores = {"mean": mean_or_none(scores.values()), **scores}
+        base = context.base_result["general"] if context.base_result else scores
         drift = {
             label: None if value is None or (before := base.get(label)) is None else value - before
             for label, value in scores.items()
@@ -95,7 +100,7 @@ class General(Probe):
         return {"general": scores, "general drift": drift}
 
 
-def _told(test: Test, split: str, encoder: Encoder) -> str:
+def _summarize_rows(test: EvalSet, split: str, encoder: Encoder) -> str:
     """How many rows of which split are scored by what, and what became of others."""
     counts = [
         f"{len(rows)} {what}"
@@ -107,6 +112,6 @@ def _told(test: Test, split: str, encoder: Encoder) -> str:
     )
 
 
-def _split(task: Task[Example], first: str) -> str:
+def _choose_split(task: Task[Example], first: str) -> str:
     """The first of these splits that the task has."""
     return next((split for split in (first, "test", "dev") if getattr(task, split, ())), first)

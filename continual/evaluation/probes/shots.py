@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from continual.data.types import Example, Task
 from continual.errors import ConfigError
 from continual.evaluation.probes.base import (
-    Entry,
-    Found,
-    Look,
     Probe,
-    Setting,
-    answered,
-    at_least,
-    known_mean,
+    ProbeEntry,
+    ProbeResult,
+    RunSetup,
+    StageContext,
+    check_generates_answers,
+    check_minimum,
+    mean_or_none,
 )
-from continual.evaluation.scoring import Test
+from continual.evaluation.scoring import EvalSet
 
 SOURCE = "Brown et al. 2020, section 2: zero-, one- and few-shot, without gradient updates"
 
@@ -36,26 +36,30 @@ class Shots(Probe):
 
     k: Sequence[int] = (0, 1, 2, 3, 4, 5)
     draws: int = 1
-    limit: int | None = 50
+    max_examples: int | None = 50
     seed: int = 0
-    tests: dict[tuple[str, int], list[Test]] = field(init=False, repr=False, default_factory=dict)
-    asked: Counter[int] = field(init=False, repr=False, default_factory=Counter)  # prompts, by k
-    fewer: Counter[int] = field(
+    eval_sets: dict[tuple[str, int], list[EvalSet]] = field(
+        init=False, repr=False, default_factory=dict
+    )
+    prompt_counts: Counter[int] = field(
+        init=False, repr=False, default_factory=Counter
+    )  # prompts, by k
+    reduced_counts: Counter[int] = field(
         init=False, repr=False, default_factory=Counter
     )  # those of them that hold fewer
 
-    def ready(self, setting: Setting) -> None:
+    def prepare(self, setup: RunSetup) -> None:
         """Draw the demonstrations; raises ConfigError where a task has too few rows to show."""
-        at_least("shots", 1, draws=self.draws, limit=self.limit)
+        check_minimum("shots", 1, draws=self.draws, limit=self.max_examples)
         if wrong := [k for k in self.k if isinstance(k, bool) or not isinstance(k, int) or k < 0]:
             raise ConfigError(
                 f"probe.shots.k={[*self.k]}: found {wrong}, expected whole numbers of at least 0"
             )
-        answered("shots", setting)
-        for task in setting.stream.tasks:
-            rows = setting.rows(task, self.limit)
-            asked = {_asked(e) for e in rows}
-            fit = [e for e in task.train if _asked(e) not in asked and e.outputs[0].strip()]
+        check_generates_answers("shots", setup)
+        for task in setup.stream.tasks:
+            rows = setup.scored_rows(task, self.max_examples)
+            asked = {_prompt_key(e) for e in rows}
+            fit = [e for e in task.train if _prompt_key(e) not in asked and e.outputs[0].strip()]
             if len(fit) < max(self.k, default=0):
                 raise ConfigError(
                     f"probe.shots.k={[*self.k]}: task {task.name!r} has {len(fit)} train rows "
@@ -66,50 +70,53 @@ class Shots(Probe):
                     fit, max(self.k, default=0)
                 )
                 for k in self.k if not draw else [k for k in self.k if k]:
-                    self._add(setting, task, rows, drawn[:k])
+                    self._add_eval_set(setup, task, rows, drawn[:k])
 
-    def _add(
+    def _add_eval_set(
         self,
-        setting: Setting,
+        setting: RunSetup,
         task: Task[Example],
         rows: Sequence[Example],
-        shown: Sequence[Example],
+        demonstrations: Sequence[Example],
     ) -> None:
         """The task's prompts behind these demonstrations, if one of them has room for all."""
-        encoder, k = setting.apart(shown=tuple(shown)), len(shown)
-        test = setting.test(task, rows, encoder)
+        encoder, k = setting.fresh_encoder(shown=tuple(demonstrations)), len(demonstrations)
+        test = setting.make_eval_set(task, rows, encoder)
         fewer = len(set(encoder.fewer) - set(encoder.skipped))
-        self.asked[k] += len(test.examples)
-        self.fewer[k] += fewer
-        self.tests.setdefault((task.name, k), [])
+        self.prompt_counts[k] += len(test.examples)
+        self.reduced_counts[k] += fewer
+        self.eval_sets.setdefault((task.name, k), [])
         if fewer < len(test.examples):
-            self.tests[task.name, k].append(test)
+            self.eval_sets[task.name, k].append(test)
 
     @property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, ProbeEntry]:
         """Means over the tasks, then each task's."""
-        lack = ", ".join(f"{n} of {self.asked[k]} at k={k}" for k, n in self.fewer.items() if n)
-        told = f"{self.draws} draw{'s' if self.draws > 1 else ''} of them, at most {self.limit} prompts a task"
+        lack = ", ".join(
+            f"{n} of {self.prompt_counts[k]} at k={k}" for k, n in self.reduced_counts.items() if n
+        )
+        told = f"{self.draws} draw{'s' if self.draws > 1 else ''} of them, at most {self.max_examples} prompts a task"
         return {
-            "shots": Entry(
+            "shots": ProbeEntry(
                 "score with k answered train rows before the prompt, mean over tasks, and of each "
                 f"({told}{f'; prompts without room for all: {lack}' if lack else ''})",
                 SOURCE,
             )
         }
 
-    def measure(self, look: Look) -> Found:
+    def measure(self, context: StageContext) -> ProbeResult:
         """Score each task behind each number of demonstrations."""
         each = {
-            at: known_mean([look.score(test) for test in tests]) for at, tests in self.tests.items()
+            at: mean_or_none([context.mean_score(test) for test in tests])
+            for at, tests in self.eval_sets.items()
         }
         means: dict[str, float | None] = {}
         for k in self.k:
             told = [value for (_, n), value in each.items() if n == k]
-            means[f"k={k}"] = None if None in told else known_mean(told)
+            means[f"k={k}"] = None if None in told else mean_or_none(told)
         return {"shots": {**means, **{f"{task} k={k}": value for (task, k), value in each.items()}}}
 
 
-def _asked(e: Example) -> tuple[object, ...]:
+def _prompt_key(e: Example) -> tuple[object, ...]:
     """What the example asks, without the answer."""
     return (e.instruction, e.input, e.messages[:-1])

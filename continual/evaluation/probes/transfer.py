@@ -16,15 +16,22 @@ from numpy.typing import NDArray
 
 from continual.data.types import Example, Task
 from continual.errors import ConfigError
-from continual.evaluation.probes.base import Entry, Found, Look, Probe, Setting, known_mean
+from continual.evaluation.probes.base import (
+    Probe,
+    ProbeEntry,
+    ProbeResult,
+    RunSetup,
+    StageContext,
+    mean_or_none,
+)
 from continual.results.matrix import Matrix
 
-SAMPLE = 128  # train rows of a task whose instructions are read
+MAX_SAMPLED_ROWS = 128  # train rows of a task whose instructions are read
 SOURCE = (
     "mean_j (R[i][j] - R[i-1][j]), the step of the matrix at a stage; tasks grouped by their "
     "instructions as cross-task generalisation asks (Mishra et al. 2022; Wang et al. 2022)"
 )
-LABELS = {
+SERIES_LABELS = {
     (
         seen,
         same,
@@ -47,46 +54,48 @@ class Transfer(Probe):
     long as the cosine between two clusters is at least `similarity`.
     """
 
-    similarity: float = 0.3
+    min_similarity: float = 0.3
     clusters: list[list[str]] = field(init=False, repr=False, default_factory=list)
 
-    def ready(self, setting: Setting) -> None:
+    def prepare(self, setup: RunSetup) -> None:
         """Find the clusters."""
-        if not 0 <= self.similarity <= 1:
+        if not 0 <= self.min_similarity <= 1:
             raise ConfigError(
-                f"probe.transfer.similarity={self.similarity}: expected a cosine in [0, 1]"
+                f"probe.transfer.min_similarity={self.min_similarity}: expected a cosine in [0, 1]"
             )
-        self.clusters = clustered(setting.stream.tasks, self.similarity)
+        self.clusters = cluster_tasks(setup.stream.tasks, self.min_similarity)
 
     @property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, ProbeEntry]:
         """Of the stage, and of all stages so far."""
         told = " ".join(f"[{', '.join(names)}]" for names in self.clusters)
         return {
-            "transfer": Entry(
+            "transfer": ProbeEntry(
                 "change of the other tasks' scores by this stage, by whether a task's instructions "
                 f"are like those of the one learned (clusters: {told})",
                 SOURCE,
             ),
-            "transfer overall": Entry(
+            "transfer overall": ProbeEntry(
                 "the same, mean over all pairs of stage and task so far", SOURCE
             ),
         }
 
-    def measure(self, look: Look) -> Found:
+    def measure(self, context: StageContext) -> ProbeResult:
         """Read it off the matrix; None before training, and for a stage that is not one task's."""
-        stages = len(look.matrix.stages)
-        every = [self._steps(look.matrix, row) for row in range(1, stages)]
+        stages = len(context.matrix.stages)
+        every = [self._score_changes(context.matrix, row) for row in range(1, stages)]
         last = every[-1] if every else {}
         return {
-            "transfer": {label: known_mean(last.get(key, [])) for key, label in LABELS.items()},
+            "transfer": {
+                label: mean_or_none(last.get(key, [])) for key, label in SERIES_LABELS.items()
+            },
             "transfer overall": {
-                label: known_mean(v for steps in every for v in steps.get(key, []))
-                for key, label in LABELS.items()
+                label: mean_or_none(v for steps in every for v in steps.get(key, []))
+                for key, label in SERIES_LABELS.items()
             },
         }
 
-    def _steps(self, matrix: Matrix, row: int) -> dict[tuple[bool, bool], list[float]]:
+    def _score_changes(self, matrix: Matrix, row: int) -> dict[tuple[bool, bool], list[float]]:
         """The change of each other task's score at this row, by (learned before, of the same
         cluster).
         """
@@ -103,25 +112,25 @@ class Transfer(Probe):
         return found
 
 
-def clustered(tasks: Sequence[Task[Example]], similarity: float) -> list[list[str]]:
+def cluster_tasks(tasks: Sequence[Task[Example]], min_similarity: float) -> list[list[str]]:
     """The tasks' names in clusters of like instructions, in the order of the tasks."""
     from scipy.cluster.hierarchy import fcluster, linkage
 
-    names, vectors = [t.name for t in tasks], _vectors(tasks)
+    names, vectors = [t.name for t in tasks], _tfidf_vectors(tasks)
     if len(names) < 2:
         return [names]
     cosine = np.clip(vectors @ vectors.T, 0, 1)
     pairs = np.triu_indices(len(names), 1)
-    label = fcluster(linkage(1 - cosine[pairs], "average"), 1 - similarity + 1e-9, "distance")
+    label = fcluster(linkage(1 - cosine[pairs], "average"), 1 - min_similarity + 1e-9, "distance")
     groups: dict[int, list[str]] = {}
     for name, at in zip(names, label.tolist(), strict=True):
         groups.setdefault(at, []).append(name)
     return list(groups.values())
 
 
-def _vectors(tasks: Sequence[Task[Example]]) -> NDArray[Any]:
+def _tfidf_vectors(tasks: Sequence[Task[Example]]) -> NDArray[Any]:
     """(T, words) of norm 1."""
-    shares = [_shares(t) for t in tasks]
+    shares = [_word_shares(t) for t in tasks]
     common = Counter(word for told in shares for word in told)
     words = sorted(common)
     weight = np.array([math.log((1 + len(tasks)) / (1 + common[w])) + 1 for w in words])
@@ -133,16 +142,16 @@ def _vectors(tasks: Sequence[Task[Example]]) -> NDArray[Any]:
     return made
 
 
-def _shares(task: Task[Example]) -> dict[str, float]:
+def _word_shares(task: Task[Example]) -> dict[str, float]:
     """Of each word, the share of the task's instructions that hold it, evenly from all train rows."""
     rows = task.train or task.dev or task.test
-    chosen = rows[:: max(1, -(-len(rows) // SAMPLE))]
+    chosen = rows[:: max(1, -(-len(rows) // MAX_SAMPLED_ROWS))]
     found = Counter(
-        word for e in chosen for word in set(re.findall(r"\w+", _instruction(e).casefold()))
+        word for e in chosen for word in set(re.findall(r"\w+", _user_text(e).casefold()))
     )
     return {word: n / len(chosen) for word, n in found.items()}
 
 
-def _instruction(e: Example) -> str:
+def _user_text(e: Example) -> str:
     """What is asked; of a conversation all that the user says."""
     return e.instruction or "\n".join(m.content for m in e.messages if m.role == "user")

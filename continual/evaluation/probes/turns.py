@@ -9,51 +9,55 @@ from typing import Any
 from continual.data.template import Encoder, UnusableExampleError
 from continual.data.types import Example, Message
 from continual.errors import ConfigError, DataError
-from continual.evaluation.metrics import METRICS
+from continual.evaluation.metrics import REFERENCE_METRICS
 from continual.evaluation.probes.base import (
-    Ask,
-    Entry,
-    Found,
-    Look,
+    Predict,
     Probe,
-    Setting,
-    answered,
-    at_least,
-    known_mean,
+    ProbeEntry,
+    ProbeResult,
+    RunSetup,
+    StageContext,
+    check_generates_answers,
+    check_minimum,
+    mean_or_none,
 )
-from continual.evaluation.scoring import Test
+from continual.evaluation.scoring import EvalSet
 
 SOURCE = (
     "turns answered behind the model's own answers (Zheng et al. 2023, MT-Bench), against the "
     "same turn asked alone (Kwan et al. 2024, MT-Eval)"
 )
-UNANSWERED = {"answer": "", "score": 0.0}
+NO_ANSWER = {"answer": "", "score": 0.0}
 
 
 @dataclass(frozen=True)
-class Chats:
+class TaskConversations:
     """A task's conversations, with what it takes to ask their turns."""
 
     task: str
-    index: int
+    task_index: int
     metric: str
     rows: Sequence[Example]
-    room: int
+    max_new_tokens: int
     encoder: Encoder
 
-    def answers(self, ask: Ask, turns: Sequence[Example]) -> list[dict[str, Any]]:
+    def answer_turns(self, predict: Predict, turns: Sequence[Example]) -> list[dict[str, Any]]:
         """The answer to each, with its mark; one that leaves no room for an answer is unanswered."""
-        found, encoded = [dict(UNANSWERED) for _ in turns], {}
+        found, encoded = [dict(NO_ANSWER) for _ in turns], {}
         for i, turn in enumerate(turns):
             try:
-                encoded[i] = self.encoder.encode_prompt(turn, self.index, self.room)
+                encoded[i] = self.encoder.encode_prompt(turn, self.task_index, self.max_new_tokens)
             except UnusableExampleError:
                 continue
         if encoded:
-            test = Test(
-                self.task, self.metric, [turns[i] for i in encoded], [*encoded.values()], self.room
+            test = EvalSet(
+                self.task,
+                self.metric,
+                [turns[i] for i in encoded],
+                [*encoded.values()],
+                self.max_new_tokens,
             )
-            for i, row in zip(encoded, ask(test), strict=True):
+            for i, row in zip(encoded, predict(test), strict=True):
                 found[i] = row
         return found
 
@@ -79,60 +83,68 @@ class Turns(Probe):
     are means over tasks.
     """
 
-    met: float = 0.5
-    limit: int | None = 50
-    chats: list[Chats] = field(init=False, repr=False, default_factory=list)
-    left_out: int = field(init=False, default=0)
+    pass_score: float = 0.5
+    max_examples: int | None = 50
+    conversations: list[TaskConversations] = field(init=False, repr=False, default_factory=list)
+    num_skipped: int = field(init=False, default=0)
 
-    def ready(self, setting: Setting) -> None:
+    def prepare(self, setup: RunSetup) -> None:
         """Find the conversations; raises ConfigError where there are none of several turns."""
-        at_least("turns", 1, limit=self.limit)
-        if not 0 < self.met <= 1:
-            raise ConfigError(f"probe.turns.met={self.met}: expected a mark above 0, at most 1")
-        answered("turns", setting)
-        for index, task in enumerate(setting.stream.tasks):
-            metric, encoder = setting.metric(task), setting.apart()
-            rows = [
-                e for e in task.get_split(setting.config.score.split) if len(_questions(e)) > 1
-            ][: self.limit]
+        check_minimum("turns", 1, limit=self.max_examples)
+        if not 0 < self.pass_score <= 1:
+            raise ConfigError(
+                f"probe.turns.pass_score={self.pass_score}: expected a mark above 0, at most 1"
+            )
+        check_generates_answers("turns", setup)
+        for index, task in enumerate(setup.stream.tasks):
+            metric, encoder = setup.metric_name(task), setup.fresh_encoder()
+            rows = [e for e in task.get_split(setup.config.score.split) if len(_questions(e)) > 1][
+                : self.max_examples
+            ]
             if not rows:
                 continue
-            if metric not in METRICS:
+            if metric not in REFERENCE_METRICS:
                 raise ConfigError(
                     f"probe=[turns] marks single answers, which {metric} does not; set "
-                    f"score.metric to one of {', '.join(METRICS)}, or leave the probe out"
+                    f"score.metric to one of {', '.join(REFERENCE_METRICS)}, or leave the probe out"
                 )
-            room = setting.config.score.max_new_tokens or max(
-                encoder.count_answer_tokens(_turn(e, (), t))
+            room = setup.config.score.max_new_tokens or max(
+                encoder.count_answer_tokens(_turn_example(e, (), t))
                 for e in rows
                 for t in range(len(_questions(e)))
             )
-            fit = [e for e in rows if _fits(encoder, _again(e, _references(e)), room)]
-            self.left_out += len(rows) - len(fit)
+            fit = [
+                e
+                for e in rows
+                if _prompt_fits(encoder, _repeated_question_example(e, _references(e)), room)
+            ]
+            self.num_skipped += len(rows) - len(fit)
             if fit:
-                self.chats.append(Chats(task.name, index, metric, fit, room, encoder))
-        if self.left_out and setting.encoder.on_unusable == "error":
+                self.conversations.append(
+                    TaskConversations(task.name, index, metric, fit, room, encoder)
+                )
+        if self.num_skipped and setup.encoder.on_unusable == "error":
             raise DataError(
-                f"probe=[turns]: {self.left_out} conversations leave no room for their first "
-                f"question asked again ({setting.encoder.max_tokens} tokens); raise data.max_length "
-                "as far as the model's context goes, or set data.on_unfit=skip"
+                f"probe=[turns]: {self.num_skipped} conversations leave no room for their first "
+                f"question asked again ({setup.encoder.max_tokens} tokens); raise data.max_length "
+                "as far as the model's context goes, or set data.on_unusable=skip"
             )
-        if not self.chats:
+        if not self.conversations:
             raise ConfigError(
                 'probe=[turns] needs rows of {"messages": [...]} in which the user speaks twice or '
-                f"more, and no task has any that fit in its {setting.config.score.split} rows; leave "
+                f"more, and no task has any that fit in its {setup.config.score.split} rows; leave "
                 "the probe out"
             )
 
     @property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, ProbeEntry]:
         """One table."""
-        told = [f"{chats.task}: {len(chats.rows)} conversations" for chats in self.chats]
-        told += [f"{self.left_out} left out for want of room"] if self.left_out else []
+        told = [f"{chats.task}: {len(chats.rows)} conversations" for chats in self.conversations]
+        told += [f"{self.num_skipped} left out for want of room"] if self.num_skipped else []
         return {
-            "turns": Entry(
+            "turns": ProbeEntry(
                 "conversations answered behind the model's own answers: mean marks; completed: "
-                f"share with every turn answered and met (mark of {self.met:g}); context: share "
+                f"share with every turn answered and met (mark of {self.pass_score:g}); context: share "
                 "met of the later turns not met when asked alone; consistent: agreement of the "
                 "first answer with that to the same question asked again at the end "
                 f"({'; '.join(told)})",
@@ -140,42 +152,45 @@ class Turns(Probe):
             )
         }
 
-    def measure(self, look: Look) -> Found:
+    def measure(self, context: StageContext) -> ProbeResult:
         """Hold the conversations."""
-        each = [self._of(look.ask, chats) for chats in self.chats]
-        return {"turns": {label: known_mean(told[label] for told in each) for label in each[0]}}
+        each = [self._measure_task(context.predict, chats) for chats in self.conversations]
+        return {"turns": {label: mean_or_none(told[label] for told in each) for label in each[0]}}
 
-    def _of(self, ask: Ask, chats: Chats) -> dict[str, float | None]:
+    def _measure_task(self, ask: Predict, chats: TaskConversations) -> dict[str, float | None]:
         """The figures of one task."""
         rows = chats.rows
         said: list[list[dict[str, Any]]] = [[] for _ in rows]
         for t in range(max(len(_questions(e)) for e in rows)):
             here = [i for i, e in enumerate(rows) if t < len(_questions(e))]
-            told = chats.answers(
-                ask, [_turn(rows[i], [a["answer"] for a in said[i]], t) for i in here]
+            told = chats.answer_turns(
+                ask, [_turn_example(rows[i], [a["answer"] for a in said[i]], t) for i in here]
             )
             for i, answer in zip(here, told, strict=True):
                 said[i].append(answer)
         later = [(i, t) for i, e in enumerate(rows) for t in range(1, len(_questions(e)))]
-        alone = chats.answers(ask, [_alone(rows[i], t) for i, t in later])
-        again = chats.answers(
+        alone = chats.answer_turns(ask, [_single_turn_example(rows[i], t) for i, t in later])
+        again = chats.answer_turns(
             ask,
-            [_again(e, [a["answer"] for a in told]) for e, told in zip(rows, said, strict=True)],
+            [
+                _repeated_question_example(e, [a["answer"] for a in told])
+                for e, told in zip(rows, said, strict=True)
+            ],
         )
         needy = [
             said[i][t]
             for (i, t), single in zip(later, alone, strict=True)
-            if single["score"] < self.met
+            if single["score"] < self.pass_score
         ]
         return {
-            "first turn": known_mean(told[0]["score"] for told in said),
-            "later turns": known_mean(said[i][t]["score"] for i, t in later),
-            "completed": known_mean(
-                float(all(a["answer"].strip() and a["score"] >= self.met for a in told))
+            "first turn": mean_or_none(told[0]["score"] for told in said),
+            "later turns": mean_or_none(said[i][t]["score"] for i, t in later),
+            "completed": mean_or_none(
+                float(all(a["answer"].strip() and a["score"] >= self.pass_score for a in told))
                 for told in said
             ),
-            "context": known_mean(float(a["score"] >= self.met) for a in needy),
-            "consistent": known_mean(a["score"] if a["answer"].strip() else 0.0 for a in again),
+            "context": mean_or_none(float(a["score"] >= self.pass_score) for a in needy),
+            "consistent": mean_or_none(a["score"] if a["answer"].strip() else 0.0 for a in again),
         }
 
 
@@ -189,7 +204,7 @@ def _references(e: Example) -> list[str]:
     return [m.content for m in e.messages if m.role == "assistant"]
 
 
-def _conversation(
+def _make_conversation(
     e: Example, name: str, questions: Sequence[str], answers: Sequence[str], reference: str
 ) -> Example:
     """The questions with an answer each but for the last one, to which the reference is the answer."""
@@ -202,24 +217,26 @@ def _conversation(
     return Example(f"{e.id} {name}", e.task, "", "", (reference,), (*system, *spoken), e.location)
 
 
-def _turn(e: Example, answers: Sequence[str], t: int) -> Example:
+def _turn_example(e: Example, answers: Sequence[str], t: int) -> Example:
     """Turn `t`, from 0, behind these answers, the row's own where there are none."""
     own = answers if answers else _references(e)[:t]
-    return _conversation(e, f"turn {t + 1}", _questions(e)[: t + 1], own, _references(e)[t])
+    return _make_conversation(e, f"turn {t + 1}", _questions(e)[: t + 1], own, _references(e)[t])
 
 
-def _alone(e: Example, t: int) -> Example:
+def _single_turn_example(e: Example, t: int) -> Example:
     """Turn `t` without the turns before it."""
-    return _conversation(e, f"turn {t + 1} alone", _questions(e)[t : t + 1], (), _references(e)[t])
+    return _make_conversation(
+        e, f"turn {t + 1} alone", _questions(e)[t : t + 1], (), _references(e)[t]
+    )
 
 
-def _again(e: Example, answers: Sequence[str]) -> Example:
+def _repeated_question_example(e: Example, answers: Sequence[str]) -> Example:
     """The first question behind the whole conversation; right is what was answered at first."""
     questions = _questions(e)
-    return _conversation(e, "again", [*questions, questions[0]], answers, answers[0])
+    return _make_conversation(e, "again", [*questions, questions[0]], answers, answers[0])
 
 
-def _fits(encoder: Encoder, e: Example, room: int) -> bool:
+def _prompt_fits(encoder: Encoder, e: Example, room: int) -> bool:
     try:
         encoder.encode_prompt(e, 0, room)
     except UnusableExampleError:

@@ -14,20 +14,20 @@ from continual.config.instantiate import construct
 from continual.data.types import Example, Message, Task
 from continual.errors import ConfigError, ContinualError, DataError, gathered, unknown
 from continual.evaluation.probes.base import (
-    Entry,
-    Found,
-    Look,
     Probe,
-    Setting,
-    at_least,
-    known_mean,
+    ProbeEntry,
+    ProbeResult,
+    RunSetup,
+    StageContext,
+    check_minimum,
+    mean_or_none,
 )
 from continual.evaluation.probes.changes import CHANGES
-from continual.evaluation.scoring import Test
+from continual.evaluation.scoring import EvalSet
 
-AS_IT_IS = "as it is"
-ROWS = "rows"
-MOST = 8  # phrasings taken from a task's train rows, the commonest
+ORIGINAL = "as it is"
+FROM_TRAIN_ROWS = "rows"
+MAX_PHRASINGS = 8  # phrasings taken from a task's train rows, the commonest
 SOURCE = (
     "Mizrahi et al. 2024 (scores over instruction paraphrases), Sclar et al. 2024 (spread over "
     "formats), Sun et al. 2023 (deviation over phrasings)"
@@ -48,67 +48,81 @@ class Wordings(Probe):
     are means over tasks.
     """
 
-    given: Sequence[str] = ()
+    paraphrases: Sequence[str] = ()
     changes: Sequence[str] = tuple(CHANGES)
-    limit: int | None = 50
+    max_examples: int | None = 50
     seed: int = 0
-    tests: dict[str, dict[str, Test]] = field(
+    eval_sets: dict[str, dict[str, EvalSet]] = field(
         init=False, repr=False, default_factory=dict
     )  # by task and wording
-    left_out: int = field(init=False, default=0)
+    num_skipped: int = field(init=False, default=0)
 
-    def ready(self, setting: Setting) -> None:
+    def prepare(self, setup: RunSetup) -> None:
         """Word each task's prompts; raises ConfigError for an unknown change, or where nothing is
         left to compare.
         """
-        at_least("wordings", 1, limit=self.limit)
+        check_minimum("wordings", 1, limit=self.max_examples)
         if strange := [
             unknown("change in probe.wordings.changes", str(c), CHANGES)
             for c in self.changes
             if c not in CHANGES
         ]:
             raise ConfigError(gathered(strange))
-        files = {name: _other(setting, name) for name in self.given if name != ROWS}
-        for i, task in enumerate(setting.stream.tasks):
-            rows = list(setting.rows(task, self.limit))
-            worded = {AS_IT_IS: rows}
-            if ROWS in self.given:
+        files = {
+            name: _load_file_tasks(setup, name)
+            for name in self.paraphrases
+            if name != FROM_TRAIN_ROWS
+        }
+        for i, task in enumerate(setup.stream.tasks):
+            rows = list(setup.scored_rows(task, self.max_examples))
+            worded = {ORIGINAL: rows}
+            if FROM_TRAIN_ROWS in self.paraphrases:
                 worded |= {
-                    f"given: {text}": [_said(e, text) for e in rows] for text in _repeated(task)
+                    f"given: {text}": [_with_instruction(e, text) for e in rows]
+                    for text in _repeated_instructions(task)
                 }
             worded |= {
-                f"given: {name}": _aligned(task, name, rows, setting.rows(tasks[i], self.limit))
+                f"given: {name}": _align_ids(
+                    task, name, rows, setup.scored_rows(tasks[i], self.max_examples)
+                )
                 for name, tasks in files.items()
             }
             worded |= {
                 name: changed
                 for name in self.changes
-                if (changed := self._changed(name, rows)) != rows
+                if (changed := self._apply_change(name, rows)) != rows
             }
-            self._add(setting, task, worded)
-        if all(len(tests) < 2 for tests in self.tests.values()):
+            self._add_eval_sets(setup, task, worded)
+        if all(len(tests) < 2 for tests in self.eval_sets.values()):
             raise ConfigError(
                 "probe=[wordings] has a single wording of each task; name what changes them in "
-                "probe.wordings.changes, or where others are in probe.wordings.given"
+                "probe.wordings.changes, or where others are in probe.wordings.paraphrases"
             )
 
-    def _changed(self, name: str, rows: Sequence[Example]) -> list[Example]:
+    def _apply_change(self, name: str, rows: Sequence[Example]) -> list[Example]:
         """The rows with their instructions changed."""
         return [
-            _said(e, CHANGES[name](_instruction(e), random.Random(f"{self.seed}/{name}/{e.id}")))
+            _with_instruction(
+                e, CHANGES[name](_last_instruction(e), random.Random(f"{self.seed}/{name}/{e.id}"))
+            )
             for e in rows
         ]
 
-    def _add(
-        self, setting: Setting, task: Task[Example], worded: Mapping[str, Sequence[Example]]
+    def _add_eval_sets(
+        self,
+        setting: RunSetup,
+        task: Task[Example],
+        rows_by_wording: Mapping[str, Sequence[Example]],
     ) -> None:
         """The task's wordings, encoded, of the examples that fit under all of them."""
-        encoder = setting.apart()
+        encoder = setting.fresh_encoder()
         skipping = replace(encoder, on_unusable="skip")
-        tests, fit = {}, {e.id for e in worded[AS_IT_IS]}
-        for name, rows in worded.items():
+        tests, fit = {}, {e.id for e in rows_by_wording[ORIGINAL]}
+        for name, rows in rows_by_wording.items():
             try:
-                tests[name] = setting.test(task, rows, encoder if name == AS_IT_IS else skipping)
+                tests[name] = setting.make_eval_set(
+                    task, rows, encoder if name == ORIGINAL else skipping
+                )
             except DataError as error:
                 raise DataError(
                     f"wording {name!r}: {error}; or leave it out of probe.wordings"
@@ -117,28 +131,28 @@ class Wordings(Probe):
         if not fit:
             raise DataError(
                 f"task {task.name!r}: no example fits under all of "
-                f"{', '.join(map(repr, worded))}; raise data.max_length, or leave the longest "
+                f"{', '.join(map(repr, rows_by_wording))}; raise data.max_length, or leave the longest "
                 "out of probe.wordings.changes"
             )
-        self.left_out += len(tests[AS_IT_IS].examples) - len(fit)
-        self.tests[task.name] = {
-            name: test.of([i for i, e in enumerate(test.examples) if e.id in fit])
+        self.num_skipped += len(tests[ORIGINAL].examples) - len(fit)
+        self.eval_sets[task.name] = {
+            name: test.select([i for i, e in enumerate(test.examples) if e.id in fit])
             for name, test in tests.items()
         }
 
     @property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, ProbeEntry]:
         """The scores, and their spread."""
-        some = f"{self.limit or 'all'} examples a task" + (
-            f", {self.left_out} in all left out that do not fit under every wording"
-            if self.left_out
+        some = f"{self.max_examples or 'all'} examples a task" + (
+            f", {self.num_skipped} in all left out that do not fit under every wording"
+            if self.num_skipped
             else ""
         )
         return {
-            "wordings": Entry(
+            "wordings": ProbeEntry(
                 f"score over wordings of the same instruction, mean over tasks ({some})", SOURCE
             ),
-            "wordings spread": Entry(
+            "wordings spread": ProbeEntry(
                 "standard deviation (n - 1) of a task's score over its wordings, the one as "
                 "it is among them, mean over tasks",
                 SOURCE,
@@ -146,37 +160,39 @@ class Wordings(Probe):
             ),
         }
 
-    def measure(self, look: Look) -> Found:
+    def measure(self, context: StageContext) -> ProbeResult:
         """Score each task under each wording."""
         scores = {
-            task: {name: look.score(test) for name, test in tests.items()}
-            for task, tests in self.tests.items()
+            task: {name: context.mean_score(test) for name, test in tests.items()}
+            for task, tests in self.eval_sets.items()
         }
         given = {
-            task: [v for name, v in told.items() if _is_given(name)]
+            task: [v for name, v in told.items() if _is_paraphrase(name)]
             for task, told in scores.items()
         }
         changed = {
             task: [v for name, v in told.items() if name in CHANGES]
             for task, told in scores.items()
         }
-        own = {task: told[AS_IT_IS] for task, told in scores.items()}
+        own = {task: told[ORIGINAL] for task, told in scores.items()}
         means: dict[str, float | None] = {
-            AS_IT_IS: known_mean(own.values()),
-            "mean": known_mean(known_mean(told.values()) for told in scores.values()),
-            "worst": known_mean(min(told.values()) for told in scores.values()),
+            ORIGINAL: mean_or_none(own.values()),
+            "mean": mean_or_none(mean_or_none(told.values()) for told in scores.values()),
+            "worst": mean_or_none(min(told.values()) for told in scores.values()),
         }
-        if self.given:
-            means["given"] = known_mean(map(known_mean, given.values()))
+        if self.paraphrases:
+            means["given"] = mean_or_none(map(mean_or_none, given.values()))
         means |= {
-            name: known_mean(told.get(name) for told in scores.values())
+            name: mean_or_none(told.get(name) for told in scores.values())
             for name in self.changes
             if any(name in told for told in scores.values())
         }
         spread = {
-            "all": known_mean(_deviation([*told.values()]) for told in scores.values()),
+            "all": mean_or_none(_standard_deviation([*told.values()]) for told in scores.values()),
             **{
-                label: known_mean(_deviation([own[task], *told]) for task, told in part.items())
+                label: mean_or_none(
+                    _standard_deviation([own[task], *told]) for task, told in part.items()
+                )
                 for label, part in (("given", given), ("changed", changed))
                 if any(part.values())
             },
@@ -185,38 +201,38 @@ class Wordings(Probe):
             "wordings": means,
             "wordings spread": {
                 **spread,
-                **{t: _deviation([*told.values()]) for t, told in scores.items()},
+                **{t: _standard_deviation([*told.values()]) for t, told in scores.items()},
             },
         }
 
 
-def _is_given(name: str) -> bool:
+def _is_paraphrase(name: str) -> bool:
     return name.startswith("given: ")
 
 
-def _deviation(values: Sequence[float]) -> float | None:
+def _standard_deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _instruction(e: Example) -> str:
+def _last_instruction(e: Example) -> str:
     """What is changed: the instruction, or of a conversation the last that the user says."""
     return e.messages[-2].content if e.messages else e.instruction
 
 
-def _said(e: Example, text: str) -> Example:
+def _with_instruction(e: Example, text: str) -> Example:
     """The example with this instruction."""
     if not e.messages:
         return replace(e, instruction=text)
     return replace(e, messages=(*e.messages[:-2], Message("user", text), e.messages[-1]))
 
 
-def _repeated(task: Task[Example]) -> list[str]:
+def _repeated_instructions(task: Task[Example]) -> list[str]:
     """The instructions that several train rows have, the commonest first."""
     told = Counter(e.instruction for e in task.train if e.input)
-    return [text for text, n in told.most_common(MOST) if n > 1]
+    return [text for text, n in told.most_common(MAX_PHRASINGS) if n > 1]
 
 
-def _other(setting: Setting, name: str) -> Sequence[Task[Example]]:
+def _load_file_tasks(setting: RunSetup, name: str) -> Sequence[Task[Example]]:
     """The run's stream with the rows of another file as those that are scored."""
     split, section = (
         setting.config.score.split,
@@ -230,19 +246,19 @@ def _other(setting: Setting, name: str) -> Sequence[Task[Example]]:
         ).tasks
     except ContinualError as error:
         raise type(error)(
-            f"probe.wordings.given=[{name}]: {error}; expected rows, or a file that each task of a "
+            f"probe.wordings.paraphrases=[{name}]: {error}; expected rows, or a file that each task of a "
             f"stream=folder has beside its {split}.jsonl, named without .jsonl"
         ) from error
     return tasks
 
 
-def _aligned(
+def _align_ids(
     task: Task[Example], name: str, rows: Sequence[Example], others: Sequence[Example]
 ) -> list[Example]:
     """The other file's rows under the ids of those whose wording they are."""
     if len(rows) != len(others):
         raise DataError(
-            f"probe.wordings.given=[{name}]: task {task.name!r} has {len(others)} rows there and "
+            f"probe.wordings.paraphrases=[{name}]: task {task.name!r} has {len(others)} rows there and "
             f"{len(rows)} that are scored; expected the same examples, in the same order"
         )
     return [replace(other, id=e.id) for e, other in zip(rows, others, strict=True)]
