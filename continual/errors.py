@@ -1,5 +1,5 @@
 """What can be wrong with what a user gave. A message says what was found, what was expected, and
-the mend.
+the fix.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 
 class ContinualError(Exception):
-    """The root of every error that the user can mend; the command line prints its message and exits
+    """The root of every error that the user can fix; the command line prints its message and exits
     with 2.
     """
 
@@ -85,7 +85,7 @@ def not_finite(ids: Sequence[str]) -> str:
     """The message for an importance of weights that is not finite, for these examples."""
     return (
         f"how much the weights matter to the examples {listed(ids)} is not finite; lower "
-        "train.lr, set train.max_grad_norm, train in fp32, or mend these rows. After steps that "
+        "train.lr, set train.max_grad_norm, train in fp32, or fix these rows. After steps that "
         "train.on_nonfinite=skip has skipped, the rows that were the reason are left out"
     )
 

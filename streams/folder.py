@@ -78,13 +78,13 @@ def _load_index_object(root: Path, file: Path) -> dict[str, Any]:
         )
     if not file.is_file():
         near = sorted(str(p.parent) for p in root.glob("*/stream.json"))
-        mend = (
+        fix = (
             f"set stream.path to {' or '.join(near)}"
             if near
             else "write it, or set stream.path to a stream folder"
         )
         raise MissingError(
-            f"found no {file}, expected the file that names the stream's tasks; {mend}"
+            f"found no {file}, expected the file that names the stream's tasks; {fix}"
         )
     _check_inside(root, [file])
     index = untrusted.load_json(file)
@@ -225,7 +225,7 @@ def _task_folder(root: Path, entry: Mapping[str, Any], files: Mapping[str, str])
         there = listed(sorted(p.name for p in root.iterdir() if p.is_dir()))
         raise MissingError(
             f"found no folder {where} for task {name!r}, expected the one that stream.json names "
-            f"(folders there: {there}); add it, or mend its 'dir'"
+            f"(folders there: {there}); add it, or fix its 'dir'"
         )
     _check_inside(root, [where / file for file in files.values()])
     if not any((where / file).is_file() for file in files.values()):

@@ -214,18 +214,18 @@ def _load_split(source: SplitSource) -> Any:
         ).flatten()
     except OSError as error:
         raise MissingError(
-            f"{at}: found no data, expected to load it ({error}); mend path, name or data_files, "
+            f"{at}: found no data, expected to load it ({error}); fix path, name or data_files, "
             "or go online and log in if the Hub asks for it"
         ) from error
     except DatasetsError as error:
         raise DataError(
             f"{at}: found data that cannot be read, expected the format that path names "
-            f"({error.__cause__ or error}); mend the files"
+            f"({error.__cause__ or error}); fix the files"
         ) from error
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{at}: found settings that do not fit the data, expected path, name and splits as the "
-            f"dataset has them ({error}); mend them"
+            f"dataset has them ({error}); fix them"
         ) from error
 
 
@@ -320,7 +320,7 @@ def _decode_class(row: Mapping[str, Any], column: str, names: Mapping[str, Seque
     if not 0 <= value < len(classes):
         raise UnmappableValueError(
             f"found class {value} in column {column!r}, expected 0 to {len(classes) - 1} "
-            f"({', '.join(classes)}); mend labels, or leave the unlabelled rows or split out"
+            f"({', '.join(classes)}); fix labels, or leave the unlabelled rows or split out"
         )
     return classes[value]
 

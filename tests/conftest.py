@@ -30,7 +30,7 @@ settings.load_profile("ours")
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory):
     """The cache folder for models built from scratch is the tests' own."""
-    with pytest.MonkeyPatch.context_length() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

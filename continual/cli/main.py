@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The entry point: exits with 2 and one clear message for what the user can mend."""
+    """The entry point: exits with 2 and one clear message for what the user can fix."""
     args = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (args[0], args[1:]) if args else ("--help", [])
     if verb in ("-h", "--help", "help"):

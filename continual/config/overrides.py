@@ -147,7 +147,7 @@ def _explain_syntax_error(word: str) -> str:
     from hydra.errors import HydraException
 
     key, given, value = word.partition("=")
-    mend = f'; a text with signs such as , = ( é in quotes: "{key}={quote_value(value)}"'
+    fix = f'; a text with signs such as , = ( é in quotes: "{key}={quote_value(value)}"'
     try:
         parsed = OverridesParser.create().parse_override(word)
         found = (
@@ -160,7 +160,7 @@ def _explain_syntax_error(word: str) -> str:
     return (
         found
         and f"{word}: found {found}. Keys are given as key=value; lists as "
-        f"key=[a,b]{mend if given else ''}"
+        f"key=[a,b]{fix if given else ''}"
     )
 
 

@@ -49,7 +49,7 @@ def register(name: str) -> bool:
     except Exception as error:  # of code that is not ours
         raise ConfigError(
             f"strategy={name} is {path} by an installed package's entry point, and cannot be had "
-            f"from there ({error}); mend or uninstall that package"
+            f"from there ({error}); fix or uninstall that package"
         ) from error
     store.store(group="strategy", name=name, node={name: {"_target_": path, **keys}}, provider=path)
     return True

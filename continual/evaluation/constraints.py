@@ -328,7 +328,7 @@ def _constraint_problems(constraint: Constraint, n: int) -> list[str]:
             if k not in constraint.kwargs
         ),
         *(
-            f"{told}: found {k}={brief(v, 60)}, expected {KWARG_TYPES[wanted[k].annotation][1]}; mend it"
+            f"{told}: found {k}={brief(v, 60)}, expected {KWARG_TYPES[wanted[k].annotation][1]}; fix it"
             for k, v in constraint.kwargs.items()
             if k in wanted and not KWARG_TYPES[wanted[k].annotation][0](v)
         ),

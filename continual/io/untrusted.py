@@ -30,9 +30,9 @@ def parse_json(raw: bytes, where: str, *, line: bool = False) -> Any:
     refused as well.
     """
     whole = (
-        "one whole object a line; mend or remove the line"
+        "one whole object a line; fix or remove the line"
         if line
-        else ("one object; mend it there, or restore the file")
+        else ("one object; fix it there, or restore the file")
     )
     try:
         text = (raw.rstrip(b"\r\n") if line else raw).decode("utf-8-sig")
@@ -108,7 +108,7 @@ def load_json(path: Path) -> Any:
 
 
 def load_json_with_schema(
-    path: Path, what: str, mend: str, check: Callable[[dict[str, Any]], object]
+    path: Path, what: str, fix: str, check: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
     """The JSON object of schema 1 that a file holds; raises DataError where it is not, or where
     `check` fails.
@@ -120,7 +120,7 @@ def load_json_with_schema(
         check(told)
         return told
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no {what} of schema 1 ({error!r}); {mend}") from error
+        raise DataError(f"{path}: no {what} of schema 1 ({error!r}); {fix}") from error
 
 
 def read_text(path: Path) -> str:

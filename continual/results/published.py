@@ -151,7 +151,7 @@ def _csv(path: Path) -> Told:
     percent = _is_percent(path, head, rows)
     most = 100 if percent else 1
     if wrong := [
-        f"{path}:{n}: the score {score:g} is not in [0, {most}]; mend it"
+        f"{path}:{n}: the score {score:g} is not in [0, {most}]; fix it"
         for n, _, scores in rows
         for score in scores
         if score is not None and not 0 <= score <= most
@@ -198,7 +198,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     except csv.Error as error:
         raise DataError(
             f"{path}:{reader.line_num}: found broken CSV ({error}), expected cells parted by "
-            "commas; mend the line"
+            "commas; fix the line"
         ) from error
 
 

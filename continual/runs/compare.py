@@ -277,7 +277,7 @@ def _report_results(
         )
         why = f"\n{type(launcher_error).__name__}: {launcher_error}" if launcher_error else ""
         raise ConfigError(
-            f"{len(left)} of the runs {what}; mend what they say, and give the "
+            f"{len(left)} of the runs {what}; fix what they say, and give the "
             f"command again:\n  {comparison.command(out, words)}{why}\n"
             + "\n".join(f"{n}: {t}" for n, t in left.items())
         )

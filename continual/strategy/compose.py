@@ -85,12 +85,12 @@ def _shadowed_methods(kind: type[Strategy], kinds: Sequence[type[Strategy]]) -> 
                     next(k for k in kinds if issubclass(k, o)).__name__
                     for o in (owners[first], owner)
                 )
-                mend = (
+                fix = (
                     "choose one of them"
                     if _ignores_super(vars(owner)[name])
                     else f"list {lost} first"
                 )
-                yield f"{by} and {lost} cannot be composed so: {by}'s {name!r} takes the place of {lost}'s; {mend}"
+                yield f"{by} and {lost} cannot be composed so: {by}'s {name!r} takes the place of {lost}'s; {fix}"
 
 
 def _ignores_super(method: Any) -> bool:

@@ -63,5 +63,5 @@ def _check_rule(
     except Exception as error:
         raise ContractError(
             f"{type(strategy).__name__}: {violation_text(rule)}: {type(error).__name__} was raised, where "
-            f"nothing should be: {error}; mend what the traceback above shows"
+            f"nothing should be: {error}; fix what the traceback above shows"
         ) from error

@@ -42,7 +42,7 @@ CHECKPOINT_STEP = 2  # of the four steps of a short stage
 
 class ContractError(ContinualError, AssertionError):
     """A strategy breaks a rule; the message says which, what was found, what was expected, and the
-    mend.
+    fix.
     """
 
 

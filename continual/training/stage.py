@@ -159,7 +159,7 @@ def _clip_and_check_finite(
     norm = clip_gradients(trained, recipe.max_grad_norm or math.inf)
     if torch.isfinite(
         norm + loss
-    ):  # the one wait of a step: a weight that is not finite cannot be mended
+    ):  # the one wait of a step: a weight that is not finite cannot be fixed
         return True
     what = (
         f"the loss is {loss.item()}"

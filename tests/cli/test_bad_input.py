@@ -1,5 +1,5 @@
 """What a user may get wrong in data or folders: each ends in one clear message that says where,
-what and the mend.
+what and the fix.
 """
 
 import json

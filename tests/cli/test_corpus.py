@@ -1,5 +1,5 @@
 """A corpus of bad files, each with what is said of it: where it is, what was found or expected, and
-the mend.
+the fix.
 
 Beside it, wrong keys are in test_cli, entries of Hub datasets in test_hub, and what only a whole
 run shows in test_bad_input and test_resume.
@@ -60,7 +60,7 @@ ROWS = {
     "single quotes": ("{'instruction': 'x'}", ":2:2: found broken JSON (Expecting property name"),
     "two objects": (
         GOOD + GOOD,
-        "found broken JSON (Extra data), expected one whole object a line; mend or remove",
+        "found broken JSON (Extra data), expected one whole object a line; fix or remove",
     ),
     "trailing comma": ('{"instruction": "x", "output": "y",}', "found broken JSON"),
     "a CSV line": ("Say it.,red,red", ":2:1: found broken JSON"),
@@ -213,7 +213,7 @@ def test_a_line_without_an_end_is_not_held(told, stream, monkeypatch):
 INDEX = {
     "nothing": (
         "",
-        ":1:1: found broken JSON (Expecting value), expected one object; mend it there",
+        ":1:1: found broken JSON (Expecting value), expected one object; fix it there",
     ),
     "cut off": ('{"tasks": [\n{"name": }]}', ":2:10: found broken JSON"),
     "a list": ("[]", 'found no object, expected {"tasks": [...]'),

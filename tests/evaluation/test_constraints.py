@@ -333,7 +333,7 @@ def test_a_row_carries_its_constraints_and_level():
         ),
         (
             {"id": "keywords:existence", "kwargs": {"keywords": "a"}},
-            "found keywords='a', expected a list of texts; mend",
+            "found keywords='a', expected a list of texts; fix",
         ),
         ({"id": "keywords:existence", "kwargs": {"keywords": [" "]}}, "expected a list of texts"),
         (

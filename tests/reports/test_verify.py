@@ -179,7 +179,7 @@ LINES = {
     "infinite": ("stage,a\na,1e999\n", ":2: '1e999' is no number"),
     "thousands of digits": (f"stage,a\na,{'9' * 5000}\n", ":2: '999"),
     "a comma in a number": ('stage,a\na,"0,5"\n', ":2: '0,5' is no number"),
-    "below 0": ("stage,a\na,-0.5\n", ":2: the score -0.5 is not in [0, 1]; mend it"),
+    "below 0": ("stage,a\na,-0.5\n", ":2: the score -0.5 is not in [0, 1]; fix it"),
     "above 100": ("stage,a\na,101\n", ":2: the score 101 is not in [0, 100]"),
     "both scales": (
         "stage,a,b\na,0.5,\nb,85,70\n",

@@ -61,7 +61,7 @@ def test_runs_side_by_side_end_as_one_run_alone_does_and_a_failed_one_leaves_the
     code, out, err = run_cli("compare", *words, f"out={tmp_path / 'it'}")
     assert code == 2
     assert (
-        "2 of the runs failed; mend what they say, and give the command again:\n  continual "
+        "2 of the runs failed; fix what they say, and give the command again:\n  continual "
         "compare " in err
     )
     assert err.count("failed: unknown stream.order 'nope'") == 2

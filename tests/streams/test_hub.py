@@ -189,7 +189,7 @@ def test_only_the_tasks_asked_for_are_loaded(tmp_path):
 def test_a_dataset_that_cannot_be_reached_is_told():
     text = fault({"path": "nobody/nothing", "splits": {"train": "train"}}, MissingError)
     assert "stream.datasets.t: nobody/nothing [train]: found no data" in text
-    assert "mend path, name or data_files, or go online" in text
+    assert "fix path, name or data_files, or go online" in text
 
 
 def test_an_unknown_split_of_the_dataset_is_told_with_those_it_has(tmp_path):
@@ -244,7 +244,7 @@ def test_a_class_out_of_range_is_refused(tmp_path):
         {**parquet(tmp_path / "a.parquet", rows), **MAPPED, "labels": ["no", "yes"]}, DataError
     )
     assert text.count("found class") == 1
-    assert "row 1: found class -1 in column 'label', expected 0 to 1 (no, yes); mend labels" in text
+    assert "row 1: found class -1 in column 'label', expected 0 to 1 (no, yes); fix labels" in text
 
 
 def test_nothing_to_write_into_a_template_is_refused(tmp_path):
