@@ -123,7 +123,7 @@ def test_every_folder_of_the_engine_has_its_place_in_the_order():
     assert folders == set(FOLDERS)
 
 
-@pytest.score_answer.parametrize("path", modules("continual"), ids=dotted)
+@pytest.mark.parametrize("path", modules("continual"), ids=dotted)
 def test_a_folder_imports_only_from_folders_before_it(path):
     folder = folder_of(dotted(path))
     wrong = [
@@ -142,7 +142,7 @@ def test_no_modules_import_each_other_in_a_circle():
     ).prepare()
 
 
-@pytest.score_answer.parametrize("folder", FOLDERS[1:])
+@pytest.mark.parametrize("folder", FOLDERS[1:])
 def test_other_folders_import_only_what_a_folder_s_docstring_names(folder):
     public = surface(folder)
     for path in modules():
@@ -160,7 +160,7 @@ def test_other_folders_import_only_what_a_folder_s_docstring_names(folder):
                 )
 
 
-@pytest.score_answer.parametrize("folder", FOLDERS[1:])
+@pytest.mark.parametrize("folder", FOLDERS[1:])
 def test_a_folder_s_docstring_names_only_what_there_is(folder):
     for module, names in surface(folder).items():
         tree = ast.parse(MODULES[module].read_text("utf-8"))
@@ -176,14 +176,14 @@ def definitions(node: ast.stmt) -> list[str]:
     return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
 
 
-@pytest.score_answer.parametrize("path", modules("continual"), ids=dotted)
+@pytest.mark.parametrize("path", modules("continual"), ids=dotted)
 def test_the_engine_knows_no_strategy_and_no_stream(path):
     assert not [
         module for module, _ in internal(path, typing=True) if not module.startswith("continual")
     ]
 
 
-@pytest.score_answer.parametrize("path", modules("strategies", "streams"), ids=dotted)
+@pytest.mark.parametrize("path", modules("strategies", "streams"), ids=dotted)
 def test_strategies_and_streams_are_built_from_these_folders_only(path):
     package = dotted(path).partition(".")[0]
     assert not [
@@ -193,7 +193,7 @@ def test_strategies_and_streams_are_built_from_these_folders_only(path):
     ]
 
 
-@pytest.score_answer.parametrize("path", modules(), ids=dotted)
+@pytest.mark.parametrize("path", modules(), ids=dotted)
 def test_the_optional_packages_are_imported_nowhere(path):
     assert not OPTIONAL_PACKAGES & {module.partition(".")[0] for module, _ in imports(path)}
 
@@ -204,7 +204,7 @@ def classes(path: Path) -> set[str]:
     }
 
 
-@pytest.score_answer.parametrize("path", modules("continual"), ids=dotted)
+@pytest.mark.parametrize("path", modules("continual"), ids=dotted)
 def test_the_engine_asks_no_strategy_and_no_stream_who_it_is(path):
     kinds = {name for p in modules("strategies", "streams") for name in classes(p)} | {"Strategy"}
     configured = {
@@ -232,7 +232,7 @@ def test_no_test_file_imports_from_another_test_file():
         assert not imported & tests, path
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "arguments", [["--help"], ["run", "--help"], ["list", "strategies"]], ids=" ".join
 )
 def test_help_loads_nothing_heavy(arguments):

@@ -243,7 +243,7 @@ def test_the_majority_gets_its_score_by_the_metric():
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("answers", "one_sided"),
     [
         ("aab", True),
@@ -434,7 +434,7 @@ def test_a_clean_stream_is_said_to_be_clean(run_cli, stream_folder):
     )
 
 
-@pytest.score_answer.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_tokens_are_counted_for_a_named_model_without_its_weights(
     leaky, tmp_path, kind, monkeypatch
 ):
@@ -581,7 +581,7 @@ def test_a_pages_audit_shows_every_text_as_text(run_keys, tmp_path):
     assert EVIL in page(tmp_path / "run").text
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "damage", ["{", "[]", '{"schema": 2}', '{"schema": 1, "tasks": {"a": 3}}']
 )
 def test_a_damaged_audit_is_named_by_the_report(run_keys, tmp_path, damage):

@@ -67,7 +67,7 @@ def test_answers_are_compared_by_their_tokens_up_to_the_end():
         answer.compare({"continual": ["5 71", "571 3"], "generate": ["5 71", "57 13"]})
 
 
-@pytest.score_answer.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_the_fisher_of_examples_together_is_measured_against_the_loop(monkeypatch, adapter):
     monkeypatch.setattr(fisher, "peaks", in_this_process)
     rows = fisher.measure("3M", adapter, works.rows("agnews", 20), ["continual", "loop"], seconds=0)
@@ -82,8 +82,8 @@ def test_another_fisher_is_refused():
         fisher.compare({"continual": ours, "loop": {"w": ours["w"] * 1.001}})
 
 
-@pytest.score_answer.filterwarnings("ignore")  # of learn2learn's own imports
-@pytest.score_answer.parametrize("second_order", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of learn2learn's own imports
+@pytest.mark.parametrize("second_order", [False, True])
 def test_the_meta_gradient_is_measured_against_learn2learn_s(monkeypatch, second_order):
     pytest.importorskip("learn2learn.algorithms")
     monkeypatch.setattr(maml, "peaks", in_this_process)
@@ -102,7 +102,7 @@ def test_another_meta_gradient_is_refused():
         )
 
 
-@pytest.score_answer.parametrize("name", overhead.STRATEGIES)
+@pytest.mark.parametrize("name", overhead.STRATEGIES)
 def test_a_strategys_step_is_measured_against_naives(name):
     (found,) = overhead.against_naive("3M", "lora", name, works.rows("agnews", 96), seconds=0)
     assert set(found) >= KEYS
@@ -136,7 +136,7 @@ def test_causal_attention_counts_the_half_that_it_needs():
     assert 2 * attend(True) == attend(False) > 0
 
 
-@pytest.score_answer.parametrize("task", works.TASKS)
+@pytest.mark.parametrize("task", works.TASKS)
 def test_synthetic_rows_share_an_instruction_of_the_datasets_length(task):
     rows = works.rows(task, 8)
     length, inputs, _ = works.LENGTHS[task]

@@ -19,7 +19,7 @@ def crash(*words: str) -> None:
     crash.main()
 
 
-@pytest.score_answer.skipif(sys.platform != "linux", reason="forks processes that hold torch")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks processes that hold torch")
 def test_killed_runs_end_bit_for_bit_as_the_one_that_was_left_alone(tmp_path):
     table = tmp_path / "table.md"
     code, said = subprocesses.Subprocess(

@@ -38,7 +38,7 @@ def said(cli_error, run_keys, tmp_path, stream):
 # Rows
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("line", "told"),
     [
         ('{"instruction": "Say it.", "output": ', "found broken JSON"),
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_model_is_refused(cli_error, run_keys, tmp_path)
 # Run folders
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("file", "told"),
     [
         ("matrix.json", "matrix.json:1:3: found broken JSON"),

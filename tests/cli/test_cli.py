@@ -29,14 +29,14 @@ def names(group):
 # Help and lists
 
 
-@pytest.score_answer.parametrize("word", ["--help", "-h", "help", None])
+@pytest.mark.parametrize("word", ["--help", "-h", "help", None])
 def test_help_names_every_command(run_cli, word):
     code, out, err = run_cli(*([word] if word else []))
     assert (code, err) == (0, "")
     assert all(f"continual {verb}" in out for verb in VERBS)
 
 
-@pytest.score_answer.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_command_shows_examples(run_cli, verb):
     code, out, _ = run_cli(verb, "--help")
     assert code == 0
@@ -55,7 +55,7 @@ def test_help_loads_nothing_heavy():
     assert out.strip().endswith("set()")
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "line",
     [
         line
@@ -103,7 +103,7 @@ def test_cfg_shows_the_whole_configuration_and_does_nothing(run_cli, tmp_path):
 # Names that are not there
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (
@@ -176,7 +176,7 @@ def test_a_name_that_is_not_there_is_refused_with_the_nearest(cli_error, words, 
     assert told in cli_error(*words)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["stream.order=givn"], "unknown stream.order 'givn'; did you mean 'given'?"),
@@ -402,10 +402,10 @@ ADAPT = (
 )
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
-@pytest.score_answer.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_adapt_from_a_run_writes_its_curve_and_a_model_that_loads(
     run_cli, run_keys, tmp_path, adapter
 ):
@@ -478,7 +478,7 @@ def test_adapt_learns_one_task_only(cli_error, run_keys, tmp_path):
     assert "pick one, such as stream.tasks=[first]" in told
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (
@@ -516,7 +516,7 @@ def test_adapt_builds_nothing_but_our_own_from_a_run_folder(cli_error, run_keys,
     assert "asks for model._target_='os.system', which is not one of continual's" in told
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "name",
     ["plain/a b-1", "a,b", "a=b", "it's", "[x]", "{x}", "höhe", "123", "null", " lead", "a\\"],
 )

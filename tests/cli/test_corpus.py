@@ -181,7 +181,7 @@ def read(stream):
     return load_folder(path=str(stream), seed=0)
 
 
-@pytest.score_answer.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_bad_row(told, stream, name):
     line, expected = ROWS[name]
     file = stream / "a/train.jsonl"
@@ -301,7 +301,7 @@ INDEX = {
 }
 
 
-@pytest.score_answer.parametrize("name", INDEX)
+@pytest.mark.parametrize("name", INDEX)
 def test_a_bad_stream_json(told, stream, name):
     whole, expected = INDEX[name]
     (stream / "stream.json").write_bytes(exact(whole))
@@ -499,7 +499,7 @@ def whole(tmp_path_factory):
     return write_fake_run(tmp_path_factory.mktemp("runs") / "naive-0")
 
 
-@pytest.score_answer.parametrize("name", RUN)
+@pytest.mark.parametrize("name", RUN)
 def test_a_bad_file_of_a_run(told, whole, tmp_path, name, refused_report):
     file, content, expected = RUN[name]
     out = shutil.copytree(whole, tmp_path / "run")
@@ -549,7 +549,7 @@ CURVE = {
 }
 
 
-@pytest.score_answer.parametrize("name", CURVE)
+@pytest.mark.parametrize("name", CURVE)
 def test_a_bad_curve(told, tmp_path, name):
     from continual.reports import write
 
@@ -663,7 +663,7 @@ def kept(tmp_path_factory):
     )
 
 
-@pytest.score_answer.parametrize("name", CHECKPOINT)
+@pytest.mark.parametrize("name", CHECKPOINT)
 def test_a_bad_checkpoint(told, kept, tmp_path, name):
     file, content, expected = CHECKPOINT[name]
     at = shutil.copytree(kept, tmp_path / "stage-01")
@@ -675,7 +675,7 @@ def test_a_bad_checkpoint(told, kept, tmp_path, name):
     assert expected in message
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "change",
     [
         {"step": "x"},
@@ -748,7 +748,7 @@ MODEL = {
 }
 
 
-@pytest.score_answer.parametrize("name", MODEL)
+@pytest.mark.parametrize("name", MODEL)
 def test_a_bad_model_folder(told, model_folder, tmp_path, name):
     spoil, expected = MODEL[name]
     at = shutil.copytree(model_folder, tmp_path / "model")

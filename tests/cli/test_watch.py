@@ -84,7 +84,7 @@ def test_a_file_that_has_become_shorter_is_read_from_its_start(tmp_path):
     assert list(tail.read_new_events()) == [{"event": "start"}]
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "line",
     [
         b"{",
@@ -129,7 +129,7 @@ def test_speed_is_that_of_late_and_what_is_left_follows_from_the_stages_before(t
     ]
 
 
-@pytest.score_answer.parametrize("rows", range(1, 7))
+@pytest.mark.parametrize("rows", range(1, 7))
 def test_average_and_forgetting_so_far_are_those_of_a_run_that_ends_here(rows):
     whole = make_fake_matrix("naive")
     part = type(whole)(

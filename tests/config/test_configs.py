@@ -42,7 +42,7 @@ def _hydra_stays_clean():
     assert not GlobalHydra.instance().is_initialized()
 
 
-@pytest.score_answer.parametrize("name", group("strategy"))
+@pytest.mark.parametrize("name", group("strategy"))
 def test_every_strategy_config_makes_its_strategy(name):
     config = toy.compose_run_config(f"strategy=[{name}]", *NEEDED.get(name, []))
     made = build.strategy(config)
@@ -54,7 +54,7 @@ def test_every_strategy_config_makes_its_strategy(name):
             assert getattr(made, key) == value
 
 
-@pytest.score_answer.parametrize("name", group("strategy"))
+@pytest.mark.parametrize("name", group("strategy"))
 def test_a_strategy_config_has_exactly_the_constructor_s_keys(name):
     """A hyper-parameter that no config shows is one that no one finds."""
     section = toy.compose_run_config(f"strategy=[{name}]").strategy[name]
@@ -62,7 +62,7 @@ def test_a_strategy_config_has_exactly_the_constructor_s_keys(name):
     assert set(section) - {"_target_"} == set(known)
 
 
-@pytest.score_answer.parametrize("name", group("probe"))
+@pytest.mark.parametrize("name", group("probe"))
 def test_a_probe_config_has_exactly_the_constructor_s_keys(name):
     section = toy.compose_run_config(
         f"probe=[{name}]", *([f"probe.{name}.stream.path=x"] if name == "general" else [])
@@ -71,7 +71,7 @@ def test_a_probe_config_has_exactly_the_constructor_s_keys(name):
     assert set(section) - {"_target_"} == set(known)
 
 
-@pytest.score_answer.parametrize("name", ["joint", "cumulative"])
+@pytest.mark.parametrize("name", ["joint", "cumulative"])
 def test_an_arrangement_is_the_naive_strategy_on_another_stream(name):
     config = toy.compose_run_config(f"strategy=[{name}]")
     assert type(build.strategy(config)) is Strategy
@@ -88,7 +88,7 @@ def test_strategies_are_listed_to_be_composed():
     assert (made.strength, made.share) == (5, 0.1)
 
 
-@pytest.score_answer.parametrize("name", group("stream"))
+@pytest.mark.parametrize("name", group("stream"))
 def test_every_stream_config_names_a_constructor_and_its_keys(name):
     config = composed("run", f"stream={name}", *NEEDED.get(name, []))
     assert not OmegaConf.missing_keys(config)
@@ -109,7 +109,7 @@ def test_the_joint_strategy_arranges_the_stream(stream_folder):
     assert len(made.tasks) == 3
 
 
-@pytest.score_answer.skipif(
+@pytest.mark.skipif(
     not (CONF / "stream" / "skills.yaml").exists(), reason="conf/stream/skills.yaml is not there"
 )
 def test_the_default_config_makes_the_skills_stream():
@@ -118,7 +118,7 @@ def test_the_default_config_makes_the_skills_stream():
     assert all(t.train and t.dev and t.test for t in made.tasks)
 
 
-@pytest.score_answer.parametrize("name", group("model"))
+@pytest.mark.parametrize("name", group("model"))
 def test_every_model_config_names_a_constructor_and_its_keys(name):
     config = composed(
         "run", "stream=folder", "stream.path=x", f"model={name}", *NEEDED.get(name, [])
@@ -134,7 +134,7 @@ def test_the_hf_config_makes_its_model(model_folder, run_keys):
     assert made.layout.tokens_per_microbatch == 4096
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "verb", sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "common")
 )
 def test_every_command_s_config_composes(verb):
@@ -144,7 +144,7 @@ def test_every_command_s_config_composes(verb):
     assert type(build.strategy(config)) is Strategy
 
 
-@pytest.score_answer.parametrize("name", group("train"))
+@pytest.mark.parametrize("name", group("train"))
 def test_every_train_config_makes_a_recipe(name):
     config = toy.compose_run_config(f"train={name}")
     keys = {
@@ -166,7 +166,7 @@ def test_a_key_that_the_constructor_does_not_take_is_refused():
         build.strategy(config)
 
 
-@pytest.score_answer.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONF)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONF)))
 def test_the_first_line_of_a_config_says_what_it_is(path):
     lines = [
         line for line in path.read_text("utf-8").splitlines() if not line.startswith("# @package")
@@ -193,7 +193,7 @@ def keys_of(path: Path) -> list[tuple[str, bool]]:
 TOLD = {key.rpartition(".")[2] for path in FILES for key, told in keys_of(path) if told}
 
 
-@pytest.score_answer.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONF)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONF)))
 def test_every_key_has_a_comment_above_it(path):
     """There, or in the file that tells it for all; Hydra's and peft's own keys have manuals of
     their own.

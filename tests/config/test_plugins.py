@@ -145,7 +145,7 @@ def test_a_name_that_is_mistyped_is_told_the_outside_ones_too(package, cli_error
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("points", "told"),
     [
         ({"held": "their_own_package:Gone"}, "cannot be had from there"),

@@ -56,7 +56,7 @@ def response_ids(e):
 # Templates
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("name", "bare", "full", "response"),
     [
         ("plain", "Do it.\n", "Do it.\na b\n", "red"),
@@ -100,7 +100,7 @@ def test_chat_asks_for_an_answer_with_the_templates_generation_prompt():
     assert CHAT.decode(asked.ids) == "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.score_answer.parametrize("output", ["red", "think", "<", "\nred", "red "])
+@pytest.mark.parametrize("output", ["red", "think", "<", "\nred", "red "])
 def test_what_a_chat_template_writes_before_any_answer_is_asked_and_not_learned(output):
     encoder, e = Encoder(THINKER, "chat"), make_example("Do it.", output=output)
     made, asked = encoder.encode_example(e, 0), encoder.encode_prompt(e, 0, 5)
@@ -128,7 +128,7 @@ def test_a_space_that_a_chat_template_writes_before_an_answer_is_its_first_word_
     ]
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("name", "tokenizer", "turns"),
     [
         ("plain", PLAIN, ["Hello<eos>", "red<eos>"]),
@@ -188,7 +188,7 @@ def test_the_merging_tokenizer_does_merge_across_the_boundary():
     assert GREEDY("Say it\nred blue")["input_ids"] != apart
 
 
-@pytest.score_answer.parametrize("name", ["plain", "alpaca", "human_assistant", "inst"])
+@pytest.mark.parametrize("name", ["plain", "alpaca", "human_assistant", "inst"])
 def test_the_boundary_is_exact_where_merges_would_shift_it(name):
     encoder, row = Encoder(GREEDY, name), make_example("Say it", output="red blue")
     made, asked = encoder.encode_example(row, 0), encoder.encode_prompt(row, 0, 9)
@@ -223,8 +223,8 @@ def conversation(e):
     return [{"role": m.role, "content": m.content} for m in told]
 
 
-@pytest.score_answer.parametrize("written", [BEGUN, CHATML_TEMPLATE], ids=["a BOS", "no BOS"])
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize("written", [BEGUN, CHATML_TEMPLATE], ids=["a BOS", "no BOS"])
+@pytest.mark.parametrize(
     "row", [make_example("Do it."), TALK], ids=["one turn", "messages"]
 )
 def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row):

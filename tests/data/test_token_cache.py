@@ -63,7 +63,7 @@ def same(encoder, given_stream, path):
 # The same ids
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "encoder",
     [
         Encoder(PLAIN, max_tokens=40, on_unusable="skip"),
@@ -147,7 +147,7 @@ CHANGES = {
 }
 
 
-@pytest.score_answer.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_what_the_ids_depend_on_makes_them_anew(change, tmp_path, capsys):
     path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, max_tokens=40)
     same(encoder, stream(*FIT), path)
@@ -199,7 +199,7 @@ FORGED = {
 }
 
 
-@pytest.score_answer.parametrize("how", FORGED)
+@pytest.mark.parametrize("how", FORGED)
 def test_numbers_that_cannot_be_rows_are_not_believed_whatever_their_hash(how, tmp_path, capsys):
     path, encoder = tmp_path / "tokens.safetensors", Encoder(PLAIN, max_tokens=40)
     same(encoder, stream(*FIT), path)

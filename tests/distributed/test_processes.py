@@ -71,7 +71,7 @@ def together(tmp_path_factory):
     return [[read(i, rank) for rank in (0, 1)] for i in range(len(TABLE))]
 
 
-@pytest.score_answer.parametrize("i", range(len(TABLE)), ids=[" ".join(entry) for entry in TABLE])
+@pytest.mark.parametrize("i", range(len(TABLE)), ids=[" ".join(entry) for entry in TABLE])
 def test_every_strategy_learns_in_two_processes_what_it_learns_in_one(i, together):
     (losses, tensors), (others, copies) = together[i]
     assert toy.bitwise_equal(tensors, copies), "the two processes came apart"
@@ -161,16 +161,16 @@ def forked(folder, *words):
     return max(code for code, _ in told), "".join(said for _, said in told)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "launch",
     [
         forked,
-        pytest.param(torchrun, marks=pytest.score_answer.slow),
+        pytest.param(torchrun, marks=pytest.mark.slow),
         pytest.param(
             accelerate,
             marks=[
-                pytest.score_answer.slow,
-                pytest.score_answer.skipif(
+                pytest.mark.slow,
+                pytest.mark.skipif(
                     not find_spec("accelerate"),
                     reason="needs accelerate, of the extras quantize and bench",
                 ),
@@ -257,7 +257,7 @@ def test_half_an_environment_is_told(cli_error, run_keys, monkeypatch, tmp_path)
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 5))
 def test_every_item_is_dealt_once_and_to_each_about_as_much(sizes, world):
-    with pytest.MonkeyPatch.context_length() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_world", world)
         patch.setenv("WORLD_SIZE", str(world))
         dealt = []
@@ -295,7 +295,7 @@ def test_a_step_is_cut_into_smaller_parts_for_more_processes(shapes, flat, budge
         layout,
     )
     few = batch.micro_batches()
-    with pytest.MonkeyPatch.context_length() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_world", world)
         parts = batch.micro_batches()
     assert sorted(e.id for part in parts for e in part.examples) == sorted(

@@ -165,14 +165,14 @@ def test_every_check_has_its_cases():
     assert len(CHECKS) == 25
 
 
-@pytest.score_answer.parametrize("id", CHECKS)
+@pytest.mark.parametrize("id", CHECKS)
 def test_a_check_tells_answers_that_keep_to_it_from_those_that_do_not(id):
     kwargs, right, wrong = CASES[id]
     assert {a: satisfies(a, Constraint(id, kwargs)) for a in right} == dict.fromkeys(right, True)
     assert {a: satisfies(a, Constraint(id, kwargs)) for a in wrong} == dict.fromkeys(wrong, False)
 
 
-@pytest.score_answer.parametrize("id", CHECKS)
+@pytest.mark.parametrize("id", CHECKS)
 def test_a_blank_answer_keeps_to_nothing(id):
     assert not any(
         satisfies(a, Constraint(id, CASES[id][0]))
@@ -181,13 +181,13 @@ def test_a_blank_answer_keeps_to_nothing(id):
     )
 
 
-@pytest.score_answer.parametrize("code", TOLD)
+@pytest.mark.parametrize("code", TOLD)
 def test_the_language_of_a_sentence_is_told(code):
     assert detect_language(TOLD[code]) == code
     assert code in LANGUAGE_CODES
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("text", "count"),
     [
         ("", 0),
@@ -210,7 +210,7 @@ def test_sentences_are_counted_as_people_count_them(text, count):
 # Loosely
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("id", "answer"),
     [
         ("detectable_format:json_format", 'Here it is:\n{"a": 1}'),
@@ -251,7 +251,7 @@ def test_at_least_and_less_than_part_all_answers(told, n):
 ASKED = (Constraint("punctuation:no_comma"), Constraint("startend:quotation"))
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("answer", "marks"),
     [
         ('"yes"', (1, 1, 1, 1)),
@@ -314,7 +314,7 @@ def test_a_row_carries_its_constraints_and_level():
     assert hash(made) == hash(made)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("constraint", "said"),
     [
         (
@@ -374,7 +374,7 @@ def test_a_constraint_that_cannot_be_checked_is_refused_by_file_and_line(
     assert said in str(caught.value)
 
 
-@pytest.score_answer.parametrize("value", [{"id": "punctuation:no_comma"}, {}, [[]]])
+@pytest.mark.parametrize("value", [{"id": "punctuation:no_comma"}, {}, [[]]])
 def test_constraints_are_a_list_of_objects(value):
     told = {**row(), "constraints": value}
     if not value:
@@ -386,7 +386,7 @@ def test_constraints_are_a_list_of_objects(value):
             parse_row(told, task="t", id="i", where="f:1")
 
 
-@pytest.score_answer.parametrize("value", ["no more than 10 lines", 5])
+@pytest.mark.parametrize("value", ["no more than 10 lines", 5])
 def test_a_column_of_that_name_that_holds_no_list_is_metadata(value):
     assert (
         parse_row({**row(), "constraints": value}, task="t", id="i", where="f:1").constraints == ()
@@ -440,7 +440,7 @@ def kept(c):
     return exact[of]()
 
 
-@pytest.score_answer.skipif(not REAL.is_file(), reason="the rows of IFEval are not there")
+@pytest.mark.skipif(not REAL.is_file(), reason="the rows of IFEval are not there")
 def test_every_row_of_ifeval_is_read_and_each_of_its_constraints_can_be_kept():
     rows = load_jsonl(REAL, "ifeval")
     constraints = [c for e in rows for c in e.constraints]

@@ -139,7 +139,7 @@ def test_grades_that_cannot_be_read_count_as_0_and_are_told(dull, capsys):
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("said", "read"),
     [
         ("4", 4),
@@ -160,7 +160,7 @@ def test_a_grade_is_one_digit_from_1_to_5_and_nothing_beside_it(said, read):
     assert parse_grade(said) == read
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("row", "found"),
     [
         (ROW, ["Say red.", "Say blue."]),
@@ -201,7 +201,7 @@ def test_loading_a_judge_draws_nothing_from_the_run_s_random_numbers(dull):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("key", "said"),
     [
         ("how=guess", "unknown score.judge.grade_mode 'guess'"),

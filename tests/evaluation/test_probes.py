@@ -198,7 +198,7 @@ def test_prompts_that_hold_fewer_for_want_of_room_are_counted_and_where_none_hol
     assert "at k=2" not in shots.entries["shots"].description
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("keys", "score", "told"),
     [
         (

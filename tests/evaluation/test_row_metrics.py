@@ -37,7 +37,7 @@ COMMA, QUOTE = Constraint("punctuation:no_comma"), Constraint("startend:quotatio
 # What is asked for
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("instruction", "expected"),
     [
         ("Say it in at least 100 words.", [("number_words", "at least", 100)]),
@@ -138,7 +138,7 @@ def test_what_is_found_can_be_checked_and_no_passage_is_counted_twice(words):
 # Level
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("instruction", "expected"),
     [
         ("Write a poem.", 0),
@@ -183,7 +183,7 @@ def test_a_row_s_own_level_goes_before_and_a_conversation_s_is_that_of_its_last_
 # Fidelity
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("instruction", "found"),
     [
         ("Write about 1,500 cats and two dogs.", {"number: 1,500", "number: two"}),
@@ -204,7 +204,7 @@ def test_the_concrete_elements_of_an_instruction_are_its_numbers_quotes_names_an
     assert {f"{e.kind}: {e.text}" for e in find_elements(instruction)} == found
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("instruction", "answer", "lost"),
     [
         ("Write about 1,500 cats.", "There were 1500 cats.", []),
@@ -268,7 +268,7 @@ def ready(metric, *asked, **more):
     )
 
 
-@pytest.score_answer.parametrize("metric", ROW_METRICS)
+@pytest.mark.parametrize("metric", ROW_METRICS)
 def test_a_measure_marks_the_answers_of_a_model_and_says_what_the_mark_is_made_of(metric):
     test = ready(
         metric, make_example("Use no commas.", output="", id="a", constraints=(COMMA, QUOTE))
@@ -287,7 +287,7 @@ def test_rows_that_a_measure_cannot_mark_are_named_by_file_and_line():
         ready("constraint_check", good, bad)
 
 
-@pytest.score_answer.parametrize("metric", ["fidelity", "relevance_checked"])
+@pytest.mark.parametrize("metric", ["fidelity", "relevance_checked"])
 def test_a_task_without_any_row_to_measure_is_refused(metric):
     assert (
         len(ready(metric, make_example("Say it."), make_example("Use no commas.", id="b")).examples)

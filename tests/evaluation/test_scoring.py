@@ -53,7 +53,7 @@ def taught(request):
 # Marks
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("said", "right"),
     [
         ("red", "red"),
@@ -73,7 +73,7 @@ def test_exact_match_compares_both_sides_normalised(said, right):
     assert exact_match(said, right) == 1
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("said", "right"),
     [
         ("", "red"),
@@ -95,7 +95,7 @@ def test_normalising_twice_is_normalising_once(text):
     assert normalize_text(normalize_text(text)) == normalize_text(text)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("said", "right", "expected"),
     [
         ("red blue", "red blue", 1),
@@ -111,7 +111,7 @@ def test_token_f1_is_the_harmonic_mean_of_precision_and_recall_over_words(said, 
     assert token_f1(said, right) == pytest.approx(expected)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("said", "right", "expected"),
     [
         ("a b c d", "a b c d", 1),
@@ -143,7 +143,7 @@ def test_rouge_l_of_ascii_is_that_of_the_rouge_score_package(a, b):
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("said", "right", "expected"),
     [
         ("反对", "反对", 1),
@@ -164,7 +164,7 @@ def test_rouge_l_counts_words_of_any_script(said, right, expected):
     assert rouge_l(said, right) == pytest.approx(expected)
 
 
-@pytest.score_answer.parametrize("metric", REFERENCE_METRICS)
+@pytest.mark.parametrize("metric", REFERENCE_METRICS)
 def test_every_metric_is_between_0_and_1_at_its_ends(metric):
     assert REFERENCE_METRICS[metric]("red blue", "red blue") == 1
     assert (
@@ -196,7 +196,7 @@ def test_by_default_an_answer_may_be_as_long_as_the_longest_reference_and_its_en
     assert score_task(taught, test, 8)[0] == 1
 
 
-@pytest.score_answer.parametrize("template", ["plain", "human_assistant"])
+@pytest.mark.parametrize("template", ["plain", "human_assistant"])
 def test_the_room_is_counted_as_the_template_writes_the_answer(template):
     tokenizer = train_byte_bpe(
         [" uncommon"] * 9, size=300
@@ -223,8 +223,8 @@ def test_of_several_accepted_answers_the_best_counts(taught):
     assert score_task(taught, ready(taught, rows, seq2seq=taught.layout.seq2seq), 8)[0] == 1
 
 
-@pytest.score_answer.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "t5"])
-@pytest.score_answer.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "opt", "t5"])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_answers_in_batches_are_those_of_plain_greedy_decoding(kind, batch_size):
     net = make_text_model(kind, dtype=torch.float64)
     with torch.no_grad():  # large weights: varied answers, some of which end early
@@ -300,7 +300,7 @@ def test_a_conversation_is_scored_on_its_last_turn():
 LABELS = ("very bad", "very sad", "very odd", "most odd", "most bad")
 
 
-@pytest.score_answer.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
     net = make_text_model(kind, dtype=torch.float64)
     with torch.no_grad():
@@ -342,8 +342,8 @@ def test_an_unknown_way_to_answer_names_the_nearest():
 # Perplexity
 
 
-@pytest.score_answer.parametrize("weight", [0.0, 1.0])
-@pytest.score_answer.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_perplexity_is_that_of_the_reference_whatever_is_trained_on(kind, weight):
     net = make_text_model(kind)
     test = ready(net, metric="perplexity", seq2seq=kind == "t5")
@@ -390,7 +390,7 @@ def test_a_prompt_longer_than_the_context_is_refused_by_file_and_line():
         prepare_eval_set(Task("t", (), (), tuple(rows)), encoder, "test", 0)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("more", "whence"),
     [({}, "the longest of its test references"), ({"max_new_tokens": 120}, "score.max_new_tokens")],
 )

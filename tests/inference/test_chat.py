@@ -48,7 +48,7 @@ def test_a_prompt_from_a_pipe_is_answered(say, done):
     assert len(out) == 3
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("stage", "number"), [("base", 0), ("1", 1), ("last", 2), ("first", 1)]
 )
 def test_a_tasks_instruction_stands_before_what_is_typed_and_each_stage_answers_as_it_did(
@@ -99,7 +99,7 @@ def test_tasks_and_stages_tell_what_they_scored(say, done):
     ]
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("line", "expected"),
     [
         ("/stag 1", "unknown command '/stag'; did you mean '/stage'"),
@@ -128,10 +128,10 @@ def test_quit_ends_it(say, done):
     assert len(say(done, "/quit", "/stages")) == 2
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
-@pytest.score_answer.parametrize("strategy", ["per_task", "router", "gain_lora"])
+@pytest.mark.parametrize("strategy", ["per_task", "router", "gain_lora"])
 def test_a_strategy_that_chooses_weights_chooses_them_here_too(say, run_keys, tmp_path, strategy):
     rank = ("strategy.gain_lora.rank=2",) if strategy == "gain_lora" else ()
     run_in_process(tmp_path, run_keys, *SHORT, f"strategy={strategy}", *rank, "model.adapter=lora")

@@ -32,10 +32,10 @@ from tests.support.models import (
 )
 
 pytestmark = [  # both of peft's own
-    pytest.score_answer.filterwarnings(
+    pytest.mark.filterwarnings(
         "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
     ),
-    pytest.score_answer.filterwarnings(
+    pytest.mark.filterwarnings(
         "ignore:Position ids are not supported for parameter efficient tuning"
     ),
 ]
@@ -111,7 +111,7 @@ LORA = ("model.adapter=lora",)
 VIRTUAL = ("model.adapter=prompt_tuning", "train.lr=0.3")
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("more", "stage", "options"),
     [
         ((), "last", {}),
@@ -233,7 +233,7 @@ def test_the_hubs_own_reader_takes_the_card(made, tmp_path):
     assert [r.metric_type for r in data.eval_results] == ["exact_match"] * 2
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("licences", "expected"),
     [
         (["CC BY-SA 3.0 (databricks-dolly-15k)"] * 2, "cc-by-sa-3.0"),
@@ -278,7 +278,7 @@ TOKENIZERS = [
 ]
 
 
-@pytest.score_answer.parametrize("seq2seq", [False, True])
+@pytest.mark.parametrize("seq2seq", [False, True])
 def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_stands_there_once(
     seq2seq,
 ):
@@ -298,8 +298,8 @@ def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_s
     assert told.count(tokenizer.bos_token_id) == 1
 
 
-@pytest.score_answer.parametrize("seq2seq", [False, True])
-@pytest.score_answer.parametrize("more", [{}, {"enable_thinking": False}], ids=str)
+@pytest.mark.parametrize("seq2seq", [False, True])
+@pytest.mark.parametrize("more", [{}, {"enable_thinking": False}], ids=str)
 def test_a_chat_template_is_saved_so_that_it_asks_with_all_that_it_writes_before_any_answer(
     seq2seq, more
 ):
@@ -350,7 +350,7 @@ def test_a_folder_that_is_there_is_left_alone(cli_error, made, tmp_path):
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("more", "words", "expected"),
     [
         ((), ["stage=frist"], "unknown stage 'frist'; did you mean 'first'"),
@@ -416,7 +416,7 @@ def test_a_full_disk_leaves_nothing_behind(cli_error, made, tmp_path, monkeypatc
     assert list((tmp_path / "new").iterdir()) == []
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
         (

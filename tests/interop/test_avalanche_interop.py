@@ -29,10 +29,10 @@ from tests.support import toy
 from tests.support.models import TASKS, make_text_model
 
 pytest.importorskip("avalanche", reason="the extra avalanche-lib")
-pytestmark = pytest.score_answer.filterwarnings("ignore:No loggers specified")
+pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
 
-@pytest.score_answer.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
 def test_examples_are_what_their_tensors_hold(causal):
     rows = toy.make_examples(2, 5)
     x, y, t = to_tensors(rows, causal, min_width=20)
@@ -46,7 +46,7 @@ def test_examples_are_what_their_tensors_hold(causal):
     assert t.tolist() == [2] * 5
 
 
-@pytest.score_answer.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_model_as_avalanche_sees_it_has_our_logits_and_our_loss(kind):
     made = make_text_model(kind)
     rows = [
@@ -102,7 +102,7 @@ def test_a_step_of_avalanche_s_naive_is_a_step_down_our_gradient(ready):
     assert toy.all_close(snapshot(made), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("kind", "settings"),
     [
         ("Replay", {"mem_size": 6}),

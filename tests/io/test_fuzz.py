@@ -84,13 +84,13 @@ def check(name, folder, raw):
         raise AssertionError(f"{raw!r} of {name} gave {error!r}") from error
 
 
-@pytest.score_answer.parametrize("name", READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_a_sound_file_is_read_and_not_refused(name, tmp_path):
     reader, raw = READERS[name]
     reader(tmp_path, raw)
 
 
-@pytest.score_answer.parametrize("name", READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_any_bytes_at_all(name, tmp_path):
     @ANY
     @given(st.binary(max_size=200) | st.text().map(lambda t: t.encode("utf-8", "surrogatepass")))
@@ -100,7 +100,7 @@ def test_any_bytes_at_all(name, tmp_path):
     any_bytes()
 
 
-@pytest.score_answer.parametrize("name", READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_a_sound_file_with_a_few_bytes_changed(name, tmp_path):
     @ANY
     @given(spliced(READERS[name][1]))
@@ -110,7 +110,7 @@ def test_a_sound_file_with_a_few_bytes_changed(name, tmp_path):
     changed_bytes()
 
 
-@pytest.score_answer.parametrize("name", [n for n in READERS if n not in ("config", "tensors")])
+@pytest.mark.parametrize("name", [n for n in READERS if n not in ("config", "tensors")])
 def test_a_sound_file_with_other_values(name, tmp_path):
     @ANY
     @given(structured(READERS[name][1]))
@@ -140,8 +140,8 @@ FLOODS = {
 }
 
 
-@pytest.score_answer.slow
-@pytest.score_answer.parametrize("name", READERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
 def test_no_flood_fills_the_memory(name, tmp_path):
     for whole in FLOODS.values():
         flood = whole[:9_000] if name == "config" else whole  # a reader of YAML takes its time

@@ -70,7 +70,7 @@ CALLS = {
 }
 
 
-@pytest.score_answer.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}.{p.stem}")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_no_module_can_turn_a_file_into_code(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         named = (
@@ -160,7 +160,7 @@ def nothing_unpickled(monkeypatch):
     assert told == []
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_a_resume_an_adaptation_and_a_report_unpickle_nothing_and_start_no_process(
@@ -229,7 +229,7 @@ def test_the_model_and_data_keys_of_a_run_are_taken_over(theirs):
     assert (config.model.name, config.data.max_length) == ("x", 9)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "target",
     [
         "os.system",
@@ -264,7 +264,7 @@ def test_the_stream_that_a_model_was_made_for_is_of_the_registry_too(theirs):
         theirs(stream={"_target_": "os.system"})
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "change",
     [
         {"model": {"adapters": {"lora": {"_target_": "os.system"}}}},
@@ -297,7 +297,7 @@ def test_a_models_own_code_is_not_run_because_a_run_folder_asks_for_it(theirs):
         theirs(model={"trust_remote_code": True})
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "text",
     [
         "a: ${oc.env:HOME}",
@@ -345,7 +345,7 @@ def test_a_link_in_a_stream_folder_may_lead_to_another_place_in_it_only(
     assert code == 0, err
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "name", [".lock", "events.jsonl", "matrix.json", "predictions", "checkpoints/stage-01", "x/y"]
 )
 def test_a_run_folder_with_a_link_that_leads_out_is_neither_read_nor_written(
@@ -380,7 +380,7 @@ def test_links_that_go_in_a_circle_are_refused(run_cli, tmp_path):
     assert (code, "is a link to" in err) == (2, True)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "task", ["../../x", "/etc/passwd", "..", ".", "a/../../b", "a\\b", "~", "x\n", "C:", "é" * 20]
 )
 def test_a_task_of_any_name_has_its_predictions_in_the_folder(task, tmp_path):
@@ -521,7 +521,7 @@ KNOWN = {
 }
 
 
-@pytest.score_answer.parametrize("kind", ["run", "comparison", "adapt"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "adapt"])
 def test_no_text_becomes_a_tag_or_an_attribute(pages, kind):
     page = pages[kind].read_text("utf-8")
     found = Tags(page).tags
@@ -549,13 +549,13 @@ BROWSER = (
 )
 
 
-@pytest.score_answer.skipif(BROWSER is None, reason="no chromium on PATH")
-@pytest.score_answer.parametrize("kind", ["run", "comparison", "adapt"])
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
+@pytest.mark.parametrize("kind", ["run", "comparison", "adapt"])
 def test_no_text_runs_in_a_browser(pages, kind, tmp_path):
     assert dump(pages[kind], tmp_path).count("<title>owned") == 0
 
 
-@pytest.score_answer.skipif(BROWSER is None, reason="no chromium on PATH")
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
 def test_a_script_that_is_not_escaped_would_be_seen_to_run(tmp_path):
     (tmp_path / "page.html").write_text(f"<title>x</title>{EVIL}")
     assert "<title>owned" in dump(tmp_path / "page.html", tmp_path)
@@ -595,7 +595,7 @@ def test_a_terminal_is_told_nothing_that_it_obeys(run_cli, tmp_path):
         assert not re.search(r"[\x07\x1b\x9b]\[?(2J|\]0)", shown + err)
 
 
-@pytest.score_answer.parametrize("scored", [True, False])
+@pytest.mark.parametrize("scored", [True, False])
 def test_why_a_run_failed_and_the_command_that_finishes_it_are_text_whatever_they_hold(
     run_cli, tmp_path, scored
 ):

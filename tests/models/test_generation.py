@@ -59,8 +59,8 @@ def cut(ids: list[int]) -> list[int]:
     return ids[: ids.index(END) + 1] if END in ids else ids
 
 
-@pytest.score_answer.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.score_answer.parametrize("kind", READ)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", READ)
 def test_every_architecture_answers_as_generate_does(kind, dtype):
     net = made(READ[kind], dtype)
     padded = replace(net, layout=replace(net.layout, packed=False))
@@ -69,7 +69,7 @@ def test_every_architecture_answers_as_generate_does(kind, dtype):
     assert len({tuple(a) for a in alone}) > 5
 
 
-@pytest.score_answer.parametrize("kind", OWN_RULES)
+@pytest.mark.parametrize("kind", OWN_RULES)
 def test_a_network_that_attends_by_a_rule_of_its_own_answers_as_generate_does_and_has_its_own_loss(
     kind,
 ):
@@ -172,8 +172,8 @@ LABELS = [
 ]  # some begin with others, one is twice
 
 
-@pytest.score_answer.parametrize("batch_size", [3, 128])
-@pytest.score_answer.parametrize("kind", READ)
+@pytest.mark.parametrize("batch_size", [3, 128])
+@pytest.mark.parametrize("kind", READ)
 def test_labels_read_as_a_tree_have_the_likelihoods_that_each_has_alone(kind, batch_size):
     net = made(READ[kind], torch.float64)
     padded = replace(net, layout=replace(net.layout, packed=False))

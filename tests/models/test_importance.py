@@ -78,7 +78,7 @@ def test_the_gradient_is_summed_over_an_example_s_tokens_before_it_is_squared():
     assert torch.allclose(bias_fisher(biased(P), answers(*responses)), expected)
 
 
-@pytest.score_answer.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3])
 def test_the_sampled_fisher_is_the_variance_of_the_model_s_own_labels(tokens):
     """E (n_k - T p_k)^2 = T p_k (1 - p_k) for T tokens drawn from p, whatever the data says."""
     drawn = bias_fisher(
@@ -99,7 +99,7 @@ def test_sampled_labels_follow_their_generator():
     assert not torch.equal(drawn(1), drawn(2))
 
 
-@pytest.score_answer.parametrize("weight", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
 def test_only_response_tokens_count_whatever_the_instruction_weighs_in_the_loss(weight):
     made = biased(P)
     dual = replace(made, layout=replace(made.layout, instruction_weight=weight))
@@ -149,7 +149,7 @@ def test_it_is_no_squared_mean_gradient():
     )
 
 
-@pytest.score_answer.parametrize("tokens", [1, 14])
+@pytest.mark.parametrize("tokens", [1, 14])
 def test_it_does_not_depend_on_how_batches_are_laid_out(tokens):
     made, examples = toy.make_model(torch.float64), toy.make_examples(0)
     cut = fisher(toy.limit_micro_batch(made, tokens), examples)
@@ -253,8 +253,8 @@ def not_so(*_):
     raise AssertionError("not in this way")
 
 
-@pytest.score_answer.parametrize("labels", LABELS)
-@pytest.score_answer.parametrize("kind", TOGETHER)
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("kind", TOGETHER)
 def test_examples_together_give_what_a_loop_gives(kind, labels, monkeypatch):
     made = TOGETHER[kind]()
     expected = fisher_per_example(made, repeating(), labels, torch.Generator().manual_seed(0))
@@ -264,8 +264,8 @@ def test_examples_together_give_what_a_loop_gives(kind, labels, monkeypatch):
     assert toy.all_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
-@pytest.score_answer.parametrize("labels", LABELS)
-@pytest.score_answer.parametrize("kind", APART)
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("kind", APART)
 def test_models_whose_weights_mix_examples_run_one_at_a_time(kind, labels):
     made = APART[kind]()
     with pytest.raises(importance._Entangled):
@@ -284,7 +284,7 @@ def test_how_many_gradients_are_held_at_a_time_changes_nothing(monkeypatch):
     assert toy.all_close(fisher(made, examples), whole, rtol=1e-9, atol=1e-14)
 
 
-@pytest.score_answer.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_the_network_is_left_as_it_was(kind):
     made = of(kind)
     before = toy.copy_parameters(made)
@@ -294,7 +294,7 @@ def test_the_network_is_left_as_it_was(kind):
     assert toy.bitwise_equal(toy.copy_parameters(made), before)
 
 
-@pytest.score_answer.parametrize("how", ["autocast", "weights"])
+@pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_in_bfloat16_it_is_the_loop_s_to_its_rounding(how):
     made = toy.make_model()
     made = replace(made, bf16=True) if how == "autocast" else replace(made, net=made.net.bfloat16())
@@ -324,7 +324,7 @@ class LastToken(torch.nn.Module):
         return self.net(input_ids=ids).logits[:, -1]
 
 
-@pytest.score_answer.filterwarnings("ignore")  # of Avalanche's own imports
+@pytest.mark.filterwarnings("ignore")  # of Avalanche's own imports
 def test_it_equals_avalanche_s_importances_at_batch_size_one():
     pytest.importorskip("avalanche")
     from avalanche.training.plugins import EWCPlugin

@@ -39,8 +39,8 @@ def folders(tmp_path_factory):
     return {kind: write_model(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
-@pytest.score_answer.parametrize("adapter", ["none", "lora"])
-@pytest.score_answer.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_local_folder_runs_two_stages(folders, kind, adapter, run_keys, tmp_path):
     matrix, _ = run_in_process(
         tmp_path,
@@ -59,7 +59,7 @@ def test_a_local_folder_runs_two_stages(folders, kind, adapter, run_keys, tmp_pa
     )
 
 
-@pytest.score_answer.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
     base, lora = make_text_model(kind), make_text_model(kind, adapter="lora", adapters=LORA)
     encoder = Encoder(base.tokenizer, seq2seq=kind == "t5")
@@ -74,7 +74,7 @@ def test_lora_starts_at_the_base_model_and_trains_nothing_but_itself(kind):
     assert nll(lora, lora.batch(task.train)) < nll(base, base.batch(task.train))
 
 
-@pytest.score_answer.parametrize("kind", ["lora", "ia3", "loha", "lokr", "oft", "prompt_tuning"])
+@pytest.mark.parametrize("kind", ["lora", "ia3", "loha", "lokr", "oft", "prompt_tuning"])
 def test_every_configured_adapter_trains(kind, run_keys, tmp_path):
     matrix, _ = run_in_process(
         tmp_path, run_keys, "stream.tasks=[first]", f"model.adapter={kind}", "train.epochs=1"
@@ -196,7 +196,7 @@ def test_an_unknown_adapter_names_the_nearest(folders):
         make_text_model(adapter="lra", adapters=LORA)
 
 
-@pytest.score_answer.parametrize("kind", ["prefix_tuning", "p_tuning"])
+@pytest.mark.parametrize("kind", ["prefix_tuning", "p_tuning"])
 def test_adapters_that_add_more_than_embeddings_of_virtual_tokens_are_refused(kind):
     with pytest.raises(
         ConfigError, match=f"model.adapter={kind} cannot be used: .*more than embeddings of virtual"
@@ -204,7 +204,7 @@ def test_adapters_that_add_more_than_embeddings_of_virtual_tokens_are_refused(ki
         make_text_model(adapter=kind, adapters={kind: {"num_virtual_tokens": 4}})
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "settings", [{"rank": 8}, {"target_modules": ["nothing"]}, {"r": 0}]
 )
 def test_wrong_settings_of_an_adapter_are_told(settings):

@@ -11,12 +11,12 @@ from continual.models.weights import gradient, weights
 from tests.support.models import make_encoded, write_model
 
 ADAPTERS = {"lora": {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}}
-needed = pytest.score_answer.skipif(
+needed = pytest.mark.skipif(
     not find_spec("bitsandbytes") or not find_spec("accelerate"), reason="needs the extra quantize"
 )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("model.quantize=8bit",), "unknown model.quantize '8bit'"),

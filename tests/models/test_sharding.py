@@ -64,7 +64,7 @@ def cut(out: Path, stage: int) -> Path:
     return out
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "i",
     range(len(sharded_runs.SHARDED_CASES)),
     ids=[" ".join(entry) + " lora" * lora for entry, lora in sharded_runs.SHARDED_CASES],
@@ -175,7 +175,7 @@ def test_a_strategy_that_works_on_whole_weights_is_refused_before_anything_is_bu
         )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("train.shard=maybe",), "train.shard=maybe: expected true or false"),

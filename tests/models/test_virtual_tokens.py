@@ -61,7 +61,7 @@ def left_by(made, loss):
     return gradient(made)
 
 
-@pytest.score_answer.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_pefts_prompt_tuning(kind):
     made = prompted(kind)
     assert set(weights(made)) == {"prompt_encoder.default.embedding.weight"}
@@ -70,7 +70,7 @@ def test_loss_and_gradient_are_those_of_pefts_prompt_tuning(kind):
     assert toy.all_close(left_by(made, ours), left_by(made, theirs), rtol=1e-4, atol=1e-6)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "layout",
     [
         {"packed": False},
@@ -104,7 +104,7 @@ def test_with_a_dual_objective_every_real_token_is_predicted_and_no_virtual_one(
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("kind", "flat"), [*((kind, True) for kind in KINDS[:4]), ("llama", False), ("t5", False)]
 )
 def test_answers_are_those_of_pefts_prompt_tuning(kind, flat):
@@ -159,7 +159,7 @@ def test_fixed_tokens_stand_where_they_are_put_and_do_not_train(lengths, live):
     assert all(f.grad is None for f in fixed)
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
 def test_what_a_run_saves_is_pefts_own_adapter(tmp_path):

@@ -33,7 +33,7 @@ def uncompiled():
     """Without a compiler torch has no gradients of it on a CPU, unless its debugging form is asked
     for.
     """
-    with pytest.MonkeyPatch.context_length() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
         patch.setattr(torch_flex, "_validate_device", lambda query, key, value: None)
         yield
@@ -125,7 +125,7 @@ def test_outputs_and_gradients_are_those_of_the_blocks(row, window, cap, heads, 
         torch.testing.assert_close(one, other, **tolerance)
 
 
-@pytest.score_answer.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_a_networks_losses_and_gradients_are_the_same(kind, monkeypatch, kernels):
     net = make_text_model(kind, dtype=torch.float64)
     stem = list(range(10, 100))
@@ -264,10 +264,10 @@ def test_second_derivatives_are_left_to_the_blocks(kernels):
 # Compiled
 
 
-@pytest.score_answer.slow
-@pytest.score_answer.filterwarnings("ignore")  # the compiler's advice
-@pytest.score_answer.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.score_answer.parametrize(
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's advice
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
     "more", [{}, {"sliding_window": 100, "softcap": 2.0}], ids=["plain", "window and softcap"]
 )
 def test_compiled_it_visits_the_listed_blocks_and_no_other(more, monkeypatch):
@@ -295,16 +295,16 @@ def test_compiled_it_visits_the_listed_blocks_and_no_other(more, monkeypatch):
     attention_flex.make_block_mask.cache_clear()
 
 
-cuda = pytest.score_answer.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.score_answer.gpu
+@pytest.mark.gpu
 @cuda
-@pytest.score_answer.filterwarnings("ignore")  # the compiler's advice
-@pytest.score_answer.parametrize(
+@pytest.mark.filterwarnings("ignore")  # the compiler's advice
+@pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
 )
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "more", [{}, {"sliding_window": 50}, {"softcap": 5.0}], ids=["plain", "window", "softcap"]
 )
 def test_compiled_on_cuda_it_equals_sdpa(dtype, tolerance, more):
@@ -326,9 +326,9 @@ def test_compiled_on_cuda_it_equals_sdpa(dtype, tolerance, more):
             assert (one - other).float().norm() <= tolerance * other.float().norm()
 
 
-@pytest.score_answer.gpu
+@pytest.mark.gpu
 @cuda
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("size", "dtype"), [(8, torch.float32), (64, torch.float64)], ids=["narrow heads", "float64"]
 )
 def test_on_cuda_what_the_kernel_does_not_know_is_left_to_the_blocks(size, dtype):

@@ -55,7 +55,7 @@ def test_it_is_the_networks_own_loss_with_the_prompt_labelled_minus_100():
     torch.testing.assert_close(nll(LLAMA, LLAMA.batch([e])), own.double(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.score_answer.parametrize("weight", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.1, 0.5, 1.0])
 def test_an_instruction_weight_counts_each_prompt_token_by_that_much(weight):
     batch = weighted(LLAMA, weight).batch(some(4, seed=1))
     each = [by_hand(LLAMA, e) for e in batch.examples]
@@ -87,7 +87,7 @@ def test_a_conversations_later_prompts_do_not_count():
     torch.testing.assert_close(token_nll(LLAMA, LLAMA.batch([e])), n[[0, 3]])
 
 
-@pytest.score_answer.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
+@pytest.mark.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
 def test_prompt_tokens_and_padding_never_reach_the_lm_head(net):
     seen = []
     hook = net.net.get_output_embeddings().register_forward_hook(
@@ -109,7 +109,7 @@ def test_the_networks_head_is_as_it_was_after_a_forward_pass():
 # No layout changes it
 
 
-@pytest.score_answer.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
+@pytest.mark.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
 @given(st.integers(1, 7), st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
 def test_padded_together_equals_one_at_a_time(net, n, seed):
@@ -119,8 +119,8 @@ def test_padded_together_equals_one_at_a_time(net, n, seed):
         torch.testing.assert_close(together[batch.example == i], token_nll(net, batch.select([i])))
 
 
-@pytest.score_answer.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
-@pytest.score_answer.parametrize(("tokens", "least"), [(1, 7), (40, 3), (1000, 1)])
+@pytest.mark.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
+@pytest.mark.parametrize(("tokens", "least"), [(1, 7), (40, 3), (1000, 1)])
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(net, tokens, least):
     whole = net.batch(some(7, seed=3))
     parts = replace(whole, layout=replace(net.layout, tokens_per_microbatch=tokens)).micro_batches()
@@ -182,7 +182,7 @@ def hidden(share, how, e, seed=0):
 LONG = make_encoded([LLAMA.tokenizer.eos_token_id, *range(10, 210), *range(10, 210)], [7, 8, 9])
 
 
-@pytest.score_answer.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_about_the_asked_share_of_the_instruction_is_replaced_or_dropped(share):
     replaced, dropped = hidden(share, "replace", LONG), hidden(share, "drop", LONG)
     assert len(replaced.ids) == len(LONG.ids)
@@ -200,7 +200,7 @@ def test_the_response_and_special_tokens_are_never_hidden(share, how, seed):
     assert len(made.ids) == len(made.response_mask)
 
 
-@pytest.score_answer.parametrize("how", ["replace", "drop"])
+@pytest.mark.parametrize("how", ["replace", "drop"])
 def test_the_same_seed_hides_the_same_tokens(how):
     assert hidden(0.5, how, LONG, 3) == hidden(0.5, how, LONG, 3) != hidden(0.5, how, LONG, 4)
 
@@ -217,7 +217,7 @@ def test_replacements_are_tokens_of_the_model_and_none_is_special():
     assert not set(made.ids) & set(LLAMA.tokenizer.all_special_ids)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (

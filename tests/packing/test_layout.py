@@ -68,7 +68,7 @@ def losses(net: Model, examples) -> torch.Tensor:
 # The same numbers
 
 
-@pytest.score_answer.parametrize("kind", READ)
+@pytest.mark.parametrize("kind", READ)
 def test_every_architecture_that_reads_flat_rows_gives_the_padded_losses_and_gradients(kind):
     net = made(READ[kind])
     found = []
@@ -86,7 +86,7 @@ def test_every_architecture_that_reads_flat_rows_gives_the_padded_losses_and_gra
             torch.testing.assert_close(g, found[2][1][name], rtol=1e-4, atol=1e-7, msg=name)
 
 
-@pytest.score_answer.parametrize("kind", [kind for kind in READ if kind not in ("gpt2", "olmo2")])
+@pytest.mark.parametrize("kind", [kind for kind in READ if kind not in ("gpt2", "olmo2")])
 def test_of_the_last_layer_only_keys_and_values_are_computed_everywhere(kind):
     net, seen = made(READ[kind]), []
     examples = two_instructions()
@@ -98,13 +98,13 @@ def test_of_the_last_layer_only_keys_and_values_are_computed_everywhere(kind):
     assert seen == [(1, sum(sum(e.response_mask) for e in examples), 32)]
 
 
-@pytest.score_answer.parametrize("kind", ["gpt2", "olmo2"])
+@pytest.mark.parametrize("kind", ["gpt2", "olmo2"])
 def test_a_network_that_is_built_otherwise_computes_its_last_layer_whole(kind):
     assert made(READ[kind]).last_layer is None
 
 
-@pytest.score_answer.parametrize("kind", ["gpt2", "opt"])
-@pytest.score_answer.parametrize("weight", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_in_float64_without_such_norms_they_agree_to_rounding(kind, weight):
     net = made(READ[kind])
     net.layout = replace(net.layout, instruction_weight=weight)
@@ -117,7 +117,7 @@ def test_in_float64_without_such_norms_they_agree_to_rounding(kind, weight):
         torch.testing.assert_close(g, found[1][name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "network",
     [
         lambda: tf.BloomForCausalLM(
@@ -130,7 +130,7 @@ def test_in_float64_without_such_norms_they_agree_to_rounding(kind, weight):
     ],
     ids=["alibi", "state space", *OWN_RULES],
 )
-@pytest.score_answer.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")
 def test_networks_that_cannot_read_a_flat_row_are_found_out(network):
     assert detect_packing_support(network()) == (False, None)
 

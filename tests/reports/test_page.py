@@ -18,7 +18,7 @@ from tests.support.fake_run import SKILLS, write_fake_adaptation, write_fake_run
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-pytestmark = pytest.score_answer.skipif(BROWSER is None, reason="no chromium on PATH")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
 
 PATIENCE = 120_000  # ms, on a busy machine
 expect.set_options(timeout=PATIENCE)
@@ -129,7 +129,7 @@ def lines(page, title):
     return set(figure.locator("svg .mark-text.role-mark text").all_text_contents())
 
 
-@pytest.score_answer.parametrize("kind", ["run", "comparison", "all"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "all"])
 def test_every_chart_is_drawn_and_says_what_it_is(show, kind):
     page = drawn(show(kind))
     figures = page.locator("figure.chart")
@@ -288,7 +288,7 @@ def test_the_page_follows_the_dark_scheme_and_prints_light_without_its_tools(sho
     assert page.locator("#tools").is_hidden()
 
 
-@pytest.score_answer.parametrize("kind", ["run", "comparison"])
+@pytest.mark.parametrize("kind", ["run", "comparison"])
 def test_a_narrow_page_scrolls_only_within_its_parts(show, kind):
     page = show(kind)
     page.set_viewport_size({"width": 400, "height": 800})

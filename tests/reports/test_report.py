@@ -89,7 +89,7 @@ def test_every_task_has_a_ring_at_its_own_stage(run):
         assert own["rings"] == [[i, matrix.own(task)]]
 
 
-@pytest.score_answer.parametrize("which", ["run", "comparison"])
+@pytest.mark.parametrize("which", ["run", "comparison"])
 def test_a_page_loads_nothing_from_anywhere(which, request):
     folder = request.getfixturevalue(which)
     html = (folder / "report.html").read_text(encoding="utf-8")
@@ -214,7 +214,7 @@ def test_scores_within_a_stage_stand_at_their_step_of_all(tmp_path):
     ]
 
 
-@pytest.score_answer.parametrize("strategy", ["naive", "ewc", "replay"])
+@pytest.mark.parametrize("strategy", ["naive", "ewc", "replay"])
 def test_forgetting_so_far_ends_in_the_published_forgetting(strategy):
     matrix = make_fake_matrix(strategy)
     assert forgotten(matrix)[0] is None
@@ -311,7 +311,7 @@ def test_runs_of_one_strategy_with_other_settings_are_other_groups(tmp_path):
     }
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("strengths", "labels"),
     [
         ((0.2588170214937917, 0.07270932527768392), {"ewc strength=0.259", "ewc strength=0.0727"}),
@@ -393,7 +393,7 @@ def test_runs_and_adaptations_share_a_page(tmp_path):
     assert "adapting to rotate" in told
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, "no run in it .it is empty."),
@@ -425,7 +425,7 @@ def test_a_broken_curve_or_prediction_is_named(tmp_path):
         write.write(folder)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("told", "shown"),
     [
         (figures.percent(0.4567), "45.7"),

@@ -87,7 +87,7 @@ def test_an_empty_cell_is_what_was_not_measured(scores):
     assert told.run.matrix.scores == ((0.9, None), (0.5, 0.8))
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "text",
     [
         PERCENT,
@@ -208,7 +208,7 @@ LINES = {
 }
 
 
-@pytest.score_answer.parametrize("what", LINES)
+@pytest.mark.parametrize("what", LINES)
 def test_a_bad_csv_is_refused_with_its_file_and_line(cli_error, scores, what):
     text, message = LINES[what]
     told = cli_error("verify", scores(text))

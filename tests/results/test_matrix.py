@@ -68,7 +68,7 @@ def test_intransigence_refuses_a_reference_over_other_tasks():
         intransigence(THREE, other)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("name", "scores"),
     [
         ("olora_order1_seqft", SEQFT),
@@ -87,7 +87,7 @@ def test_figures_of_the_o_lora_logs_are_reproduced(name, scores):
     assert matrix.summary()["forward_transfer"] is None
 
 
-@pytest.score_answer.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KNOWN)
 def test_published_o_lora_matrices_have_their_known_values(name):
     told = in_percent(
         published(name),
@@ -99,7 +99,7 @@ def test_published_o_lora_matrices_have_their_known_values(name):
     assert told == KNOWN[name]
 
 
-@pytest.score_answer.parametrize("method", CITB)
+@pytest.mark.parametrize("method", CITB)
 def test_published_citb_matrices_have_their_known_mean_and_spread(method):
     if not PUBLISHED.is_dir():
         pytest.skip("the published matrices (../shared/data/published) are not on this machine")
@@ -193,7 +193,7 @@ def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"schema": 2}, "schema 2; this version reads schema 1"),

@@ -128,7 +128,7 @@ def test_a_real_run_s_tables_hold_what_it_did(run_keys, tmp_path):
     )
 
 
-@pytest.score_answer.parametrize("what", tables.TABLES)
+@pytest.mark.parametrize("what", tables.TABLES)
 def test_every_table_has_the_columns_that_the_documentation_lists(what, comparison):
     sections = re.split(r"^## ", (ROOT / "docs" / "data.md").read_text("utf-8"), flags=re.MULTILINE)
     told = [
@@ -199,7 +199,7 @@ def test_what_there_is_no_table_of_is_refused(comparison, tmp_path):
         continual.load_runs(write_fake_adaptation(tmp_path / "adapt"))
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("what", "file", "old", "new"),
     [
         ("cells", "matrix.json", '"seed": 0', f'"seed": {2**70}'),

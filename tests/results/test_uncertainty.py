@@ -101,7 +101,7 @@ def test_over_runs_of_four_takes_the_tables_t_of_three_degrees_of_freedom():
     assert (told.high - told.low) / 2 == pytest.approx(3.182446 * 0.12909944 / 2)
 
 
-@pytest.score_answer.parametrize("values", [[], [0.5], [0.5, None]])
+@pytest.mark.parametrize("values", [[], [0.5], [0.5, None]])
 def test_over_runs_there_is_none_of_fewer_than_two_or_with_one_missing(values):
     assert over_runs(values) is None
 

@@ -140,7 +140,7 @@ def test_no_counts_leave_the_pooled_average_out():
     assert forms(replace(THREE, counts=(0, 0, 0)))["average_performance_pooled"] is None
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("name", "stated"),
     [
         ("olora_long_seqlora", 32.4297),

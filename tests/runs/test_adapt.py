@@ -88,7 +88,7 @@ def test_checkpoint_starts_from_a_run(run_cli, run_keys, tmp_path):
     assert Curve.read(tmp_path / "new").start == str(tmp_path / "run/checkpoints/stage-01")
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:Setting .save_embedding_layers. to .True.:UserWarning"
 )  # peft's own
 def test_it_starts_from_the_runs_network_whatever_its_own_seed(run_keys, tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(run_keys
     assert rates.std() > 0
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (("checkpoint=base",), "the base has none"),
@@ -311,7 +311,7 @@ def test_more_shots_than_examples_are_all_of_them_once(run_keys, tmp_path, learn
     assert [len(chosen) for chosen in learned] == [12]
 
 
-@pytest.score_answer.parametrize("value", ["0", "two", "1.5"])
+@pytest.mark.parametrize("value", ["0", "two", "1.5"])
 def test_draws_that_cannot_be_are_refused(cli_error, run_keys, tmp_path, value):
     told = cli_error("adapt", *run_keys, "task=loud", f"adapt.draws={value}", f"out={tmp_path}")
     assert f"adapt.draws={value}: expected a whole number of at least 1" in told
@@ -401,7 +401,7 @@ def test_a_curve_without_draws_is_read_as_one_draw(tmp_path):
     assert [(step, score, score) for step, score in curve.of(64)] == curve.band(64)
 
 
-@pytest.score_answer.parametrize("draw", ['"first"', "-1", "1e999", "[]"])
+@pytest.mark.parametrize("draw", ['"first"', "-1", "1e999", "[]"])
 def test_a_draw_that_is_none_is_refused(tmp_path, draw):
     write_fake_adaptation(tmp_path / "a")
     point = f'{{"shots": 1, "step": 0, "score": 1, "draw": {draw}}}'

@@ -33,7 +33,7 @@ def installed(launcher: str) -> bool:
 
 
 def needs(launcher: str):
-    return pytest.score_answer.skipif(
+    return pytest.mark.skipif(
         not installed(launcher),
         reason=f"hydra-{LAUNCHER_PACKAGES[launcher]}-launcher is not installed",
     )
@@ -100,7 +100,7 @@ def test_a_setting_of_one_strategy_is_for_the_runs_that_have_it(run_cli, run_key
     }
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (
@@ -146,7 +146,7 @@ def test_submitits_local_executor_does_the_runs(run_cli, run_keys, tmp_path):
     assert names(tmp_path / "it") == {"seed=0_strategy=naive"}
 
 
-@pytest.score_answer.parametrize("launcher", ["slurm", "ray_cluster"])
+@pytest.mark.parametrize("launcher", ["slurm", "ray_cluster"])
 def test_the_configurations_of_clusters_compose(launcher):
     if not installed(launcher):
         pytest.skip(f"hydra-{LAUNCHER_PACKAGES[launcher]}-launcher is not installed")
@@ -163,7 +163,7 @@ def test_the_configurations_of_clusters_compose(launcher):
         assert config.ray.remote.num_cpus > 0
 
 
-@pytest.score_answer.parametrize("launcher", sorted(LAUNCHER_PACKAGES))
+@pytest.mark.parametrize("launcher", sorted(LAUNCHER_PACKAGES))
 def test_a_launcher_that_is_not_installed_is_named(cli_error, monkeypatch, launcher):
     monkeypatch.setattr("continual.runs.compare.find_spec", lambda _: None)
     told = cli_error("compare", f"hydra/launcher={launcher}")
@@ -315,7 +315,7 @@ def test_commands_that_later_ones_contain_are_forgotten(tmp_path):
     assert "seed=1: not begun" in told
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "text",
     [
         "",
@@ -362,7 +362,7 @@ def test_processes_that_need_the_same_scratch_model_build_it_once(tmp_path):
     assert (kept[0] / "model.safetensors").is_file()
 
 
-@pytest.score_answer.parametrize("name", ["cells.json", "it/audit.json"])
+@pytest.mark.parametrize("name", ["cells.json", "it/audit.json"])
 def test_a_file_that_is_nested_without_end_is_one_clear_error(name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)

@@ -141,7 +141,7 @@ def test_its_seconds_are_of_scoring_not_of_training(looked):
 # Looking changes nothing
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "kind",
     [
         ["strategy=naive"],
@@ -386,7 +386,7 @@ def test_what_stopped_a_run_is_read_with_care(looked, run_keys, tmp_path):
             run_in_process(out, run_keys, *LOOK, "score.monitor_examples=99")
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("score.every_steps=0",), "score.every_steps=0: expected a whole number of at least 1"),

@@ -67,7 +67,7 @@ def planned(model_folder, *words):
 # Against stages that are run
 
 
-@pytest.score_answer.parametrize(("name", "adapter"), [("naive", "lora"), ("maml", "none")])
+@pytest.mark.parametrize(("name", "adapter"), [("naive", "lora"), ("maml", "none")])
 def test_a_rehearsal_counts_the_flops_that_a_stage_executes(name, adapter):
     told = [s.flops for s in rehearsed(toy.strategy_from_config(name), adapter)]
     assert told == pytest.approx(executed(toy.strategy_from_config(name), adapter), rel=1e-3)
@@ -217,7 +217,7 @@ def test_a_gpu_that_is_too_small_is_said_to_be(model_folder):
     assert "does not fit in 1e-06 GB" in console.export_text()
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         ((), "marking answers"),
@@ -236,7 +236,7 @@ def test_what_is_not_counted_is_said(run_cli, model_folder, words, told):
     assert out.splitlines()[-1] == f"not counted: {told}"
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("word", "told"),
     [
         ("plan.gpus=0", "plan.gpus=0: expected a whole number of at least 1"),
@@ -253,8 +253,8 @@ def test_numbers_that_cannot_work_are_refused(cli_error, model_folder, word, tol
     assert told in cli_error("plan", "model=hf", f"model.name={model_folder}", *GIVEN, word)
 
 
-@pytest.score_answer.slow
-@pytest.score_answer.parametrize("adapter", ["none", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_peak_memory_is_foretold_within_15_percent(adapter):
     from benchmarks.plan import measure
 

@@ -165,7 +165,7 @@ def test_half_a_file_of_a_stage_is_measured_again(done, words, tmp_path):
     assert (out / "probes.json").read_bytes() == (done[0] / "probes.json").read_bytes()
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "strategy",
     [
         ["per_task"],
@@ -225,7 +225,7 @@ def test_the_tables_show_the_probes(run_cli, done):
     assert "wordings spread" in said
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "spoil",
     [
         lambda told: {**told, "schema": 2},
@@ -259,7 +259,7 @@ def test_a_stage_s_figures_that_are_none_are_not_read(tmp_path):
 # Refused
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("given", "told"),
     [
         (["probe=[shot]"], "unknown probe 'shot'; did you mean 'shots'"),

@@ -81,7 +81,7 @@ def spoil(path):
 # After a stage
 
 
-@pytest.score_answer.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_run_continues_after_its_last_trained_stage_to_the_same_end(done, copy, run_keys, stage):
     rewind(copy, stage)
     _, said = run_in_process(copy, run_keys, *BOTH)
@@ -215,7 +215,7 @@ KINDS = {
 }
 
 
-@pytest.score_answer.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_strategy_goes_on_within_a_stage_to_the_same_end(
     kind, run_keys, tmp_path, monkeypatch
 ):
@@ -272,7 +272,7 @@ def leaves(number: int, when: dict, *words: str) -> None:
     subprocesses.run_command(*words)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "when",
     [
         {"event": "step", "stage": 2, "step": 2},
@@ -294,7 +294,7 @@ def test_a_killed_process_given_again_ends_bit_for_bit_as_if_it_had_not_been(
     assert_same(done, out)
 
 
-@pytest.score_answer.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(
     number, code, run_keys, done, tmp_path
 ):
@@ -316,7 +316,7 @@ def test_a_signal_finishes_the_step_keeps_it_and_tells_how_to_go_on(
 # Faults
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "file",
     ["weights.safetensors", "memory.safetensors", "memory.json", "matrix.json", "manifest.json"],
 )
@@ -406,7 +406,7 @@ def test_what_is_kept_before_damaged_steps_is_there_for_the_next_time(
     ]
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("was", "now", "told"),
     [
         (
@@ -456,7 +456,7 @@ def test_a_run_does_not_go_on_with_other_numbers_of_test_rows(
         run_in_process(tmp_path / "out", run_keys)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "lost",
     [["config.yaml"], ["config.yaml", "finished"], ["events.jsonl", "matrix.json", "finished"]],
     ids=["finished", "unfinished", "checkpoints alone"],
@@ -514,7 +514,7 @@ def limited(most: int, *words: str) -> None:
     subprocesses.run_command(*words)
 
 
-@pytest.score_answer.skipif(sys.platform != "linux", reason="file size limits as on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="file size limits as on Linux")
 def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothing_finished_is_lost(
     run_keys, tmp_path
 ):
@@ -529,7 +529,7 @@ def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothin
     assert matrix.finished
 
 
-@pytest.score_answer.skipif(sys.platform != "linux", reason="a folder that nobody may write in")
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder that nobody may write in")
 def test_a_folder_that_cannot_be_written_is_one_clear_error(cli_error, run_keys):
     assert "see that the folder can be written" in cli_error(
         "run", *run_keys, "out=/proc/continual"

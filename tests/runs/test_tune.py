@@ -53,7 +53,7 @@ def test_the_long_leaderboard_is_the_ten_most_used_between_floor_and_ceilings():
     assert len(strategies - FLOOR_AND_CEILING - {"per_task"}) == 10
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("words", "found"),
     [
         (
@@ -131,7 +131,7 @@ def test_every_searched_key_is_one_of_its_strategy_and_holds_the_default_in_its_
                 assert settings[key] in parsed.value().list, (name, key)
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
 )  # the plugin's Optuna uses a name that SQLAlchemy has moved
 def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(

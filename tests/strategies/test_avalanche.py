@@ -225,7 +225,7 @@ for _event in EVENTS:
     setattr(Recorder, _event, _says(_event))
 
 
-@pytest.score_answer.filterwarnings("ignore:No loggers specified")
+@pytest.mark.filterwarnings("ignore:No loggers specified")
 def test_the_callbacks_come_in_the_order_in_which_avalanche_s_own_loop_has_them():
     from avalanche.training.supervised import Naive
 
@@ -257,8 +257,8 @@ def test_the_callbacks_come_in_the_order_in_which_avalanche_s_own_loop_has_them(
     assert len(recorder.said) == 2 * (6 + 2 * 8)
 
 
-@pytest.score_answer.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
-@pytest.score_answer.filterwarnings("ignore:No loggers specified")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:No loggers specified")
 def test_on_a_cpu_avalanche_s_own_si_never_leaves_its_start_and_a_hosted_one_does():
     """Its old weights are the live ones there, so no step has a length; hosted, they are copies."""
     from avalanche.training.supervised import Naive
@@ -301,7 +301,7 @@ def test_what_a_plugin_makes_of_the_loss_is_what_is_differentiated():
     assert toy.all_close(halved, expected, rtol=1e-9)
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
 def test_with_an_adapter_a_plugin_sees_its_parameters_alone_by_the_names_that_checkpoints_have():
@@ -334,7 +334,7 @@ class Curious(core.SupervisedPlugin):
             self.kept = {"model": strategy.model}
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("does", "told"),
     [
         (
@@ -392,7 +392,7 @@ def test_each_of_avalanche_s_plugins_is_hosted_or_refused_with_its_reason():
     assert all(f"`{name}`" in told for name in there - {"SupervisedPlugin"})
 
 
-@pytest.score_answer.parametrize("name", UNSUPPORTED_PLUGINS)
+@pytest.mark.parametrize("name", UNSUPPORTED_PLUGINS)
 def test_one_that_needs_what_we_have_not_is_refused_before_it_is_made(name):
     with pytest.raises(
         ConfigError, match=f"plugin={name} cannot be hosted: .*{UNSUPPORTED_PLUGINS[name][:20]}"
@@ -402,7 +402,7 @@ def test_one_that_needs_what_we_have_not_is_refused_before_it_is_made(name):
         Avalanche(plugin=f"avalanche.training.plugins.{name}")
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("name", "args", "told"),
     [
         ("SIPlugin", {}, "unknown plugin 'SIPlugin'; did you mean 'MIRPlugin'|Known: AGEMPlugin"),

@@ -84,7 +84,7 @@ OFF = {
 }
 
 
-every = pytest.score_answer.parametrize("entry", TABLE, ids=" ".join)
+every = pytest.mark.parametrize("entry", TABLE, ids=" ".join)
 
 
 @cache
@@ -102,13 +102,13 @@ def subject(entry) -> rules.StrategyUnderTest:
     return made
 
 
-@pytest.score_answer.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
 @every
 def test_every_strategy_keeps_every_rule(entry, rule):
     rule(subject(entry))
 
 
-@pytest.score_answer.parametrize("names", [*CONFIGS, "replay,ewc"])
+@pytest.mark.parametrize("names", [*CONFIGS, "replay,ewc"])
 def test_switched_off_it_is_naive_bit_for_bit(names):
     rules.disabled_equals_naive(
         rules.StrategyUnderTest(
@@ -117,7 +117,7 @@ def test_switched_off_it_is_naive_bit_for_bit(names):
     )
 
 
-@pytest.score_answer.parametrize("entry", [sized(name) for name in CONFIGS], ids=" ".join)
+@pytest.mark.parametrize("entry", [sized(name) for name in CONFIGS], ids=" ".join)
 def test_a_stage_that_is_stopped_early_ends_as_if_it_had_ended_with_its_best_epoch(
     entry, monkeypatch
 ):
@@ -143,7 +143,7 @@ def planned(entry):
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "entry", [sized(name) for name in CONFIGS if name not in UNPLANNED], ids=" ".join
 )
 def test_a_plan_can_go_through_its_stages(entry):
@@ -151,8 +151,8 @@ def test_a_plan_can_go_through_its_stages(entry):
     assert second.peak > second.weights > first.strategy == 0
 
 
-@pytest.score_answer.filterwarnings("ignore:Accessing the data pointer")
-@pytest.score_answer.parametrize("entry", [sized(name) for name in UNPLANNED], ids=" ".join)
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("entry", [sized(name) for name in UNPLANNED], ids=" ".join)
 def test_a_strategy_that_cannot_be_planned_says_what_to_do(entry):
     with pytest.raises(ConfigError, match="plan a strategy that stores as much"):
         planned(entry)
@@ -167,7 +167,7 @@ def naive(kind, *sizes):
     return toy.copy_parameters(made)
 
 
-@pytest.score_answer.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
+@pytest.mark.parametrize("entry", [e for e in TABLE if e[0] != "naive"], ids=" ".join)
 def test_switched_on_it_is_not_naive(entry):
     on, strategy = subject(entry).after_one_stage()
     for t in (1, 2, 3):  # a projection waits for tasks that oppose each other

@@ -170,7 +170,7 @@ def test_kept_logits_are_those_without_dropout_and_leave_the_model_as_it_was():
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "wrong",
     [{"capacity": -1}, {"alpha": -0.1}, {"beta": -1}, {"minibatch_size": 0}, {"top_logits": 0}],
 )
@@ -193,7 +193,7 @@ class Bigrams(torch.nn.Module):
         return SimpleNamespace(logits=self.head(self.words(input_ids)))
 
 
-@pytest.score_answer.filterwarnings("ignore")  # Avalanche's own imports
+@pytest.mark.filterwarnings("ignore")  # Avalanche's own imports
 def test_a_step_is_avalanche_s_where_both_terms_have_the_same_examples(monkeypatch):
     avalanche = pytest.importorskip(
         "avalanche.training.supervised.der", reason="the extra avalanche-lib"

@@ -53,7 +53,7 @@ def gradient_of(made, scalar: torch.Tensor) -> dict[str, torch.Tensor]:
     return gradient(made)
 
 
-@pytest.score_answer.parametrize("tasks", [1, 2, 4])
+@pytest.mark.parametrize("tasks", [1, 2, 4])
 def test_ewc_is_the_sum_of_all_tasks_penalties_in_value_and_gradient(tasks):
     strategy = RecordingEWC(strength=50.0, num_examples=4)
     made = trained(strategy, *range(tasks))
@@ -170,7 +170,7 @@ def moved(strategy) -> float:
     return sum((w - start[n]).square().sum().item() for n, w in snapshot(made).items())
 
 
-@pytest.score_answer.parametrize("kind", [L2, EWC, OnlineEWC])
+@pytest.mark.parametrize("kind", [L2, EWC, OnlineEWC])
 def test_a_stronger_pull_stays_nearer(kind):
     scale = 1.0 if kind is L2 else 1e3
     far, nearer, near = (moved(kind(strength=s * scale)) for s in (0, 1, 100))

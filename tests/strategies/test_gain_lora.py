@@ -159,7 +159,7 @@ def test_before_the_first_stage_the_base_answers():
 # Earlier tasks
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "recipe", [RECIPE, replace(RECIPE, optimizer="sgd", lr=0.5)], ids=["adamw", "sgd"]
 )
 def test_with_a_threshold_of_1_nothing_is_said_otherwise_for_a_prompt_of_an_earlier_task(recipe):
@@ -305,7 +305,7 @@ def test_replayed_prompts_have_their_own_gates():
             assert gates[row].item() == pytest.approx(g, abs=1e-12)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("other", "plain"),
     [
         (AGEM(capacity=4), Strategy()),
@@ -359,7 +359,7 @@ def test_a_strategy_that_takes_a_branch_back_is_refused():
         trained(0, 1, strategy=compose(GainLoRA(**EXACT), PerTask()))
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "wrong", [{"hidden_size": 0}, {"threshold": 0.0}, {"threshold": 1.1}]
 )
 def test_a_gate_of_nothing_is_refused(wrong):
@@ -384,7 +384,7 @@ KEYS = (
 )
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(cli_error, run_keys, tmp_path):

@@ -28,7 +28,7 @@ def gradients(seed: int, tasks: int, opposed: bool = True) -> tuple[torch.Tensor
     return g, others - 0.5 * g if opposed else others
 
 
-@pytest.score_answer.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(8))
 def test_it_is_the_nearest_vector_that_opposes_no_other_by_a_general_solver(seed):
     """The primal, eq. 8-9 of Lopez-Paz & Ranzato (2017), which knows nothing of the dual."""
     g, others = gradients(seed, tasks=1 + seed % 5)
@@ -74,7 +74,7 @@ def test_a_gradient_that_opposes_none_is_left_as_it_is_bit_for_bit_whatever_the_
     assert project_gradient(g, others, margin=0.5) is g
 
 
-@pytest.score_answer.parametrize("rows", [[0, 0, 0], [0, 1, 0, 1]])
+@pytest.mark.parametrize("rows", [[0, 0, 0], [0, 1, 0, 1]])
 def test_tasks_that_ask_for_the_same_need_no_other_care(rows):
     g, others = gradients(3, tasks=2)
     assert torch.allclose(
@@ -91,15 +91,15 @@ def test_a_task_that_asks_for_nothing_is_passed_over():
     )
 
 
-@pytest.score_answer.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_left_for_the_stage_to_see(bad):
     g, others = gradients(0, tasks=2)
     others[1, 3] = bad
     assert not project_gradient(g, others).isfinite().all()
 
 
-@pytest.score_answer.parametrize("margin", [0.0, 0.5])
-@pytest.score_answer.parametrize("seed", range(4))
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+@pytest.mark.parametrize("seed", range(4))
 def test_it_is_avalanche_s(seed, margin):
     """Which adds 1e-3 to the diagonal of the programme: hence large gradients."""
     GEMPlugin = pytest.importorskip("avalanche.training.plugins").GEMPlugin
@@ -110,7 +110,7 @@ def test_it_is_avalanche_s(seed, margin):
     assert torch.allclose(project_gradient(g, others, margin), theirs, rtol=1e-4, atol=1e-3)
 
 
-@pytest.score_answer.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(4))
 def test_with_one_other_it_is_avalanche_s_a_gem(seed):
     """Eq. 11 of Chaudhry et al. (2019)."""
     AGEMPlugin = pytest.importorskip("avalanche.training.plugins").AGEMPlugin
@@ -181,7 +181,7 @@ def test_a_gem_holds_the_mean_over_all_it_remembers():
     assert min(products) < 0 < max(products)
 
 
-@pytest.score_answer.parametrize("kind", [GEM, AGEM])
+@pytest.mark.parametrize("kind", [GEM, AGEM])
 def test_steps_of_weights_in_bfloat16_are_projected_as_well(kind):
     made, strategy, _ = remembering(kind, torch.bfloat16)
     others = torch.stack([gradient_of(made, pool).float() for pool in strategy.reference_pools()])
@@ -196,7 +196,7 @@ def test_steps_of_weights_in_bfloat16_are_projected_as_well(kind):
     assert min(after) > -0.005
 
 
-@pytest.score_answer.parametrize(("kind", "sizes"), [(GEM, [3, 3]), (AGEM, [3])])
+@pytest.mark.parametrize(("kind", "sizes"), [(GEM, [3, 3]), (AGEM, [3])])
 def test_a_step_s_sample_is_drawn_anew_of_each_pool(kind, sizes):
     _, strategy, _ = remembering(kind, sample_size=3)
     drawn = [strategy.draw_reference_examples() for _ in range(6)]
@@ -213,7 +213,7 @@ def test_a_sample_larger_than_what_is_remembered_is_all_of_it():
     }
 
 
-@pytest.score_answer.parametrize("kind", [GEM, AGEM])
+@pytest.mark.parametrize("kind", [GEM, AGEM])
 def test_the_first_task_is_learned_as_if_alone(kind):
     made = toy.make_model()
     strategy = kind(capacity=8)
@@ -224,7 +224,7 @@ def test_the_first_task_is_learned_as_if_alone(kind):
     )
 
 
-@pytest.score_answer.parametrize("kind", [GEM, AGEM])
+@pytest.mark.parametrize("kind", [GEM, AGEM])
 def test_a_share_is_replayed_as_well(kind):
     _, strategy, batch = remembering(kind, share=0.5)
     assert len(strategy.add_replay_examples(batch).examples) == 2 * len(batch.examples)

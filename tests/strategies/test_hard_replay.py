@@ -120,7 +120,7 @@ def test_a_ranked_buffer_keeps_the_first_of_each_task_in_equal_parts():
     assert buffer.tasks == {"a": toy.make_examples(0)[:3], "b": toy.make_examples(1)[:2]}
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("wrong", "told"),
     [({"criterion": "lose"}, "did you mean 'loss'"), ({"candidates": 0}, "at least 1")],
 )

@@ -41,7 +41,7 @@ def test_the_distance_is_scipy_s_in_one_and_in_several_dimensions(seed, i, j):
     )
 
 
-@pytest.score_answer.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(5))
 def test_with_equal_weights_it_is_the_best_assignment(seed):
     cost = torch.rand(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     rows, columns = linear_sum_assignment(cost.numpy())

@@ -46,8 +46,8 @@ def pace(g: torch.Tensor, norm: float | None) -> float:
     return 1.0 if norm is None else min(1.0, norm / (g.norm().item() + 1e-6))
 
 
-@pytest.score_answer.parametrize("clip", [None, 0.05])
-@pytest.score_answer.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("second_order", [False, True])
 def test_a_stage_moves_the_rates_and_then_the_weights_as_algorithm_1_does(second_order, clip):
     made, strategy = looking(
         0, 1, inner_steps=5, rates_lr=100 if clip else 5, clip=clip, second_order=second_order

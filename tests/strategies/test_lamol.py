@@ -129,7 +129,7 @@ def test_each_earlier_task_gets_an_equal_part_of_what_is_written(learned):
     )  # 16 new ones, as many written
 
 
-@pytest.score_answer.parametrize("share", [0.25, 1 / 6, 0.5])
+@pytest.mark.parametrize("share", [0.25, 1 / 6, 0.5])
 def test_the_share_of_written_examples_in_a_stage_is_gamma_of_the_new_ones(share, learned):
     made, strategy = learned[0], LAMOL(share=share, lm_weight=0.0)
     strategy.buffer.tasks = {"a": rows(0)}
@@ -198,7 +198,7 @@ def test_sampling_follows_the_model_s_distribution_over_the_likeliest_tokens():
     assert abs(found[1] / n - 5 / 9) < 4 * (5 / 9 * 4 / 9 / n) ** 0.5
 
 
-@pytest.score_answer.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_what_is_sampled_behind_one_prompt_does_not_depend_on_the_others(batch_size):
     made, prompts = (
         toy.make_model(torch.float64),
@@ -230,7 +230,7 @@ def test_an_encoder_decoder_model_is_refused():
         LAMOL().begin(made, task(0))
 
 
-@pytest.score_answer.parametrize("wrong", [{"lm_weight": -1}, {"top_k": 0}])
+@pytest.mark.parametrize("wrong", [{"lm_weight": -1}, {"top_k": 0}])
 def test_numbers_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError, match="LAMOL with"):
         LAMOL(**wrong)

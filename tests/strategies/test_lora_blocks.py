@@ -31,7 +31,7 @@ def block(name: str, w: torch.Tensor, i: int) -> torch.Tensor:
     return w[i * RANK : (i + 1) * RANK] if "lora_A" in name else w[:, i * RANK : (i + 1) * RANK]
 
 
-@pytest.score_answer.parametrize("kind", ["incremental", "olora"])
+@pytest.mark.parametrize("kind", ["incremental", "olora"])
 def test_earlier_and_later_blocks_stay_bit_for_bit_as_they_are(kind):
     strategy = {
         "incremental": IncrementalLoRA(rank=RANK),
@@ -152,7 +152,7 @@ def test_the_penalty_keeps_the_tasks_apart():
     assert overlap[5.0] < 0.9 * overlap[0.0]
 
 
-@pytest.score_answer.parametrize("kind", [IncrementalLoRA, OLoRA, SLAO])
+@pytest.mark.parametrize("kind", [IncrementalLoRA, OLoRA, SLAO])
 def test_without_a_lora_there_is_nothing_to_work_on(kind):
     with pytest.raises(
         ConfigError,
@@ -270,7 +270,7 @@ def alone(power: float):
     return found
 
 
-@pytest.score_answer.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("power", [0.5, 1.0])
 def test_after_each_task_the_lora_is_the_merge_in_closed_form(power):
     made, strategy = toy.make_model(torch.float64, lora_rank=4), SLAO(power=power)
     for i, expected in enumerate(alone(power)):

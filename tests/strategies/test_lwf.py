@@ -45,7 +45,7 @@ def term(made, strategy, batch):
     return strategy.divergence(batch, forward(made, batch))
 
 
-@pytest.score_answer.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 def test_the_term_is_torch_s_kl_div_from_the_teacher_to_the_model(temperature):
     made, strategy, before = taught(temperature=temperature, top_logits=toy.VOCAB_SIZE)
     batch = made.batch(toy.make_examples(0))
@@ -71,7 +71,7 @@ def test_the_divergence_has_its_closed_form_on_two_tokens():
     assert found.item() == pytest.approx(0.130812, abs=1e-6)
 
 
-@pytest.score_answer.parametrize("top", [1, 5, 1024])
+@pytest.mark.parametrize("top", [1, 5, 1024])
 def test_at_the_teacher_itself_the_term_and_its_gradient_are_nothing(top):
     made, strategy = toy.make_model(torch.float64), LwF(top_logits=top)
     strategy.begin(made, toy.make_task(0))
@@ -212,7 +212,7 @@ def test_dynamic_fine_tuning_needs_no_teacher():
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("wrong", "told"),
     [
         ({"teacher": "bases"}, "did you mean 'base'"),

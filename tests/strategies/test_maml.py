@@ -48,7 +48,7 @@ def meta_objective(net, episodes: list[list], steps: int) -> float:
     return total
 
 
-@pytest.score_answer.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_second_order_maml_follows_the_meta_objective(steps):
     """Central differences along random directions, of a meta-objective that knows nothing of our
     code.
@@ -74,7 +74,7 @@ def test_second_order_maml_follows_the_meta_objective(steps):
         assert slope == pytest.approx((ends[0] - ends[1]) / (2 * eps), rel=1e-6)
 
 
-@pytest.score_answer.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_first_order_maml_is_the_gradient_at_the_fast_weights(steps):
     made, chosen = (
         toy.make_model(torch.float64),
@@ -101,7 +101,7 @@ def test_first_and_second_order_differ():
     assert not toy.all_close(first, second, rtol=1e-2, atol=1e-4)
 
 
-@pytest.score_answer.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("second_order", [False, True])
 def test_without_an_inner_learning_rate_it_is_the_query_s_gradient(second_order):
     made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
     got = step(made, MAML(capacity=0, inner_lr=0.0, second_order=second_order), chosen)
@@ -140,7 +140,7 @@ def followed(made, strategy, chosen: list, steps: int) -> dict[str, torch.Tensor
     return snapshot(made)
 
 
-@pytest.score_answer.parametrize("kind", [MAML, Reptile])
+@pytest.mark.parametrize("kind", [MAML, Reptile])
 def test_the_rule_leads_to_the_fast_weights(kind):
     made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
     fast = {n: p.detach() for n, p in walked(made.net, chosen, 3, INNER).named_parameters()}
@@ -187,8 +187,8 @@ def test_frozen_parameters_stay_put_in_the_inner_loop_too():
     )
 
 
-@pytest.score_answer.filterwarnings("ignore")  # of learn2learn's own imports
-@pytest.score_answer.parametrize("first_order", [True, False])
+@pytest.mark.filterwarnings("ignore")  # of learn2learn's own imports
+@pytest.mark.parametrize("first_order", [True, False])
 def test_it_equals_learn2learn_s_maml(first_order):
     algorithms = pytest.importorskip("learn2learn.algorithms")
     made, chosen, steps = toy.make_model(torch.float64), toy.make_examples(0, 6), 2
@@ -203,8 +203,8 @@ def test_it_equals_learn2learn_s_maml(first_order):
     assert toy.all_close(step(made, ours, chosen), expected, rtol=1e-8)
 
 
-@pytest.score_answer.parametrize("kind", [MAML, Reptile])
-@pytest.score_answer.parametrize("buffer_kind", ["balanced", "reservoir"])
+@pytest.mark.parametrize("kind", [MAML, Reptile])
+@pytest.mark.parametrize("buffer_kind", ["balanced", "reservoir"])
 def test_a_step_is_one_episode_of_the_new_task_and_one_of_a_remembered_one(kind, buffer_kind):
     made, strategy = remembering(kind, 0, 1, 2, share=0.5, buffer_kind=buffer_kind)
     old = set()
@@ -232,7 +232,7 @@ def reptile_by_hand(made, episodes: list[list], steps: int) -> dict[str, torch.T
     return total
 
 
-@pytest.score_answer.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("steps", [1, 3, 10])
 def test_reptile_points_to_where_sgd_leads_from_here(steps):
     made, strategy = remembering(Reptile, 0, share=0.5, inner_lr=INNER, inner_steps=steps)
     drawn = deepcopy(strategy).episodes(made.batch(toy.make_examples(1, 4)))
@@ -256,7 +256,7 @@ def test_reptile_gives_the_weights_back_exactly():
     assert {n: id(p) for n, p in weights(made).items()} == live
 
 
-@pytest.score_answer.parametrize("kind", [MAML, Reptile])
+@pytest.mark.parametrize("kind", [MAML, Reptile])
 def test_the_loss_that_is_reported_is_finite_and_near_the_plain_one(kind):
     made, chosen = toy.make_model(), toy.make_examples(0, 6)
     plain = Strategy().backward(made, made.batch(chosen)).item()
@@ -270,7 +270,7 @@ KINDS = {
     "second order": (MAML, {"second_order": True}),
     "reptile": (Reptile, {}),
 }
-every = pytest.score_answer.parametrize(("kind", "keys"), KINDS.values(), ids=KINDS)
+every = pytest.mark.parametrize(("kind", "keys"), KINDS.values(), ids=KINDS)
 
 
 @every

@@ -89,7 +89,7 @@ def drawn(seed: int, n: int) -> list[torch.Tensor]:
 # Where stages begin, and what is tested
 
 
-@pytest.score_answer.parametrize("begin_at", ["merged", "own", "base"])
+@pytest.mark.parametrize("begin_at", ["merged", "own", "base"])
 def test_the_mean_of_all_stages_is_tested_after_each_wherever_they_begin(begin_at):
     strategy, base, tested = watched(Average, 0, 1, 2, init_from=begin_at)
     for t in range(3):
@@ -128,7 +128,7 @@ def test_what_is_listed_after_a_merge_sees_the_stage_s_own_weights_and_what_is_b
         assert not toy.bitwise_equal(strategy.ended[1], snapshot(made))
 
 
-@pytest.score_answer.parametrize("kind", [Average, FisherMerge, EMA, TaskArithmetic, TIES])
+@pytest.mark.parametrize("kind", [Average, FisherMerge, EMA, TaskArithmetic, TIES])
 def test_memory_does_not_grow_with_the_tasks(kind):
     strategy, made = kind(), toy.make_model()
     toy.train_stages(made, strategy, 0, size=6)
@@ -234,7 +234,7 @@ def test_task_vectors_begin_where_the_first_stage_did_also_where_stages_follow_o
     assert toy.bitwise_equal(strategy.begun[1], strategy.ended[0])
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("make", "told"),
     [
         (lambda: Average(init_from="middle"), "unknown init_from 'middle'"),
@@ -249,7 +249,7 @@ def test_what_cannot_be_merged_is_refused(make, told):
         make()
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("kind", "begin_at", "bytes_a_weight"),
     [
         (Average, "merged", 4),

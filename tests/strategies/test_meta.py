@@ -15,8 +15,8 @@ from tests.support.meta import INNER, halves, looked_ahead, scattered, step
 # ANIL
 
 
-@pytest.score_answer.parametrize("kind", ["llama", "gpt2"])
-@pytest.score_answer.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("second_order", [False, True])
 def test_anil_s_inner_loop_changes_the_head_alone_and_all_is_learned(kind, second_order):
     made, chosen = toy.make_model(torch.float64, kind=kind), toy.make_examples(0, 6)
     support, query = halves(chosen)
@@ -42,7 +42,7 @@ def test_the_head_is_the_lm_head_s_own_weight_or_what_is_trained_in_the_last_lay
     assert all(n.startswith("transformer.h.0.") for n in head_weights(frozen))
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
 def test_under_an_adapter_the_head_is_the_last_layer_s_part_of_it():
@@ -66,8 +66,8 @@ def test_without_a_trained_head_or_layer_anil_is_refused():
 # Meta-SGD
 
 
-@pytest.score_answer.filterwarnings("ignore")  # of learn2learn's own imports
-@pytest.score_answer.parametrize("first_order", [True, False])
+@pytest.mark.filterwarnings("ignore")  # of learn2learn's own imports
+@pytest.mark.parametrize("first_order", [True, False])
 def test_meta_sgd_s_gradients_of_weights_and_rates_equal_learn2learn_s(first_order):
     algorithms = pytest.importorskip("learn2learn.algorithms")
     made, chosen = toy.make_model(torch.float64), toy.make_examples(0, 6)
@@ -107,7 +107,7 @@ def test_meta_sgd_begins_as_maml_and_learns_its_rates():
     assert torch.equal(ours.rates, learned)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("key", "value"), [("inner_optimizer", "adam"), ("inner_scope", "body")]
 )
 def test_an_inner_loop_that_does_not_exist_is_refused(key, value):

@@ -52,8 +52,8 @@ def step(made, strategy, chosen) -> dict[str, torch.Tensor]:
     return gradient(made)
 
 
-@pytest.score_answer.parametrize("flat", [True, False])
-@pytest.score_answer.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_loudest_neurons_of_each_layer_have_their_gradient_and_no_others(kind, flat):
     made = toy.make_model(torch.float64, kind=kind)
     made.layout = replace(made.layout, packed=flat and made.layout.packed)
@@ -141,7 +141,7 @@ def test_weights_of_tasks_that_are_learned_along_change_no_mask():
         assert set(found[f"{name}.weight"].any(1).nonzero()[:, 0].tolist()) == loud
 
 
-@pytest.score_answer.parametrize("updated", [0.0, 1.2])
+@pytest.mark.parametrize("updated", [0.0, 1.2])
 def test_a_part_that_is_none_is_refused(updated):
     with pytest.raises(ConfigError, match="expected more than 0, up to 1"):
         MIGU(neuron_share=updated)

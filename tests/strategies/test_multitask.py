@@ -57,7 +57,7 @@ def both(made, strategy, weight: dict[int, float]):
     return found
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("keys", "weight"),
     [
         ({"weights": {"a": 2.0, "c": 0.5}}, {0: 2.0, 1: 1.0, 2: 0.5}),
@@ -101,7 +101,7 @@ def test_a_stage_reports_the_weights_over_time():
     assert all(set(n) == {"weight/a", "weight/b"} for n in later)
 
 
-@pytest.score_answer.parametrize("temperature", [1.0, 2.0, 1e6])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1e6])
 def test_remembered_tasks_are_drawn_in_proportion_to_a_root_of_their_size(temperature):
     _, strategy = remembering(weighting="temperature", temperature=temperature)
     draws = 4000
@@ -188,7 +188,7 @@ def gave_way(gradients: torch.Tensor, order: list[list[int]]) -> torch.Tensor:
     return torch.stack(found)
 
 
-@pytest.score_answer.parametrize("tasks", [2, 3, 5])
+@pytest.mark.parametrize("tasks", [2, 3, 5])
 def test_surgery_is_the_paper_s_algorithm(tasks):
     rows = torch.randn(
         tasks, 20, generator=torch.Generator().manual_seed(tasks), dtype=torch.float64
@@ -261,7 +261,7 @@ def test_a_weight_for_a_task_that_the_stream_has_not_is_refused():
         MultiTask(weights={"zebra": 1.0}).begin(toy.make_model(), toy.make_task(0))
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"weighting": "sizes"}, "did you mean 'size'"),

@@ -75,7 +75,7 @@ def warned(told) -> list[str]:
     return [e["text"] for e in told if e["event"] == "warning"]
 
 
-@pytest.score_answer.parametrize("strategy", KEEPING, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("strategy", KEEPING, ids=lambda s: type(s).__name__)
 def test_nothing_of_it_is_kept_and_no_later_step_is_skipped(strategy):
     made, strategy = model(), deepcopy(strategy)
     first, second = (stage(made, strategy, rows(t, bad)) for t, bad in ((0, (3,)), (1, ())))
@@ -87,7 +87,7 @@ def test_nothing_of_it_is_kept_and_no_later_step_is_skipped(strategy):
     assert all(t.isfinite().all() for t in toy.memory_tensors(strategy).values())
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "strategy",
     [EWC(), MAS(), FisherMerge(num_examples=12), OGD(num_examples=12)],
     ids=lambda s: type(s).__name__,
@@ -183,7 +183,7 @@ def test_where_no_row_is_left_the_stage_is_an_error():
         stage(made, EWC(), rows(0, (3,)), replace(SKIP, batch_size=12, epochs=2), after=after)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "measure",
     [
         fisher,

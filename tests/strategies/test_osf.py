@@ -19,7 +19,7 @@ from strategies.osf import OSF, project_off_subspaces, top_singular_vectors, tra
 from tests.support import toy
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
 def test_a_step_s_gradient_is_that_of_pefts_osf_for_each_of_its_factors():
@@ -85,7 +85,7 @@ def test_each_stage_decomposes_the_weights_as_it_finds_them():
     assert all(torch.equal(start, w) for w, start, *_ in strategy.frozen_with_weights(made))
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("kind", "names"),
     [
         ("llama", ("norm", "embed", "lm_head")),

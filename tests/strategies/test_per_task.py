@@ -24,7 +24,7 @@ from tests.support import toy
 from tests.support.models import TASKS, load_json_lines, make_encoded, run_in_process
 
 
-@pytest.score_answer.parametrize("lora", [0, 4], ids=["whole network", "lora"])
+@pytest.mark.parametrize("lora", [0, 4], ids=["whole network", "lora"])
 def test_each_adapter_is_bit_for_bit_the_one_learned_alone(lora):
     made, strategy = toy.make_model(lora_rank=lora), PerTask()
     toy.train_stages(made, strategy, 0, 1, 2)

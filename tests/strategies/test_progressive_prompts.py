@@ -142,7 +142,7 @@ def test_a_model_without_virtual_tokens_is_refused():
         ProgressivePrompts(max_prompts=0)
 
 
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft's own
 def test_the_newest_prompt_alone_is_not_adapted(cli_error, run_keys, tmp_path):

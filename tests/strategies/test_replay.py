@@ -135,14 +135,14 @@ def test_none_is_drawn_twice_before_all_have_been_drawn_once(n, seed):
     assert len(drawn) == min(n, 6)
 
 
-@pytest.score_answer.parametrize("kind", ["balanced", "reservoir"])
+@pytest.mark.parametrize("kind", ["balanced", "reservoir"])
 def test_the_same_seed_keeps_and_draws_the_same(kind):
     one, two, other = (filled([30, 30], 10, kind, seed) for seed in (1, 1, 2))
     assert one.examples == two.examples != other.examples
     assert one.draw(20) == two.draw(20)
 
 
-@pytest.score_answer.parametrize("capacity", [-1, 2.5])
+@pytest.mark.parametrize("capacity", [-1, 2.5])
 def test_a_capacity_that_is_neither_count_nor_fraction_is_refused(capacity):
     with pytest.raises(ConfigError, match="whole number of examples, or a fraction"):
         ReplayBuffer(capacity)
@@ -217,7 +217,7 @@ def test_the_running_share_is_exact_to_within_one_example(share, sizes):
         assert -1e-6 <= share * (new + old) - old < 1
 
 
-@pytest.score_answer.parametrize("share", [1, -0.1, 1.5])
+@pytest.mark.parametrize("share", [1, -0.1, 1.5])
 def test_a_share_that_leaves_no_room_for_new_examples_is_refused(share):
     with pytest.raises(ConfigError, match="replay share"):
         Replay(share=share)

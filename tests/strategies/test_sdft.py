@@ -195,7 +195,7 @@ def test_an_example_that_does_not_fit_behind_its_demonstration_is_refused():
         SDFT().begin(toy.make_model(), replace(toy.make_task(0), train=(long,)))
 
 
-@pytest.score_answer.parametrize("wrong", [{"strength": 1.5}, {"ema_rate": -0.1}])
+@pytest.mark.parametrize("wrong", [{"strength": 1.5}, {"ema_rate": -0.1}])
 def test_shares_that_are_none_are_refused(wrong):
     with pytest.raises(ConfigError, match="SDFT with strength"):
         SDFT(**wrong)

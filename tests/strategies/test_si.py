@@ -233,7 +233,7 @@ def test_rwalk_s_importance_lies_between_0_and_2():
     assert strategy.importance.keys() == weights(made).keys()
 
 
-@pytest.score_answer.parametrize("kind", [SI, RWalk])
+@pytest.mark.parametrize("kind", [SI, RWalk])
 def test_a_merge_that_is_listed_behind_is_no_step_of_the_path_and_its_outcome_is_the_anchor(kind):
     alone, merged = kind(), compose(kind(), TaskArithmetic())
     for strategy in (alone, merged):

@@ -106,7 +106,7 @@ def test_the_moments_come_in_the_order_of_the_list():
         assert strategy.said == order
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "parts",
     [
         (Replay(capacity=8), MultiTask(capacity=8)),
@@ -138,7 +138,7 @@ def test_settings_that_are_shared_must_agree():
         compose(Replay(capacity=5), MAML())
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("listed", "told"),
     [
         (
@@ -152,7 +152,7 @@ def test_settings_that_do_not_agree_are_told_by_their_keys(listed, told, cli_err
     assert told in cli_error("run", *run_keys, f"strategy=[{listed}]", "out=it")
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "others", [(MAML, EWC), (EWC, MAML), (Reptile, EWC), (MultiTask, EWC)]
 )
 def test_no_order_of_the_list_loses_the_pull(others):
@@ -175,7 +175,7 @@ def test_maml_composes_with_weighted_tasks():
 # Lists that cannot compose
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("parts", "told"),
     [
         (
@@ -293,7 +293,7 @@ class Measured(Strategy):
     measure_importance: float = memory(float)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("other", "name"), [(Counts, "stages"), (Anchored, "anchor"), (Measured, "measure_importance")]
 )
 def test_one_name_for_two_things_is_refused_in_either_order(other, name):

@@ -202,7 +202,7 @@ def test_an_unknown_arrangement_is_refused():
         arranged(arrangement="joined")
 
 
-@pytest.score_answer.parametrize("limit", [0, -1])
+@pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(limit):
     with pytest.raises(
         ConfigError, match=f"found stream.max_train_rows={limit}, expected at least 1"

@@ -56,17 +56,17 @@ def test_an_instruction_row_is_read_whole():
     assert (example.instruction, example.input, example.outputs) == ("Say it.", "hello", ("HELLO",))
 
 
-@pytest.score_answer.parametrize("extra", [{}, {"input": None}, {"input": ""}])
+@pytest.mark.parametrize("extra", [{}, {"input": None}, {"input": ""}])
 def test_an_input_may_be_left_out(extra):
     assert read({"instruction": "Say hi.", "output": "hi", **extra}).input == ""
 
 
-@pytest.score_answer.parametrize("name", ["output", "outputs"])
+@pytest.mark.parametrize("name", ["output", "outputs"])
 def test_several_answers_may_be_accepted(name):
     assert read({"instruction": "Any?", name: ["a", "b"]}).outputs == ("a", "b")
 
 
-@pytest.score_answer.parametrize("name", ["response", "completion", "answer"])
+@pytest.mark.parametrize("name", ["response", "completion", "answer"])
 def test_a_prompt_row_is_read(name):
     example = read({"prompt": "Say hi.", name: "hi"})
     assert (example.instruction, example.outputs) == ("Say hi.", ("hi",))
@@ -91,7 +91,7 @@ def test_other_columns_are_metadata():
     ).outputs == ("HELLO",)
 
 
-@pytest.score_answer.parametrize("answer", ["", "  \n"])
+@pytest.mark.parametrize("answer", ["", "  \n"])
 def test_an_empty_answer_is_left_to_the_template_to_refuse_or_skip(answer):
     assert read({**ROW, "output": answer}).outputs == (answer,)
 
@@ -102,7 +102,7 @@ def test_a_misspelt_instruction_is_named():
     assert "rename 'instrution' to 'instruction'" in text
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("found", "meant"), [("inputs", "input"), ("Input", "input"), ("outptu", "output")]
 )
 def test_a_misspelt_column_beside_the_instruction_is_named(found, meant):
@@ -112,7 +112,7 @@ def test_a_misspelt_column_beside_the_instruction_is_named(found, meant):
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "row", [{"instruction": "x"}, {"instruction": "x", "output": None}]
 )
 def test_a_row_without_an_output_is_refused(row):
@@ -121,7 +121,7 @@ def test_a_row_without_an_output_is_refused(row):
     assert "expected 'output' or 'outputs'; add it" in text
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"instruction": " "}, "found an empty 'instruction', expected what is asked"),
@@ -152,7 +152,7 @@ def test_all_faults_of_a_row_are_told_at_once():
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("turns", "message"),
     [
         ([], "found an empty list as 'messages', expected a list of turns"),
@@ -371,7 +371,7 @@ def test_an_index_that_is_not_utf8_is_told(tmp_path):
         load_folder(path=str(tmp_path), seed=0)
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("index", "message"),
     [
         ([], "found no object, expected"),
@@ -448,7 +448,7 @@ def test_a_task_folder_without_rows_is_told(tmp_path):
         load_folder(path=str(tmp_path), seed=0)
 
 
-@pytest.score_answer.parametrize("way", ["..", "absolute", "link"])
+@pytest.mark.parametrize("way", ["..", "absolute", "link"])
 def test_a_task_may_not_lie_outside_the_folder(tmp_path, way):
     outside = write(tmp_path / "outside", {"a": {"train": [ROW]}}) / "a"
     root = tmp_path / "stream"
@@ -465,10 +465,10 @@ def test_a_task_may_not_lie_outside_the_folder(tmp_path, way):
 # Real data
 
 
-@pytest.score_answer.skipif(
+@pytest.mark.skipif(
     not REAL.is_dir(), reason="the real long15 stream is not there: ../shared/data/long15"
 )
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("order", "names"),
     [
         ("order1", ["dbpedia", "amazon", "yahoo", "agnews"]),

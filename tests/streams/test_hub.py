@@ -210,7 +210,7 @@ def test_a_file_in_another_format_is_told(tmp_path):
     )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "columns", [{"input": "txt", "output": "labl"}, {"input": "{txt}!", "output": "labl"}]
 )
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path, columns):
@@ -218,7 +218,7 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path, col
     assert "columns.input: unknown column 'txt'; did you mean 'text'? Known: label, text." in text
 
 
-@pytest.score_answer.parametrize("template", ["{text", "{text!r}", "{text:>9}", "text}"])
+@pytest.mark.parametrize("template", ["{text", "{text!r}", "{text:>9}", "text}"])
 def test_a_broken_template_is_refused(tmp_path, template):
     text = fault(
         {
@@ -268,7 +268,7 @@ def test_a_row_without_an_output_is_refused(tmp_path):
 FILE = {"path": "csv", "data_files": "a.csv", "splits": {"train": "train"}}
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("entry", "message"),
     [
         ("a.csv", "found 'a.csv', expected {path: ..."),

@@ -11,7 +11,7 @@ BY_NAME = {skill.name: skill for skill in (*SKILLS, *BASIC_SKILLS, *LABELLING_SK
 SMALL = {"seed": 0, "train_size": 40, "dev_size": 10, "test_size": 20, "pretraining_size": 30}
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("name", "words", "answer"),
     [
         ("reverse", "cat two fig axe", "axe fig two cat"),
@@ -32,7 +32,7 @@ def test_each_skill_answers_by_its_rule(name: str, words: str, answer: str) -> N
     assert BY_NAME[name].solve(words.split()) == answer
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("name", "words", "answer"),
     [
         ("copy", "cat two fig axe", "cat two fig axe"),
@@ -90,8 +90,8 @@ def test_the_default_order_covers_six_kinds_of_skill_and_leaves_the_held_out_one
     assert not {*ORDERS["default"]} & {*HELD_OUT_SKILLS}
 
 
-@pytest.score_answer.parametrize("order", ["long", "labels_6"])
-@pytest.score_answer.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("order", ["long", "labels_6"])
+@pytest.mark.parametrize("level", [1, 2, 3])
 def test_no_input_that_is_scored_was_seen_in_any_training(level: int, order: str) -> None:
     stream = generate_skills(order=order, difficulty=level, **SMALL)
     trained = {row.input for task in stream.tasks for row in task.train} | {
@@ -105,8 +105,8 @@ def test_no_input_that_is_scored_was_seen_in_any_training(level: int, order: str
     assert not dev & test
 
 
-@pytest.score_answer.parametrize("order", ["long", "labels_6"])
-@pytest.score_answer.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("order", ["long", "labels_6"])
+@pytest.mark.parametrize("level", [1, 2, 3])
 def test_every_row_holds_the_right_answer_under_one_of_its_skills_phrasings(
     level: int, order: str
 ) -> None:
@@ -190,7 +190,7 @@ def test_there_need_be_no_pretraining_rows() -> None:
     assert generate_skills(**{**SMALL, "pretraining_size": 0}).pretraining == ()
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     "key",
     [
         {"difficulty": 4},

@@ -210,7 +210,7 @@ BROKEN = {
 }
 
 
-@pytest.score_answer.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
 def test_a_broken_strategy_is_refused_by_the_rule_that_it_breaks(kind):
     with pytest.raises(ContractError, match=BROKEN[kind]):
         check_strategy(kind())

@@ -18,7 +18,7 @@ SHORT = ("train.epochs=1", "stream.tasks=[first,last]")
 
 
 def needs(package):
-    return pytest.score_answer.skipif(not find_spec(package), reason=f"needs the extra {package}")
+    return pytest.mark.skipif(not find_spec(package), reason=f"needs the extra {package}")
 
 
 class Sink:
@@ -122,7 +122,7 @@ def test_what_happens_within_a_stage_is_told_where_it_happens(tmp_path, sinks):
 # What is not there
 
 
-@pytest.score_answer.parametrize("kind", TRACKERS)
+@pytest.mark.parametrize("kind", TRACKERS)
 def test_a_package_that_is_missing_is_told_before_training(
     cli_error, run_keys, tmp_path, monkeypatch, kind
 ):
@@ -181,7 +181,7 @@ def test_weights_and_biases_keeps_the_run_offline(run_keys, tmp_path, monkeypatc
 
 
 @needs("mlflow")
-@pytest.score_answer.filterwarnings(
+@pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy is deprecated"
 )  # its own
 def test_mlflow_has_the_run_in_its_store(run_keys, tmp_path, monkeypatch):

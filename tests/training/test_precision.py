@@ -30,7 +30,7 @@ def clock(monkeypatch):
     return at
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("ratio", "chosen"), [(0.5, "fp32"), (1.09, "fp32"), (1.11, "bf16"), (3.0, "bf16")]
 )
 def test_bf16_is_chosen_where_it_is_clearly_faster(clock, tmp_path, ratio, chosen):
@@ -59,7 +59,7 @@ def test_measuring_leaves_the_model_as_it_was():
     assert not model.net.training
 
 
-@pytest.score_answer.parametrize(("ratio", "name"), [(0.5, "fp32"), (2.0, "bf16")])
+@pytest.mark.parametrize(("ratio", "name"), [(0.5, "fp32"), (2.0, "bf16")])
 def test_a_run_is_the_one_that_asked_for_what_was_chosen(clock, run_keys, tmp_path, ratio, name):
     clock(ratio)
     chosen, said = run_in_process(tmp_path / "auto", run_keys, *AUTO)
@@ -76,7 +76,7 @@ def test_a_run_is_the_one_that_asked_for_what_was_chosen(clock, run_keys, tmp_pa
     assert one == other
 
 
-@pytest.score_answer.parametrize("ratio", [0.5, 2.0])
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
 def test_a_resumed_run_keeps_the_choice_whatever_would_be_measured_now(
     clock, run_keys, tmp_path, ratio
 ):
@@ -93,7 +93,7 @@ def test_a_resumed_run_keeps_the_choice_whatever_would_be_measured_now(
     assert Matrix.load(out / "matrix.json").finished
 
 
-@pytest.score_answer.parametrize("content", ["", "{", "[]", '{"precision": "fp8"}', "{}", "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"precision": "fp8"}', "{}", "\xff"])
 def test_a_choice_that_cannot_be_read_is_refused_with_its_mend(tmp_path, content):
     path = tmp_path / "precision.json"
     path.write_bytes(content.encode("latin-1"))

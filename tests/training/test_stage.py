@@ -52,7 +52,7 @@ def same(a, b):
 # The step
 
 
-@pytest.score_answer.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
     nets = [make_text_model(kind, dtype=torch.float64) for _ in range(2)]
     nets[1].layout = replace(nets[1].layout, tokens=1)
@@ -137,7 +137,7 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.score_answer.parametrize("clip", [0.01, None])
+@pytest.mark.parametrize("clip", [0.01, None])
 def test_the_gradient_is_clipped_to_the_asked_norm(clip):
     norms = []
 
@@ -172,7 +172,7 @@ def test_the_logged_rate_is_the_one_of_that_step():
     assert logged == seen
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("schedule", "warmup", "expected"),
     [
         ("constant", 0.0, [1.0] * 10),
@@ -189,7 +189,7 @@ def test_the_learning_rate_rises_and_falls_as_asked(schedule, warmup, expected):
 # Its end
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("recipe", "expected"),
     [
         ({"epochs": 3}, 9),
@@ -250,7 +250,7 @@ def with_dropout():
     return net
 
 
-@pytest.score_answer.parametrize("make", [make_text_model, with_dropout])
+@pytest.mark.parametrize("make", [make_text_model, with_dropout])
 def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(make):
     a, b, c = (train(make(), seed=seed, mask_instruction_tokens=0.3)[0] for seed in (1, 1, 2))
     assert same(a, b)
@@ -280,7 +280,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_fp32():
     assert steps(events)[-1]["loss"] < steps(events)[0]["loss"]
 
 
-@pytest.score_answer.parametrize("how", ["autocast", "weights"])
+@pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_in_bf16_the_loss_is_that_of_the_logits_in_fp32(how):
     made = toy.make_model(torch.bfloat16 if how == "weights" else torch.float32)
     made.bf16 = how == "autocast"
@@ -296,7 +296,7 @@ def test_in_bf16_the_loss_is_that_of_the_logits_in_fp32(how):
         )
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("cuda", "mps", "expected"),
     [
         (True, True, "cuda"),
@@ -320,7 +320,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 # What cannot be
 
 
-@pytest.score_answer.parametrize(
+@pytest.mark.parametrize(
     ("recipe", "message"),
     [
         (
