@@ -61,10 +61,10 @@ def _type_problems(recipe: Recipe) -> Iterator[str]:
 
 def _range_problems(recipe: Recipe) -> Iterator[str]:
     """What is a number that cannot work."""
-    for name in ("batch_size", "log_every", "steps", "patience"):
+    for name in ("batch_size", "log_every_steps", "steps", "patience"):
         if (value := getattr(recipe, name)) is not None and not 1 <= value < 2**63:
             yield f"{_config_key(name)}={value}: expected at least 1{' and below 2^63' if value > 1 else ''}"
-    for name in ("warmup", "mask_instruction_tokens"):
+    for name in ("warmup_ratio", "prompt_mask_prob"):
         if not 0 <= (value := getattr(recipe, name)) <= 1:
             yield f"{_config_key(name)}={value}: expected a share or probability in [0, 1]"
     if len(recipe.betas) != 2 or not all(
@@ -82,4 +82,4 @@ def _range_problems(recipe: Recipe) -> Iterator[str]:
 
 def _config_key(name: str) -> str:
     """Where a field of the recipe is set."""
-    return f"loss.{name}" if name.startswith("mask") else f"train.{name}"
+    return f"loss.{name}" if name.startswith("prompt_mask") else f"train.{name}"
