@@ -63,7 +63,7 @@ class LastLayer:
             return (whole.pop(), *args[1:])
 
         def ask(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            return args, {**kwargs, "row": replace(kwargs["row"], asked=asked)}
+            return args, {**kwargs, "row": replace(kwargs["row"], query_positions=asked)}
 
         handles = [
             self.layer.register_forward_pre_hook(enter),

@@ -224,9 +224,7 @@ def conversation(e):
 
 
 @pytest.mark.parametrize("written", [BEGUN, CHATML_TEMPLATE], ids=["a BOS", "no BOS"])
-@pytest.mark.parametrize(
-    "row", [make_example("Do it."), TALK], ids=["one turn", "messages"]
-)
+@pytest.mark.parametrize("row", [make_example("Do it."), TALK], ids=["one turn", "messages"])
 def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row):
     tokenizer = train_byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=written)
     encoder, told = Encoder(tokenizer, "chat"), conversation(row)

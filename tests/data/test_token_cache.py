@@ -53,7 +53,7 @@ def same(encoder, given_stream, path):
     told = load_or_tokenize(path, encoder, given_stream, include_dev=False)
     fresh = replace(encoder, skipped=[], shortened=[])
     for stage in given_stream.stages:
-        assert told.encode_stage(stage) == fresh.task(stage, index_tasks(given_stream))
+        assert told.encode_stage(stage) == fresh.encode_task(stage, index_tasks(given_stream))
     assert (encoder.skipped, encoder.shortened) == (fresh.skipped, fresh.shortened)
     encoder.skipped.clear()
     encoder.shortened.clear()
@@ -95,7 +95,7 @@ def test_some_rows_are_from_all_over_the_stream_and_not_counted(tmp_path):
 def test_a_row_is_tokenised_once_however_many_stages_hold_it(run_keys, tmp_path, monkeypatch):
     calls, train = [], Encoder.encode_example
     monkeypatch.setattr(
-        Encoder, "train", lambda self, e, i: calls.append(e.id) or train(self, e, i)
+        Encoder, "encode_example", lambda self, e, i: calls.append(e.id) or train(self, e, i)
     )
     run_in_process(tmp_path, run_keys, "stream.arrangement=cumulative", "train.steps=1")
     assert sorted(calls) == sorted(f"{task}/train/{i}" for task in TASKS for i in range(12))
@@ -114,7 +114,9 @@ def test_a_resumed_run_tokenises_nothing_and_counts_as_before(run_keys, tmp_path
     whole, _ = run_in_process(out, told)
     (out / "finished").unlink()
     shutil.rmtree(out / "checkpoints/stage-02")
-    monkeypatch.setattr(Encoder, "train", lambda *_: pytest.fail("a row was tokenised again"))
+    monkeypatch.setattr(
+        Encoder, "encode_example", lambda *_: pytest.fail("a row was tokenised again")
+    )
     again, said = run_in_process(out, told)
     assert again.scores == whole.scores
     assert "inputs shortened to fit: 1; examples skipped: 1 (last/train/7 ...)" in said
@@ -139,9 +141,9 @@ CHANGES = {
     "an input": lambda e, s: (e, stream(replace(FIT[0], input="a c"), *FIT[1:])),
     "the order": lambda e, s: (e, stream(*FIT[::-1])),
     "a row more": lambda e, s: (e, stream(*FIT, make_example("More.", id="g"))),
-    "limit": lambda e, s: (replace(e, limit=41), s),
+    "max_tokens": lambda e, s: (replace(e, max_tokens=41), s),
     "template": lambda e, s: (replace(e, template="inst"), s),
-    "on_unfit": lambda e, s: (replace(e, on_unfit="skip"), s),
+    "on_unusable": lambda e, s: (replace(e, on_unusable="skip"), s),
     "seq2seq": lambda e, s: (replace(e, seq2seq=True), s),
     "tokenizer": lambda e, s: (replace(e, tokenizer=train_byte_bpe(stream_text(), size=300)), s),
 }

@@ -20,7 +20,7 @@ GROUPS = st.builds(
 @st.composite
 def rows(draw) -> tuple[PackedRow, int]:
     groups = tuple(draw(st.lists(GROUPS, min_size=1, max_size=3)))
-    n = sum(g.prefix + sum(b * length for b, length in g.blocks) for g in groups)
+    n = sum(g.prefix_length + sum(b * length for b, length in g.blocks) for g in groups)
     return (PackedRow(groups), n) if n else (PackedRow((PrefixGroup(3, ()),)), 3)
 
 

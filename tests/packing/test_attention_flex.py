@@ -23,6 +23,7 @@ from continual.packing.layout import group_by_prefix
 from tests.support.models import make_encoded, make_text_model
 
 CPU = torch.device("cpu")
+KERNEL_AND_ORACLE = (attention_flex.flex_row_attention, attention.sdpa_row_attention)
 ROW = PackedRow(
     (PrefixGroup(0, ((2, 40), (1, 90))), PrefixGroup(140, ((3, 1), (2, 30))), PrefixGroup(7, ()))
 )
@@ -119,7 +120,7 @@ def test_outputs_and_gradients_are_those_of_the_blocks(row, window, cap, heads, 
         {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     )
     for one, other in zip(
-        *(attended(by.attend, row, told, up, **more) for by in (attention_flex, attention)),
+        *(attended(attend, row, told, up, **more) for attend in KERNEL_AND_ORACLE),
         strict=True,
     ):
         torch.testing.assert_close(one, other, **tolerance)
@@ -151,8 +152,8 @@ def test_under_autocast_it_computes_in_the_type_asked_for(kernels):
     (query, key, value), _ = states(ROW, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         one, other = (
-            by.attend(None, query, key, value.bfloat16(), None, row=ROW)[0]
-            for by in (attention_flex, attention)
+            attend(None, query, key, value.bfloat16(), None, row=ROW)[0]
+            for attend in KERNEL_AND_ORACLE
         )
     assert kernels
     assert one.dtype == other.dtype == torch.bfloat16
@@ -240,9 +241,9 @@ def test_on_cuda_the_kernel_attends_and_elsewhere_another():
 def test_attention_dropout_is_left_to_the_blocks(kernels):
     told, up = states(ROW)
     drawn = []
-    for by in (attention_flex, attention):
+    for attend in KERNEL_AND_ORACLE:
         torch.manual_seed(1)
-        drawn.append(attended(by.attend, ROW, told, up, dropout=0.5))
+        drawn.append(attended(attend, ROW, told, up, dropout=0.5))
     assert not kernels
     for one, other in zip(*drawn, strict=True):
         assert torch.equal(one, other)
@@ -252,8 +253,8 @@ def test_second_derivatives_are_left_to_the_blocks(kernels):
     told, _ = states(ROW)
     found = []
     with sdpa_kernel(SDPBackend.MATH):
-        for by in (attention_flex, attention):
-            out, _ = by.attend(None, *told, None, row=ROW)
+        for attend in KERNEL_AND_ORACLE:
+            out, _ = attend(None, *told, None, row=ROW)
             first = torch.autograd.grad(out.square().sum(), told, create_graph=True)
             found.append(torch.autograd.grad(sum(g.square().sum() for g in first), told))
     assert not kernels
@@ -281,8 +282,8 @@ def test_compiled_it_visits_the_listed_blocks_and_no_other(more, monkeypatch):
     (query, key, value), _ = states(row, dtype=torch.float32, size=32)
     with torch.no_grad():
         one, other = (
-            by.attend(None, query, key, value, None, row=row, **more)[0]
-            for by in (attention_flex, attention)
+            attend(None, query, key, value, None, row=row, **more)[0]
+            for attend in KERNEL_AND_ORACLE
         )
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         attention_flex.make_block_mask(row, more.get("sliding_window"), CPU).kv_num_blocks[
@@ -319,7 +320,7 @@ def test_compiled_on_cuda_it_equals_sdpa(dtype, tolerance, more):
     ):
         told, up = states(row, (8, 2), dtype, torch.device("cuda"), 64)
         for one, other in zip(
-            *(attended(by.attend, row, told, up, **more) for by in (attention_flex, attention)),
+            *(attended(attend, row, told, up, **more) for attend in KERNEL_AND_ORACLE),
             strict=True,
         ):
             assert one.isfinite().all()
@@ -335,6 +336,6 @@ def test_on_cuda_what_the_kernel_does_not_know_is_left_to_the_blocks(size, dtype
     row = PackedRow(ROW.groups)
     told, up = states(row, dtype=dtype, device=torch.device("cuda"), size=size)
     for one, other in zip(
-        *(attended(by.attend, row, told, up) for by in (attention_flex, attention)), strict=True
+        *(attended(attend, row, told, up) for attend in KERNEL_AND_ORACLE), strict=True
     ):
         torch.testing.assert_close(one, other)

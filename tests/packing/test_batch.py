@@ -45,7 +45,7 @@ def test_only_response_tokens_count_and_all_count_alike():
     each = [by_hand(LLAMA, e) for e in batch.examples]
     expected = sum(n[r].sum() for n, r in each) / sum(int(r.sum()) for _, r in each)
     torch.testing.assert_close(nll(LLAMA, batch), expected)
-    assert batch.tokens == sum(sum(e.response_mask) for e in batch.examples)
+    assert batch.supervised_tokens == sum(sum(e.response_mask) for e in batch.examples)
 
 
 def test_it_is_the_networks_own_loss_with_the_prompt_labelled_minus_100():
@@ -62,7 +62,7 @@ def test_an_instruction_weight_counts_each_prompt_token_by_that_much(weight):
     total = sum(n[r].sum() + weight * n[~r].sum() for n, r in each)
     count = sum(int(r.sum()) + weight * int((~r).sum()) for _, r in each)
     torch.testing.assert_close(nll(LLAMA, batch), total / count, check_dtype=False)
-    assert batch.tokens == pytest.approx(count)
+    assert batch.supervised_tokens == pytest.approx(count)
 
 
 def test_instruction_weight_one_is_plain_language_modelling():
@@ -82,7 +82,7 @@ def test_an_encoder_decoders_loss_is_its_own_loss_for_the_response_as_labels():
 
 
 def test_a_conversations_later_prompts_do_not_count():
-    e = replace(some(1)[0], ids=(7, 8, 9, 10, 11), response=(False, True, False, False, True))
+    e = replace(some(1)[0], ids=(7, 8, 9, 10, 11), response_mask=(False, True, False, False, True))
     n, _ = by_hand(LLAMA, e)
     torch.testing.assert_close(token_nll(LLAMA, LLAMA.batch([e])), n[[0, 3]])
 
@@ -116,7 +116,9 @@ def test_padded_together_equals_one_at_a_time(net, n, seed):
     batch = net.batch(some(n, seed))
     together = token_nll(net, batch)
     for i in range(n):
-        torch.testing.assert_close(together[batch.example == i], token_nll(net, batch.select([i])))
+        torch.testing.assert_close(
+            together[batch.example_index == i], token_nll(net, batch.select([i]))
+        )
 
 
 @pytest.mark.parametrize("net", [LLAMA, T5], ids=["llama", "t5"])
@@ -141,20 +143,20 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(net, tok
 def test_each_supervised_position_knows_its_example_and_task():
     batch = LLAMA.batch(some(5, tasks=3))
     for i, e in enumerate(batch.examples):
-        mine = batch.example == i
+        mine = batch.example_index == i
         assert batch.targets[mine].tolist() == [
             t for t, r in zip(e.ids, e.response_mask, strict=True) if r
         ]
-        assert set(batch.task[mine].tolist()) == {e.task}
+        assert set(batch.task_index[mine].tolist()) == {e.task_index}
     assert {t: len(b.examples) for t, b in batch.split_by_task().items()} == {
-        t: sum(e.task == t for e in batch.examples)
-        for t in sorted({e.task for e in batch.examples})
+        t: sum(e.task_index == t for e in batch.examples)
+        for t in sorted({e.task_index for e in batch.examples})
     }
 
 
 def test_a_scale_multiplies_an_examples_weight():
     a, b = some(2)
-    scaled = LLAMA.batch([a, b]).of([a, b], scale=[3.0, 1.0])
+    scaled = LLAMA.batch([a, b]).with_examples([a, b], example_weights=[3.0, 1.0])
     mine, other = (token_nll(LLAMA, LLAMA.batch([e])).sum() for e in (a, b))
     tokens = 3 * sum(a.response_mask) + sum(b.response_mask)
     torch.testing.assert_close(nll(LLAMA, scaled), (3 * mine + other) / tokens)
@@ -208,7 +210,7 @@ def test_the_same_seed_hides_the_same_tokens(how):
 def test_dropping_the_whole_prompt_still_leaves_every_response_token_learned():
     short = make_encoded([10, 11], [7, 8])
     made = hidden(1.0, "drop", short)
-    assert LLAMA.batch([made]).tokens == 2
+    assert LLAMA.batch([made]).supervised_tokens == 2
 
 
 def test_replacements_are_tokens_of_the_model_and_none_is_special():
@@ -221,10 +223,13 @@ def test_replacements_are_tokens_of_the_model_and_none_is_special():
     ("settings", "message"),
     [
         (
-            {"mask_instruction_tokens": 1.5},
+            {"prompt_mask_prob": 1.5},
             "loss.prompt_mask_prob=1.5: expected a share or probability in",
         ),
-        ({"mask_how": "dorp"}, r"unknown loss.prompt_mask_mode 'dorp'; did you mean 'drop'"),
+        (
+            {"prompt_mask_mode": "dorp"},
+            r"unknown loss.prompt_mask_mode 'dorp'; did you mean 'drop'",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
