@@ -1,6 +1,4 @@
-"""What can be wrong with what a user gave. A message says what was found, what was expected, and
-the fix.
-"""
+"""Errors that a user can fix. A message says what was found, what was expected, and the fix."""
 
 from __future__ import annotations
 
@@ -9,49 +7,46 @@ from collections.abc import Iterable, Sequence
 
 
 class ContinualError(Exception):
-    """The root of every error that the user can fix; the command line prints its message and exits
-    with 2.
-    """
+    """Root of every error that a user can fix; the command line prints it and exits with 2."""
 
 
 class DataError(ContinualError, ValueError):
-    """A row, file or split does not hold what a stream needs; the message names file and line."""
+    """Report a row, file or split that cannot be used; the message names file and line."""
 
 
 class ConfigError(ContinualError, ValueError):
-    """A key, name or combination of settings that does not exist or cannot work."""
+    """Report a key, name or combination of settings that does not exist or cannot work."""
 
 
 class MissingError(ContinualError, FileNotFoundError):
-    """A file or folder that was named is not there."""
+    """Report a file or folder that does not exist."""
 
 
 class TrainingError(ContinualError, ArithmeticError):
-    """A stage cannot go on, such as a loss that is not finite."""
+    """Report a stage that cannot continue, for example after a loss that is not finite."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not among the `known` ones, nearest first."""
+    """Return the message for a name that is not among `known`, with the closest names first."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     return f"unknown {kind} {brief(name)}{hint} Known: {listed(names)}."
 
 
-def brief(value: object, most: int = 200) -> str:
-    """A value as it is written in Python, cut where it is too long for a message."""
-    told = repr(value[: most + 1] if isinstance(value, str) else value)
-    return (
-        told
-        if len(told) <= most + 2
-        else f"{told[:most]}...{told[0] if isinstance(value, str) else ''}"
-    )
+def brief(value: object, max_length: int = 200) -> str:
+    """Return the `repr` of a value, cut after `max_length` characters."""
+    text = repr(value[: max_length + 1] if isinstance(value, str) else value)
+    if len(text) <= max_length + 2:
+        return text
+    closing_quote = text[0] if isinstance(value, str) else ""
+    return f"{text[:max_length]}...{closing_quote}"
 
 
-def listed(names: Sequence[str], most: int = 50) -> str:
-    """Names side by side, at most so many of them and a count of the rest."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest or "none"
+def listed(names: Sequence[str], max_names: int = 50) -> str:
+    """Join names with commas: at most `max_names` of them, then the number of the rest."""
+    rest = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + rest or "none"
 
 
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -66,13 +61,15 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def mistyped(annotation: object, value: object) -> str:
-    """What the annotation wants in place of `value`; empty where it fits, or where KINDS does not
-    know the type.
+    """Return the words for the type that an annotation expects in place of `value`.
+
+    Empty if the value has that type, or if KINDS does not know the type.
     """
-    wanted = str(getattr(annotation, "__name__", annotation)).split(" | ")
-    kinds = [KINDS.get(kind.partition("[")[0]) for kind in wanted if kind != "None"]
-    if (value is None and "None" in wanted) or not kinds or None in kinds:
+    names = str(getattr(annotation, "__name__", annotation)).split(" | ")
+    kinds = [KINDS.get(name.partition("[")[0]) for name in names if name != "None"]
+    if (value is None and "None" in names) or not kinds or None in kinds:
         return ""
+
     known = [kind for kind in kinds if kind]
     fits = any(
         isinstance(value, types) and (bool in types or not isinstance(value, bool))
@@ -82,17 +79,17 @@ def mistyped(annotation: object, value: object) -> str:
 
 
 def not_finite(ids: Sequence[str]) -> str:
-    """The message for an importance of weights that is not finite, for these examples."""
+    """Return the message for a weight importance (Fisher) that is not finite on these examples."""
     return (
-        f"how much the weights matter to the examples {listed(ids)} is not finite; lower "
-        "train.lr, set train.max_grad_norm, train in fp32, or fix these rows. After steps that "
-        "train.on_nonfinite=skip has skipped, the rows that were the reason are left out"
+        f"the importance of the weights for the examples {listed(ids)} is not finite; lower "
+        "train.lr, set train.max_grad_norm, train in fp32, or fix these rows. With "
+        "train.on_nonfinite=skip, the rows that caused skipped steps are left out"
     )
 
 
-def gathered(problems: Sequence[str], shown: int = 20) -> str:
-    """All offenders of one kind in one message, a line each, at most `shown` of them and a count of
-    the rest.
-    """
-    rest = len(problems) - shown
-    return "\n".join([*problems[:shown], *([f"... and {rest} more"] if rest > 0 else [])])
+def gathered(problems: Sequence[str], max_lines: int = 20) -> str:
+    """Join problems into one message, one per line: at most `max_lines`, then the number of the rest."""
+    lines = list(problems[:max_lines])
+    if len(problems) > max_lines:
+        lines.append(f"... and {len(problems) - max_lines} more")
+    return "\n".join(lines)

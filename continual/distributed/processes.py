@@ -1,10 +1,10 @@
-"""Several processes at one run, as torchrun or accelerate start them: the work of a step is dealt
-out among them.
+"""Collectives for several processes that share one run, started by torchrun or accelerate.
 
 Every process holds the same model and strategy memory and draws the same examples; nothing is
-sharded. What is heavy (passes over micro-batches, episodes, prompts) each does for a part of the
-items, and the results are summed or gathered, so that all go on with the same. The process of rank
-0 alone writes. In a single process nothing here does anything.
+sharded here. The expensive parts (passes over micro-batches, episodes, prompts) are divided: each
+process does some of the items, and the results are summed or gathered, so that all processes
+continue with the same values. Only rank 0 writes files. In a single process all of these functions
+do nothing.
 """
 
 from __future__ import annotations
@@ -27,52 +27,54 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NEEDED = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SILENCE = timedelta(minutes=30)  # after which a process that does not answer counts as lost
-GRACE = 3.0  # seconds in which rank 0 says what is wrong, for all
-BUCKET = 2**25  # so many numbers are sent at a time
+SILENCE = timedelta(minutes=30)  # a process that does not answer for this long counts as lost
+GRACE = 3.0  # seconds that other ranks give rank 0 to print the error for all
+BUCKET = 2**25  # numbers sent in one all-reduce
 
 _world = 1
 
 
 def world_size() -> int:
-    """How many processes share the work."""
+    """Return the number of processes that share the work now."""
     return _world
 
 
 def rank() -> int:
-    """This process's number among those that were started together, 0 if it was started alone."""
+    """Return this process's number among those started together; 0 for a single process."""
     return int(os.environ["RANK"]) if num_started_processes() > 1 else 0
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Return True in the process that writes files and prints."""
     return rank() == 0
 
 
 def num_started_processes() -> int:
-    """How many processes were started together, whether or not they have met."""
+    """Return how many processes were started together, connected or not."""
     count = os.environ.get("WORLD_SIZE", "")
     return int(count) if count.isdecimal() and "RANK" in os.environ else 1
 
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[None]:
-    """Within it this process shares the work with those it was started with; on a GPU of its own
-    where there are some.
+    """Connect the processes that were started together, for the duration of the context.
 
-    Raises ConfigError where they cannot meet on this device, ContinualError, in whatever is shared,
-    where one is lost.
+    Each process uses a GPU of its own if there are GPUs. Raises ConfigError if they cannot connect
+    on this device; inside the context, collectives raise ContinualError if a process is lost.
     """
     global _world
-    if (count := num_started_processes()) == 1:
+    count = num_started_processes()
+    if count == 1:
         yield
         return
+
     import torch
     import torch.distributed as dist
 
-    if missing := [name for name in NEEDED if name not in os.environ]:
+    missing = [name for name in NEEDED if name not in os.environ]
+    if missing:
         raise ConfigError(
-            f"WORLD_SIZE={count} and RANK are set, as for one of several processes, and not "
+            f"WORLD_SIZE={count} and RANK are set, as for one of several processes, but not "
             f"{', '.join(missing)}; start with torchrun --nproc-per-node {count} -m continual, "
             "or unset them"
         )
@@ -103,7 +105,7 @@ def _check_device_share(device: str, local: int, gpus: int) -> None:
         )
     if gpus and local >= gpus:
         raise ConfigError(
-            f"process {local} of this machine has no GPU, for there are {gpus}; start with "
+            f"process {local} of this machine has no GPU: there are {gpus}; start with "
             f"--nproc-per-node {gpus}, or set device=cpu"
         )
     if not gpus and device != "cpu" and torch.backends.mps.is_available():
@@ -114,14 +116,14 @@ def _check_device_share(device: str, local: int, gpus: int) -> None:
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Within it this process works for itself."""
+    """Run the context without the other processes: collectives do nothing."""
     with _limit_world(1):
         yield
 
 
 @contextmanager
 def all_processes() -> Iterator[None]:
-    """Within it this process shares with all, even where it works for itself."""
+    """Run the context with all processes, also inside `single_process`."""
     with _limit_world(num_started_processes()):
         yield
 
@@ -129,17 +131,19 @@ def all_processes() -> Iterator[None]:
 @contextmanager
 def _limit_world(count: int) -> Iterator[None]:
     global _world
-    before, _world = _world, count
+    previous = _world
+    _world = count
     try:
         yield
     finally:
-        _world = before
+        _world = previous
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Within it each works for itself, rank 0 before the others: what it builds and keeps on disk
-    they find.
+    """Run the context in rank 0 first, then in the others, each on its own.
+
+    The others find on disk what rank 0 has built.
     """
     if not is_main_process():
         barrier()
@@ -150,30 +154,29 @@ def main_process_first() -> Iterator[None]:
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
-    """Make each tensor, in place, the sum of all processes'."""
+    """Replace each tensor, in place, by its sum over all processes."""
     if _world == 1:
         return
     import torch
     import torch.distributed as dist
 
     for bucket in _buckets(tensors):
-        row = (
-            bucket[0].reshape(-1)
-            if len(bucket) == 1
-            else torch.cat([t.reshape(-1) for t in bucket])
-        )
-        _call_collective(dist.all_reduce, row)
-        for t, whole in zip(bucket, torch.split(row, [t.numel() for t in bucket]), strict=True):
-            t.copy_(whole.view_as(t))
+        if len(bucket) == 1:
+            flat = bucket[0].reshape(-1)
+        else:
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+        _call_collective(dist.all_reduce, flat)
+        sums = torch.split(flat, [t.numel() for t in bucket])
+        for t, total in zip(bucket, sums, strict=True):
+            t.copy_(total.view_as(t))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one type, that are sent as one."""
+    """Yield groups of neighbouring tensors of one dtype, to be sent together."""
     bucket: list[Tensor] = []
     for t in tensors:
-        if bucket and (
-            t.dtype != bucket[0].dtype or sum(b.numel() for b in bucket) + t.numel() > BUCKET
-        ):
+        full = sum(b.numel() for b in bucket) + t.numel() > BUCKET
+        if bucket and (t.dtype != bucket[0].dtype or full):
             yield bucket
             bucket = []
         bucket.append(t)
@@ -183,39 +186,39 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def all_reduce_gradients(leaves: Sequence[Tensor], *more: Tensor) -> Iterator[None]:
-    """What is back-propagated within it to the `leaves`, and what `more` then hold, become the sums
-    of all processes'.
+    """Sum over all processes what the context back-propagates to `leaves`, and the tensors `more`.
 
-    Out of memory on one is out of memory on all.
+    Gradients that the leaves had before are kept and added to. If one process runs out of memory,
+    all of them raise torch.OutOfMemoryError.
     """
     if _world == 1:
         yield
         return
     import torch
 
-    before = [leaf.grad for leaf in leaves]
+    previous_grads = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
     with sync_oom():
         yield
     with torch.no_grad():
-        reached = [
-            leaf
-            for leaf, here in zip(
-                leaves, all_reduce_max(*(leaf.grad is not None for leaf in leaves)), strict=True
-            )
-            if here
-        ]
+        # A leaf takes part if any process has a gradient for it.
+        flags = all_reduce_max(*(leaf.grad is not None for leaf in leaves))
+        reached = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
         for leaf in reached:
             leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         all_reduce_sum([*(leaf.grad for leaf in reached if leaf.grad is not None), *more])
-        for leaf, g in zip(leaves, before, strict=True):
-            leaf.grad = g if leaf.grad is None else leaf.grad if g is None else leaf.grad + g
+
+        for leaf, previous in zip(leaves, previous_grads, strict=True):
+            if leaf.grad is None:
+                leaf.grad = previous
+            elif previous is not None:
+                leaf.grad = leaf.grad + previous
 
 
 @contextmanager
 def sync_oom() -> Iterator[None]:
-    """Each does its part within it; where one runs out of memory, all do."""
+    """Raise torch.OutOfMemoryError in all processes if the context runs out of memory in one."""
     import torch
 
     error: Exception | None = None
@@ -226,12 +229,12 @@ def sync_oom() -> Iterator[None]:
             raise
         error = e
     if all_reduce_max(error is not None)[0]:
-        torch.manual_seed(0)  # some have drawn more than others
+        torch.manual_seed(0)  # the processes may have drawn different amounts of random numbers
         raise error or torch.OutOfMemoryError("another process ran out of memory")
 
 
 def all_reduce_max(*values: float) -> list[int]:
-    """The largest of all processes' whole numbers, place by place; the same on all."""
+    """Return the element-wise maximum over all processes of these integers."""
     if _world == 1:
         return [int(v) for v in values]
     import torch
@@ -243,12 +246,12 @@ def all_reduce_max(*values: float) -> list[int]:
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have reached this call."""
     all_reduce_max(0)
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Every process's value, which can be JSON, by rank."""
+    """Return the values of all processes, by rank; a value must be JSON-serialisable."""
     if _world == 1:
         return [value]
     import torch
@@ -263,32 +266,33 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value, which can be JSON, on all."""
-    found: T = all_gather(value)[0]
-    return found
+    """Return rank 0's value in all processes; it must be JSON-serialisable."""
+    main_value: T = all_gather(value)[0]
+    return main_value
 
 
 def check_equal_on_all(tensors: Sequence[Tensor]) -> None:
-    """Raise TrainingError where these are not the same in all processes, as where a strategy draws
-    without a seed.
+    """Raise TrainingError if the norms of these tensors differ between processes.
+
+    They do, for example, if a strategy draws from a generator without a seed.
     """
     if _world == 1:
         return
     norms = all_gather([float(t.detach().norm()) for t in tensors])
     if any(
         not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) and not math.isnan(a)
-        for told in norms
-        for a, b in zip(norms[0], told, strict=True)
+        for others in norms
+        for a, b in zip(norms[0], others, strict=True)
     ):
         raise TrainingError(
-            f"the {_world} processes have come apart: their weights differ. A strategy must draw "
-            "from a seeded generator and compute gradients by accumulate, or the same in each "
-            "process; go on with one process, which is always right"
+            f"the weights of the {_world} processes differ. A strategy must draw from a seeded "
+            "generator, and compute its gradients with accumulate or the same way in each "
+            "process; continue with one process, which is always correct"
         )
 
 
 def _call_collective(call: Callable[..., Any], *args: Any, **more: Any) -> None:
-    """A call that needs the other processes."""
+    """Call a collective; raise ContinualError if another process is lost."""
     import torch
 
     try:
@@ -298,14 +302,15 @@ def _call_collective(call: Callable[..., Any], *args: Any, **more: Any) -> None:
     except (RuntimeError, ValueError) as e:
         raise ContinualError(
             f"another of the {num_started_processes()} processes is lost or cannot be reached: "
-            f"{str(e).splitlines()[0]} The same command with the same out= goes on after the last "
+            f"{str(e).splitlines()[0]} The same command with the same out= resumes after the last "
             "checkpoint, also with another number of processes"
         ) from e
 
 
 def wait_for_first_message() -> None:
-    """Before this process fails: rank 0 most likely fails of the same, and says so; then this one
-    is ended with it.
+    """Wait, in other ranks than 0, before printing an error.
+
+    Rank 0 most likely fails for the same reason and prints it; the launcher then ends this process.
     """
     if not is_main_process():
         time.sleep(GRACE)

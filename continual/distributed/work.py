@@ -1,6 +1,4 @@
-"""Which part of a step's work each of several processes does; a single one does all of it, as if
-none of this were.
-"""
+"""Divide the work of a step among processes; a single process does all of it."""
 
 from __future__ import annotations
 
@@ -14,32 +12,33 @@ T = TypeVar("T")
 
 
 def assign_work(sizes: Sequence[float], *, level: bool = False) -> list[int]:
-    """Which of the items of these sizes are this process's, in their order: to each about as much
-    as to the others.
+    """Return the indices of the items that this process does, in ascending order.
 
-    With `level` each has as many, where their number is a multiple of the processes'.
+    Items go, largest first, to the process with the smallest total size so far. With `level` no
+    process gets more than ceil(items / processes) items.
     """
     if world_size() == 1:
         return list(range(len(sizes)))
-    loads, hands = [0.0] * world_size(), [list[int]() for _ in range(world_size())]
-    most = -(-len(sizes) // world_size()) if level else len(sizes)
+
+    loads = [0.0] * world_size()
+    assigned = [list[int]() for _ in range(world_size())]
+    max_items = -(-len(sizes) // world_size()) if level else len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        to = loads.index(min(loads))
-        loads[to] += sizes[i]
-        hands[to].append(i)
-        if len(hands[to]) == most:
-            loads[to] = math.inf
-    return sorted(hands[rank()])
+        process = loads.index(min(loads))
+        loads[process] += sizes[i]
+        assigned[process].append(i)
+        if len(assigned[process]) == max_items:
+            loads[process] = math.inf
+    return sorted(assigned[rank()])
 
 
 def iter_own_items(
     items: Sequence[T], sizes: Sequence[float], *, level: bool = False
 ) -> Iterator[T]:
-    """This process's items, one after another; what is drawn at one by torch does not depend on who
-    does which.
+    """Yield the items of this process, one after another; `level` as in `assign_work`.
 
-    After the last one the generators are again the same on all processes. With `level` as in
-    `deal`.
+    What torch draws for an item does not depend on which process does it: the global generator is
+    seeded by the item's index. After the last item it is in the same state in all processes.
     """
     if world_size() == 1:
         yield from items
@@ -53,20 +52,22 @@ def iter_own_items(
     torch.manual_seed(seed)
 
 
-def split_evenly(cut: Callable[[int], list[T]], limit: int) -> list[T]:
-    """What `cut` gives at the lowest limit at which no process has more parts than at this one.
+def split_evenly(split: Callable[[int], list[T]], limit: int) -> list[T]:
+    """Split work into parts of equal size, without giving any process more parts.
 
-    The lower its limit, the smaller and more numerous are the parts that `cut` gives.
+    `split(limit)` returns the parts; the lower its limit, the smaller and more numerous they are.
+    Returns its parts at the lowest limit that needs no more rounds of all processes than `limit`.
     """
-    parts = cut(limit)
+    parts = split(limit)
     if world_size() == 1:
         return parts
-    most = -(-len(parts) // world_size()) * world_size()
+
+    max_parts = -(-len(parts) // world_size()) * world_size()
     low = 1
     while low < limit:
         middle = (low + limit) // 2
-        if len(cut(middle)) <= most:
+        if len(split(middle)) <= max_parts:
             limit = middle
         else:
             low = middle + 1
-    return cut(limit)
+    return split(limit)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Write files completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes | str) -> Path:
-    """Put `content` at `path`, flushed to disk before the rename, and make its folder where there
-    is none.
+    """Write `content` to `path` by way of a temporary file; return `path`.
 
-    Whenever the process dies, the whole old file is there or the whole new one; returns `path`.
+    The content is flushed to disk before the rename, so a process that dies at any moment leaves
+    either the complete old file or the complete new one. Missing parent folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: bytes | str) -> Path:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on disk."""
+    """Wait until a file, or the list of names in a folder, is on disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -39,5 +39,5 @@ def flush_to_disk(path: Path) -> None:
 
 
 def task_file_name(task: str) -> str:
-    """A task's name as a file's, whatever it holds: no two names give the same one."""
+    """Return a file name for a task's name: one to one, whatever characters the name has."""
     return re.sub(r"^\.|[^\w .-]", lambda m: f"%{ord(m[0]):02X}", task)

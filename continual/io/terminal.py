@@ -1,4 +1,4 @@
-"""Text for a terminal, without control characters."""
+"""Escape text for a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,5 @@ CONTROL_CHARACTERS = re.compile(
 
 
 def escape_control(text: str) -> str:
-    """The text with every character but the line feed that a terminal obeys as it is written in
-    Python.
-    """
+    """Write control characters other than the line feed as Python escapes, such as \\x1b."""
     return CONTROL_CHARACTERS.sub(lambda m: repr(m[0])[1:-1], text)

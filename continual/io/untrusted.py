@@ -1,5 +1,6 @@
-"""Files that others wrote, read with care: only a DataError comes out of any bytes, and nothing is
-evaluated.
+"""Readers of files that may come from anyone.
+
+Whatever the bytes, a reader returns plain values or raises DataError; nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -17,22 +18,20 @@ import yaml
 from continual.errors import DataError, brief, gathered
 
 LONGEST = 2**26  # bytes of a line
-LARGEST = 2**28  # bytes of a file that is read whole
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what no name needs, and terminals obey
+LARGEST = 2**28  # bytes of a file that is held in memory
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # control characters, which no name needs
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half of a surrogate pair
 
 
 def parse_json(raw: bytes, where: str, *, line: bool = False) -> Any:
-    """The JSON value of these bytes; DataError says where it ends to be one, by line and column
-    unless it is a `line`.
+    """Parse JSON; raise DataError with line and column (only the column if `raw` is one `line`).
 
-    Text that no one can write down (half of a surrogate pair) and a key that stands twice are
-    refused as well.
+    Half of a surrogate pair and duplicate keys are refused too.
     """
     whole = (
-        "one whole object a line; fix or remove the line"
+        "one complete object per line; fix or remove the line"
         if line
-        else ("one object; fix it there, or restore the file")
+        else "one object; fix it there, or restore the file"
     )
     try:
         text = (raw.rstrip(b"\r\n") if line else raw).decode("utf-8-sig")
@@ -54,77 +53,75 @@ def parse_json(raw: bytes, where: str, *, line: bool = False) -> Any:
         place = f"{e.colno}" if line else f"{e.lineno}:{e.colno}"
         raise DataError(f"{where}:{place}: found broken JSON ({e.msg}), expected {whole}") from e
     except RecursionError as e:
-        raise DataError(
-            f"{where}: found hundreds of brackets within one another, expected {whole}"
-        ) from e
+        raise DataError(f"{where}: found hundreds of nested brackets, expected {whole}") from e
     except _DuplicateKey as e:
         raise DataError(
             f"{where}: found the key {e.args[0]!r} twice in one object, expected each once; "
             "remove one"
         ) from e
-    except ValueError as e:  # Python reads no whole number of more than 4,300 digits
+    except ValueError as e:  # Python refuses integers of more than 4,300 digits
         raise DataError(f"{where}: found a number of thousands of digits, expected {whole}") from e
 
 
 class _DuplicateKey(Exception):
-    """A key that an object has already."""
+    """Report a key that an object has twice."""
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, each of whose keys stands once: of two values there is no telling which is meant."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return made
+    """Return a JSON object as a dict; raise _DuplicateKey if one of its keys occurs twice."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise _DuplicateKey(key)
+        values[key] = value
+    return values
 
 
 def _error_position(raw: bytes, at: int, line: bool) -> str:
-    """The column from 1, in bytes, and the line before it where there are several."""
+    """Return `LINE:COLUMN` of a byte offset, counted from 1; only the column if `raw` is one line."""
     start = raw.rfind(b"\n", 0, at) + 1
     return f"{at + 1}" if line else f"{raw.count(bytes([10]), 0, at) + 1}:{at - start + 1}"
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file that is held whole; raises DataError where it is no file, or more than
-    any of ours.
-    """
-    told = path.stat()
-    if not stat.S_ISREG(told.st_mode):  # a pipe would be waited for
+    """Read a whole file; raise DataError if it is not a regular file or larger than LARGEST."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         raise DataError(
-            f"{path}: found no regular file, expected one; remove it, and restore the file"
+            f"{path}: expected a regular file, found something else; remove it and restore the file"
         )
-    if told.st_size > LARGEST:  # not read(LARGEST + 1), which takes that much memory at once
+    if status.st_size > LARGEST:  # read(LARGEST + 1) would take that much memory at once
         raise DataError(
-            f"{path}: found more than {LARGEST >> 20} MiB, expected a file that can be held; "
-            "restore it"
+            f"{path}: found more than {LARGEST >> 20} MiB, expected a smaller file; restore it"
         )
     return path.read_bytes()
 
 
 def load_json(path: Path) -> Any:
-    """The JSON value that a file holds; raises DataError."""
+    """Load the JSON value of a file; raises DataError."""
     return parse_json(read_bytes(path), str(path))
 
 
 def load_json_with_schema(
     path: Path, what: str, fix: str, check: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
-    """The JSON object of schema 1 that a file holds; raises DataError where it is not, or where
-    `check` fails.
+    """Load a JSON object of schema 1.
+
+    Raises DataError, with `what` the file should hold and the `fix`, for another schema or if
+    `check` raises.
     """
-    told: dict[str, Any] = load_json(path)
+    document: dict[str, Any] = load_json(path)
     try:
-        if told["schema"] != 1:
-            raise ValueError(f"schema {brief(told['schema'])}; this version reads schema 1")
-        check(told)
-        return told
+        if document["schema"] != 1:
+            raise ValueError(f"schema {brief(document['schema'])}; this version reads schema 1")
+        check(document)
+        return document
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no {what} of schema 1 ({error!r}); {fix}") from error
+        raise DataError(f"{path}: not a {what} of schema 1 ({error!r}); {fix}") from error
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, empty where there is none; raises DataError where it is no UTF-8."""
+    """Read a text file, empty if it does not exist; raise DataError if it is not UTF-8."""
     raw = read_bytes(path) if path.is_file() else b""
     try:
         return raw.decode("utf-8-sig")
@@ -136,10 +133,9 @@ def read_text(path: Path) -> str:
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, with its number from 1; parted where a line feed stands, and
-    nowhere else.
+    """Yield the lines that are not blank with their numbers from 1, split at line feeds only.
 
-    Raises DataError for a line that is too long to be a row.
+    Raises DataError for a line longer than LONGEST.
     """
     number = 0
     with path.open("rb") as file:
@@ -148,51 +144,53 @@ def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if len(raw) > LONGEST:
                 raise DataError(
                     f"{path}:{number}: found a line of more than {LONGEST >> 20} MiB, expected "
-                    "one JSON object a line; part it by line feeds"
+                    "one JSON object per line; split it with line feeds"
                 )
             bare = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if bare.strip():
                 yield number, bare
 
 
-class _Plain(yaml.SafeLoader):
-    """YAML of plain values: no tag, no anchor that a few lines could unfold to fill the memory,
-    each key once.
+class _PlainLoader(yaml.SafeLoader):
+    """Load YAML of plain values only.
+
+    Tags, anchors (a few lines of which can expand to fill the memory) and duplicate keys are
+    refused.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse what `OmegaConf.to_yaml` never writes."""
+        """Refuse tags, anchors and aliases, which `OmegaConf.to_yaml` never writes."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) or getattr(event, "tag", None):
             raise yaml.MarkedYAMLError(None, None, "an anchor, alias or tag", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """Refuse a key that stands twice."""
-        made = super().construct_mapping(node, deep)
-        if len(made) != len(node.value):
-            raise yaml.MarkedYAMLError(None, None, "a key that stands twice", node.start_mark)
-        return made
+        """Refuse duplicate keys."""
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
+            raise yaml.MarkedYAMLError(None, None, "a key that occurs twice", node.start_mark)
+        return mapping
 
 
-_Plain.add_implicit_resolver(
+_PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
-)  # 1e-3, which YAML 1.1 takes for text and OmegaConf for a number
+)  # 1e-3 is text in YAML 1.1, and a number for OmegaConf
 
 
 def load_yaml_mapping(path: Path) -> dict[str, Any]:
-    """The plain values of a YAML file, a mapping; nothing in it is called, resolved or unfolded.
-    Raises DataError.
+    """Load a YAML file that holds a mapping of plain values; raises DataError.
+
+    Nothing in it is called, resolved or expanded.
     """
-    told = read_text(path)
+    text = read_text(path)
     try:
-        loader = _Plain(told)
-        made = loader.get_single_data() or {}
-        if not isinstance(made, dict) or not all(isinstance(key, str) for key in made):
-            raise ValueError("it holds no mapping of keys")
-        return made
+        mapping = _PlainLoader(text).get_single_data() or {}
+        if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
+            raise ValueError("it does not hold a mapping of keys")
+        return mapping
     except yaml.MarkedYAMLError as e:
         line = f" on line {e.problem_mark.line + 1}" if e.problem_mark else ""
         raise DataError(
@@ -201,7 +199,7 @@ def load_yaml_mapping(path: Path) -> dict[str, Any]:
         ) from e
     except RecursionError as e:
         raise DataError(
-            f"{path} cannot be read: found hundreds of brackets within one another; restore it, "
+            f"{path} cannot be read: found hundreds of nested brackets; restore it, "
             "or give another folder"
         ) from e
     except (yaml.YAMLError, ValueError, OverflowError, TypeError) as e:
@@ -211,37 +209,30 @@ def load_yaml_mapping(path: Path) -> dict[str, Any]:
 
 
 def is_inside(path: Path, root: Path) -> bool:
-    """Whether a path, its links followed, lies in this folder; names that no file can have lie
-    nowhere.
-    """
+    """Return True if a path, after following links, lies in the folder `root`."""
     try:
-        path.exists()  # a name too long is told here
+        path.exists()  # raises for a name that is too long
         return path.resolve().is_relative_to(root.resolve())
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ):  # a name too long or with a NUL, links that go in a circle
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL character, or circular links
         return False
 
 
 def check_links_inside(folder: Path) -> None:
-    """Raise DataError naming the symbolic links in a folder that lead out of it: through them
-    others' files would be read, or written.
+    """Raise DataError naming the symbolic links in a folder that point outside of it.
+
+    Through such links, files of others would be read or written.
     """
-    out = [
+    problems = [
         f"{path} is a link to {os.readlink(path)}, outside of {folder}; put the file itself "
         "there, or remove it"
-        for at, folders, files in os.walk(folder)
-        for path in (Path(at, name) for name in (*folders, *files))
+        for parent, folders, files in os.walk(folder)
+        for path in (Path(parent, name) for name in (*folders, *files))
         if path.is_symlink() and not is_inside(path, folder)
     ]
-    if out:
-        raise DataError(gathered(sorted(out)))
+    if problems:
+        raise DataError(gathered(sorted(problems)))
 
 
 def is_number(value: object, least: float = -1e15, most: float = 1e15) -> bool:
-    """Whether a JSON value is a number that can be counted, drawn and written: finite, and of a
-    size that means it.
-    """
+    """Return True if a JSON value is a finite number (not a bool) between `least` and `most`."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most

@@ -216,7 +216,7 @@ def _train_curve(
     support = rng.sample(list(task.train), len(task.train))[:shots]
 
     def measure(step: int, _: Any = None) -> None:
-        if step in settings.at or step == settings.steps:
+        if step in settings.eval_steps or step == settings.steps:
             value = _score_task(bench) if step else base_score
             points.append((shots, draw, step, value))
             events(

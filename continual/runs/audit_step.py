@@ -75,7 +75,7 @@ def run_audit(config: DictConfig, console: Console) -> Audit:
     validate.check(config)
     stream, s = build.stream(config), config.score
     if not OmegaConf.select(config, "model._target_"):
-        told = audit_stream(stream, s.split, metric=s.metric, max_examples=s.limit)
+        told = audit_stream(stream, s.split, metric=s.metric, max_examples=s.max_examples)
     else:
         reader = build.reader(config, stream)
         encoder = replace(build.encoder(config, reader), on_unusable="skip")
@@ -115,7 +115,7 @@ def _audit_with_lengths(
             encoder,
             train[t.name],
             count_tokens(train[t.name]),
-            getattr(t, s.split)[: s.limit],
+            getattr(t, s.split)[: s.max_examples],
             prepared.get(t.name),
             s.max_new_tokens,
         )
@@ -125,7 +125,7 @@ def _audit_with_lengths(
         stream,
         s.split,
         metric=s.metric,
-        max_examples=s.limit,
+        max_examples=s.max_examples,
         lengths=lengths,
         token_limits={
             "limit": encoder.max_tokens,

@@ -156,8 +156,8 @@ def test(config: DictConfig, task: Task[Example], encoder: Encoder, index: int) 
         index,
         metric=s.metric,
         max_new_tokens=s.max_new_tokens,
-        max_examples=s.limit,
-        answer_mode=s.how,
+        max_examples=s.max_examples,
+        answer_mode=s.answer_mode,
         judge=judge(config),
     )
 
@@ -171,7 +171,7 @@ def judge(config: DictConfig) -> Judge | None:
         else _judge(
             str(j.name),
             str(j.template),
-            str(j.how),
+            str(j.grade_mode),
             str(j.dtype),
             j.max_length,
             j.batch_size,

@@ -254,24 +254,24 @@ def _stream_workload(config: DictConfig, model: Model, stream: Stream) -> Worklo
 def _synthetic_workload(config: DictConfig, model: Model) -> Workload:
     """Equal tasks of random tokens."""
     p, words = config.plan, _vocab_size(model)
-    number = min(p.tasks, max(p.stages, GROWTH_TASKS[1]))
+    number = min(p.num_tasks, max(p.rehearse_stages, GROWTH_TASKS[1]))
     stages = [
-        _make_random_task(i, p.examples, p.tokens, p.response, p.tasks, words)
+        _make_random_task(i, p.train_examples, p.tokens_per_example, p.response_tokens, p.num_tasks, words)
         for i in range(number)
     ]
-    rows = _make_random_task(0, p.tests, p.tokens, p.response, p.tasks, words).train
+    rows = _make_random_task(0, p.test_examples, p.tokens_per_example, p.response_tokens, p.num_tasks, words).train
     prompts = [
-        replace(e, ids=e.ids[: -p.response], response_mask=e.response_mask[: -p.response])
+        replace(e, ids=e.ids[: -p.response_tokens], response_mask=e.response_mask[: -p.response_tokens])
         for e in rows
     ]
     test = EvalSet(
         "task 0",
         "exact_match",
-        [Example(e.id, "task 0", "", outputs=("token" * p.response,)) for e in rows],
+        [Example(e.id, "task 0", "", outputs=("token" * p.response_tokens,)) for e in rows],
         prompts,
-        p.response,
+        p.response_tokens,
     )
-    return Workload(stages, [test], [p.examples * p.tokens] * p.tasks, p.tasks)
+    return Workload(stages, [test], [p.train_examples * p.tokens_per_example] * p.num_tasks, p.num_tasks)
 
 
 def _vocab_size(model: Model) -> int:
@@ -315,8 +315,8 @@ def _check_plan_keys(config: DictConfig) -> None:
         for key in ("memory", "flops", "share")
         if (p[key] is not None or key == "share") and (mistyped("float", p[key]) or not p[key] > 0)
     ]
-    if wrong or p.response >= p.tokens:
-        short = f"plan.response_tokens={p.response}: expected fewer than plan.tokens_per_example={p.tokens}"
+    if wrong or p.response_tokens >= p.tokens_per_example:
+        short = f"plan.response_tokens={p.response_tokens}: expected fewer than plan.tokens_per_example={p.tokens_per_example}"
         raise ConfigError(gathered(wrong or [short]))
 
 

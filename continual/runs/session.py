@@ -83,8 +83,8 @@ def make_forgetting_monitor(out: Path, session: RunSession) -> ForgettingMonitor
         session.stream,
         session.test_sets,
         partial(predictions_folder, out),
-        s.during,
-        s.during_examples,
+        s.every_steps,
+        s.monitor_examples,
         s.batch_size,
         session.config.seed,
     )

@@ -60,7 +60,7 @@ ROWS = {
     "single quotes": ("{'instruction': 'x'}", ":2:2: found broken JSON (Expecting property name"),
     "two objects": (
         GOOD + GOOD,
-        "found broken JSON (Extra data), expected one whole object a line; fix or remove",
+        "found broken JSON (Extra data), expected one complete object per line; fix or remove",
     ),
     "trailing comma": ('{"instruction": "x", "output": "y",}', "found broken JSON"),
     "a CSV line": ("Say it.,red,red", ":2:1: found broken JSON"),
@@ -76,11 +76,11 @@ ROWS = {
     ),
     "nested too deep": (
         DEEP,
-        ":2: found hundreds of brackets within one another, expected one whole object a line",
+        ":2: found hundreds of nested brackets, expected one complete object per line",
     ),
     "nested too deep, closed": (
         '{"a":' * 50_000 + "1" + "}" * 50_000,
-        ":2: found hundreds of brackets",
+        ":2: found hundreds of nested brackets",
     ),
     "Latin-1": (
         b'{"instruction": "caf\xe9", "output": "x"}',
@@ -203,7 +203,7 @@ def test_a_line_without_an_end_is_not_held(told, stream, monkeypatch):
     (stream / "a/train.jsonl").write_text(f"{GOOD}\n" + "x" * 2**21)
     message = told(read, stream)
     assert (
-        "train.jsonl:2: found a line of more than 1 MiB, expected one JSON object a line; part it"
+        "train.jsonl:2: found a line of more than 1 MiB, expected one JSON object per line; split it"
         in message
     )
 
@@ -219,7 +219,7 @@ INDEX = {
     "a list": ("[]", 'found no object, expected {"tasks": [...]'),
     "nested too deep": (
         DEEP,
-        ": found hundreds of brackets within one another, expected one object",
+        ": found hundreds of nested brackets, expected one object",
     ),
     "thousands of digits": (f'{{"tasks": {DIGITS}}}', ": found a number of thousands of digits"),
     "Latin-1": (
@@ -341,7 +341,7 @@ RUN = {
         "[]",
         ": a list, where an object with stream, strategy, tasks",
     ),
-    "matrix: nested too deep": ("matrix.json", DEEP, ": found hundreds of brackets"),
+    "matrix: nested too deep": ("matrix.json", DEEP, ": found hundreds of nested brackets"),
     "matrix: a key twice": (
         "matrix.json",
         '{"schema": 1, "schema": 1}',
@@ -424,8 +424,8 @@ RUN = {
         "the cost 'seconds' is 1000",
     ),
     "config: broken": ("config.yaml", "{ [", " cannot be read: found "),
-    "config: a list": ("config.yaml", "- a\n- b\n", " cannot be read: it holds no mapping of keys"),
-    "config: nested too deep": ("config.yaml", DEEP, " cannot be read: found hundreds of brackets"),
+    "config: a list": ("config.yaml", "- a\n- b\n", " cannot be read: it does not hold a mapping of keys"),
+    "config: nested too deep": ("config.yaml", DEEP, " cannot be read: found hundreds of nested brackets"),
     "config: Latin-1": (
         "config.yaml",
         b"a: caf\xe9\n",
@@ -449,7 +449,7 @@ RUN = {
     "config: a key twice": (
         "config.yaml",
         "a: 1\nb: 2\na: 3\n",
-        " cannot be read: found a key that stands twice",
+        " cannot be read: found a key that occurs twice",
     ),
     "config: no such day": (
         "config.yaml",

@@ -153,10 +153,10 @@ def test_a_strategy_that_does_not_say_that_it_can_be_in_shards_cannot_nor_what_h
     class Says(Strategy):
         shardable = True
 
-    assert [Strategy.shardable, Silent.shardable, Says.shardable] == [True, False, True]
-    assert compose(Says(), toy.strategy_from_config("replay")).shardable
-    assert not compose(Says(), Silent()).shardable
-    assert not toy.strategy_from_config("replay,ewc").shardable
+    assert [kind().is_shardable() for kind in (Strategy, Silent, Says)] == [True, False, True]
+    assert compose(Says(), toy.strategy_from_config("replay")).is_shardable()
+    assert not compose(Says(), Silent()).is_shardable()
+    assert not toy.strategy_from_config("replay,ewc").is_shardable()
 
 
 def test_a_strategy_that_works_on_whole_weights_is_refused_before_anything_is_built(

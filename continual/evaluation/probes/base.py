@@ -57,7 +57,7 @@ class RunSetup:
             self.stream.tasks.index(task),
             metric=s.metric,
             max_new_tokens=s.max_new_tokens,
-            answer_mode=s.how,
+            answer_mode=s.answer_mode,
             judge=self.judge,
         )
 

@@ -65,7 +65,7 @@ class GeneralAbility(Probe):
                         metric=self.metric,
                         max_examples=self.max_examples,
                         max_new_tokens=self.max_new_tokens,
-                        answer_mode=score.how if task.labels else "generate",
+                        answer_mode=score.answer_mode if task.labels else "generate",
                         judge=setup.judge,
                     )
                 )
