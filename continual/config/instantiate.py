@@ -16,8 +16,10 @@ from continual.errors import ConfigError, gathered, mistyped, unknown
 
 
 def construct(section: DictConfig, name: str, **more: Any) -> Any:
-    """Call the section's `_target_` with its other keys; raises ConfigError for keys that it does
-    not take.
+    """Call a section's `_target_` with its other keys and `more`.
+
+    Raises ConfigError for a target that cannot be imported, and for keys that are unknown, missing
+    or of the wrong type.
     """
     settings: dict[str, Any] = {**OmegaConf.to_container(section, resolve=True), **more}  # type: ignore[dict-item]
     path = current_target(str(settings.pop("_target_")))
@@ -27,18 +29,17 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
         target = get_object(path)
     except Exception as e:
         raise ConfigError(f"{name}._target_={path} cannot be imported: {e}") from e
+
     known = inspect.signature(target).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         for key in settings:
             if key not in known:
                 raise ConfigError(unknown(f"key {name}", key, known))
-    wrong = [
-        f"{name}.{k}={v}: expected {expected}"
-        for k, v in settings.items()
-        if k in known and (expected := mistyped(known[k].annotation, v))
-    ]
+    expected = {k: mistyped(known[k].annotation, v) for k, v in settings.items() if k in known}
+    wrong = [f"{name}.{k}={settings[k]}: expected {kind}" for k, kind in expected.items() if kind]
     if wrong:
         raise ConfigError(gathered(wrong))
+
     missing = [
         k
         for k, p in known.items()
@@ -52,7 +53,7 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
 
 
 def targets_by_name(group: str) -> dict[str, list[str]]:
-    """The constructors that each configuration of a group names, by the configuration's name."""
+    """Return the `_target_`s that each configuration of a group names, by the configuration's name."""
     texts = {
         p.name.removesuffix(".yaml"): p.read_text("utf-8")
         for p in files("conf").joinpath(group).iterdir()
@@ -65,24 +66,20 @@ def targets_by_name(group: str) -> dict[str, list[str]]:
 
 
 def allowed_targets(group: str) -> set[str]:
-    """The constructors that the configurations of a group name, such as model: all that a run
-    folder may ask for.
-    """
-    return {found for named in targets_by_name(group).values() for found in named}
+    """Return all `_target_`s of a group, such as model: the only ones a run folder may ask for."""
+    return {target for targets in targets_by_name(group).values() for target in targets}
 
 
 def allowed_strategies() -> set[str]:
-    """The constructors of strategies that a run folder may ask for: continual's and those of
-    installed packages.
-    """
+    """Return the strategies a run folder may ask for: ours and those of installed packages."""
     return allowed_targets("strategy") | set(plugins().values())
 
 
 def strategies_without_complete_weights(section: Any) -> list[str]:
-    """Of a run's strategies, as its config.yaml has them, those without whose memory its weights
-    are no model of its.
+    """Name the strategies of a config.yaml whose checkpoint weights alone are not the model.
 
-    Only constructors that are continual's or an installed package's are looked at.
+    Part of their model is in the strategy's memory (`weights_are_complete` is False). Targets that
+    are neither ours nor of an installed package are not imported.
     """
     known = allowed_strategies()
     parts = section.items() if isinstance(section, DictConfig) else ()

@@ -1,4 +1,4 @@
-"""Clear words for what Hydra refuses on the command line."""
+"""Check and normalize command-line overrides; explain what Hydra refuses."""
 
 from __future__ import annotations
 
@@ -18,32 +18,39 @@ from continual.errors import ConfigError, gathered, unknown
 
 SHORT = {"stream.arrange": "stream.arrangement"}
 SHORT_IN = {"adapt": {"checkpoint": "adapt.init_from", "task": "stream.tasks"}}
-SECTIONS = ("data", "loss", "checkpoint", "stop_if", "adapt", "plan")  # that no group provides
+SECTIONS = ("data", "loss", "checkpoint", "stop_if", "adapt", "plan")  # not from a group
 TEXTS = ("out", "device")
 
 
 def normalize_overrides(verb: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides with short keys written out: stream.arrange, of adapt checkpoint and task (one
-    name); and gates.
+    """Write overrides with full, current keys in Hydra's grammar.
 
-    Raises ConfigError where a shell has taken the `>SHARE` of a gate for a file, or a key is to be
-    taken away.
+    Expands short keys (stream.arrange; for adapt, checkpoint and task), replaces keys of earlier
+    versions, and rewrites `stop_if.NAME>SHARE`. Raises ConfigError for `~key`, and where the shell
+    has taken `>SHARE` for a redirection.
     """
-    if gone := [word for word in overrides if word.startswith("~")]:
+    deletions = [word for word in overrides if word.startswith("~")]
+    if deletions:
         raise ConfigError(
-            f"{', '.join(gone)}: a key is not taken away; give it another value, null where its "
-            f"comment in continual {verb} --cfg has a meaning for that"
+            f"cannot delete {', '.join(word[1:] for word in deletions)} ('~' is not supported); set "
+            f"it to another value, or to null where its comment in continual {verb} --cfg allows it"
         )
-    keys, found = {**SHORT, **SHORT_IN.get(verb, {})}, []
-    for word in map(_replace_renamed_key, map(_rewrite_stop_if, overrides)):
-        key, given, value = word.partition("=")
-        whole = f"[{value}]" if key == "task" and not value.startswith("[") else value
-        found.append(f"{keys[key]}={whole}" if given and key in keys else word)
-    return found
+
+    short = {**SHORT, **SHORT_IN.get(verb, {})}
+    normalized = []
+    for word in overrides:
+        word = _replace_renamed_key(_rewrite_stop_if(word))
+        key, sign, value = word.partition("=")
+        if sign and key in short:
+            if key == "task" and not value.startswith("["):
+                value = f"[{value}]"  # adapt's one task is a list of tasks for the stream
+            word = f"{short[key]}={value}"
+        normalized.append(word)
+    return normalized
 
 
 def _replace_renamed_key(word: str) -> str:
-    """Return an override with its key's current name, and print that name if it was another.
+    """Return an override with the current name of its key, printing that name if it has changed.
 
     Keys of earlier versions work for one release.
     """
@@ -58,11 +65,11 @@ def _replace_renamed_key(word: str) -> str:
 
 
 def _rewrite_stop_if(word: str) -> str:
-    """`stop_if.NAME>SHARE` as Hydra writes it."""
+    """Rewrite `stop_if.NAME>SHARE` as `stop_if.NAME=SHARE`."""
     if re.fullmatch(r"stop_if\.\w+", word):
         raise ConfigError(
-            f"{word} has no value: unquoted, > names a file that a shell writes to; give "
-            f"'{word}>0.2', with the quotes, or {word}=0.2"
+            f"{word} has no value: without quotes the shell takes > for a file to write to; give "
+            f"'{word}>0.2' with the quotes, or {word}=0.2"
         )
     return re.sub(r"^(stop_if\.\w+)>", r"\1=", word)
 
@@ -70,7 +77,7 @@ def _rewrite_stop_if(word: str) -> str:
 def compose_config(
     verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]
 ) -> DictConfig:
-    """The verb's configuration; a strategy that it lacks is looked for in other packages."""
+    """Compose a command's configuration, looking up unknown strategies in other packages."""
     from hydra.errors import MissingConfigException
 
     while True:
@@ -83,15 +90,16 @@ def compose_config(
 
 
 def check_values(config: DictConfig) -> None:
-    """Raise ConfigError if a key without an honest default was not given, or one that everything
-    builds on is of another kind; Hydra fills in its own.
+    """Raise ConfigError for keys that must be given and are not, and for sections of a wrong type.
+
+    Keys of Hydra itself are left to Hydra.
     """
-    if missing := sorted(
-        key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra.")
-    ):
+    missing = sorted(k for k in OmegaConf.missing_keys(config) if not k.startswith("hydra."))
+    if missing:
         raise ConfigError("\n".join(f"{key} is not set; give {key}=..." for key in missing))
     wrong = [
-        f"{key}={config[key]}: expected a text; one that is a number or a list stands in quotes: \"{key}='123'\""
+        f"{key}={config[key]}: expected text; put text that looks like a number or a list in "
+        f"quotes: \"{key}='123'\""
         for key in TEXTS
         if key in config and not isinstance(config[key], str)
     ]
@@ -103,7 +111,7 @@ def check_values(config: DictConfig) -> None:
     ]
     if "strategy" not in config:
         wrong.append(
-            "strategy=[] names none; choose at least one, such as strategy=naive, plain fine-tuning"
+            "strategy=[] is empty; name at least one strategy, such as naive (plain fine-tuning)"
         )
     if wrong:
         raise ConfigError(gathered(wrong))
@@ -112,70 +120,63 @@ def check_values(config: DictConfig) -> None:
 def explain_error(
     error: Exception, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]
 ) -> ConfigError:
-    """The error in our words: an unknown choice or key with the nearest valid names, else Hydra's
-    first line.
-    """
+    """Explain an error of Hydra: unknown choices and keys with the closest valid names."""
     group, _, choice = str(getattr(error, "missing_cfg_file", "") or "").rpartition("/")
     if group.startswith("hydra/"):
         kind = group.split("/")[1]
         return ConfigError(
-            f"{group}={choice} is none of Hydra's own, and needs hydra-{choice}-{kind}, which is "
-            f"not installed: pip install hydra-{choice}-{kind}"
+            f"{group}={choice} needs the package hydra-{choice}-{kind}, which is not installed: "
+            f"pip install hydra-{choice}-{kind}"
         )
     if group:
         return ConfigError(unknown(group, choice, [c.name for c in list_choices(group)]))
     key = getattr(error.__cause__, "full_key", None)
     if key:
         return ConfigError(unknown("key", str(key), _siblings(str(key), verb, overrides, compose)))
-    if unread := [told for word in overrides if (told := _explain_syntax_error(word))]:
-        return ConfigError(gathered(unread))
-    if nothing := [
-        w for w in overrides if re.fullmatch(r"[\w/]+=null", w) and isinstance(error, ValueError)
-    ]:
+    syntax_errors = [text for text in map(_explain_syntax_error, overrides) if text]
+    if syntax_errors:
+        return ConfigError(gathered(syntax_errors))
+    null_groups = [word for word in overrides if re.fullmatch(r"[\w/]+=null", word)]
+    if null_groups and isinstance(error, ValueError):
         return ConfigError(
-            f"{', '.join(nothing)}: expected a name of those in that folder of conf/"
+            f"{', '.join(null_groups)}: expected one of the names in that folder of conf/"
         )
     lines = [line for line in str(error).splitlines() if line and "hydra.cc" not in line]
     return ConfigError(" ".join(lines) + " Keys are given as key=value; lists as key=[a,b].")
 
 
 def _explain_syntax_error(word: str) -> str:
-    """What is wrong with an override that is not in Hydra's grammar, or has several values; empty
-    where it is sound.
-    """
+    """Explain an override that Hydra cannot parse or that has several values; empty if it is valid."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    key, given, value = word.partition("=")
-    fix = f'; a text with signs such as , = ( é in quotes: "{key}={quote_value(value)}"'
+    key, sign, value = word.partition("=")
     try:
-        parsed = OverridesParser.create().parse_override(word)
-        found = (
-            "several values, which only continual compare takes"
-            if parsed.is_sweep_override()
-            else ""
-        )
+        if not OverridesParser.create().parse_override(word).is_sweep_override():
+            return ""
+        problem = "several values, which only continual compare takes"
     except HydraException:
-        found = "no key and value that can be read"
+        problem = "no key and value that can be parsed"
+    quoting = f'; text with characters such as , = ( é in quotes: "{key}={quote_value(value)}"'
     return (
-        found
-        and f"{word}: found {found}. Keys are given as key=value; lists as "
-        f"key=[a,b]{fix if given else ''}"
+        f"{word}: found {problem}. Keys are given as key=value; lists as "
+        f"key=[a,b]{quoting if sign else ''}"
     )
 
 
 def _siblings(
     key: str, verb: str, overrides: Sequence[str], compose: Callable[..., DictConfig]
 ) -> list[str]:
-    """The keys beside `key`, and those of its name a part deeper, without the overrides that set
-    single keys.
+    """Return the keys in the section of `key`, and keys of the same name one section deeper.
+
+    Overrides of single keys are left out: one of them is the wrong one.
     """
     from hydra.errors import HydraException
 
     choices = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0] != key]
     try:
         config = compose(verb, [o for o in choices if not o.startswith(("out=", key))])
-    except HydraException:  # several are wrong; those of the default choices are better than none
+    except HydraException:  # several overrides are wrong: use the keys of the default choices
         config = compose(verb, [])
     parent, dot, last = key.rpartition(".")
     section = OmegaConf.select(config, parent) if parent else config

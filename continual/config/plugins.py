@@ -1,6 +1,4 @@
-"""Strategies of other packages: whatever is installed and names one in the entry point group
-`continual.strategies`.
-"""
+"""Find strategies of other packages by the entry point group `continual.strategies`."""
 
 from __future__ import annotations
 
@@ -14,28 +12,29 @@ GROUP = "continual.strategies"
 
 
 def plugins() -> dict[str, str]:
-    """The dotted path of each one's class, by name; nothing of theirs is imported.
+    """Return the dotted class path of each plug-in strategy, by name, without importing it.
 
-    Raises ConfigError where two packages give different classes one name.
+    Raises ConfigError if two packages give the same name to different classes.
     """
-    found: dict[str, set[str]] = {}
+    paths: dict[str, set[str]] = {}
     for point in entry_points(group=GROUP):
-        found.setdefault(point.name, set()).add(point.value.replace(":", "."))
-    if twice := [
-        f"{' and '.join(sorted(paths))} are both called {name!r}, and a strategy's name is its "
-        "own; uninstall one of the packages"
-        for name, paths in sorted(found.items())
-        if len(paths) > 1
-    ]:
-        raise ConfigError(gathered(twice))
-    return {name: paths.pop() for name, paths in sorted(found.items())}
+        paths.setdefault(point.name, set()).add(point.value.replace(":", "."))
+    duplicates = [
+        f"{' and '.join(sorted(targets))} are both called {name!r}, but a strategy's name must be "
+        "unique; uninstall one of the packages"
+        for name, targets in sorted(paths.items())
+        if len(targets) > 1
+    ]
+    if duplicates:
+        raise ConfigError(gathered(duplicates))
+    return {name: targets.pop() for name, targets in sorted(paths.items())}
 
 
 def register(name: str) -> bool:
-    """Make strategy=NAME known to Hydra, its keys being its class's with their defaults.
+    """Register strategy=NAME with Hydra, with the fields of its class as keys.
 
-    False where no other package has it, or it is known already. Raises ConfigError where it cannot
-    be imported or is no strategy.
+    Returns False if no other package has it, or if it is registered already. Raises ConfigError if
+    it cannot be imported or is not a strategy.
     """
     from hydra.core.config_store import ConfigStore
     from hydra.utils import get_class
@@ -46,26 +45,28 @@ def register(name: str) -> bool:
         return False
     try:
         keys = default_settings(get_class(path))
-    except Exception as error:  # of code that is not ours
+    except Exception as error:  # whatever the other package raises
         raise ConfigError(
-            f"strategy={name} is {path} by an installed package's entry point, and cannot be had "
-            f"from there ({error}); fix or uninstall that package"
+            f"strategy={name} is {path} by an installed package's entry point, but cannot be "
+            f"imported from there ({error}); fix or uninstall that package"
         ) from error
     store.store(group="strategy", name=name, node={name: {"_target_": path, **keys}}, provider=path)
     return True
 
 
 def default_settings(kind: type[Any]) -> dict[str, Any]:
-    """A strategy's configuration: its hyper-parameters' defaults, ??? where there is none, and the
-    run's seed.
-    """
+    """Return a strategy's configuration: defaults of its fields, ??? without one, the run's seed."""
     if not is_dataclass(kind) or not hasattr(kind, "load_state_dict"):
         raise ConfigError(
             f"found {kind.__name__}, expected a dataclass that inherits from "
             "continual.strategy.interface.Strategy"
         )
-    told: dict[str, Any] = {}
-    for f in (f for f in fields(kind) if f.init):
+    settings: dict[str, Any] = {}
+    for f in fields(kind):
+        if not f.init:
+            continue
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        told[f.name] = "${seed}" if f.name == "seed" else "???" if default is MISSING else default
-    return told
+        settings[f.name] = "???" if default is MISSING else default
+        if f.name == "seed":
+            settings[f.name] = "${seed}"
+    return settings

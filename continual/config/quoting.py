@@ -6,9 +6,7 @@ import re
 
 
 def quote_value(text: str) -> str:
-    """A text as a value on the command line: in the quotes of Hydra's grammar where it needs them
-    to be that text.
-    """
+    """Quote a text as a command-line value, if Hydra's grammar would read it as something else."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -14,20 +14,22 @@ from continual.io.untrusted import load_yaml_mapping
 
 
 def read_config(path: Path) -> DictConfig:
-    """The config.yaml of a run folder; raises DataError where it is damaged."""
-    told = rename_in_config(load_yaml_mapping(path))
-    if asked := [key for key, value in flatten_keys(told).items() if "${" in f"{key}{value}"]:
-        raise DataError(
-            gathered(
-                [
-                    f"{path}: found ${{...}} in {brief(key)}, expected values only: nothing that "
-                    "a run folder asks for is looked up; write the value itself"
-                    for key in asked
-                ]
-            )
-        )
+    """Load the config.yaml of a run folder, with current names; raise DataError if it is damaged.
+
+    Interpolations (`${...}`) are refused: a run folder may come from anyone, and resolving one could
+    read the environment.
+    """
+    values = rename_in_config(load_yaml_mapping(path))
+    interpolated = [key for key, value in flatten_keys(values).items() if "${" in f"{key}{value}"]
+    if interpolated:
+        problems = [
+            f"{path}: found ${{...}} in {brief(key)}, expected plain values: interpolations of a run "
+            "folder are not resolved; write the value itself"
+            for key in interpolated
+        ]
+        raise DataError(gathered(problems))
     try:
-        return OmegaConf.create(told)
+        return OmegaConf.create(values)
     except (OmegaConfBaseException, ValueError) as e:
         raise DataError(
             f"{path} cannot be read: {str(e).splitlines()[0]}; restore it, or give another folder"
@@ -35,7 +37,7 @@ def read_config(path: Path) -> DictConfig:
 
 
 def flatten_keys(value: Any, name: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
+    """Return a nested mapping as a flat one with dotted keys."""
     if not isinstance(value, dict) or not value:
         return {name: value}
     return {

@@ -1,4 +1,4 @@
-"""Take over model and data keys from a run folder that may be anyone's."""
+"""Inherit settings from a run folder that may come from anyone, without running its code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from continual.errors import ConfigError, DataError, brief, gathered
 
 
 def unknown_strategies(theirs: DictConfig, path: Path) -> list[str]:
-    """What a run's config.yaml has under strategy that is none of continual's or of an installed
-    package's; raises DataError where it has no such key.
+    """Return a message for each strategy that is neither ours nor of an installed package.
+
+    `theirs` is the configuration at `path`; raises DataError if it has no strategy section.
     """
     if not isinstance(theirs.get("strategy"), DictConfig):
         raise DataError(
-            f"{path} has no key of strategy, and expected are those of a run; give a folder made "
-            "by continual run"
+            f"{path} has no section strategy, expected the configuration of a run; give a folder "
+            "made by continual run"
         )
     known = instantiate.allowed_strategies()
     targets = {
@@ -34,53 +35,48 @@ def unknown_strategies(theirs: DictConfig, path: Path) -> list[str]:
 
 
 def inherit_model_and_data(config: DictConfig, path: Path) -> None:
-    """Give `config` the model and data keys of a run's config.yaml, which may be anyone's: it names
-    no code to run.
+    """Set the model and data keys of `config` to those of a run's config.yaml.
 
-    Raises DataError where it lacks them, ConfigError where it asks for what is none of the
-    registry's constructors or for a model's own code.
+    Raises DataError if the file lacks them, and ConfigError if it asks for a constructor that our
+    configurations do not name, or to run code that a model brings along.
     """
     theirs = read_config(path)
-    if lacking := [
-        key for key in ("model", "data", "stream") if not isinstance(theirs.get(key), DictConfig)
-    ]:
+    sections = ("model", "data", "stream")
+    missing = [key for key in sections if not isinstance(theirs.get(key), DictConfig)]
+    if missing:
         raise DataError(
-            f"{path} has no keys of {', '.join(lacking)}, and expected are those of a run; give "
+            f"{path} has no section {', '.join(missing)}, expected the configuration of a run; give "
             "a folder made by continual run"
         )
-    model, stream = theirs.model, theirs.model.get("stream") or theirs.stream
-    wrong = [
-        f"{path} asks for {key}._target_={brief(section.get('_target_'))}, which is not one of "
-        f"continual's ({', '.join(sorted(known))}); only those are built from a run folder"
-        for key, section, known in (
-            (
-                "model",
-                model,
-                instantiate.allowed_targets("model") - instantiate.allowed_targets("stream"),
-            ),
-            ("stream", stream, instantiate.allowed_targets("stream")),
-        )
-        if str(section.get("_target_")) not in known
-    ]
-    within = [
-        {k: v for k, v in section.items() if k not in ("_target_", "stream")}
-        for section in (model, stream)
-    ]
-    if "_target_" in str(within):
-        wrong.append(
-            f"{path} asks for a _target_ within model or stream, where nothing is built; remove it"
-        )
-    if wrong:
-        raise ConfigError(gathered(wrong))
+
+    model = theirs.model
+    stream = theirs.model.get("stream") or theirs.stream
+    streams = instantiate.allowed_targets("stream")
+    models = instantiate.allowed_targets("model") - streams
+    problems = []
+    for key, section, allowed in (("model", model, models), ("stream", stream, streams)):
+        target = section.get("_target_")
+        if str(target) not in allowed:
+            problems.append(
+                f"{path} asks for {key}._target_={brief(target)}, which is not one of continual's "
+                f"({', '.join(sorted(allowed))}); only those are built from a run folder"
+            )
+        rest = {k: v for k, v in section.items() if k not in ("_target_", "stream")}
+        if "_target_" in str(rest):
+            problems.append(
+                f"{path} asks for a _target_ within {key}, where nothing is constructed; remove it"
+            )
+    if problems:
+        raise ConfigError(gathered(problems))
     if model.get("trust_remote_code") and not config.model.get("trust_remote_code"):
         raise ConfigError(
             f"{path} asks to run code that the model {brief(model.get('name'))} brings along; if "
             "you trust its source, give model=hf model.name=NAME model.trust_remote_code=true"
         )
     with open_dict(config):
-        config.model, config.data = model, {**config.data, **theirs.data}
-        config.model.seed = model.get(
-            "seed", theirs.get("seed", 0)
-        )  # what was drawn, no checkpoint need have
-        if "stream" in model:  # what a model from scratch was built for
+        config.model = model
+        config.data = {**config.data, **theirs.data}
+        # Weights that the seed drew and training left alone need not be in a checkpoint.
+        config.model.seed = model.get("seed", theirs.get("seed", 0))
+        if "stream" in model:  # the stream that a model from scratch was built for
             config.model.stream = stream

@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from continual.config.catalogue import FACTS, MOMENTS, list_choices
 from continual.errors import ConfigError
 from continual.runs import build
 from continual.strategy.interface import Strategy
@@ -134,9 +135,7 @@ def test_the_hf_config_makes_its_model(model_folder, run_keys):
     assert made.layout.tokens_per_microbatch == 4096
 
 
-@pytest.mark.parametrize(
-    "verb", sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "common")
-)
+@pytest.mark.parametrize("verb", sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "common"))
 def test_every_command_s_config_composes(verb):
     config = composed(verb, "stream=folder", "stream.path=x")
     assert not OmegaConf.missing_keys(config)
@@ -207,3 +206,11 @@ def test_every_key_has_a_comment_above_it(path):
         and not key.startswith("adapters.")
     ]
     assert not bare
+
+
+@pytest.mark.parametrize("name", group("strategy"))
+def test_the_catalogue_reads_from_source_what_the_imported_class_has(name):
+    choice = next(c for c in list_choices("strategy") if c.name == name)
+    kind = get_object(choice.target)
+    assert dict(choice.facts) == {fact: getattr(kind, fact) for fact in FACTS}
+    assert choice.moments == [m for m in MOMENTS if getattr(kind, m) is not getattr(Strategy, m)]

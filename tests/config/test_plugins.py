@@ -148,8 +148,8 @@ def test_a_name_that_is_mistyped_is_told_the_outside_ones_too(package, cli_error
 @pytest.mark.parametrize(
     ("points", "told"),
     [
-        ({"held": "their_own_package:Gone"}, "cannot be had from there"),
-        ({"held": "not_there_at_all:Held"}, "cannot be had from there"),
+        ({"held": "their_own_package:Gone"}, "cannot be imported from there"),
+        ({"held": "not_there_at_all:Held"}, "cannot be imported from there"),
         (
             {"held": "their_own_package:NoStrategy"},
             "found NoStrategy, expected a dataclass that inherits from",
