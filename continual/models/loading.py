@@ -1,4 +1,4 @@
-"""A causal or encoder-decoder language model with its tokenizer and, if asked for, its adapter."""
+"""Load causal and encoder-decoder language models, with tokenizer and adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from continual.distributed.processes import is_main_process
 from continual.errors import ConfigError, MissingError, listed, unknown
 from continual.models.model import Model, pick_device
-from continual.models.virtual_tokens import prompted
+from continual.models.virtual_tokens import add_prompt_tuning
 from continual.packing.batch import Layout
 from continual.packing.support import detect_packing_support
 
@@ -31,123 +31,120 @@ def load_pretrained(
     dtype: str = "fp32",
     trust_remote_code: bool = False,
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
-    network: bool = True,
-    drawn: bool = False,
+    load_network: bool = True,
+    random_weights: bool = False,
     quantize: str = "none",
     **_: Any,
 ) -> Model:
-    """Load a hub id or local folder through the Auto classes, causal or encoder-decoder by its own
-    config.
+    """Load a hub id or local folder through the Auto classes of transformers.
 
-    `adapter` names a kind of `adapters` (lora or any other peft kind with its settings) or is
-    "none" for full fine-tuning. With `quantize="4bit"` the weights are held in 4 bits, and only an
-    adapter trains. With `drawn` the weights are drawn anew, and config.json alone is needed.
-    Without the `network` it only tokenises, and no weights are read. Raises MissingError if there
-    is no such model, ConfigError for an unknown adapter or dtype and for what cannot be held in 4
-    bits.
+    The model's config says whether it is causal or encoder-decoder. `adapter` names one of
+    `adapters` (lora or another peft type, with its settings); "none" is full fine-tuning. With
+    `quantize="4bit"` the weights are held in 4 bits, and only an adapter trains. With `random_weights` the
+    weights are initialised at random, and only config.json is needed. Without `load_network` no
+    weights are read: the model only tokenizes. Raises MissingError if it cannot be loaded, and
+    ConfigError for an unknown adapter or dtype, or if 4 bits are not possible.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     if dtype not in DTYPES:
         raise ConfigError(unknown("model.dtype", dtype, DTYPES))
     if quantize != "none":
-        _refuse_bits(quantize, adapter, drawn)
+        _check_quantize(quantize, adapter, random_weights)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise MissingError(
             f"model.name={name}: no such folder; give a folder with config.json and safetensors "
             "weights, or a hub id"
         )
     path = str(Path(name).expanduser()) if name.startswith("~") else name
-    source: dict[str, Any] = {
+    source_options: dict[str, Any] = {
         "pretrained_model_name_or_path": path,
         "trust_remote_code": trust_remote_code,
     }
     try:
-        config = AutoConfig.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source_options)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        tokenizer = (
-            AutoTokenizer.from_pretrained(**source)
-            if not drawn or _has_tokenizer(path)
-            else _no_words()
-        )
-        if drawn:
+        if random_weights and not _has_tokenizer(path):
+            tokenizer = _make_empty_tokenizer()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(**source_options)
+        if random_weights:
             net = kind.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-        elif network:
-            net, told = kind.from_pretrained(
-                **source,
+        elif load_network:
+            net, report = kind.from_pretrained(
+                **source_options,
                 dtype=DTYPES[dtype],
                 use_safetensors=True,
                 output_loading_info=True,
-                **_held_in(quantize, dtype, device),
+                **_quantization_options(quantize, dtype, device),
             )
             for module in net.modules():
-                if hasattr(
-                    module, "support_avx512bf16_for_cpu"
-                ):  # bitsandbytes packs what it answers with on a CPU,
-                    module.support_avx512bf16_for_cpu = (
-                        False  # for good, and no gradient comes through that
-                    )
-            if absent := sorted(told["missing_keys"]):
+                # On a CPU bitsandbytes would repack the weights for inference for good, and no
+                # gradient passes through the repacked form.
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False
+            absent = sorted(report["missing_keys"])
+            if absent:
                 raise ValueError(
-                    f"its weights lack {listed(absent, 3)}, which would be drawn at random."
+                    f"its weights lack {listed(absent, 3)}, which would be initialised at random."
                 )
-    except (
-        Exception
-    ) as e:  # files can be wrong in any way, and each library has its own words for it
+    except Exception as e:  # each library raises its own errors for damaged files
         first = next(iter(str(e).splitlines()), "") or repr(e)
         raise MissingError(
             f"model.name={name} could not be loaded: {first} Give a local folder with "
             "config.json, tokenizer and safetensors weights, or a hub id that can be reached"
         ) from e
-    if not network:
-        return reader(tokenizer, context_of(config), seq2seq=bool(config.is_encoder_decoder))
+    if not load_network:
+        return make_tokenizing_model(
+            tokenizer, context_length(config), seq2seq=bool(config.is_encoder_decoder)
+        )
     return assemble(net, tokenizer, device=device, seed=seed, adapter=adapter, adapters=adapters)
 
 
-def _refuse_bits(quantize: str, adapter: str, drawn: bool) -> None:
+def _check_quantize(quantize: str, adapter: str, random_weights: bool) -> None:
     if quantize != "4bit":
         raise ConfigError(unknown("model.quantize", quantize, ["none", "4bit"]))
-    if drawn:
+    if random_weights:
         raise ConfigError(
-            "model.quantize=4bit is not planned: continual plan counts weights as model.dtype "
-            "has them; plan with model.quantize=none"
+            "continual plan cannot estimate model.quantize=4bit: it counts weights in model.dtype; "
+            "plan with model.quantize=none"
         )
     if adapter == "none":
         raise ConfigError(
             "model.quantize=4bit: weights in 4 bits cannot be trained; set model.adapter=lora, or "
             "model.quantize=none"
         )
-    if missing := [name for name in ("bitsandbytes", "accelerate") if not find_spec(name)]:
+    missing = [name for name in ("bitsandbytes", "accelerate") if not find_spec(name)]
+    if missing:
         raise ConfigError(
             f"model.quantize=4bit needs {' and '.join(missing)}; install the extra: uv sync "
             f"--extra quantize, or pip install {' '.join(missing)}"
         )
 
 
-def _held_in(quantize: str, dtype: str, device: str) -> dict[str, Any]:
-    """How `transformers` is asked to hold the weights as it reads them."""
+def _quantization_options(quantize: str, dtype: str, device: str) -> dict[str, Any]:
+    """Return the options with which `transformers` quantizes weights as it loads them."""
     if quantize == "none":
         return {}
     from transformers import BitsAndBytesConfig
 
-    # Normal floats with their scales quantized as well: QLoRA (Dettmers et al. 2023, sections 3 and
-    # 4).
-    how = BitsAndBytesConfig(
+    # NormalFloat with double quantization: QLoRA (Dettmers et al. 2023, section 3).
+    quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[dtype],
     )
-    return {"quantization_config": how, "device_map": {"": pick_device(device)}}
+    return {"quantization_config": quantization, "device_map": {"": pick_device(device)}}
 
 
 def _has_tokenizer(path: str) -> bool:
-    """Whether a folder has one; a hub id does."""
+    """Return True if a folder has tokenizer files; a hub id is taken to have them."""
     return not Path(path).is_dir() or any(Path(path).glob("*token*"))
 
 
-def _no_words() -> Any:
-    """A tokenizer that knows an end of sequence only."""
+def _make_empty_tokenizer() -> Any:
+    """Return a tokenizer whose only token is the end of sequence."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -164,42 +161,44 @@ def assemble(
     adapter: str = "none",
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Model:
-    """Make a network ready for stages: padding and end-of-sequence tokens, adapter, device.
+    """Prepare a network for training: padding and end-of-sequence tokens, adapter, device.
 
-    What is drawn anew (an added token's embedding, the adapter) follows from `seed`.
+    `seed` decides what is initialised at random: an added token's embedding, the adapter.
     """
     torch.manual_seed(seed)
-    _complete(net, tokenizer)
+    _add_special_tokens(net, tokenizer)
     config = net.config
     if adapter != "none":
         net = add_adapter(
             net, adapter, dict(adapters or {}), seq2seq=bool(config.is_encoder_decoder)
         )
-    where = pick_device(device)
     start = None
     if config.is_encoder_decoder:
         start = getattr(config, "decoder_start_token_id", None)
         start = tokenizer.pad_token_id if start is None else start  # as T5 does
-    layout = Layout(pad_token_id=tokenizer.pad_token_id, device=where, decoder_start_token_id=start)
-    made = Model(net.to(where), tokenizer, layout, context_of(config))
-    if hasattr(made.net, "virtual"):
-        made.set_prompt_prefix(())
-        layout = made.layout
+    torch_device = pick_device(device)
+    layout = Layout(
+        pad_token_id=tokenizer.pad_token_id, device=torch_device, decoder_start_token_id=start
+    )
+    model = Model(net.to(torch_device), tokenizer, layout, context_length(config))
+    if hasattr(model.net, "virtual"):
+        model.set_prompt_prefix(())
+
     if not layout.seq2seq:
-        flat, made.last_layer = detect_packing_support(made.net)
-        made.layout = replace(layout, packed=flat)
-        if not flat and is_main_process():
+        packed, model.last_layer = detect_packing_support(model.net)
+        model.layout = replace(model.layout, packed=packed)
+        if not packed and is_main_process():
             print(
-                f"{config.model_type}: its attention cannot read several examples as one row; "
-                "batches are padded",
+                f"{config.model_type}: its attention cannot read several examples in one packed "
+                "row; batches are padded",
                 file=sys.stderr,
             )
-    return made
+    return model
 
 
-def reader(tokenizer: Any, context: int | None, *, seq2seq: bool = False) -> Model:
-    """A model without its network: it tokenises as the whole one would."""
-    _close(tokenizer)
+def make_tokenizing_model(tokenizer: Any, context: int | None, *, seq2seq: bool = False) -> Model:
+    """Return a model without a network, which tokenizes as the complete one would."""
+    _add_eos_token(tokenizer)
     return Model(
         None,
         tokenizer,
@@ -208,35 +207,32 @@ def reader(tokenizer: Any, context: int | None, *, seq2seq: bool = False) -> Mod
     )
 
 
-def context_of(config: Any) -> int | None:
-    """The most positions that a network of this configuration has; None if unbounded."""
-    context = getattr(config, "max_position_embeddings", None) or getattr(
-        config, "n_positions", None
-    )
-    return None if config.is_encoder_decoder else context
+def context_length(config: Any) -> int | None:
+    """Return the number of positions of a network with this configuration; None if unbounded."""
+    if config.is_encoder_decoder:
+        return None
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    return length or getattr(config, "n_positions", None)
 
 
-def _close(tokenizer: Any) -> None:
-    """A tokenizer without an end-of-sequence token gets one."""
+def _add_eos_token(tokenizer: Any) -> None:
+    """Give a tokenizer an end-of-sequence token if it has none."""
     if tokenizer.eos_token_id is None:
         tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
 
 
-def _complete(net: Any, tokenizer: Any) -> None:
-    """An end-of-sequence token where there is none, and the model its embedding; padding defaults
-    to it.
-    """
+def _add_special_tokens(net: Any, tokenizer: Any) -> None:
+    """Add an end-of-sequence token, with its embedding, if there is none; pad with it by default."""
     from transformers import GenerationConfig
 
-    _close(tokenizer)
+    _add_eos_token(tokenizer)
     if len(tokenizer) > net.get_input_embeddings().num_embeddings:
         net.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     net.config.eos_token_id = tokenizer.eos_token_id
     net.config.pad_token_id = tokenizer.pad_token_id
-    # A model's own generation settings (sampling, a repetition penalty) would change the greedy
-    # answers.
+    # The model's own generation settings (sampling, repetition penalty) would change greedy answers.
     net.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -246,8 +242,9 @@ def _complete(net: Any, tokenizer: Any) -> None:
 
 
 def add_adapter(net: Any, kind: str, adapters: dict[str, Any], *, seq2seq: bool) -> Any:
-    """The network with a new peft adapter of this kind, the only part of it that trains from now
-    on.
+    """Return the network with a new peft adapter, the only part that trains from then on.
+
+    Raises ConfigError for an adapter that `adapters` does not list or peft refuses.
     """
     import peft
 
@@ -268,19 +265,16 @@ def add_adapter(net: Any, kind: str, adapters: dict[str, Any], *, seq2seq: bool)
                 "it adds more than embeddings of virtual tokens, as prompt_tuning does"
             )
         with warnings.catch_warnings():
-            # peft asks transformers by a name that it is about to lose, and tells what it has
-            # itself put right.
+            # peft uses a deprecated name of transformers, and reports a setting that it corrects.
             warnings.filterwarnings(
                 "ignore", ".*is_gradient_checkpointing. is deprecated", FutureWarning
             )
             warnings.filterwarnings(
                 "ignore", "fan_in_fan_out is set to False but .* Setting fan_in_fan_out to True"
             )
-            return (
-                prompted(net, config, seq2seq=seq2seq)
-                if virtual
-                else peft.get_peft_model(net, config)
-            )
+            if virtual:
+                return add_prompt_tuning(net, config, seq2seq=seq2seq)
+            return peft.get_peft_model(net, config)
     except (ValueError, TypeError, KeyError) as e:
         raise ConfigError(
             f"model.adapter={kind} cannot be used: {e}; see model.adapters.{kind}"

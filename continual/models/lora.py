@@ -1,6 +1,4 @@
-"""The LoRA that trains, as pairs of factors: a module's change of weight is scale * B A, A (R, in)
-and B (out, R).
-"""
+"""Access the factors of a LoRA: a module's weight change is scale * B A, A (R, in), B (out, R)."""
 
 from __future__ import annotations
 
@@ -12,16 +10,16 @@ from continual.models.weights import weights
 
 
 def factors(model: Model) -> list[tuple[Tensor, Tensor]]:
-    """The live A and B of each module; of a convolution's, too, R is an A's first dimension and a
-    B's second.
+    """Return the trainable A and B of each module; the rank R is A's first and B's second dimension.
 
-    Raises ConfigError where anything else trains.
+    That holds for convolutions too. Raises ConfigError if anything else trains.
     """
     live = weights(model)
     pairs = {n: n.replace(".lora_A.", ".lora_B.") for n in live if ".lora_A." in n}
-    if other := sorted(live.keys() - pairs.keys() - set(pairs.values())):
+    other = sorted(live.keys() - pairs.keys() - set(pairs.values()))
+    if other:
         raise ConfigError(
-            "this strategy works on the factors of a LoRA, and what trains is "
+            "this strategy works on the factors of a LoRA, but these weights train: "
             f"{listed(other, 3)}; set model.adapter=lora, its target_modules linear layers, and "
             "neither bias nor use_dora"
         )

@@ -19,20 +19,21 @@ Around = Callable[["Model", Sequence[Encoded]], AbstractContextManager[None]]
 
 
 def _no_context(model: Model, examples: Sequence[Encoded]) -> AbstractContextManager[None]:
-    """The network reads all examples alike."""
+    """Return an empty context: the network reads all examples the same way."""
     return nullcontext()
 
 
 @dataclass
 class Model:
-    """A `transformers` (or `peft`) network, its tokenizer, and how its batches are laid out.
+    """Hold a `transformers` (or `peft`) network, its tokenizer, and its batch layout.
 
-    `context` is the most positions it has, None if unbounded; with `bf16` it computes in bfloat16
-    by autocast. `last` is its last layer where most of what that computes for unsupervised
-    positions can be left out. `trained` is all that the optimizer changes, also of the strategy's
-    own, once there is one. If `sharded`, each process has a part of every weight, and a pass takes
-    all processes. Each pass over padded rows runs within `around`, which is given the examples
-    whose rows they are: so a strategy may let the network read each in a way of its own.
+    `context_length` is the number of positions, None if unbounded. With `bf16` forward passes run
+    in bfloat16 (autocast). `last_layer` is set if most of what the last layer computes for
+    unsupervised positions can be skipped. `trained` holds every tensor that the optimizer changes,
+    including those of a strategy, once a stage has begun. If `sharded`, each process has a part of
+    every weight, and a forward pass needs all processes. Every pass over padded rows runs inside
+    `forward_context(model, examples)`, with which a strategy can change how the network reads each
+    example (GainLoRA's gates).
     """
 
     net: Any
@@ -46,12 +47,12 @@ class Model:
     forward_context: Around = _no_context
 
     def batch(self, examples: Sequence[Encoded]) -> Batch:
-        """The examples as one batch for this model."""
+        """Return the examples as one batch in this model's layout."""
         return Batch(tuple(examples), self.layout)
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """Within it the network drops nothing out; behind it is in the mode that it was in."""
+        """Run the context in evaluation mode (no dropout), then restore the mode."""
         training = self.net.training
         self.net.eval()
         try:
@@ -60,46 +61,48 @@ class Model:
             self.net.train(training)
 
     def set_prompt_prefix(self, fixed: Sequence[torch.Tensor], *, live: bool = True) -> None:
-        """Read examples behind the virtual tokens that train, if `live`, and then these (n, H)
-        each, which do not.
+        """Put virtual tokens before every example: the trainable ones if `live`, then `fixed`.
 
-        Raises ConfigError for a model that has none.
+        `fixed` are embeddings (n, H) that do not train. Raises ConfigError for a model without
+        virtual tokens.
         """
-        if (virtual := getattr(self.net, "virtual", None)) is None:
+        virtual = getattr(self.net, "virtual", None)
+        if virtual is None:
             raise ConfigError(
                 "this model has no virtual tokens; give it some with model.adapter=prompt_tuning"
             )
-        self.layout = replace(self.layout, prompt_prefix=virtual.behind(fixed, live=live))
+        self.layout = replace(self.layout, prompt_prefix=virtual.set_fixed(fixed, live=live))
 
     def check_fits_context(self, tokens: int, virtual: int | None = None) -> None:
-        """Raise ConfigError where so many tokens have no positions behind the virtual ones, those
-        of now or so many.
+        """Raise ConfigError if the prompt prefix plus `tokens` exceed the context length.
+
+        `virtual` is the length of the prefix, by default that of the current one.
         """
-        before = len(self.layout.prompt_prefix) if virtual is None else virtual
-        if before and self.context_length is not None and before + tokens > self.context_length:
+        prefix = len(self.layout.prompt_prefix) if virtual is None else virtual
+        if prefix and self.context_length is not None and prefix + tokens > self.context_length:
             raise ConfigError(
-                f"{tokens} tokens of an example stand behind {before} virtual ones, and the "
-                f"model has {self.context_length} positions; lower "
+                f"an example of {tokens} tokens follows {prefix} virtual tokens, and the model has "
+                f"{self.context_length} positions; lower "
                 "model.adapters.prompt_tuning.num_virtual_tokens or data.max_length, or choose a "
                 "model with a longer context"
             )
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or for "auto" the best there is: cuda, then mps, then cpu; raises
-    ConfigError without it.
+    """Return the named device, or for "auto" the first available of cuda, mps, cpu.
+
+    Raises ConfigError if the named device is not available.
     """
-    there = [
-        *(["cuda"] if torch.cuda.is_available() else []),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-        "cpu",
-    ]
-    if name in ("auto", "cuda") and there[0] == "cuda" and num_started_processes() > 1:
-        return torch.device(
-            "cuda", torch.cuda.current_device()
-        )  # named, for files are read to the first otherwise
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name in ("auto", "cuda") and available[0] == "cuda" and num_started_processes() > 1:
+        # With an index: without one, safetensors loads files to the first GPU.
+        return torch.device("cuda", torch.cuda.current_device())
     if name == "auto":
-        return torch.device(there[0])
-    if name.partition(":")[0] not in there:
-        raise ConfigError(unknown("device", name, ["auto", *there]))
+        return torch.device(available[0])
+    if name.partition(":")[0] not in available:
+        raise ConfigError(unknown("device", name, ["auto", *available]))
     return torch.device(name)

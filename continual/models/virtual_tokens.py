@@ -1,11 +1,9 @@
-"""Virtual tokens (prompt tuning, Lester et al. 2021): embeddings of no word, which stand before
-every example.
+"""Virtual tokens (prompt tuning, Lester et al. 2021): trained embeddings before every example.
 
-Their ids follow the vocabulary's: to what lays out rows, attends and answers they are tokens like
-others, and the prefix that all examples share is found to be one. Only the layer that looks words
-up knows better.
+Their ids follow the ids of the vocabulary, so row layout, attention and generation treat them as
+ordinary tokens, and as a prefix that all examples share. Only the input embedding knows them.
 
-Shapes: n virtual tokens that train, m that do not, H of an embedding.
+Shapes: n virtual tokens that train, m that do not, H hidden size.
 """
 
 from __future__ import annotations
@@ -18,59 +16,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Virtual:
-    """What a network's input embedding does with ids behind its vocabulary: those of `live` (n, H),
-    then of `fixed`.
-    """
+class VirtualEmbedding:
+    """Replace an input embedding's forward: ids past the vocabulary are `live` (n, H), then `fixed`."""
 
     def __init__(self, words: nn.Embedding, live: nn.Embedding) -> None:
-        self.read: Callable[[Tensor], Tensor] = words.forward
-        self.vocabulary, self.live = words.num_embeddings, live
+        self.embed_words: Callable[[Tensor], Tensor] = words.forward
+        self.vocab_size = words.num_embeddings
+        self.live = live
         self.fixed = live.weight.detach()[:0]
         words.forward = self  # type: ignore[assignment]
 
-    def behind(self, fixed: Sequence[Tensor], *, live: bool = True) -> tuple[int, ...]:
-        """The ids of what trains, if `live`, and of these (n, H) each, which are looked up from now
-        on.
+    def set_fixed(self, fixed: Sequence[Tensor], *, live: bool = True) -> tuple[int, ...]:
+        """Set the embeddings that do not train, (m, H) in all; return the ids of the whole prefix.
+
+        The ids of the trainable tokens come first, if `live`.
         """
-        own = self.live.weight
-        self.fixed = torch.cat([own.detach()[:0], *(f.to(own) for f in fixed)])
-        first = self.vocabulary + len(own)
-        return (
-            *range(self.vocabulary, first if live else self.vocabulary),
-            *range(first, first + len(self.fixed)),
-        )
+        trainable = self.live.weight
+        self.fixed = torch.cat([trainable.detach()[:0], *(f.to(trainable) for f in fixed)])
+        first_fixed = self.vocab_size + len(trainable)
+        fixed_ids = range(first_fixed, first_fixed + len(self.fixed))
+        live_ids = range(self.vocab_size, first_fixed) if live else ()
+        return (*live_ids, *fixed_ids)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Embeddings (..., H) of ids (...,)."""
-        at = ids - self.vocabulary
-        out = self.read(ids.where(at < 0, 0))
+        """Embed ids (...,) as (..., H)."""
         n = len(self.live.weight)
-        mine, theirs = (at >= 0) & (at < n), at >= n
-        out = torch.where(mine[..., None], self.live(at.where(mine, 0)).to(out.dtype), out)
+        index = ids - self.vocab_size  # below 0 for words
+        out = self.embed_words(ids.where(index < 0, 0))
+
+        is_live = (index >= 0) & (index < n)
+        live = self.live(index.where(is_live, 0)).to(out.dtype)
+        out = torch.where(is_live[..., None], live, out)
         if len(self.fixed):
-            out = torch.where(
-                theirs[..., None],
-                F.embedding((at - n).where(theirs, 0), self.fixed).to(out.dtype),
-                out,
-            )
+            is_fixed = index >= n
+            fixed = F.embedding((index - n).where(is_fixed, 0), self.fixed).to(out.dtype)
+            out = torch.where(is_fixed[..., None], fixed, out)
         return out
 
 
-def prompted(net: Any, config: Any, *, seq2seq: bool) -> Any:
-    """The network with peft's prompt tuning of this configuration, as `virtual`: rows bring the ids
-    of its tokens.
+def add_prompt_tuning(net: Any, config: Any, *, seq2seq: bool) -> Any:
+    """Return the network with peft's prompt tuning, whose tokens rows name by id (`net.virtual`).
 
-    So peft's own way, which puts the embeddings before each padded row, is left aside; what it
-    saves is its own.
+    peft's own forward, which puts the embeddings before each padded row, is not used; its format
+    for saving is.
     """
     import peft
 
-    config.num_transformer_submodules = (
-        1  # for an encoder-decoder it would also keep a decoder's, and use none
+    # For an encoder-decoder peft would also keep tokens for the decoder, and not use them.
+    config.num_transformer_submodules = 1
+    tuned: Any = peft.get_peft_model(net, config)
+    tuned.forward = net.forward
+    tuned.generate = net.generate
+    embedding_owner = net.get_encoder() if seq2seq else net
+    tuned.virtual = VirtualEmbedding(
+        embedding_owner.get_input_embeddings(), tuned.prompt_encoder["default"].embedding
     )
-    made: Any = peft.get_peft_model(net, config)
-    made.forward, made.generate = net.forward, net.generate
-    reader = net.get_encoder() if seq2seq else net
-    made.virtual = Virtual(reader.get_input_embeddings(), made.prompt_encoder["default"].embedding)
-    return made
+    return tuned

@@ -121,7 +121,7 @@ def model(config: DictConfig, tasks: Stream | None) -> Model:
 
 def reader(config: DictConfig, tasks: Stream) -> Model:
     """The configured model without its network: its tokenizer and context."""
-    return _model(config, tasks, network=False)
+    return _model(config, tasks, load_network=False)
 
 
 def _model(config: DictConfig, tasks: Stream | None, **more: Any) -> Model:

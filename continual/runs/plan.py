@@ -324,7 +324,7 @@ def _with_random_weights(config: DictConfig) -> DictConfig:
     """The configuration with a model that needs no weights, computed as on a CPU."""
     made: DictConfig = OmegaConf.create(OmegaConf.to_container(config, resolve=True))  # type: ignore[assignment]
     with open_dict(made):
-        made.model.drawn, made.device = True, "cpu"
+        made.model.random_weights, made.device = True, "cpu"
     return made
 
 

@@ -21,7 +21,7 @@ from continual.data.template import Encoder
 from continual.data.types import Encoded, Example, Stream, Task
 from continual.distributed.processes import main_process_first
 from continual.errors import ConfigError
-from continual.models.loading import assemble, reader
+from continual.models.loading import assemble, make_tokenizing_model
 from continual.models.model import Model
 from continual.strategy.interface import Strategy
 from continual.tracking.events import EventLog
@@ -100,7 +100,7 @@ def load_or_build_llama(
     if (
         not load_network
     ):  # a tokenizer that was trained before is that model's, whatever would be trained now
-        return reader(
+        return make_tokenizing_model(
             AutoTokenizer.from_pretrained(folder)
             if folder.exists()
             else train_byte_bpe(corpus, vocab_size, context_length),

@@ -180,10 +180,10 @@ def test_a_row_that_has_no_positions_behind_the_virtual_tokens_is_refused():
     nll(made, made.batch([long]))
     with pytest.raises(
         ConfigError,
-        match="6 tokens of an example stand behind 27 virtual ones, and the model has 32",
+        match="an example of 6 tokens follows 27 virtual tokens, and the model has 32",
     ):
         nll(made, made.batch([make_encoded([5] * 5, [6, 7])]))
-    with pytest.raises(ConfigError, match="8 tokens of an example stand behind 27"):
+    with pytest.raises(ConfigError, match="an example of 8 tokens follows 27"):
         generate_ids(made, [make_encoded([5] * 5, [6])], 3, 8, 0)
 
 

@@ -116,7 +116,7 @@ def test_scoring_counts_the_flops_of_answers_as_long_as_may_be(model_folder):
     test = scoring.EvalSet("a", "perplexity", [make_example(id=e.id) for e in rows], rows, 4)
     ghosts = CostCounterMode()
     with ghosts.meta_device():
-        model = load_pretrained(name=str(model_folder), device="cpu", drawn=True)
+        model = load_pretrained(name=str(model_folder), device="cpu", random_weights=True)
     ghosts.convert_to_fake(model.net)
     real = load_pretrained(name=str(model_folder), device="cpu")
     assert count_scoring_flops(ghosts, model, test, 6) == common.flops(

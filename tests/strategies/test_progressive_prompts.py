@@ -129,7 +129,7 @@ def test_a_stage_of_several_tasks_has_one_prompt_for_all_of_them():
 def test_prompts_that_will_leave_no_room_are_refused_before_the_first_stage():
     made = toy.make_prompt_model(virtual_tokens=7)
     with pytest.raises(
-        ConfigError, match=r"stand behind 28 virtual ones, and the model has 32 positions; lower"
+        ConfigError, match=r"follows 28 virtual tokens, and the model has 32 positions; lower"
     ):
         ProgressivePrompts().begin(made, toy.make_task(0))
     ProgressivePrompts(max_prompts=3).begin(made, toy.make_task(0))
