@@ -1,7 +1,9 @@
 """README and the documentation site show what exists, and what they say to type works."""
 
+import importlib
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 
 from benchmarks import strategies as table
 from benchmarks.families import FAMILIES
+from continual.cli.help import VERB_HELP
 from continual.cli.main import CONFIGURED_VERBS, compose_config
 from continual.config import catalogue
 from continual.testing.check import check_strategy
@@ -110,7 +113,8 @@ def test_the_guide_s_stream_has_two_tasks_and_the_keys_of_its_configuration(load
 
 
 def test_the_guide_s_metric_compares_first_words(load_block):
-    metric = load_block("docs/write/metric.md", "def first_word", "my_metric").METRICS["first_word"]
+    module = load_block("docs/write/metric.md", "def first_word", "my_metric")
+    metric = module.REFERENCE_METRICS["first_word"]
     assert [metric(answer, "Red car") for answer in ("red", "Red bus", "blue", "")] == [1, 1, 0, 0]
     assert metric("", "") == 0
 
@@ -214,40 +218,51 @@ def command_lines():
     ("page", "verb", "words"), command_lines(), ids=lambda value: str(value).strip()
 )
 def test_the_commands_of_the_pages_have_keys_that_exist(page, verb, words):
-    """Sweeps are cut to their first values, launchers and searches are left out."""
-    import shlex
-
+    """Of several values the last one is taken; launchers and searches are left out."""
     parts = [word for word in shlex.split(words, comments=True) if "hydra" not in word]
-    parts = [first_value(word) for word in parts if word != "experiment=tune"]
+    parts = [last_value(word) for word in parts if word != "experiment=tune"]
     assert compose_config(verb, parts), page
 
 
-def first_value(word: str) -> str:
-    """Return an override with the first of several values that commas separate."""
+def last_value(word: str) -> str:
+    """Return an override with the last of several values that commas separate."""
     key, sign, value = word.partition("=")
-    depth = 0
+    depth = start = 0
     for place, letter in enumerate(value):
         depth += (letter in "[{(") - (letter in "]})")
         if letter == "," and not depth:
-            return f"{key}{sign}{value[:place]}"
-    return word
+            start = place + 1
+    return f"{key}{sign}{value[start:]}"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
 def test_dotted_names_of_the_pages_exist(page):
     text = page.read_text("utf-8")
-    for name in set(re.findall(r"(?<![\w./-])continual(?:\.\w+)+(?!\()", text)):
-        assert name in ("continual.strategies",) or exists(name), name
+    for name in set(re.findall(r"(?<![\w./-])continual(?:\.\w+)+", text)):
+        assert name == "continual.strategies" or exists(name), name  # the entry points' group
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+def test_files_that_the_pages_name_exist(page):
+    folders_of_code = "benchmarks|conf|continual|docs|examples|tests"
+    for name in set(re.findall(rf"`((?:{folders_of_code})/[\w./-]*)`", page.read_text("utf-8"))):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_tables_that_the_metrics_page_names_exist():
+    text = (ROOT / "docs/write/metric.md").read_text("utf-8")
+    code = "\n".join(path.read_text("utf-8") for path in (ROOT / "continual").rglob("*.py"))
+    for name in set(re.findall(r"`([A-Z_]{4,})`", text)):
+        assert re.search(rf"^{name}\b", code, re.MULTILINE), name
 
 
 def exists(name: str) -> bool:
     """Return True for a module, or for a name that a module defines."""
-    from hydra.utils import get_object
-
+    module, _, attribute = name.rpartition(".")
     try:
-        get_object(name)
-    except Exception:
-        return importlib.util.find_spec(name) is not None
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        return exists(module) and hasattr(sys.modules[module], attribute)
     return True
 
 
@@ -259,8 +274,6 @@ def test_links_of_the_repository_s_pages_lead_to_files(name):
 
 
 def test_the_commands_page_has_every_command():
-    from continual.cli.help import VERB_HELP
-
     page = commands.page()
     assert re.findall(r"^## continual (\w+)$", page, re.MULTILINE) == list(VERB_HELP)
 

@@ -187,7 +187,7 @@ TABLES: dict[str, tuple[Columns, Callable[[Run, Summary], Rows]]] = {
                 "the number of the task's own stage; missing where that has not been, or never is",
             ),
             "metric": ("text", "the metric"),
-            "score": ("number", "R[stage][task] in [0, 1]; missing where it was not measured"),
+            "score": ("number", "`R[stage][task]` in [0, 1]; missing where it was not measured"),
             "n": (
                 "whole number",
                 "how many test examples it is the mean over; missing where unknown",
