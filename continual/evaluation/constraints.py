@@ -55,7 +55,7 @@ KWARG_TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         ),
         "a list of texts",
     ),
-    "Code": (
+    "LanguageCode": (
         lambda v: isinstance(v, str) and v in LANGUAGE_CODES,
         "an ISO 639-1 code such as 'en'",
     ),
@@ -95,10 +95,7 @@ def detect_language(text: str) -> str:
 
 def response_language(answer: str, *, language: LanguageCode) -> bool:
     """All in all it is in this language."""
-    return _language(answer) == language
-
-
-_language = detect_language
+    return detect_language(answer) == language
 
 
 def english_capital(answer: str) -> bool:

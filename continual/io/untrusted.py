@@ -78,7 +78,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _error_position(raw: bytes, at: int, line: bool) -> str:
-    """Return `LINE:COLUMN` of a byte offset, counted from 1; only the column if `raw` is one line."""
+    """Return LINE:COLUMN of a byte offset, from 1; only the column if `raw` is one `line`."""
     start = raw.rfind(b"\n", 0, at) + 1
     return f"{at + 1}" if line else f"{raw.count(bytes([10]), 0, at) + 1}:{at - start + 1}"
 
@@ -117,7 +117,7 @@ def load_json_with_schema(
         check(document)
         return document
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a {what} of schema 1 ({error!r}); {fix}") from error
+        raise DataError(f"{path}: no {what} of schema 1 ({error!r}); {fix}") from error
 
 
 def read_text(path: Path) -> str:

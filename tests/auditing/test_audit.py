@@ -45,7 +45,7 @@ def task(name="t", train=(), dev=(), test=(), **more):
     def own(split, found):
         ids = [f"{name}/{split}/{i}" for i in range(len(found))]
         return tuple(
-            replace(e, task=name, id=id, where=f"{name}/{split}.jsonl:{id[-1]}")
+            replace(e, task=name, id=id, location=f"{name}/{split}.jsonl:{id[-1]}")
             for e, id in zip(found, ids, strict=True)
         )
 
@@ -293,8 +293,8 @@ def test_whole_lengths_are_told_and_what_becomes_of_the_rows_that_are_too_long()
     encoder, made, told = measured(
         [row(), row(input="q" * 60), row("w" * 90), row("x", answers=" ")]
     )
-    whole = replace(encoder, limit=10_000)
-    assert told.tokens == sorted(len(whole.train(e, 0).ids) for e in made.train[:3])
+    whole = replace(encoder, max_tokens=10_000)
+    assert told.tokens == sorted(len(whole.encode_example(e, 0).ids) for e in made.train[:3])
     assert told.summarize() == {
         "median": told.tokens[1],
         "p95": told.tokens[2],
@@ -302,8 +302,8 @@ def test_whole_lengths_are_told_and_what_becomes_of_the_rows_that_are_too_long()
         "left out": 2,
         "shortened": 1,
     }
-    assert [e.id for e in told.train["shortened"]] == ["t/train/1"]
-    assert [e.id for e in told.train["left out"]] == ["t/train/2", "t/train/3"]
+    assert [e.id for e in told.train_by_kind["shortened"]] == ["t/train/1"]
+    assert [e.id for e in told.train_by_kind["left out"]] == ["t/train/2", "t/train/3"]
 
 
 def test_shortened_prompts_and_answers_longer_than_max_new_tokens_are_found():

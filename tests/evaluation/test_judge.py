@@ -204,7 +204,7 @@ def test_loading_a_judge_draws_nothing_from_the_run_s_random_numbers(dull):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("how=guess", "unknown score.judge.grade_mode 'guess'"),
+        ("grade_mode=guess", "unknown score.judge.grade_mode 'guess'"),
         ("dtype=fp8", "unknown score.judge.dtype 'fp8'"),
         ("template=plane", "unknown score.judge.template 'plane'; did you mean 'plain'"),
         ("max_length=0", "score.judge.max_length=0: expected a whole number"),

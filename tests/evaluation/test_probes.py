@@ -28,7 +28,7 @@ EMPTY = Matrix("s", "o", "naive", 0, ("t",), {"t": "exact_match"}, (), ())
 
 
 def setting(*tasks, limit=512, on_unfit="error", stream=None, **score):
-    told = {"split": "test", "metric": None, "max_new_tokens": None, "how": "generate", **score}
+    told = {"split": "test", "metric": None, "max_new_tokens": None, "answer_mode": "generate", **score}
     config = OmegaConf.create(
         {
             "score": told,
@@ -84,7 +84,7 @@ def last_line(text):
 
 
 def measured(probe, where, says):
-    probe.ready(where)
+    probe.prepare(where)
     return probe.measure(model(says)[0])
 
 
@@ -117,7 +117,7 @@ def test_general_ability_is_the_score_of_each_task_of_a_stream_that_is_not_learn
     )
     assert set(knows["general drift"].values()) == {0.0}
     look = model(lambda text: "")[0]
-    later = general.measure(StageContext(look.ask, EMPTY, knows))
+    later = general.measure(StageContext(look.predict, EMPTY, knows))
     assert later["general drift"] == {label: -value for label, value in knows["general"].items()}
 
 
@@ -285,7 +285,7 @@ def test_given_wordings_of_a_file_ask_the_same_in_the_same_order(tmp_path):
     with pytest.raises(DataError, match="has 3 rows there and 4 that are scored"):
         Wordings(paraphrases=["other"]).prepare(where)
     with pytest.raises(
-        ConfigError, match=r"given=\[\.\./x\]: stream.files.test=\.\./x: expected the name"
+        ConfigError, match=r"paraphrases=\[\.\./x\]: stream.files.test=\.\./x: expected the name"
     ):
         Wordings(paraphrases=["../x"]).prepare(where)
 
@@ -487,7 +487,7 @@ def test_transfer_is_the_step_of_the_matrix_within_and_across_clusters():
             ("base", *tasks)[:n],
             rows[:n],
         )
-        return transfer.measure(StageContext(model(str)[0].ask, made))
+        return transfer.measure(StageContext(model(str)[0].predict, made))
 
     assert set(after(1)["transfer"].values()) == {None}
     told = [after(n)["transfer"] for n in (2, 3, 4)]
@@ -515,6 +515,6 @@ def test_a_stage_of_all_tasks_tells_nothing_of_one_task_s_transfer():
         ("base", "joint"),
         ((0.1, 0.1), (0.9, 0.9)),
     )
-    assert set(transfer.measure(StageContext(model(str)[0].ask, joint))["transfer"].values()) == {
+    assert set(transfer.measure(StageContext(model(str)[0].predict, joint))["transfer"].values()) == {
         None
     }

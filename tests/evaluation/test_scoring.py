@@ -329,14 +329,14 @@ def test_a_task_without_labels_cannot_be_answered_by_likelihood():
     with pytest.raises(
         ConfigError, match=r"task 't' has no labels, .* or set score.answer_mode=generate"
     ):
-        ready(make_text_model(), how="likelihood")
+        ready(make_text_model(), answer_mode="likelihood")
 
 
 def test_an_unknown_way_to_answer_names_the_nearest():
     with pytest.raises(
         ConfigError, match=r"unknown score.answer_mode 'likelyhood'; did you mean 'likelihood'"
     ):
-        ready(make_text_model(), how="likelyhood")
+        ready(make_text_model(), answer_mode="likelyhood")
 
 
 # Perplexity
@@ -410,4 +410,4 @@ def test_a_task_of_which_no_test_row_fits_is_refused_even_when_skipping():
 
 
 def test_a_limit_scores_the_first_rows():
-    assert [e.id for e in ready(make_text_model(), limit=2).encoded] == ["r0", "r1"]
+    assert [e.id for e in ready(make_text_model(), max_examples=2).encoded] == ["r0", "r1"]

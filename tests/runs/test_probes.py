@@ -124,7 +124,7 @@ def test_a_run_that_ends_while_it_probes_goes_on_to_the_same_probes(
             raise KeyboardInterrupt
         return whole(self, look)
 
-    with monkeypatch.context_length() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(Shots, "measure", dies)
         with pytest.raises(KeyboardInterrupt):
             run_in_process(out, words)
@@ -147,7 +147,7 @@ def test_what_was_measured_of_a_stage_is_not_measured_again_and_the_rest_is(
     monkeypatch.setattr(
         Shots, "measure", lambda self, look: measured.append("shots") or whole(self, look)
     )
-    for other in ("general.General", "wordings.Wordings"):
+    for other in ("general.GeneralAbility", "wordings.Wordings"):
         monkeypatch.setattr(
             f"continual.evaluation.probes.{other}.measure", lambda *_: pytest.fail("measured again")
         )

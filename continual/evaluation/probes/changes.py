@@ -57,14 +57,11 @@ def add_heading(text: str, rng: random.Random) -> str:
 
 
 CHANGES: Mapping[str, Callable[[str, random.Random], str]] = {
-    f.__name__: f
-    for f in (
-        lowercase,
-        uppercase,
-        strip_punctuation,
-        add_typos,
-        add_polite_phrase,
-        break_lines,
-        add_heading,
-    )
+    "lower": lowercase,
+    "upper": uppercase,
+    "bare": strip_punctuation,
+    "typos": add_typos,
+    "polite": add_polite_phrase,
+    "lines": break_lines,
+    "headed": add_heading,
 }

@@ -50,7 +50,7 @@ class Shots(Probe):
 
     def prepare(self, setup: RunSetup) -> None:
         """Draw the demonstrations; raises ConfigError where a task has too few rows to show."""
-        check_minimum("shots", 1, draws=self.draws, limit=self.max_examples)
+        check_minimum("shots", 1, draws=self.draws, max_examples=self.max_examples)
         if wrong := [k for k in self.k if isinstance(k, bool) or not isinstance(k, int) or k < 0]:
             raise ConfigError(
                 f"probe.shots.k={[*self.k]}: found {wrong}, expected whole numbers of at least 0"
@@ -80,7 +80,7 @@ class Shots(Probe):
         demonstrations: Sequence[Example],
     ) -> None:
         """The task's prompts behind these demonstrations, if one of them has room for all."""
-        encoder, k = setting.fresh_encoder(shown=tuple(demonstrations)), len(demonstrations)
+        encoder, k = setting.fresh_encoder(demonstrations=tuple(demonstrations)), len(demonstrations)
         test = setting.make_eval_set(task, rows, encoder)
         fewer = len(set(encoder.fewer) - set(encoder.skipped))
         self.prompt_counts[k] += len(test.examples)

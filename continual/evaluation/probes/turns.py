@@ -90,7 +90,7 @@ class Turns(Probe):
 
     def prepare(self, setup: RunSetup) -> None:
         """Find the conversations; raises ConfigError where there are none of several turns."""
-        check_minimum("turns", 1, limit=self.max_examples)
+        check_minimum("turns", 1, max_examples=self.max_examples)
         if not 0 < self.pass_score <= 1:
             raise ConfigError(
                 f"probe.turns.pass_score={self.pass_score}: expected a mark above 0, at most 1"

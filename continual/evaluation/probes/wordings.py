@@ -61,7 +61,7 @@ class Wordings(Probe):
         """Word each task's prompts; raises ConfigError for an unknown change, or where nothing is
         left to compare.
         """
-        check_minimum("wordings", 1, limit=self.max_examples)
+        check_minimum("wordings", 1, max_examples=self.max_examples)
         if strange := [
             unknown("change in probe.wordings.changes", str(c), CHANGES)
             for c in self.changes
