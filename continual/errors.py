@@ -88,7 +88,7 @@ def not_finite(ids: Sequence[str]) -> str:
 
 
 def gathered(problems: Sequence[str], max_lines: int = 20) -> str:
-    """Join problems into one message, one per line: at most `max_lines`, then the number of the rest."""
+    """Join problems, one per line: at most `max_lines`, then the number of the rest."""
     lines = list(problems[:max_lines])
     if len(problems) > max_lines:
         lines.append(f"... and {len(problems) - max_lines} more")

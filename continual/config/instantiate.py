@@ -53,7 +53,7 @@ def construct(section: DictConfig, name: str, **more: Any) -> Any:
 
 
 def targets_by_name(group: str) -> dict[str, list[str]]:
-    """Return the `_target_`s that each configuration of a group names, by the configuration's name."""
+    """Return the `_target_`s in each configuration of a group, by configuration name."""
     texts = {
         p.name.removesuffix(".yaml"): p.read_text("utf-8")
         for p in files("conf").joinpath(group).iterdir()

@@ -32,8 +32,8 @@ def normalize_overrides(verb: str, overrides: Sequence[str]) -> list[str]:
     deletions = [word for word in overrides if word.startswith("~")]
     if deletions:
         raise ConfigError(
-            f"cannot delete {', '.join(word[1:] for word in deletions)} ('~' is not supported); set "
-            f"it to another value, or to null where its comment in continual {verb} --cfg allows it"
+            f"cannot delete {', '.join(word[1:] for word in deletions)} ('~' is not supported); "
+            f"set it to another value, or to null where its comment in continual {verb} --cfg allows it"
         )
 
     short = {**SHORT, **SHORT_IN.get(verb, {})}
@@ -146,7 +146,7 @@ def explain_error(
 
 
 def _explain_syntax_error(word: str) -> str:
-    """Explain an override that Hydra cannot parse or that has several values; empty if it is valid."""
+    """Explain an override that Hydra refuses or that has several values; empty if it is valid."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -55,7 +55,7 @@ def register(name: str) -> bool:
 
 
 def default_settings(kind: type[Any]) -> dict[str, Any]:
-    """Return a strategy's configuration: defaults of its fields, ??? without one, the run's seed."""
+    """Return a strategy's configuration: the defaults of its fields, ??? without one."""
     if not is_dataclass(kind) or not hasattr(kind, "load_state_dict"):
         raise ConfigError(
             f"found {kind.__name__}, expected a dataclass that inherits from "

@@ -123,12 +123,12 @@ KEYS = {
 
 
 def current_target(target: str) -> str:
-    """Return the dotted path under which a constructor lives now, for a path of now or of earlier."""
+    """Return the current dotted path of a constructor."""
     return TARGETS.get(target, target)
 
 
 def rename_in_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's nested configuration with every `_target_` and every key by its current name."""
+    """Return a run's nested configuration with current names of targets and keys."""
     renamed: dict[str, Any] = _rename_targets(config)
     for old, new in KEYS.items():
         _move_key(renamed, old.split("."), new.split("."))

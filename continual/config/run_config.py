@@ -14,17 +14,17 @@ from continual.io.untrusted import load_yaml_mapping
 
 
 def read_config(path: Path) -> DictConfig:
-    """Load the config.yaml of a run folder, with current names; raise DataError if it is damaged.
+    """Load the config.yaml of a run folder, with current names; raises DataError if damaged.
 
-    Interpolations (`${...}`) are refused: a run folder may come from anyone, and resolving one could
-    read the environment.
+    Interpolations (`${...}`) are refused: a run folder may come from anyone, and resolving one
+    could read the environment.
     """
     values = rename_in_config(load_yaml_mapping(path))
     interpolated = [key for key, value in flatten_keys(values).items() if "${" in f"{key}{value}"]
     if interpolated:
         problems = [
-            f"{path}: found ${{...}} in {brief(key)}, expected plain values: interpolations of a run "
-            "folder are not resolved; write the value itself"
+            f"{path}: found ${{...}} in {brief(key)}, expected plain values: interpolations of a "
+            "run folder are not resolved; write the value itself"
             for key in interpolated
         ]
         raise DataError(gathered(problems))

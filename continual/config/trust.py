@@ -45,8 +45,8 @@ def inherit_model_and_data(config: DictConfig, path: Path) -> None:
     missing = [key for key in sections if not isinstance(theirs.get(key), DictConfig)]
     if missing:
         raise DataError(
-            f"{path} has no section {', '.join(missing)}, expected the configuration of a run; give "
-            "a folder made by continual run"
+            f"{path} has no section {', '.join(missing)}, expected the configuration of a run; "
+            "give a folder made by continual run"
         )
 
     model = theirs.model

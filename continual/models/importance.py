@@ -23,6 +23,7 @@ from continual.distributed.work import assign_work
 from continual.errors import ConfigError, TrainingError, not_finite, unknown
 from continual.models.loss import forward
 from continual.models.model import Model
+from continual.models.sampling import inverse_cdf
 from continual.models.weights import Weights, all_finite, to_float32, weights, zeros
 from continual.packing.batch import Batch
 from continual.packing.layout import block_by_length
@@ -152,13 +153,15 @@ def _batch(model: Model, examples: Sequence[Encoded], flat: bool = False) -> Bat
 
 
 def _log_likelihood(logits: Tensor, batch: Batch, draws: Draws) -> Tensor:
-    """log p of the response tokens of the data, or of ones drawn from the logits (S, V); a scalar."""
+    """Return the log-likelihood of the response tokens, a scalar.
+
+    The tokens are those of the data, or drawn from the logits (S, V) where there are `draws`.
+    """
     log_probs = logits.log_softmax(-1)
     y = batch.targets
-    if drawn := [u for u in draws if u is not None]:
-        up_to = log_probs.detach().double().exp().cumsum(-1)
-        level = torch.cat(drawn).to(up_to)[:, None] * up_to[:, -1:]
-        y = torch.searchsorted(up_to, level, right=True)[:, 0].clamp(max=up_to.shape[1] - 1)
+    numbers = [u for u in draws if u is not None]
+    if numbers:
+        y = inverse_cdf(log_probs.detach().double().exp(), torch.cat(numbers)[:, None])[:, 0]
     return log_probs.gather(1, y[:, None]).sum()
 
 

@@ -40,9 +40,9 @@ def load_pretrained(
 
     The model's config says whether it is causal or encoder-decoder. `adapter` names one of
     `adapters` (lora or another peft type, with its settings); "none" is full fine-tuning. With
-    `quantize="4bit"` the weights are held in 4 bits, and only an adapter trains. With `random_weights` the
-    weights are initialised at random, and only config.json is needed. Without `load_network` no
-    weights are read: the model only tokenizes. Raises MissingError if it cannot be loaded, and
+    `quantize="4bit"` the weights are held in 4 bits, and only an adapter trains. With
+    `random_weights` only config.json is needed. Without `load_network` no weights are read: the
+    model only tokenizes. Raises MissingError if it cannot be loaded, and
     ConfigError for an unknown adapter or dtype, or if 4 bits are not possible.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -222,7 +222,7 @@ def _add_eos_token(tokenizer: Any) -> None:
 
 
 def _add_special_tokens(net: Any, tokenizer: Any) -> None:
-    """Add an end-of-sequence token, with its embedding, if there is none; pad with it by default."""
+    """Add an end-of-sequence token and its embedding if there is none; pad with it by default."""
     from transformers import GenerationConfig
 
     _add_eos_token(tokenizer)
@@ -232,7 +232,7 @@ def _add_special_tokens(net: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     net.config.eos_token_id = tokenizer.eos_token_id
     net.config.pad_token_id = tokenizer.pad_token_id
-    # The model's own generation settings (sampling, repetition penalty) would change greedy answers.
+    # The model's generation settings (sampling, repetition penalty) would change greedy answers.
     net.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -10,9 +10,10 @@ from continual.models.weights import weights
 
 
 def factors(model: Model) -> list[tuple[Tensor, Tensor]]:
-    """Return the trainable A and B of each module; the rank R is A's first and B's second dimension.
+    """Return the trainable A and B of each module.
 
-    That holds for convolutions too. Raises ConfigError if anything else trains.
+    The rank R is the first dimension of A and the second of B, also for convolutions. Raises
+    ConfigError if anything else trains.
     """
     live = weights(model)
     pairs = {n: n.replace(".lora_A.", ".lora_B.") for n in live if ".lora_A." in n}

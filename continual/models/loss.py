@@ -1,4 +1,4 @@
-"""The loss: a weighted sum over supervised tokens, divided once per optimizer step."""
+"""Compute the loss: a weighted sum over supervised tokens, divided once per optimizer step."""
 
 from __future__ import annotations
 
@@ -25,23 +25,20 @@ from continual.packing.support import select_attention
 
 
 def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
-    """Logits (S, V) at the supervised positions only, optionally at other weights than the model's
-    own.
+    """Return the logits (S, V) at the supervised positions, at the weights `at` if given.
 
-    They are in float32 at least, whatever the model computes in: a loss of them in bfloat16 has
-    three digits.
-
-    The hidden states of all other positions are dropped before the LM head, which costs more than a
-    small model's body, and in a flat row already behind the last layer's attention.
+    They are float32 or wider, whatever the model computes in: a loss from bfloat16 logits would
+    have three digits. The hidden states of other positions are dropped before the LM head, which
+    costs more than the body of a small model, and in a packed row after the last attention already.
+    Raises ConfigError for a sharded model with `at`, or if an example exceeds the context.
     """
     if at is not None and model.sharded:
         raise ConfigError(
-            "a model in shards (train.shard=true) cannot be evaluated at other weights than its "
-            "own; set train.shard=false, or choose another strategy"
+            "a sharded model (train.shard=true) cannot be evaluated at other weights than its own; "
+            "set train.shard=false, or choose another strategy"
         )
-    model.check_fits_context(
-        max(len(e.ids) for e in batch.examples) - 1
-    )  # the last token is not read
+    # The last token is only a target: it needs no position.
+    model.check_fits_context(max(len(e.ids) for e in batch.examples) - 1)
     with ExitStack() as stack:
         stack.enter_context(model.forward_context(model, batch.examples))
         if batch.layout.packed:
@@ -61,13 +58,18 @@ def forward(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
+    """Convert logits to float32 if they are narrower."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager
-def _head_at_positions(head: Any, at: Tensor) -> Iterator[None]:
-    """Within it the LM head sees the positions `at` (S,) of the flattened (E * T) output alone."""
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at].unsqueeze(0),))
+def _head_at_positions(head: Any, positions: Tensor) -> Iterator[None]:
+    """Give the LM head only these positions (S,) of the flattened (E * T) hidden states."""
+
+    def select(_: Any, args: Any) -> tuple[Tensor]:
+        return (args[0].flatten(0, 1)[positions].unsqueeze(0),)
+
+    hook = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
@@ -75,39 +77,37 @@ def _head_at_positions(head: Any, at: Tensor) -> Iterator[None]:
 
 
 def token_nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
-    """(S,) negative log-likelihood of each supervised token, in nats."""
+    """Return the negative log-likelihood (S,) of each supervised token, in nats."""
     return F.cross_entropy(forward(model, batch, at), batch.targets, reduction="none")
 
 
 def nll(model: Model, batch: Batch, at: Weights | None = None) -> Tensor:
-    """The weighted mean negative log-likelihood of the batch's supervised tokens, in nats; a
-    scalar.
-    """
+    """Return the weighted mean nll of the supervised tokens, a scalar in nats."""
     return (token_nll(model, batch, at) * batch.token_weights).sum() / batch.supervised_tokens
 
 
 @contextmanager
 def capture_logits(model: Model, batch: Batch) -> Iterator[Callable[[], Tensor]]:
-    """Gives the logits (S, V) that a forward pass of this very batch gave within it, or else those
-    of one more pass.
+    """Capture the logits of a forward pass over this batch inside the context.
 
-    A term that needs the logits of the loss beside it has them for nothing.
+    Yields a function that returns the captured logits (S, V), or those of a new pass if there was
+    none. So a term that needs the logits of the loss next to it costs no extra pass.
     """
-    heard: list[Tensor] = []
+    captured: list[Tensor] = []
 
-    def hear(_: Any, args: Any, inputs: dict[str, Any], out: Any) -> None:
+    def capture(_: Any, args: Any, inputs: dict[str, Any], out: Any) -> None:
         if inputs.get("input_ids") is batch.inputs["input_ids"]:
-            heard.append(out.logits[0])
+            captured.append(out.logits[0])
 
-    handle = model.net.register_forward_hook(hear, with_kwargs=True)
+    handle = model.net.register_forward_hook(capture, with_kwargs=True)
     try:
-        yield lambda: _at_least_float32(heard[-1]) if heard else forward(model, batch)
+        yield lambda: _at_least_float32(captured[-1]) if captured else forward(model, batch)
     finally:
         handle.remove()
 
 
 def number_examples(model: Model, examples: Sequence[Encoded]) -> Batch:
-    """The examples as a batch of their responses alone, each with its place among them as its id."""
+    """Return the examples as a batch whose ids are their indices, with masked instructions."""
     return Batch(
         tuple(replace(e, id=str(i)) for i, e in enumerate(examples)),
         replace(model.layout, instruction_weight=0.0),
@@ -118,21 +118,24 @@ def number_examples(model: Model, examples: Sequence[Encoded]) -> Batch:
 def response_logits(
     model: Model, examples: Sequence[Encoded], at: Weights | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Of each example its index, its response tokens (S,), and the logits (S, V) that predict them,
-    without dropout.
+    """Yield (index, response tokens (S,), logits (S, V) that predict them) of each example.
 
-    Examples run together as `layout.tokens` allows, in an order that follows from them alone.
+    Without dropout. Examples run in micro-batches of `tokens_per_microbatch`, in an order that
+    depends on the examples only.
     """
+    if not examples:
+        return
     with model.eval_mode():
-        for part in number_examples(model, examples).micro_batches() if examples else ():
+        for part in number_examples(model, examples).micro_batches():
             counts = torch.bincount(part.example_index, minlength=len(part.examples)).tolist()
-            told = (torch.split(x, counts) for x in (part.targets, forward(model, part, at)))
-            for e, y, z in zip(part.examples, *told, strict=True):
+            targets = torch.split(part.targets, counts)
+            logits = torch.split(forward(model, part, at), counts)
+            for e, y, z in zip(part.examples, targets, logits, strict=True):
                 yield int(e.id), y, z
 
 
 def evaluate_at(model: Model, at: Weights, f: Callable[[], Tensor]) -> Tensor:
-    """What `f` gives where the model's weights are `at`, whatever it does with the model."""
+    """Return `f()` with the model's weights replaced by `at`, whatever it does with the model."""
 
     class Call(torch.nn.Module):
         def __init__(self) -> None:
@@ -152,28 +155,27 @@ def accumulate(
     parts: Sequence[Batch],
     to: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Back-propagate `loss` through the parts of a step, each by its share of the step's supervised
-    tokens.
+    """Back-propagate `loss` through the micro-batches of a step; return the step's loss, a scalar.
 
-    Gradients are left in all that the loss depends on, or in the leaves `to` alone.
-
-    The shares sum to 1, so the gradient is the whole step's, also of a term that does not depend on
-    the data. A part whose tokens all weigh nothing has no mean loss, and a share of 0: it is passed
-    over. Several processes take a part of the parts each, and all have the whole step's gradient
-    and loss; where the model is in shards, each has as many.
+    Each micro-batch counts by its share of the step's supervised tokens. The shares sum to 1, so
+    the gradient is that of the whole step, also for a term that does not depend on the data. Parts
+    without supervised tokens have no mean loss and are skipped. Gradients are left in everything
+    that the loss depends on, or only in the leaves `to`. Several processes divide the parts, and
+    all end with the gradient and loss of the whole step; with a sharded model each does equally
+    many parts.
     """
     tokens = sum(part.supervised_tokens for part in parts)
     total = torch.zeros((), device=parts[0].layout.device)
-    learned = [(p, p.supervised_tokens / tokens) for p in parts if p.supervised_tokens]
-    if model.sharded and learned:
-        shortest = min((p for p, _ in learned), key=lambda p: p.num_tokens)
-        learned += [(shortest, 0.0)] * (-len(learned) % world_size())
-    leaves = [
-        p for p in model.trained or weights(model).values() if not is_sharded(p)
-    ]  # those in shards sum up by FSDP
+    shares = [(p, p.supervised_tokens / tokens) for p in parts if p.supervised_tokens]
+    if model.sharded and shares:
+        # Every process must do as many passes as the others: fill up with parts of share 0.
+        shortest = min((p for p, _ in shares), key=lambda p: p.num_tokens)
+        shares += [(shortest, 0.0)] * (-len(shares) % world_size())
+    # FSDP itself sums the gradients of sharded parameters.
+    leaves = [p for p in model.trained or weights(model).values() if not is_sharded(p)]
     with all_reduce_gradients(leaves, total), explain_sharded_oom(model):
         for part, share in iter_own_items(
-            learned, [p.num_tokens for p, _ in learned], level=model.sharded
+            shares, [p.num_tokens for p, _ in shares], level=model.sharded
         ):
             value = loss(model, part) * share
             value.backward(inputs=to)  # type: ignore[no-untyped-call]
@@ -182,11 +184,12 @@ def accumulate(
 
 
 def gradient_of(loss: Callable[[Model, Batch], Tensor], model: Model, batch: Batch) -> Weights:
-    """The weights' gradient of `loss` over a batch, in place of what they had; what else is learned
-    keeps its own.
+    """Return the gradient of `loss` over a batch with respect to the trainable weights.
+
+    Replaces the weights' `.grad`; other trained tensors (a strategy's own) keep theirs.
     """
-    live = [*weights(model).values()]
-    for w in live:
+    leaves = list(weights(model).values())
+    for w in leaves:
         w.grad = None
-    accumulate(loss, model, batch.micro_batches(), live)
+    accumulate(loss, model, batch.micro_batches(), leaves)
     return gradient(model)

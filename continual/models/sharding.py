@@ -1,10 +1,9 @@
-"""A model in shards (FSDP2): each process holds a part of every weight, of its gradient and of its
-optimizer state.
+"""Shard a model (FSDP2): each process holds a part of every weight, gradient and optimizer state.
 
-A layer's weights are gathered when a pass comes to it and let go behind it, and gradients arrive as
-sums, each process its part of them. So a pass takes all processes, and each must do as many as the
-others. What leaves the model for a checkpoint is whole, and what comes back is cut anew: neither
-knows how many processes there were.
+A layer's weights are gathered when a pass reaches it and freed after it; gradients arrive as sums,
+each process holding its part. So a pass needs all processes, and every process must do as many
+passes as the others. Checkpoints hold full tensors, which are sharded again when they are loaded:
+they do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
 
 
 def shard_model(model: Model, device: torch.device) -> None:
-    """Deal the weights of a model, still whole in the host's memory, out over the processes'
-    devices, layer by layer.
+    """Shard a model that is still complete in host memory over the processes' devices, by layer.
 
-    Raises ConfigError for a network whose layers are not known, or whose answers are not flat rows.
+    Raises ConfigError for a network whose layers transformers does not name or that cannot read
+    packed rows.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -42,81 +41,82 @@ def shard_model(model: Model, device: torch.device) -> None:
     layers = [m for m in model.net.modules() if type(m).__name__ in kinds]
     if not layers or not model.layout.packed:
         raise ConfigError(
-            f"train.shard=true cannot cut a {model.net.config.model_type} into shards: it takes "
-            "a causal model whose layers transformers names and whose attention can read several "
-            "examples as one row; set train.shard=false"
+            f"train.shard=true cannot shard a {model.net.config.model_type}: it needs a causal "
+            "model whose layers transformers names and whose attention can read several examples in one "
+            "packed row; set train.shard=false"
         )
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in (*layers, model.net):
-        made = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        assert isinstance(made, FSDPModule)
-        made.set_gradient_divide_factor(1.0)  # a step's parts sum up: a mean would be another loss
-        made.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    model.layout, model.sharded = replace(model.layout, device=device), True
+        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        assert isinstance(sharded, FSDPModule)
+        sharded.set_gradient_divide_factor(1.0)  # parts of a step are summed, not averaged
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    model.layout = replace(model.layout, device=device)
+    model.sharded = True
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether this process holds a part of it only."""
+    """Return True if this process holds only a part of the tensor."""
     return hasattr(t, "full_tensor")
 
 
 def full_tensor(t: Any) -> Tensor:
-    """All of a tensor; where it is in shards, all processes must ask for it."""
-    found: Tensor = t.full_tensor() if is_sharded(t) else t
-    return found
+    """Return the full tensor; if it is sharded, all processes must call this."""
+    full: Tensor = t.full_tensor() if is_sharded(t) else t
+    return full
 
 
 def gather_on_cpu(t: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; where it is in shards all processes must ask for it, and rank 0
-    alone has it.
+    """Return the full tensor on the CPU.
+
+    If it is sharded, all processes must call this, and only rank 0 gets the values.
     """
-    found = full_tensor(t.detach())
-    return (
-        found.contiguous().cpu()
-        if is_main_process() or not is_sharded(t)
-        else found.new_zeros(()).cpu()
-    )
+    full = full_tensor(t.detach())
+    if is_sharded(t) and not is_main_process():
+        return full.new_zeros(()).cpu()
+    return full.contiguous().cpu()
 
 
 def shard_like(t: Tensor, other: Any) -> Tensor:
-    """A whole tensor in shards as another one is, or as it is where that one is whole."""
+    """Shard a full tensor as `other` is sharded; unchanged if `other` is not."""
     if is_sharded(t) or not is_sharded(other):
         return t
     from torch.distributed.tensor import distribute_tensor
 
-    # Each process has the whole: nothing needs to be sent.
+    # Each process has the full tensor: nothing needs to be sent.
     return distribute_tensor(
         t.to(other.device), other.device_mesh, other.placements, src_data_rank=None
     )
 
 
-def clip_gradients(trained: Sequence[Tensor], limit: float) -> Tensor:
-    """Scale the gradients down to the norm `limit` in all, in place; returns their norm before, a
-    scalar.
+def clip_gradients(trained: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place to a total norm of at most `max_norm`; return the norm before.
+
+    Sharded and full tensors may be mixed; the norm is over all of them, a scalar.
     """
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    kinds = [
-        [p for p in trained if p.grad is not None and is_sharded(p) == kind]
-        for kind in (False, True)
+    with_gradient = [p for p in trained if p.grad is not None]
+    groups = [
+        [p for p in with_gradient if not is_sharded(p)],
+        [p for p in with_gradient if is_sharded(p)],
     ]
     norms = [
-        full_tensor(get_total_norm([p.grad for p in kind if p.grad is not None]))
-        for kind in kinds
-        if kind
+        full_tensor(get_total_norm([p.grad for p in group if p.grad is not None]))
+        for group in groups
+        if group
     ]
-    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0] if norms else torch.zeros(())
-    for kind in kinds:
-        clip_grads_with_norm_(kind, limit, norm)
+    norm: Tensor = torch.stack(norms).norm() if norms else torch.zeros(())
+    for group in groups:
+        clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
 @contextmanager
 def explain_sharded_oom(model: Model) -> Iterator[None]:
-    """Within it, where the model is in shards, running out of memory ends the stage: the others are
-    amid a pass.
+    """Raise TrainingError if a sharded model runs out of memory inside the context.
 
-    Raises TrainingError there.
+    The other processes are in the middle of a pass then, so the step cannot be tried again.
     """
     try:
         yield
@@ -124,18 +124,19 @@ def explain_sharded_oom(model: Model) -> Iterator[None]:
         if not model.sharded:
             raise
         raise TrainingError(
-            f"out of memory with train.tokens_per_microbatch={model.layout.tokens_per_microbatch}, which a "
-            "model in shards cannot go on after; set it lower, lower data.max_length, or start "
-            "more processes. The same command goes on after the last checkpoint"
+            "out of memory with train.tokens_per_microbatch="
+            f"{model.layout.tokens_per_microbatch}, after which a sharded model cannot continue; "
+            "set it lower, lower data.max_length, or start more processes. The same command resumes "
+            "after the last checkpoint"
         ) from e
 
 
 @contextmanager
 def synced_passes(model: Model) -> Iterator[None]:
-    """Within it each process may do as many passes without gradients as it needs: one that is done
-    joins the others'.
+    """Let each process do as many passes without gradients as it needs inside the context.
 
-    Otherwise those would wait for its part of the weights.
+    A process that has finished joins the passes of the others, which would otherwise wait for its
+    part of the weights.
     """
     if not model.sharded:
         yield

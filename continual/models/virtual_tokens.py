@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 
 class VirtualEmbedding:
-    """Replace an input embedding's forward: ids past the vocabulary are `live` (n, H), then `fixed`."""
+    """Replace the forward of an input embedding.
+
+    Ids past the vocabulary are looked up in `live` (n, H), then in `fixed` (m, H).
+    """
 
     def __init__(self, words: nn.Embedding, live: nn.Embedding) -> None:
         self.embed_words: Callable[[Tensor], Tensor] = words.forward
