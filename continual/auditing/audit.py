@@ -19,7 +19,7 @@ from continual.data.types import Example, Stream, Task
 from continual.errors import ConfigError, unknown
 from continual.evaluation.metrics import REFERENCE_METRICS
 from continual.evaluation.scoring import SPLITS
-from continual.evaluation.text import normalize_text
+from continual.evaluation.text_normalization import normalize_text
 
 MAX_CLASSES = 20  # answers at most, each ten times on average, make a task without labels a classification task
 FINDING_TEXTS = {  # the gravest first

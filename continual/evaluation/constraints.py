@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from continual.data.types import Constraint
 from continual.errors import brief, unknown
-from continual.evaluation.text import split_sentences, split_words
+from continual.evaluation.text_normalization import split_sentences, split_words
 
 Count: TypeAlias = int
 Relation: TypeAlias = str

@@ -2,7 +2,7 @@
 
 The elements of an instruction, each found by its own words and none counted twice:
 
-- **form**: a checkable demand (`continual.evaluation.demands`), kept where the answer keeps to it;
+- **form**: a checkable demand (`continual.evaluation.instruction_parser`), kept where the answer keeps to it;
   and a word of FORMS (a list, a table, "yes or no", ...), kept where the answer has that form;
 - **quote**: a text in quotation marks, kept where it stands in the answer;
 - **number**: one in digits, or a word from two to twenty, kept where the answer says it in digits
@@ -22,8 +22,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from continual.evaluation.constraints import satisfies
-from continual.evaluation.demands import NUMBER_BY_WORD, QUOTED_TEXT, Demand, find_demands
-from continual.evaluation.text import normalize_text, split_words
+from continual.evaluation.instruction_parser import (
+    NUMBER_BY_WORD,
+    QUOTED_TEXT,
+    Demand,
+    find_demands,
+)
+from continual.evaluation.text_normalization import normalize_text, split_words
 
 LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 

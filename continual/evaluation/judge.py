@@ -17,7 +17,7 @@ from continual.data.template import CHAT, TEMPLATES, Encoder
 from continual.data.types import Encoded, Example
 from continual.errors import ConfigError, DataError, unknown
 from continual.evaluation.likelihood import encode_labels, label_log_likelihoods
-from continual.evaluation.text import split_sentences
+from continual.evaluation.text_normalization import split_sentences
 from continual.models.generation import generate_answers
 from continual.models.loading import DTYPES, load_pretrained
 from continual.models.model import Model

@@ -9,7 +9,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from continual.evaluation.text import normalize_text, split_terms
+from continual.evaluation.text_normalization import normalize_text, split_terms
 
 
 def exact_match(answer: str, reference: str) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 from continual.data.types import Constraint, Example
 from continual.errors import DataError, gathered
 from continual.evaluation.constraints import satisfies, satisfies_loosely
-from continual.evaluation.demands import find_demands
 from continual.evaluation.fidelity import find_elements, score_fidelity
+from continual.evaluation.instruction_parser import find_demands
 
 AnswerScore = dict[str, Any]  # "score" in [0, 1], and what it is made of
 

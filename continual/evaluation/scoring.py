@@ -14,7 +14,7 @@ from continual.data.types import Encoded, Example, Task
 from continual.distributed.processes import all_gather, is_main_process, single_process
 from continual.distributed.work import assign_work
 from continual.errors import ConfigError, ContinualError, DataError, unknown
-from continual.evaluation.demands import composition_level
+from continual.evaluation.instruction_parser import composition_level
 from continual.evaluation.likelihood import encode_labels, most_likely_labels
 from continual.evaluation.metrics import REFERENCE_METRICS
 from continual.evaluation.row_metrics import ROW_METRICS, check_metric_rows, judge_warnings
@@ -24,6 +24,7 @@ from continual.models.model import Model
 from continual.models.sharding import synced_passes
 from continual.packing.batch import Batch
 from continual.packing.layout import response_start
+from continual.results.prediction import Prediction
 
 SPLITS = ("train", "dev", "test")
 PERPLEXITY = "perplexity"  # marks the reference, not an answer
@@ -171,7 +172,7 @@ def score_task(
     eval_set: EvalSet,
     batch_size: int,
     index_groups: Iterable[Sequence[int]] | None = None,
-) -> tuple[float, list[dict[str, Any]]]:
+) -> tuple[float, list[Prediction]]:
     """The task's score in [0, 1], the mean of its marks, and every prediction with its mark.
 
     The examples are answered in `turns`, each the indices of some of them, all together by default;
@@ -180,7 +181,7 @@ def score_task(
     once.
     """
     everyone = range(len(eval_set.examples))
-    told: list[tuple[int, dict[str, Any]]] = []
+    told: list[tuple[int, Prediction]] = []
     for some in index_groups or [everyone]:
         told += zip(some, _score_examples(model, eval_set.select(some), batch_size), strict=True)
     if sorted(i for i, _ in told) != [*everyone]:
@@ -189,16 +190,16 @@ def score_task(
             "and each must be once; the strategy's dispatch is wrong"
         )
     rows = [row for _, row in sorted(told, key=lambda each: each[0])]
-    if is_main_process() and (said := judge_warnings(rows)):
+    if is_main_process() and (said := judge_warnings([row.result for row in rows])):
         print(f"{eval_set.task}: {said}", file=sys.stderr)
-    return sum(r["score"] for r in rows) / len(rows), rows
+    return sum(row.score for row in rows) / len(rows), rows
 
 
-def _score_examples(model: Model, test: EvalSet, batch_size: int) -> list[dict[str, Any]]:
+def _score_examples(model: Model, test: EvalSet, batch_size: int) -> list[Prediction]:
     """Every prediction with its mark."""
     mine = assign_work([len(e.ids) for e in test.encoded])
     part = test.select(mine)
-    found: list[dict[str, Any]] = []
+    found: list[Prediction] = []
     with synced_passes(model), single_process():
         if mine:
             found = (
@@ -210,7 +211,7 @@ def _score_examples(model: Model, test: EvalSet, batch_size: int) -> list[dict[s
     return [told[i] for i in range(len(told))]
 
 
-def _score_answers(model: Model, test: EvalSet, batch_size: int) -> list[dict[str, Any]]:
+def _score_answers(model: Model, test: EvalSet, batch_size: int) -> list[Prediction]:
     if test.label_token_ids:
         answers = most_likely_labels(model, test.encoded, test.label_token_ids, batch_size)
     else:
@@ -221,14 +222,7 @@ def _score_answers(model: Model, test: EvalSet, batch_size: int) -> list[dict[st
         else [score_answer(test.metric, a, e) for e, a in zip(test.examples, answers, strict=True)]
     )
     return [
-        {
-            "id": e.id,
-            "prompt": asked.text,
-            "answer": a,
-            "references": list(e.outputs),
-            "level": example_level(e),
-            **told,
-        }
+        Prediction(e.id, told, asked.text, a, tuple(e.outputs), example_level(e))
         for e, asked, a, told in zip(test.examples, test.encoded, answers, marks, strict=True)
     ]
 
@@ -248,7 +242,7 @@ def example_level(example: Example) -> str:
 
 
 @torch.no_grad()
-def _score_perplexity(model: Model, test: EvalSet) -> list[dict[str, Any]]:
+def _score_perplexity(model: Model, test: EvalSet) -> list[Prediction]:
     """The mark is 1 / perplexity: the geometric mean of the reference tokens' probabilities, in [0,
     1].
     """
@@ -259,14 +253,13 @@ def _score_perplexity(model: Model, test: EvalSet) -> list[dict[str, Any]]:
         for i, e in enumerate(micro.examples):
             means[e.id] = float(nll[micro.example_index == i].mean())
     return [
-        {
-            "id": e.id,
-            "prompt": asked.text,
-            "references": list(e.outputs),
-            "level": example_level(e),
-            "perplexity": _exp(means[e.id]),
-            "score": _exp(-means[e.id]),
-        }
+        Prediction(
+            id=e.id,
+            result={"perplexity": _exp(means[e.id]), "score": _exp(-means[e.id])},
+            prompt=asked.text,
+            references=tuple(e.outputs),
+            level=example_level(e),
+        )
         for e, asked in zip(test.examples, test.encoded, strict=True)
     ]
 

@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from continual.evaluation.demands import COMPOSITION_LEVELS
+from continual.evaluation.instruction_parser import COMPOSITION_LEVELS
 from continual.evaluation.row_metrics import ifeval_accuracies
 from continual.io.untrusted import CONTROL
 from continual.reports.figures import percent
+from continual.results.prediction import Prediction
 from continual.results.run_folder import Run
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Prediction]
 
 LEVEL = {
     "says": "the mean score of the test rows of each level: how their instructions are composed, "
@@ -45,8 +46,8 @@ def by_level(rows: Rows) -> dict[str, tuple[float, int]]:
     """
     marks: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        if isinstance(name := row.get("level"), str):
-            marks[CONTROL.sub(" ", name)[:60]].append(row["score"])
+        if row.level is not None:
+            marks[CONTROL.sub(" ", row.level)[:60]].append(row.score)
     return {
         name: (sum(marks[name]) / len(marks[name]), len(marks[name]))
         for name in sorted(marks, key=_rising)
@@ -63,7 +64,11 @@ def _adherence(rows: Rows) -> dict[str, tuple[float, int]]:
     """IFEval's accuracies of predictions that say which constraints they keep to; empty for any
     other.
     """
-    told = [row for row in rows if all(_flags(row.get(how)) for how in ("strict", "loose"))]
+    told = [
+        row.result
+        for row in rows
+        if all(_flags(row.result.get(how)) for how in ("strict", "loose"))
+    ]
     counts = {"prompt": len(told), "instruction": sum(len(row["strict"]) for row in told)}
     return (
         {

@@ -24,6 +24,7 @@ from continual.reports.sections import (
     thinned,
 )
 from continual.results.matrix import BASE, Matrix
+from continual.results.prediction import Prediction
 from continual.results.run_folder import Run
 from continual.results.stopped import describe_stop
 from continual.results.uncertainty import Interval, intervals
@@ -287,19 +288,19 @@ def samples(run: Run) -> list[dict[str, Any]]:
     for task, score in zip(run.matrix.tasks, run.matrix.scores[-1], strict=True):
         now = run.predictions(last, task)
         own = run.matrix.stage_of(task)
-        was = {row["id"]: row for row in run.predictions(task, task)} if own is not None else {}
-        lost = [
-            {**row, "before": was[row["id"]].get("answer")}
-            for row in now
-            if row["id"] in was and row["score"] < 0.5 <= was[row["id"]]["score"]
-        ]
-        gone = {row["id"] for row in lost}
+        was = {p.id: p for p in run.predictions(task, task)} if own is not None else {}
+        forgotten = [p for p in now if p.id in was and p.score < 0.5 <= was[p.id].score]
+        forgotten_ids = {p.id for p in forgotten}
         sorts = {
-            "right": [row for row in now if row["score"] >= 0.5],
-            "forgotten": lost,
-            "wrong": [row for row in now if row["score"] < 0.5 and row["id"] not in gone],
+            "right": [p for p in now if p.score >= 0.5],
+            "forgotten": forgotten,
+            "wrong": [p for p in now if p.score < 0.5 and p.id not in forgotten_ids],
         }
-        shown = [_shown(sort, row) for sort, rows in sorts.items() for row in rows[:SAMPLES]]
+        shown = [
+            _shown(sort, p, was[p.id].answer if sort == "forgotten" else None)
+            for sort, predictions in sorts.items()
+            for p in predictions[:SAMPLES]
+        ]
         if shown:
             told.append(
                 {
@@ -313,16 +314,15 @@ def samples(run: Run) -> list[dict[str, Any]]:
     return told
 
 
-def _shown(sort: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    accepted = row.get("references") or []
+def _shown(sort: str, prediction: Prediction, earlier_answer: str | None) -> dict[str, Any]:
     return {
         "sort": sort,
-        "id": str(row["id"]),
-        "mark": f"{row['score']:.2f}",
-        "prompt": cut(row.get("prompt")),
-        "answer": cut(row.get("answer")),
-        "before": cut(row.get("before")),
-        "references": cut(" | ".join(map(str, accepted))),
+        "id": prediction.id,
+        "mark": f"{prediction.score:.2f}",
+        "prompt": cut(prediction.prompt),
+        "answer": cut(prediction.answer),
+        "before": cut(earlier_answer),
+        "references": cut(" | ".join(prediction.references)),
     }
 
 

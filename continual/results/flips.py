@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from continual.results.run_folder import Run
 
@@ -48,14 +47,14 @@ def flips(run: Run) -> list[Flip]:
 
 def _of(run: Run, task: str) -> list[Flip]:
     right: dict[
-        Any, tuple[str, str | None]
+        str, tuple[str, str | None]
     ] = {}  # of what is right now: after which stage, and the answer
-    lost: dict[Any, int] = {}  # of what was right and is wrong now: its flip
+    lost: dict[str, int] = {}  # of what was right and is wrong now: its flip
     found: list[Flip] = []
     for stage in run.matrix.stages:
-        for key, row in {row["id"]: row for row in run.predictions(stage, task)}.items():
-            if row["score"] >= RIGHT:
-                right[key] = (stage, row.get("answer"))
+        for key, prediction in {p.id: p for p in run.predictions(stage, task)}.items():
+            if prediction.score >= RIGHT:
+                right[key] = (stage, prediction.answer)
                 if (at := lost.pop(key, None)) is not None:
                     found[at] = replace(found[at], back=stage)
             elif key in right:
@@ -67,10 +66,10 @@ def _of(run: Run, task: str) -> list[Flip]:
                         str(key),
                         learned,
                         stage,
-                        row.get("prompt"),
+                        prediction.prompt,
                         before,
-                        row.get("answer"),
-                        tuple(map(str, row.get("references") or ())),
+                        prediction.answer,
+                        prediction.references,
                     )
                 )
     return found

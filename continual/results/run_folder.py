@@ -9,16 +9,17 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from continual.errors import DataError, MissingError, gathered
+from continual.errors import DataError, MissingError
 from continual.io import untrusted
 from continual.io.atomic import task_file_name
 from continual.results import comparison
 from continual.results.matrix import BASE, Matrix, mean
+from continual.results.prediction import Prediction, load_predictions
 
 # What may differ between the runs of one group: they are repetitions of the same experiment.
 REPEATED = {"seed", "order", "out", "track"}
@@ -122,28 +123,37 @@ class Run:
         """The stage's number in predictions/stage-NN: 0 is before training."""
         return self.matrix.stages.index(stage) + (BASE not in self.matrix.stages)
 
-    def predictions(self, stage: str, task: str) -> list[dict[str, Any]]:
-        """Every answer to the task's test prompts after that stage; empty where none were written."""
-        path = (
-            self.path
-            / "predictions"
-            / f"stage-{self.number(stage):02d}"
-            / f"{task_file_name(task)}.jsonl"
+    def predictions(self, stage: str, task: str) -> list[Prediction]:
+        """Return the scored answers to a task's test prompts after a stage; each file is read once.
+
+        Empty if none were written. Raises DataError for lines that are not predictions.
+        """
+        if (stage, task) not in self._predictions:
+            folder = self.path / "predictions" / f"stage-{self.number(stage):02d}"
+            path = folder / f"{task_file_name(task)}.jsonl"
+            loaded = load_predictions(path) if path.is_file() else []
+            self._predictions[stage, task] = [self._share_texts(p) for p in loaded]
+        return self._predictions[stage, task]
+
+    @cached_property
+    def _predictions(self) -> dict[tuple[str, str], list[Prediction]]:
+        """The predictions that were read, by (stage, task)."""
+        return {}
+
+    @cached_property
+    def _shared_texts(self) -> dict[Any, Any]:
+        """Each id, prompt and tuple of references that was read, once."""
+        return {}
+
+    def _share_texts(self, prediction: Prediction) -> Prediction:
+        """Use one object for texts that every stage repeats, as all predictions stay in memory."""
+        share = self._shared_texts.setdefault
+        return replace(
+            prediction,
+            id=share(prediction.id, prediction.id),
+            prompt=share(prediction.prompt, prediction.prompt),
+            references=share(prediction.references, prediction.references),
         )
-        rows, problems = [], []
-        for number, line in untrusted.iter_lines(path) if path.is_file() else ():
-            try:
-                rows.append(
-                    _prediction(
-                        untrusted.parse_json(line, f"{path}:{number}", line=True),
-                        f"{path}:{number}",
-                    )
-                )
-            except DataError as error:
-                problems.append(str(error))
-        if problems:
-            raise DataError(gathered(problems) + "\nRemove the file, or score the run again.")
-        return rows
 
     @property
     def joint(self) -> bool:
@@ -299,22 +309,6 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             ]
             waiting += dict.fromkeys([*begun, *comparison.waiting(folder)])
     return [Run.read(path) for path in dict.fromkeys(paths)], waiting
-
-
-def _prediction(row: Any, where: str) -> dict[str, Any]:
-    """A line of predictions, if it is one: an id, a score, and texts beside them."""
-    whole = (
-        isinstance(row, dict)
-        and isinstance(row.get("id"), str | int)
-        and untrusted.is_number(row.get("score"))
-    )
-    texts = whole and all(isinstance(row.get(key), str | None) for key in ("prompt", "answer"))
-    if not texts or not isinstance(row.get("references"), list | None):
-        raise DataError(
-            f"{where}: no prediction with an id and a score, a prompt, an answer and a list of "
-            "references"
-        )
-    return {**row, "score": float(row["score"])}
 
 
 def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:

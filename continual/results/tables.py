@@ -155,13 +155,16 @@ def _settings(run: Run, _: Summary) -> Rows:
 def _examples(run: Run, _: Summary) -> Rows:
     for stage in run.matrix.stages:
         for task in run.matrix.tasks:
-            for told in run.predictions(stage, task):
+            for prediction in run.predictions(stage, task):
                 yield {
                     "stage": stage,
                     "stage_index": run.number(stage),
                     "task": task,
-                    **told,
-                    "id": str(told["id"]),
+                    "id": prediction.id,
+                    "prompt": prediction.prompt,
+                    "answer": prediction.answer,
+                    "references": list(prediction.references),
+                    "score": prediction.score,
                 }
 
 

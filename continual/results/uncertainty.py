@@ -298,12 +298,10 @@ def marked(run: Run, stage: str, task: str) -> tuple[str, tuple[float, ...]]:
     )
     if (stage, task) not in kept:
         told = run.predictions(stage, task)
-        names = repr([(p["id"], p.get("references")) for p in told]).encode(
-            "utf-8", "surrogatepass"
-        )
+        names = repr([(p.id, p.references) for p in told]).encode("utf-8", "surrogatepass")
         kept[stage, task] = (
             blake2b(names, digest_size=16).hexdigest(),
-            tuple(p["score"] for p in told),
+            tuple(p.score for p in told),
         )
     return kept[stage, task]
 

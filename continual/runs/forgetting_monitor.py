@@ -30,10 +30,10 @@ from continual.distributed.processes import broadcast, is_main_process
 from continual.errors import DataError
 from continual.evaluation.scoring import EvalSet, score_task
 from continual.io.atomic import task_file_name
-from continual.io.untrusted import is_number, iter_lines, parse_json
 from continual.models.model import Model
 from continual.models.weights import restore, snapshot
 from continual.results.matrix import mean
+from continual.results.prediction import load_predictions
 from continual.strategy.interface import Strategy
 from continual.training.stage_state import capture_rng_state, restore_rng_state
 
@@ -196,11 +196,9 @@ def load_example_scores(path: Path, test: EvalSet) -> list[float] | None:
     are not whole.
     """
     try:
-        told = [parse_json(line, f"{path}:{n}", line=True) for n, line in iter_lines(path)]
-        found = [t["score"] for t in told]
-        whole = all(is_number(m, 0, 1) for m in found) and [t["id"] for t in told] == [
-            e.id for e in test.examples
-        ]
-        return found if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+        predictions = load_predictions(path)
+    except (OSError, ValueError):
         return None
+    scores = [p.score for p in predictions]
+    has_all_examples = [p.id for p in predictions] == [e.id for e in test.examples]
+    return scores if has_all_examples and all(0 <= s <= 1 for s in scores) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import resource
 import shutil
@@ -24,6 +23,7 @@ from continual.evaluation.scoring import EvalSet, score_task
 from continual.io.atomic import task_file_name, write_atomically
 from continual.reports import write
 from continual.results.matrix import BASE, Matrix
+from continual.results.prediction import Prediction, format_predictions
 from continual.runs import stop_if
 from continual.runs.audit_step import print_audit, record_audit, report_solved_tasks
 from continual.runs.forgetting_monitor import ForgettingMonitor, format_event, load_example_scores
@@ -353,7 +353,7 @@ def make_answer_function(
 ) -> Predict:
     """What probes ask by: the answers to a test's prompts, each with its mark."""
 
-    def ask(test: EvalSet) -> list[dict[str, Any]]:
+    def ask(test: EvalSet) -> list[Prediction]:
         answers = route_and_score(session, test)[1]
         stop_signal.raise_if_received(f"while probing after stage {events.stage}", out)
         return answers
@@ -375,9 +375,7 @@ def score_all_tasks(
         if value is None:
             value, answers = route_and_score(session, test)
             if is_main_process():
-                write_atomically(
-                    path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in answers)
-                )
+                write_atomically(path, format_predictions(answers))
         row.append(value)
         stop_signal.raise_if_received(
             f"while scoring after stage {events.stage}", folder.parents[1]
@@ -386,7 +384,7 @@ def score_all_tasks(
     return row
 
 
-def route_and_score(session: RunSession, test: EvalSet) -> tuple[float, list[dict[str, Any]]]:
+def route_and_score(session: RunSession, test: EvalSet) -> tuple[float, list[Prediction]]:
     """The score, and every answer with its mark, of the model as the strategy readies it for the
     task.
     """

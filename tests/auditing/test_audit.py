@@ -581,9 +581,7 @@ def test_a_pages_audit_shows_every_text_as_text(run_keys, tmp_path):
     assert EVIL in page(tmp_path / "run").text
 
 
-@pytest.mark.parametrize(
-    "damage", ["{", "[]", '{"schema": 2}', '{"schema": 1, "tasks": {"a": 3}}']
-)
+@pytest.mark.parametrize("damage", ["{", "[]", '{"schema": 2}', '{"schema": 1, "tasks": {"a": 3}}'])
 def test_a_damaged_audit_is_named_by_the_report(run_keys, tmp_path, damage):
     run_in_process(tmp_path / "run", run_keys, "stream.tasks=[first]", "train.epochs=1")
     (tmp_path / "run/audit.json").write_text(damage)

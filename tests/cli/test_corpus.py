@@ -469,7 +469,7 @@ RUN = {
     "predictions: no score": (
         "predictions/stage-06/reverse.jsonl",
         '{"id": "a"}',
-        ":1: no prediction with an id and a",
+        ":1: found no prediction, expected an id and a",
     ),
     "predictions: a score of NaN": (
         "predictions/stage-06/reverse.jsonl",

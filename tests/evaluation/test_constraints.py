@@ -19,7 +19,7 @@ from continual.evaluation.constraints import (
     satisfies_loosely,
 )
 from continual.evaluation.row_metrics import ROW_METRICS, ifeval_accuracies
-from continual.evaluation.text import split_sentences
+from continual.evaluation.text_normalization import split_sentences
 from streams.rows import load_jsonl, parse_row
 from tests.support.models import make_example
 

@@ -133,7 +133,7 @@ def test_grades_that_cannot_be_read_count_as_0_and_are_told(dull, capsys):
     value, (row,) = score_task(
         assemble(make_network("llama", len(TOKENIZER)), TOKENIZER, device="cpu"), test, 8
     )
-    assert (value, row["grades"]) == (0, [None, None])
+    assert (value, row.result["grades"]) == (0, [None, None])
     assert capsys.readouterr().err.endswith(
         "t: 2 of 2 grades of the judge could not be read and count as 0\n"
     )

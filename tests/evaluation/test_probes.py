@@ -20,6 +20,7 @@ from continual.evaluation.probes.transfer import Transfer, cluster_tasks
 from continual.evaluation.probes.turns import Turns
 from continual.evaluation.probes.wordings import Wordings
 from continual.results.matrix import Matrix
+from continual.results.prediction import Prediction
 from streams.skills.stream import generate_skills
 from tests.support.models import make_example, stream_text, train_byte_bpe, write_rows, write_stream
 
@@ -28,7 +29,13 @@ EMPTY = Matrix("s", "o", "naive", 0, ("t",), {"t": "exact_match"}, (), ())
 
 
 def setting(*tasks, limit=512, on_unfit="error", stream=None, **score):
-    told = {"split": "test", "metric": None, "max_new_tokens": None, "answer_mode": "generate", **score}
+    told = {
+        "split": "test",
+        "metric": None,
+        "max_new_tokens": None,
+        "answer_mode": "generate",
+        **score,
+    }
     config = OmegaConf.create(
         {
             "score": told,
@@ -48,11 +55,11 @@ def model(says):
         asked.extend(e.text for e in test.encoded)
         answers = [says(e.text) for e in test.encoded]
         return [
-            {
-                "id": e.id,
-                "answer": a,
-                "score": max(REFERENCE_METRICS[test.metric](a, o) for o in e.outputs),
-            }
+            Prediction(
+                e.id,
+                {"score": max(REFERENCE_METRICS[test.metric](a, o) for o in e.outputs)},
+                answer=a,
+            )
             for e, a in zip(test.examples, answers, strict=True)
         ]
 
@@ -515,6 +522,6 @@ def test_a_stage_of_all_tasks_tells_nothing_of_one_task_s_transfer():
         ("base", "joint"),
         ((0.1, 0.1), (0.9, 0.9)),
     )
-    assert set(transfer.measure(StageContext(model(str)[0].predict, joint))["transfer"].values()) == {
-        None
-    }
+    assert set(
+        transfer.measure(StageContext(model(str)[0].predict, joint))["transfer"].values()
+    ) == {None}

@@ -14,11 +14,16 @@ from continual.data.template import Encoder
 from continual.data.types import Constraint, Message, Stream, Task
 from continual.errors import ConfigError, DataError
 from continual.evaluation.constraints import CHECKS
-from continual.evaluation.demands import COMPOSITION_LEVELS, composition_level, find_demands
 from continual.evaluation.fidelity import find_elements, score_fidelity
+from continual.evaluation.instruction_parser import (
+    COMPOSITION_LEVELS,
+    composition_level,
+    find_demands,
+)
 from continual.evaluation.row_metrics import ROW_METRICS
 from continual.evaluation.scoring import prepare_eval_set, score_answer, score_task
 from continual.reports import measures
+from continual.results.prediction import Prediction
 from continual.results.run_folder import Run
 from tests.support.models import (
     load_json_lines,
@@ -177,7 +182,7 @@ def test_a_row_s_own_level_goes_before_and_a_conversation_s_is_that_of_its_last_
         prepare_eval_set(Task("t", (), (), tuple(asked)), encoder, "test", 0, max_new_tokens=2),
         8,
     )
-    assert [p["level"] for p in predictions] == ["hard", "single step", "multi-step"]
+    assert [p.level for p in predictions] == ["hard", "single step", "multi-step"]
 
 
 # Fidelity
@@ -274,8 +279,8 @@ def test_a_measure_marks_the_answers_of_a_model_and_says_what_the_mark_is_made_o
         metric, make_example("Use no commas.", output="", id="a", constraints=(COMMA, QUOTE))
     )
     value, (row,) = score_task(make_text_model(), test, 8)
-    assert value == row["score"] == score_answer(metric, row["answer"], test.examples[0])["score"]
-    assert {"lost", "met", "strict"} & set(row)
+    assert value == row.score == score_answer(metric, row.answer, test.examples[0])["score"]
+    assert {"lost", "met", "strict"} & set(row.result)
 
 
 def test_rows_that_a_measure_cannot_mark_are_named_by_file_and_line():
@@ -399,15 +404,17 @@ def test_they_are_shown_after_the_run_with_how_many_rows_they_are_of(ran):
 
 
 def test_predictions_of_one_level_or_none_show_nothing(ran, tmp_path):
-    assert measures.by_level([{"score": 1.0}]) == {}
+    assert measures.by_level([Prediction("a", {"score": 1.0})]) == {}
     assert measures.by_level(
         [
-            {"score": 1.0, "level": "b\nc"},
-            {"score": 0.0, "level": "conditional"},
-            {"score": 1.0, "level": "conditional"},
+            Prediction("a", {"score": 1.0}, level="b\nc"),
+            Prediction("b", {"score": 0.0}, level="conditional"),
+            Prediction("c", {"score": 1.0}, level="conditional"),
         ]
     ) == {"conditional": (0.5, 2), "b c": (1.0, 1)}
-    assert measures._adherence([{"score": 1.0, "strict": "yes", "loose": [1]}]) == {}
+    assert (
+        measures._adherence([Prediction("a", {"score": 1.0, "strict": "yes", "loose": [1]})]) == {}
+    )
 
 
 def test_a_metric_for_rows_without_what_it_marks_is_refused_before_training(

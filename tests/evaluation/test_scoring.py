@@ -13,7 +13,7 @@ from continual.data.types import Message, Task
 from continual.errors import ConfigError, DataError
 from continual.evaluation.metrics import REFERENCE_METRICS, exact_match, rouge_l, token_f1
 from continual.evaluation.scoring import prepare_eval_set, score_task
-from continual.evaluation.text import normalize_text
+from continual.evaluation.text_normalization import normalize_text
 from continual.models.generation import generate_answers
 from continual.models.loading import assemble
 from continual.models.loss import nll
@@ -183,7 +183,7 @@ def test_a_taught_model_answers_and_stops_at_the_end_of_sequence(taught):
     hook = taught.net.get_output_embeddings().register_forward_hook(lambda *_: forwards.append(1))
     value, rows = score_task(taught, test, batch_size=8)
     hook.remove()
-    assert [r["answer"] for r in rows] == SAID, "what follows the end of sequence would show"
+    assert [r.answer for r in rows] == SAID, "what follows the end of sequence would show"
     assert value == 1
     assert len(forwards) < 20
 
@@ -211,11 +211,11 @@ def test_the_rows_keep_their_order_and_their_marks(taught):
     wrong = replace(ROWS[2], outputs=("something else",))
     test = ready(taught, [*ROWS[:2], wrong, *ROWS[3:]], seq2seq=taught.layout.seq2seq)
     value, rows = score_task(taught, test, batch_size=2)
-    assert [r["id"] for r in rows] == [e.id for e in ROWS]
-    assert [r["score"] for r in rows] == [1, 1, 0, 1, 1, 1]
+    assert [r.id for r in rows] == [e.id for e in ROWS]
+    assert [r.score for r in rows] == [1, 1, 0, 1, 1, 1]
     assert value == pytest.approx(5 / 6)
-    assert rows[2]["references"] == ["something else"]
-    assert rows[0]["prompt"] == "Say it 0.\n"
+    assert rows[2].references == ("something else",)
+    assert rows[0].prompt == "Say it 0.\n"
 
 
 def test_of_several_accepted_answers_the_best_counts(taught):
@@ -274,7 +274,7 @@ def test_an_empty_answer_is_wrong_and_stays_in_the_denominator():
             lambda m, args, out: out.index_fill(-1, torch.tensor(0), 1.0)
         )
     value, rows = score_task(net, ready(net), 8)
-    assert [r["answer"] for r in rows] == [""] * 6
+    assert [r.answer for r in rows] == [""] * 6
     assert value == 0
     assert len(rows) == 6
 
@@ -291,8 +291,8 @@ def test_a_conversation_is_scored_on_its_last_turn():
         ready(make_text_model(), [make_example("", output="red", messages=turns)]),
         8,
     )
-    assert row["references"] == ["red"]
-    assert row["prompt"].endswith("Name one.\n")
+    assert row.references == ("red",)
+    assert row.prompt.endswith("Name one.\n")
 
 
 # Likelihood
@@ -320,7 +320,7 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
         each = [nll(net, net.batch([e])).item() * sum(e.response_mask) for e in alone]
         best.append(LABELS[each.index(min(each))])
     value, predictions = score_task(net, test, batch_size=4)
-    assert [p["answer"] for p in predictions] == best
+    assert [p.answer for p in predictions] == best
     assert value == best.count("very sad") / 12
     assert len(set(best)) > 1
 
@@ -351,7 +351,7 @@ def test_perplexity_is_that_of_the_reference_whatever_is_trained_on(kind, weight
     if kind == "llama":
         net.layout = replace(net.layout, instruction_weight=weight)
     value, rows = score_task(net, test, 8)
-    assert [r["perplexity"] for r in rows] == pytest.approx(
+    assert [r.result["perplexity"] for r in rows] == pytest.approx(
         [math.exp(x) for x in expected], rel=1e-4
     )
     assert value == pytest.approx(sum(math.exp(-x) for x in expected) / 6, rel=1e-4)

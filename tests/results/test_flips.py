@@ -115,12 +115,12 @@ def test_what_falls_and_comes_back_changes_the_score_by_as_much(tmp_path):
     found, size = counts(flips(run)), 20
     for task in run.matrix.tasks:
         right = [
-            sum(row["score"] >= 0.5 for row in run.predictions(stage, task))
+            sum(row.score >= 0.5 for row in run.predictions(stage, task))
             for stage in run.matrix.stages
         ]
         known: set = set()
         for number, stage in enumerate(run.matrix.stages):
-            now = {row["id"] for row in run.predictions(stage, task) if row["score"] >= 0.5}
+            now = {row.id for row in run.predictions(stage, task) if row.score >= 0.5}
             lost, back = found.get((task, stage), (0, 0))
             if number:
                 assert right[number] - right[number - 1] == len(now - known) + back - lost

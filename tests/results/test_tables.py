@@ -99,10 +99,10 @@ def test_examples_are_the_answers_after_each_stage(comparison):
     run = Run.read(comparison / "naive-1")
     after = told[(told.stage == SKILLS[2]) & (told.task == SKILLS[0])]
     rows = run.predictions(SKILLS[2], SKILLS[0])
-    assert (set(after.stage_index), list(after.id)) == ({3}, [row["id"] for row in rows])
+    assert (set(after.stage_index), list(after.id)) == ({3}, [row.id for row in rows])
     for column in ("prompt", "answer", "score"):
-        assert list(after[column]) == [row[column] for row in rows]
-    assert [list(r) for r in after.references] == [row["references"] for row in rows]
+        assert list(after[column]) == [getattr(row, column) for row in rows]
+    assert [list(r) for r in after.references] == [list(row.references) for row in rows]
 
 
 def test_steps_are_those_of_the_log_and_a_resumed_run_s_count_once(comparison, tmp_path):

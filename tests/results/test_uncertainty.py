@@ -25,6 +25,7 @@ from continual.reports import write
 from continual.reports.figures import interval, percent
 from continual.reports.versus import to_json
 from continual.results.matrix import SUMMARIES, Matrix
+from continual.results.prediction import Prediction
 from continual.results.run_folder import Run, find, grouped
 from continual.results.uncertainty import (
     OVER_BOTH,
@@ -52,7 +53,7 @@ class Known(Run):
     def predictions(self, stage, task):
         row = self.tables[task][self.matrix.stages.index(stage)]
         return [
-            {"id": f"{self.names}/{i}", "references": ["x"], "score": float(mark)}
+            Prediction(f"{self.names}/{i}", {"score": float(mark)}, references=("x",))
             for i, mark in enumerate(row)
         ]
 
@@ -167,7 +168,7 @@ def test_of_simulated_test_sets_95_in_100_intervals_hold_the_truth():
 @given(st.integers(0, 2**20), st.randoms())
 def test_an_interval_does_not_hang_on_the_order_of_the_examples(seed, random):
     run = random_run(seed, examples=12)
-    order = random.sample_size(range(12), 12)
+    order = random.sample(range(12), 12)
     turned = known({task: table[:, order] for task, table in run.tables.items()})
     for name in ("average_performance", "forgetting"):
         told = over_examples(run, name, draws=50)

@@ -234,5 +234,5 @@ def test_the_order_of_turns_does_not_change_the_order_of_answers():
     made, test = toy.make_model(), perplexities(5)
     value, rows = scoring.score_task(made, test, 8)
     shuffled, again = scoring.score_task(made, test, 8, iter([[3, 1], [4], [0, 2]]))
-    assert [r["id"] for r in again] == [r["id"] for r in rows] == [*"01234"]
+    assert [r.id for r in again] == [r.id for r in rows] == [*"01234"]
     assert shuffled == pytest.approx(value)

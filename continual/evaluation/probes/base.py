@@ -16,12 +16,12 @@ from continual.errors import ConfigError
 from continual.evaluation.judge import Judge
 from continual.evaluation.scoring import PERPLEXITY, EvalSet, prepare_eval_set
 from continual.results.matrix import Matrix
+from continual.results.prediction import Prediction
 
 LabelValues = dict[str, float | None]  # figures by label; None where there is nothing to measure
 ProbeResult = dict[str, LabelValues]  # by entry
-Predict = Callable[
-    [EvalSet], list[dict[str, Any]]
-]  # the prediction of each example with its mark, as `score` gives them
+# Answers the examples of a set as `score_task` does.
+Predict = Callable[[EvalSet], list[Prediction]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class StageContext:
 
     def mean_score(self, test: EvalSet) -> float:
         """The mean of the marks."""
-        marks = [float(row["score"]) for row in self.predict(test)]
+        marks = [prediction.score for prediction in self.predict(test)]
         return sum(marks) / len(marks)
 
 

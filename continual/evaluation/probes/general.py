@@ -47,7 +47,9 @@ class GeneralAbility(Probe):
 
     def prepare(self, setup: RunSetup) -> None:
         """Build the stream and encode its prompts; raises what is wrong with either."""
-        check_minimum("general", 1, max_examples=self.max_examples, max_new_tokens=self.max_new_tokens)
+        check_minimum(
+            "general", 1, max_examples=self.max_examples, max_new_tokens=self.max_new_tokens
+        )
         score = setup.config.score
         try:
             made: Stream = construct(OmegaConf.create(dict(self.stream)), "probe.general.stream")

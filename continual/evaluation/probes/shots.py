@@ -80,7 +80,10 @@ class Shots(Probe):
         demonstrations: Sequence[Example],
     ) -> None:
         """The task's prompts behind these demonstrations, if one of them has room for all."""
-        encoder, k = setting.fresh_encoder(demonstrations=tuple(demonstrations)), len(demonstrations)
+        encoder, k = (
+            setting.fresh_encoder(demonstrations=tuple(demonstrations)),
+            len(demonstrations),
+        )
         test = setting.make_eval_set(task, rows, encoder)
         fewer = len(set(encoder.fewer) - set(encoder.skipped))
         self.prompt_counts[k] += len(test.examples)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from continual.data.template import Encoder, UnusableExampleError
 from continual.data.types import Example, Message
@@ -22,12 +21,13 @@ from continual.evaluation.probes.base import (
     mean_or_none,
 )
 from continual.evaluation.scoring import EvalSet
+from continual.results.prediction import Prediction
 
 SOURCE = (
     "turns answered behind the model's own answers (Zheng et al. 2023, MT-Bench), against the "
     "same turn asked alone (Kwan et al. 2024, MT-Eval)"
 )
-NO_ANSWER = {"answer": "", "score": 0.0}
+NO_ANSWER = Prediction("", {"score": 0.0}, answer="")
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class TaskConversations:
     max_new_tokens: int
     encoder: Encoder
 
-    def answer_turns(self, predict: Predict, turns: Sequence[Example]) -> list[dict[str, Any]]:
+    def answer_turns(self, predict: Predict, turns: Sequence[Example]) -> list[Prediction]:
         """The answer to each, with its mark; one that leaves no room for an answer is unanswered."""
-        found, encoded = [dict(NO_ANSWER) for _ in turns], {}
+        found, encoded = [NO_ANSWER for _ in turns], {}
         for i, turn in enumerate(turns):
             try:
                 encoded[i] = self.encoder.encode_prompt(turn, self.task_index, self.max_new_tokens)
@@ -160,11 +160,11 @@ class Turns(Probe):
     def _measure_task(self, ask: Predict, chats: TaskConversations) -> dict[str, float | None]:
         """The figures of one task."""
         rows = chats.rows
-        said: list[list[dict[str, Any]]] = [[] for _ in rows]
+        said: list[list[Prediction]] = [[] for _ in rows]
         for t in range(max(len(_questions(e)) for e in rows)):
             here = [i for i, e in enumerate(rows) if t < len(_questions(e))]
             told = chats.answer_turns(
-                ask, [_turn_example(rows[i], [a["answer"] for a in said[i]], t) for i in here]
+                ask, [_turn_example(rows[i], _answers(said[i]), t) for i in here]
             )
             for i, answer in zip(here, told, strict=True):
                 said[i].append(answer)
@@ -173,25 +173,33 @@ class Turns(Probe):
         again = chats.answer_turns(
             ask,
             [
-                _repeated_question_example(e, [a["answer"] for a in told])
+                _repeated_question_example(e, _answers(told))
                 for e, told in zip(rows, said, strict=True)
             ],
         )
         needy = [
             said[i][t]
             for (i, t), single in zip(later, alone, strict=True)
-            if single["score"] < self.pass_score
+            if single.score < self.pass_score
         ]
         return {
-            "first turn": mean_or_none(told[0]["score"] for told in said),
-            "later turns": mean_or_none(said[i][t]["score"] for i, t in later),
+            "first turn": mean_or_none(told[0].score for told in said),
+            "later turns": mean_or_none(said[i][t].score for i, t in later),
             "completed": mean_or_none(
-                float(all(a["answer"].strip() and a["score"] >= self.pass_score for a in told))
+                float(all(_is_answered(a) and a.score >= self.pass_score for a in told))
                 for told in said
             ),
-            "context": mean_or_none(float(a["score"] >= self.pass_score) for a in needy),
-            "consistent": mean_or_none(a["score"] if a["answer"].strip() else 0.0 for a in again),
+            "context": mean_or_none(float(a.score >= self.pass_score) for a in needy),
+            "consistent": mean_or_none(a.score if _is_answered(a) else 0.0 for a in again),
         }
+
+
+def _answers(predictions: Sequence[Prediction]) -> list[str]:
+    return [prediction.answer or "" for prediction in predictions]
+
+
+def _is_answered(prediction: Prediction) -> bool:
+    return bool(prediction.answer and prediction.answer.strip())
 
 
 def _questions(e: Example) -> list[str]:
