@@ -18,6 +18,8 @@ are scored, and the scores are the retained-task matrix.
   continual report  PATH...           tables, report.html and curves.png again, from folders on disk
   continual verify  PATH...           every summary of published matrices, recomputed in all published forms
   continual list    [strategies|streams|models|probes] [json=true]   what there is
+  continual completion bash|zsh|fish   a script that makes the shell complete commands, keys and choices
+  continual --version
 
 Keys: stream=NAME  strategy=NAME or strategy=[A,B]  model=NAME  seed=N  device=auto|cpu|cuda|mps  out=DIR
       train.*  loss.*  data.*  score.*  strategy.NAME.*  stream.*  model.*
@@ -89,4 +91,9 @@ hold the numbers of test examples.""",
 
   continual list strategies                                those of installed packages too
   continual list strategies json=true                      for machines""",
+    "completion": """continual completion bash|zsh|fish: print the script by which this shell completes continual's words.
+
+  eval "$(continual completion bash)"                      in ~/.bashrc
+  eval "$(continual completion zsh)"                       in ~/.zshrc, after compinit
+  continual completion fish > ~/.config/fish/completions/continual.fish""",
 }

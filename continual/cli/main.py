@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if verb in ("-h", "--help", "help"):
         print(HELP)
         return
+    if verb == "--version":
+        print(f"continual {_installed_version()}")
+        return
     try:
         if verb not in VERBS:
             raise ConfigError(unknown("command", verb, VERBS))
@@ -245,6 +248,21 @@ def _verify(rest: Sequence[str]) -> None:
     verify(rest, Console())
 
 
+def _completion(rest: Sequence[str]) -> None:
+    from continual.cli.completion import completion
+
+    completion(rest, list(VERBS), CONFIGURED_VERBS)
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("continual")
+    except PackageNotFoundError:
+        return "(not installed: run from its source folder)"
+
+
 def _list(rest: Sequence[str]) -> None:
     from continual.config.catalogue import print_catalogue
 
@@ -263,6 +281,7 @@ VERBS: dict[str, Callable[[Sequence[str]], Any]] = {
     "report": _report,
     "verify": _verify,
     "list": _list,
+    "completion": _completion,
 }
 CONFIGURED_VERBS = ("compare", "run", "adapt", "plan", "audit")
 MULTI_PROCESS_VERBS = ("run", "adapt")
