@@ -33,7 +33,8 @@ def normalize_overrides(verb: str, overrides: Sequence[str]) -> list[str]:
     if deletions:
         raise ConfigError(
             f"cannot delete {', '.join(word[1:] for word in deletions)} ('~' is not supported); "
-            f"set it to another value, or to null where its comment in continual {verb} --cfg allows it"
+            f"set it to another value, or to null where its comment in continual {verb} --cfg "
+            "allows it"
         )
 
     short = {**SHORT, **SHORT_IN.get(verb, {})}

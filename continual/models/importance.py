@@ -1,4 +1,4 @@
-"""How much each weight matters to what has been learned, from per-example gradients.
+"""Estimate the importance of each weight from per-example gradients (Fisher, sensitivity).
 
 Shapes: E examples, T positions, S supervised positions, L supervised positions of the example with
 most, V vocabulary.
@@ -29,14 +29,13 @@ from continual.packing.batch import Batch
 from continual.packing.layout import block_by_length
 
 LABELS = ("empirical", "sampled")
-CPU_TOKENS = 2048  # a CPU gains nothing from more at a time, and outputs' gradients are held besides activations
-PRODUCTS = (
-    2**16
-)  # so many numbers of per-example gradients at a time, or one example's: they stay in the cache
+# Tokens of a pass on a CPU: more bring no speed, and output gradients are held beside activations.
+CPU_TOKENS = 2048
+# Numbers of per-example gradients held at a time (at least one example's), to stay in the cache.
+PRODUCTS = 2**16
 
-Draws = Sequence[
-    Tensor | None
-]  # a number in [0, 1) for each response token of each example, or none of any
+# For each example a number in [0, 1) for each response token, or None for the labels of the data.
+Draws = Sequence[Tensor | None]
 
 
 def fisher(
@@ -45,34 +44,34 @@ def fisher(
     labels: str = "empirical",
     generator: torch.Generator | None = None,
 ) -> Weights:
-    """The diagonal of the Fisher information: the mean over examples of the squared gradient of log
-    p(y | x).
+    """Compute the diagonal Fisher information: mean over examples of the squared gradient of log p.
 
-    One gradient an example, of the log-likelihood summed over its response tokens, squared after
-    that sum; over trainable parameters only, at the weights as they are, in float32 at least. With
-    `labels="empirical"` y is the response in the data; with "sampled" each response token is drawn
-    from the model's own distribution given the tokens before it, which makes it the true Fisher of
-    the token distributions (Kunstner et al. 2019, eq. 2 against eq. 3).
+    Each example has one gradient, of the log-likelihood summed over its response tokens, which is
+    squared after that sum; over trainable parameters only, at the current weights, in float32 or
+    wider. With `labels="empirical"` the response is that of the data; with "sampled" each response
+    token is drawn from the model's own distribution given the tokens before it, which gives the
+    true Fisher of the token distributions (Kunstner et al. 2019, eq. 2 against eq. 3).
 
-    Examples run together. A layer's inputs and output gradients hold each example's gradient apart:
-    for a linear layer it is their product over that example's tokens (Goodfellow 2015, squared
-    after the sum). A model with trainable parameters in other places runs one example at a time,
-    with the same result but for rounding. Raises ConfigError for other labels, TrainingError with
-    the examples' ids where it is not finite.
+    Examples run together: the inputs and output gradients of a layer contain each example's
+    gradient separately; for a linear layer it is their product over that example's tokens
+    (Goodfellow 2015, squared after the sum). A model with trainable parameters elsewhere runs one
+    example at a time, with the same result up to rounding. Raises ConfigError for unknown labels,
+    and TrainingError with the ids of the examples if the result is not finite.
     """
     draws = _draw_labels(model, examples, labels, generator)
-    mine = assign_work([len(e.ids) for e in examples])
-    part = [examples[i] for i in mine], [draws[i] for i in mine]
+    assigned = assign_work([len(e.ids) for e in examples])
+    own_examples = [examples[i] for i in assigned]
+    own_draws = [draws[i] for i in assigned]
     try:
-        found = _sum_batched(model, *part)
-    except _Entangled:
-        found = _sum_one_by_one(model, *part)
+        total = _sum_batched(model, own_examples, own_draws)
+    except _NotSeparable:
+        total = _sum_one_by_one(model, own_examples, own_draws)
     if world_size() > 1:
-        found = {n: f * (len(mine) / len(examples)) for n, f in found.items()}
-        all_reduce_sum(list(found.values()))
-    return (
-        found if all_finite(found) else _sum_one_by_one(model, examples, draws)
-    )  # which names those at fault
+        total = {n: f * (len(assigned) / len(examples)) for n, f in total.items()}
+        all_reduce_sum(list(total.values()))
+    if not all_finite(total):
+        return _sum_one_by_one(model, examples, draws)  # raises, with the ids of the examples
+    return total
 
 
 def fisher_per_example(
@@ -81,44 +80,42 @@ def fisher_per_example(
     labels: str = "empirical",
     generator: torch.Generator | None = None,
 ) -> Weights:
-    """What `fisher` gives and raises, of the labels that it draws, by one backward pass an example:
-    slower.
-    """
+    """Compute `fisher` with one backward pass per example: the same labels and errors, slower."""
     return _sum_one_by_one(model, examples, _draw_labels(model, examples, labels, generator))
 
 
 def per_example_gradients(
-    model: Model, examples: Sequence[Encoded], of: Callable[[Tensor, Batch], Tensor]
+    model: Model, examples: Sequence[Encoded], objective: Callable[[Tensor, Batch], Tensor]
 ) -> Iterator[Weights]:
-    """The gradient of `of`(logits, batch), a scalar, of each example alone, in their order.
+    """Yield the gradient of `objective(logits, batch)`, a scalar, of each example in turn.
 
-    The logits (S, V) predict its response tokens. Raises TrainingError in place of a first gradient
-    not finite.
+    The logits (S, V) predict the example's response tokens. Once a gradient is not finite, no more
+    are yielded, and TrainingError is raised at the end with the ids of all such examples.
     """
-    live = weights(model)
-    bad: list[str] = []
-    for batch in (_batch(model, [e]) for e in examples):
-        grads = torch.autograd.grad(
-            of(forward(model, batch), batch), list(live.values()), allow_unused=True
-        )
-        found = {
+    parameters = weights(model)
+    bad_ids: list[str] = []
+    for example in examples:
+        batch = _response_batch(model, [example])
+        value = objective(forward(model, batch), batch)
+        grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        gradient = {
             n: torch.zeros_like(w) if g is None else g
-            for (n, w), g in zip(live.items(), grads, strict=True)
+            for (n, w), g in zip(parameters.items(), grads, strict=True)
         }
-        bad += [] if all_finite(found) else [e.id for e in batch.examples]
-        if not bad:
-            yield found
-    if bad:
-        raise TrainingError(not_finite(bad))
+        if not all_finite(gradient):
+            bad_ids.append(example.id)
+        if not bad_ids:
+            yield gradient
+    if bad_ids:
+        raise TrainingError(not_finite(bad_ids))
 
 
 def sensitivity(model: Model, examples: Sequence[Encoded]) -> Weights:
-    """The mean over examples of the absolute gradient of the logits' squared norm (Aljundi et al.
-    2018, eq. 3).
+    """Compute the mean absolute gradient of the logits' squared norm (Aljundi et al. 2018, eq. 3).
 
-    One gradient an example, of the squared L2 norms summed over its response positions, and its
-    absolute value taken after that sum. Which tokens are right does not matter, but for those
-    before a position.
+    Each example has one gradient, of the squared L2 norms summed over its response positions; the
+    absolute value is taken after that sum. The correct tokens matter only as context of the
+    positions after them.
     """
     total = to_float32(zeros(model))
     for grads in per_example_gradients(model, examples, lambda logits, _: logits.square().sum()):
@@ -130,25 +127,30 @@ def sensitivity(model: Model, examples: Sequence[Encoded]) -> Weights:
 def _draw_labels(
     model: Model, examples: Sequence[Encoded], labels: str, generator: torch.Generator | None
 ) -> Draws:
-    """Drawn here for all examples, so that labels do not depend on which examples run together."""
+    """Draw numbers for the sampled labels of all examples; None for each with empirical labels.
+
+    Drawn before examples are batched, so that labels do not depend on which examples run together.
+    """
     if labels not in LABELS:
         raise ConfigError(unknown("Fisher labels", labels, LABELS))
     if labels == "empirical":
         return [None] * len(examples)
     return [
-        torch.rand(len(_batch(model, [e]).targets), dtype=torch.float64, generator=generator)
+        torch.rand(
+            len(_response_batch(model, [e]).targets), dtype=torch.float64, generator=generator
+        )
         for e in examples
     ]
 
 
-def _batch(model: Model, examples: Sequence[Encoded], flat: bool = False) -> Batch:
-    """Examples with their responses alone supervised: a dual objective's prompt is no part of it.
+def _response_batch(model: Model, examples: Sequence[Encoded], packed: bool = False) -> Batch:
+    """Return a batch in which only responses are supervised, whatever the instruction's weight.
 
-    A prefix that examples share would receive their summed gradient, which cannot be taken apart.
+    Prefixes are not shared: a shared one would receive the summed gradient of its examples.
     """
     return Batch(
         tuple(examples),
-        replace(model.layout, instruction_weight=0.0, packed=flat, share_prefixes=False),
+        replace(model.layout, instruction_weight=0.0, packed=packed, share_prefixes=False),
     )
 
 
@@ -166,10 +168,14 @@ def _log_likelihood(logits: Tensor, batch: Batch, draws: Draws) -> Tensor:
 
 
 def _sum_one_by_one(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
-    total, left = to_float32(zeros(model)), iter(draws)
-    for grads in per_example_gradients(
-        model, examples, lambda logits, batch: _log_likelihood(logits, batch, [next(left)])
-    ):
+    """Return the mean squared gradient of the log-likelihood, one backward pass per example."""
+    total = to_float32(zeros(model))
+    remaining = iter(draws)
+
+    def objective(logits: Tensor, batch: Batch) -> Tensor:
+        return _log_likelihood(logits, batch, [next(remaining)])
+
+    for grads in per_example_gradients(model, examples, objective):
         for name, g in grads.items():
             total[name] += g.square() / len(examples)
     if not all_finite(total):
@@ -177,115 +183,109 @@ def _sum_one_by_one(model: Model, examples: Sequence[Encoded], draws: Draws) -> 
     return total
 
 
-class _Entangled(Exception):
-    """A trainable parameter's use by one example cannot be told from its use by others."""
+class _NotSeparable(Exception):
+    """Report that the gradients of examples in one batch cannot be separated."""
 
 
 def _sum_batched(model: Model, examples: Sequence[Encoded], draws: Draws) -> Weights:
-    """Examples of like length at a time; raises _Entangled, on the first of them, where that cannot
-    be done.
+    """Return the mean squared gradient of the log-likelihood, many examples per backward pass.
+
+    Examples of similar length run together. Raises _NotSeparable, at the first batch, for a network
+    whose per-example gradients cannot be separated.
     """
-    layers, total = _Layers(model), to_float32(zeros(model))
-    tokens = (
-        min(model.layout.tokens_per_microbatch, CPU_TOKENS)
-        if model.layout.device.type == "cpu"
-        else model.layout.tokens_per_microbatch
-    )
-    for run in block_by_length(
-        {i: len(e.ids) - 1 for i, e in enumerate(examples)}
-    ):  # the last token is not read
-        size = max(1, tokens // (len(examples[run[-1]].ids) - 1))
-        for part in (run[i : i + size] for i in range(0, len(run), size)):
-            batch = _batch(model, [examples[i] for i in part], model.layout.packed)
-            with layers.watched(batch) as seen:
+    layers = _SeparableLayers(model)
+    total = to_float32(zeros(model))
+    max_tokens = model.layout.tokens_per_microbatch
+    if model.layout.device.type == "cpu":
+        max_tokens = min(max_tokens, CPU_TOKENS)
+    lengths = {i: len(e.ids) - 1 for i, e in enumerate(examples)}  # the last token is not read
+    for block in block_by_length(lengths):
+        size = max(1, max_tokens // lengths[block[-1]])
+        for start in range(0, len(block), size):
+            part = block[start : start + size]
+            batch = _response_batch(model, [examples[i] for i in part], model.layout.packed)
+            with layers.record(batch) as records:
                 log_p = _log_likelihood(forward(model, batch), batch, [draws[i] for i in part])
-            if seen.keys() != layers.owned.keys():
-                raise _Entangled  # a weight is used without its layer, or not at all
-            grads = torch.autograd.grad(
-                log_p, [edge for _, edge in seen.values()], allow_unused=True
-            )
-            layers.add(
-                total,
-                batch,
-                {
-                    m: (x, g)
-                    for (m, (x, _)), g in zip(seen.items(), grads, strict=True)
-                    if g is not None
-                },
-            )
+            if records.keys() != layers.owned.keys():
+                raise _NotSeparable  # a weight is used without its layer, or not at all
+            edges = [edge for _, edge in records.values()]
+            grads = torch.autograd.grad(log_p, edges, allow_unused=True)
+            with_gradient = {
+                module: (x, g)
+                for (module, (x, _)), g in zip(records.items(), grads, strict=True)
+                if g is not None
+            }
+            layers.add(total, batch, with_gradient)
     return {n: t / max(1, len(examples)) for n, t in total.items()}
 
 
-class _Layers:
-    """A model's layers with trainable parameters, each of a kind that works on every example apart.
+class _SeparableLayers:
+    """Compute per-example gradients from the inputs and output gradients of layers.
 
-    Raises _Entangled for a model that has others, or a weight in several layers, but for an
-    embedding tied to the head.
+    All layers with trainable parameters must be linear layers, norms or embeddings, and a weight
+    may be in one layer only, except for an embedding tied to the head. Raises _NotSeparable for
+    other models.
     """
 
     def __init__(self, model: Model) -> None:
         names = {p: n for n, p in model.net.named_parameters() if p.requires_grad}
-        # Of each layer, its own name for each parameter and the model's.
-        self.owned = {
-            m: own
-            for m in model.net.modules()
-            if (own := {n: names[p] for n, p in m.named_parameters(recurse=False) if p in names})
-        }
-        self.head, self.words = model.net.get_output_embeddings(), model.net.get_input_embeddings()
+        # For each layer: its own name of a parameter -> the model's name of it.
+        self.owned: dict[nn.Module, dict[str, str]] = {}
+        for module in model.net.modules():
+            own = {n: names[p] for n, p in module.named_parameters(recurse=False) if p in names}
+            if own:
+                self.owned[module] = own
+        self.head = model.net.get_output_embeddings()
+        self.words = model.net.get_input_embeddings()
         if not all(
             is_linear(m) or _is_norm(m) or (_is_embedding(m) and not model.layout.seq2seq)
             for m in self.owned
         ):
-            raise _Entangled
+            raise _NotSeparable
         uses = Counter(name for own in self.owned.values() for name in own.values())
         name = self.owned.get(self.words, {}).get("weight")
         self.tied = name is not None and self.owned.get(self.head, {}).get("weight") == name
         if any(count > (2 if self.tied and n == name else 1) for n, count in uses.items()):
-            raise _Entangled
+            raise _NotSeparable
 
     @contextmanager
-    def watched(self, batch: Batch) -> Iterator[dict[nn.Module, tuple[Tensor, Any]]]:
-        """Within it a forward pass notes each layer's input, and where its output's gradient will
-        arrive.
-        """
-        seen: dict[nn.Module, tuple[Tensor, Any]] = {}
-        whole = {x.shape for x in batch.inputs.values() if isinstance(x, Tensor)}
-        looked_up = (
-            1,
-            len(batch.targets),
-        )  # what comes after the last layer's attention, or the LM head alone
+    def record(self, batch: Batch) -> Iterator[dict[nn.Module, tuple[Tensor, Any]]]:
+        """Record each layer's input and the gradient edge of its output inside the context."""
+        records: dict[nn.Module, tuple[Tensor, Any]] = {}
+        input_shapes = {x.shape for x in batch.inputs.values() if isinstance(x, Tensor)}
+        # Layers after the last attention, or the LM head, see the supervised positions only.
+        supervised_shape = (1, len(batch.targets))
 
-        def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            if module in seen or len(args) != 1:
-                raise _Entangled
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if module in records or len(args) != 1:
+                raise _NotSeparable
             x = args[0]
-            if (
-                _is_embedding(module) and len(x) == 1 and x.shape not in whole
-            ):  # positions, once for all examples
-                x, out = (t.expand(len(batch.examples), *t.shape[1:]) for t in (x, out))
-            if out.ndim < 3 or out.shape[:2] not in whole | {looked_up}:
-                raise _Entangled  # as an expert's tokens
-            seen[module] = x.detach(), get_gradient_edge(out)
+            if _is_embedding(module) and len(x) == 1 and x.shape not in input_shapes:
+                # Embeddings of positions are computed once for all examples.
+                x = x.expand(len(batch.examples), *x.shape[1:])
+                out = out.expand(len(batch.examples), *out.shape[1:])
+            if out.ndim < 3 or out.shape[:2] not in input_shapes | {supervised_shape}:
+                raise _NotSeparable  # such as the tokens that a router sends to an expert
+            records[module] = x.detach(), get_gradient_edge(out)
             return out
 
-        handles = [m.register_forward_hook(see) for m in self.owned]
+        handles = [m.register_forward_hook(hook) for m in self.owned]
         try:
-            yield seen
+            yield records
         finally:
             for handle in handles:
                 handle.remove()
 
     def add(
-        self, total: Weights, batch: Batch, seen: dict[nn.Module, tuple[Tensor, Tensor]]
+        self, total: Weights, batch: Batch, records: dict[nn.Module, tuple[Tensor, Tensor]]
     ) -> None:
-        """Add each example's squared gradients, from the layers' inputs and output gradients."""
-        for module, (x, g) in seen.items():
+        """Add each example's squared gradients, from (input, output gradient) of each layer."""
+        for module, (x, g) in records.items():
             to = {n: total[name] for n, name in self.owned[module].items()}
-            x, g = self._read(module, batch, x, g, next(iter(to.values())).dtype)
+            x, g = self._by_example(module, batch, x, g, next(iter(to.values())).dtype)
             if module is self.words and self.tied:
-                _add_tied(
-                    to["weight"], x, g, *self._read(self.head, batch, *seen[self.head], g.dtype)
-                )
+                head = self._by_example(self.head, batch, *records[self.head], g.dtype)
+                _add_tied(to["weight"], x, g, *head)
             elif _is_embedding(module):
                 _add_rows(to["weight"], x, g)
             elif is_linear(module):
@@ -296,27 +296,28 @@ class _Layers:
             else:
                 _add_norm(to, module, x, g)
 
-    def _read(
+    def _by_example(
         self, module: nn.Module, batch: Batch, x: Tensor, g: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Input and output gradient, (E, positions, ...) each, as the layer multiplied them, in
-        this precision.
+        """Return input and output gradient as (E, positions, ...), in `dtype`.
+
+        They are first rounded as the layer rounded them when it multiplied them.
         """
-        x, g = (_split_by_example(batch, t) for t in (x, g))
+        x = _split_by_example(batch, x)
+        g = _split_by_example(batch, g)
         if isinstance(module, nn.Embedding):
             g = g.to(dtype)
-            return x, g if module.padding_idx is None else g.masked_fill(
-                (x == module.padding_idx)[..., None], 0
-            )
+            if module.padding_idx is not None:
+                g = g.masked_fill((x == module.padding_idx)[..., None], 0)
+            return x, g
         return x.to(g.dtype).to(dtype), g.to(dtype)
 
 
 def _split_by_example(batch: Batch, x: Tensor) -> Tensor:
-    """(E, positions, ...) of what stands in rows of an example each, in one row, or at supervised
-    positions alone.
+    """Return a layer's tensor as (E, positions, ...).
 
-    The examples of a run stand in its row as they come, shortest first, each as long as the
-    longest.
+    `x` has a row per example, or one packed row in which every example takes as many positions as
+    the longest, or only the supervised positions.
     """
     n = len(batch.examples)
     if len(x) == n:
@@ -328,68 +329,72 @@ def _split_by_example(batch: Batch, x: Tensor) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, exactly: a subclass may compute something else."""
-    return (
-        type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-    )  # the linear layer of GPT-2, transposed
+    """Return True for a linear layer itself: a subclass may compute something else.
+
+    Conv1D is the linear layer of GPT-2, with a transposed weight.
+    """
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Most architectures of `transformers` have their own."""
+    """Return True for a norm, by its name: most architectures have a class of their own."""
     return type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
 def _is_embedding(module: nn.Module) -> bool:
+    """Return True for a plain embedding."""
     return type(module) is nn.Embedding and not module.scale_grad_by_freq
 
 
 def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (M, N) += the sum over e of (a_e^T b_e)^2, of a (E, T, M) and b (E, T, N)."""
+    """Add sum_e (a_e^T b_e)^2 to `total` (M, N), for a (E, T, M) and b (E, T, N)."""
     size = min(len(a), max(1, PRODUCTS // total.numel()))
-    held = total.new_empty(size, *total.shape)
+    buffer = total.new_empty(size, *total.shape)
     for i in range(0, len(a), size):
-        each = held[: len(a) - i]
-        if size == 1:  # one pass less over what is large
-            torch.mm(a[i].T, b[i], out=each[0])
-            total.addcmul_(each[0], each[0])
+        products = buffer[: len(a) - i]
+        if size == 1:  # one pass over the large matrix less
+            torch.mm(a[i].T, b[i], out=products[0])
+            total.addcmul_(products[0], products[0])
         else:
-            torch.bmm(a[i : i + size].mT, b[i : i + size], out=each)
-            total += each.square_().sum(0)
+            torch.bmm(a[i : i + size].mT, b[i : i + size], out=products)
+            total += products.square_().sum(0)
 
 
 def _add_rows(total: Tensor, ids: Tensor, g: Tensor) -> None:
-    """total (V, D) += the squared sums of g (E, T, D) over the positions of an example with the
-    same id (E, T).
+    """Add the squared gradients of an embedding to `total` (V, D).
+
+    They are the squared sums of g (E, T, D) over the positions of an example that have the same id
+    in ids (E, T).
     """
-    first = torch.arange(len(ids), device=ids.device)[:, None] * len(
-        total
-    )  # each example has ids of its own
-    keys, at = torch.unique(ids + first, return_inverse=True)
-    sums = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, at.flatten(), g.flatten(0, 1))
+    # Make the ids of different examples different, so that sums stay within an example.
+    offset = torch.arange(len(ids), device=ids.device)[:, None] * len(total)
+    keys, index = torch.unique(ids + offset, return_inverse=True)
+    sums = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, index.flatten(), g.flatten(0, 1))
     total.index_add_(0, keys % len(total), sums.square())
 
 
 def _add_tied(total: Tensor, ids: Tensor, g: Tensor, x: Tensor, head: Tensor) -> None:
-    """total (V, D) += the squared gradients of an embedding, g (E, T, D) at ids (E, T), that is the
-    head as well.
+    """Add the squared gradients of an embedding that is tied to the head to `total` (V, D).
 
-    The head's input x (E, L, D) and output gradient (E, L, V).
+    g (E, T, D) is the embedding's output gradient at ids (E, T); x (E, L, D) and head (E, L, V) are
+    the head's input and output gradient.
     """
-    one = torch.empty_like(total)
+    gradient = torch.empty_like(total)
     for e in range(len(ids)):
-        torch.mm(head[e].T, x[e], out=one).index_add_(0, ids[e], g[e])
-        total.addcmul_(one, one)
+        torch.mm(head[e].T, x[e], out=gradient).index_add_(0, ids[e], g[e])
+        total.addcmul_(gradient, gradient)
 
 
 def _add_norm(to: Weights, module: nn.Module, x: Tensor, g: Tensor) -> None:
-    """Add the squared gradients of a module's few parameters, whatever it computes of each example
-    x (E, ...).
-    """
-    own = {n: p.detach().to(g.dtype) for n, p in module.named_parameters() if n in to}
+    """Add the squared gradients of a norm's parameters, by one vector-Jacobian product per example.
 
-    def pulled(x: Tensor, g: Tensor) -> Weights:
-        grads: Weights = vjp(lambda p: functional_call(module, p, x), own)[1](g)[0]
+    x and g (E, positions, ...) are its input and output gradient.
+    """
+    parameters = {n: p.detach().to(g.dtype) for n, p in module.named_parameters() if n in to}
+
+    def gradient_of_example(x: Tensor, g: Tensor) -> Weights:
+        grads: Weights = vjp(lambda p: functional_call(module, p, x), parameters)[1](g)[0]
         return grads
 
-    for n, each in vmap(pulled)(x, g).items():
+    for n, each in vmap(gradient_of_example)(x, g).items():
         to[n] += each.square().sum(0)

@@ -42,8 +42,8 @@ def shard_model(model: Model, device: torch.device) -> None:
     if not layers or not model.layout.packed:
         raise ConfigError(
             f"train.shard=true cannot shard a {model.net.config.model_type}: it needs a causal "
-            "model whose layers transformers names and whose attention can read several examples in one "
-            "packed row; set train.shard=false"
+            "model whose layers transformers names and whose attention can read several examples "
+            "in one packed row; set train.shard=false"
         )
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in (*layers, model.net):
@@ -125,7 +125,7 @@ def explain_sharded_oom(model: Model) -> Iterator[None]:
             raise
         raise TrainingError(
             "out of memory with train.tokens_per_microbatch="
-            f"{model.layout.tokens_per_microbatch}, after which a sharded model cannot continue; "
+            f"{model.layout.tokens_per_microbatch}; a sharded model cannot continue after that: "
             "set it lower, lower data.max_length, or start more processes. The same command resumes "
             "after the last checkpoint"
         ) from e
