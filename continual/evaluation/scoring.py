@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from continual.data.template import Encoder
+from continual.data.template import Encoder, Encoding, usable_examples
 from continual.data.types import Encoded, Example, Task
 from continual.distributed.processes import all_gather, is_main_process, single_process
 from continual.distributed.work import assign_work
@@ -50,6 +50,7 @@ class EvalSet:
     max_new_tokens: int
     label_token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     judge: JudgeFunction | None = None
+    encodings: Sequence[Encoding] = ()  # of all rows, also of those that were skipped
 
     @property
     def prompt_ids(self) -> list[tuple[int, ...]]:
@@ -124,24 +125,25 @@ def prepare_eval_set(
             "data.max_length as far as the model's context goes"
         )
     if metric == PERPLEXITY:
-        encode: Callable[[Example], Encoded] = lambda e: encoder.encode_example(e, task_index)  # noqa: E731
+        encodings = [encoder.encode_example(e, task_index) for e in rows]
     else:
-        encode = lambda e: encoder.encode_prompt(e, task_index, room)  # noqa: E731
-    encoded = encoder.encode_all(rows, encode)
+        encodings = [encoder.encode_prompt(e, task_index, room) for e in rows]
+    encoder.check_usable(encodings)
+    encoded = usable_examples(encodings)
     if not encoded:
         raise DataError(
             f"task {task.name!r} has no {split} rows left to score; add rows, or raise "
             "data.max_length"
         )
-    kept = {e.id for e in encoded}
     return EvalSet(
         task.name,
         metric,
-        [e for e in rows if e.id in kept],
+        [e for e, x in zip(rows, encodings, strict=True) if x.encoded],
         encoded,
         room,
         labels,
         judge if metric == JUDGE_METRIC else None,
+        encodings,
     )
 
 
@@ -207,8 +209,11 @@ def _score_examples(model: Model, test: EvalSet, batch_size: int) -> list[Predic
                 if test.metric == PERPLEXITY
                 else _score_answers(model, part, batch_size)
             )
-    told = {i: row for share in all_gather([*zip(mine, found, strict=True)]) for i, row in share}
-    return [told[i] for i in range(len(told))]
+
+    # Processes exchange JSON.
+    own_rows = [(i, p.to_dict()) for i, p in zip(mine, found, strict=True)]
+    rows = {i: row for share in all_gather(own_rows) for i, row in share}
+    return [Prediction.from_dict(rows[i]) for i in range(len(rows))]
 
 
 def _score_answers(model: Model, test: EvalSet, batch_size: int) -> list[Prediction]:

@@ -322,7 +322,7 @@ def _shown(sort: str, prediction: Prediction, earlier_answer: str | None) -> dic
         "prompt": cut(prediction.prompt),
         "answer": cut(prediction.answer),
         "before": cut(earlier_answer),
-        "references": cut(" | ".join(prediction.references)),
+        "references": cut(" | ".join(map(str, prediction.references))),
     }
 
 

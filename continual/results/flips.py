@@ -69,7 +69,7 @@ def _of(run: Run, task: str) -> list[Flip]:
                         prediction.prompt,
                         before,
                         prediction.answer,
-                        prediction.references,
+                        tuple(map(str, prediction.references)),
                     )
                 )
     return found

@@ -24,7 +24,8 @@ class Prediction:
     """One scored answer to a test example.
 
     `result` holds the "score" and what else the metric says of the answer. `answer` is None for a
-    metric that scores the reference itself.
+    metric that scores the reference itself. A file that was edited may hold references which are not
+    texts.
     """
 
     id: str
@@ -72,7 +73,7 @@ class Prediction:
             result={key: value for key, value in row.items() if key not in FIELDS},
             prompt=row.get("prompt"),
             answer=row.get("answer"),
-            references=tuple(map(str, row.get("references") or ())),
+            references=tuple(row.get("references") or ()),
             level=level if isinstance(level, str) else None,
         )
 

@@ -142,7 +142,12 @@ class Run:
 
     @cached_property
     def _shared_texts(self) -> dict[Any, Any]:
-        """Each id, prompt and tuple of references that was read, once."""
+        """Each id and prompt that was read, once."""
+        return {}
+
+    @cached_property
+    def _shared_references(self) -> dict[str, tuple[str, ...]]:
+        """Each tuple of references that was read, once, by its representation."""
         return {}
 
     def _share_texts(self, prediction: Prediction) -> Prediction:
@@ -152,7 +157,9 @@ class Run:
             prediction,
             id=share(prediction.id, prediction.id),
             prompt=share(prediction.prompt, prediction.prompt),
-            references=share(prediction.references, prediction.references),
+            references=self._shared_references.setdefault(
+                repr(prediction.references), prediction.references
+            ),
         )
 
     @property

@@ -474,12 +474,12 @@ RUN = {
     "predictions: a score of NaN": (
         "predictions/stage-06/reverse.jsonl",
         '{"id": "a", "score": NaN}',
-        ":1: no prediction",
+        ":1: found no prediction",
     ),
     "predictions: an id that is a list": (
         "predictions/stage-06/reverse.jsonl",
         '{"id": [], "score": 1}',
-        ":1: no predic",
+        ":1: found no predic",
     ),
     "predictions: half a pair": (
         "predictions/stage-06/reverse.jsonl",
@@ -586,7 +586,7 @@ CHECKPOINT = {
     "manifest: a name that leads out": (
         "manifest.json",
         '{"../../../etc/passwd": {}}',
-        "'../../../etc/passwd' is no file of the checkpoint's own",
+        "'../../../etc/passwd' is not a file of this checkpoint",
     ),
     "manifest: a name from the root": (
         "manifest.json",
