@@ -3,7 +3,7 @@
 `python -m benchmarks.leaderboard DIR ...` writes it from comparison folders, which `continual
 compare` made, a table for each stream; what people have written under its last heading stays.
 `python -m benchmarks.leaderboard --tuned DIR ...` prints what searches (`continual compare
-experiment=tune`) found, as the key `tuned` of conf/experiment/leaderboard.yaml.
+experiment=tune`) found, as the key `strategy_defaults` of conf/experiment/leaderboard.yaml.
 
 Intervals are Student's, over the runs of a strategy (continual/results/uncertainty.py).
 """
@@ -162,7 +162,7 @@ def stored(group: Group) -> float | None:
 
 def tuned(folders: Sequence[Path]) -> str:
     """What each search found, a line of YAML each with the score that it had."""
-    lines = ["tuned:"]
+    lines = ["strategy_defaults:"]
     for folder in folders:
         told = untrusted.load_yaml_mapping(folder / SEARCH_RESULT_FILE)
         found: dict[str, dict[str, str]] = {}

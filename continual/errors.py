@@ -26,6 +26,35 @@ class TrainingError(ContinualError, ArithmeticError):
     """Report a stage that cannot continue, for example after a loss that is not finite."""
 
 
+class Problems:
+    """Collect messages about what is wrong, and raise all of them as one error.
+
+    A user then fixes everything at once instead of one problem a run.
+    """
+
+    def __init__(self, messages: Iterable[str] = ()) -> None:
+        """Begin with these messages."""
+        self.messages = list(messages)
+
+    def __bool__(self) -> bool:
+        """True if there is a problem."""
+        return bool(self.messages)
+
+    def add(self, *messages: str) -> None:
+        """Add messages; empty ones are left out."""
+        self.messages += [message for message in messages if message]
+
+    def require(self, condition: bool, message: str) -> None:
+        """Add the message unless the condition holds."""
+        if not condition:
+            self.messages.append(message)
+
+    def raise_if_any(self, error: type[ContinualError] = ConfigError) -> None:
+        """Raise `error` with all messages, one per line, if there are any."""
+        if self.messages:
+            raise error(gathered(self.messages))
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the message for a name that is not among `known`, with the closest names first."""
     names = sorted(known)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from continual.config.catalogue import list_choices
 from continual.config.plugins import register
 from continual.config.quoting import quote_value
-from continual.config.renamed import KEYS
+from continual.config.renamed import current_key
 from continual.distributed.processes import is_main_process
 from continual.errors import ConfigError, gathered, unknown
 
@@ -57,8 +57,8 @@ def _replace_renamed_key(word: str) -> str:
     """
     key, sign, value = word.partition("=")
     plus = key[: len(key) - len(key.lstrip("+"))]
-    current = KEYS.get(key.removeprefix(plus))
-    if current is None:
+    current = current_key(key.removeprefix(plus))
+    if current == key.removeprefix(plus):
         return word
     if is_main_process():
         print(f"{key.removeprefix(plus)} is now called {current}", file=sys.stderr)

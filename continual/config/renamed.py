@@ -115,16 +115,26 @@ KEYS = {
     "strategy.ties.blend": "strategy.ties.interpolation",
     "stream.files": "stream.split_files",
     "stream.level": "stream.difficulty",
+    "spaces": "search_spaces",
     "stream.limit": "stream.max_train_rows",
     "train.clip": "train.max_grad_norm",
     "train.log_every": "train.log_every_steps",
     "train.warmup": "train.warmup_ratio",
+    "tuned": "strategy_defaults",
 }
 
 
 def current_target(target: str) -> str:
     """Return the current dotted path of a constructor."""
     return TARGETS.get(target, target)
+
+
+def current_key(key: str) -> str:
+    """Return the current name of a dotted key; sections may be renamed too, as in `tuned.NAME`."""
+    section, dot, name = key.rpartition(".")
+    if key in KEYS or not dot:
+        return KEYS.get(key, key)
+    return f"{current_key(section)}.{name}"
 
 
 def rename_in_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 from continual.errors import ConfigError, ContinualError, listed, unknown
 from continual.inference import model_card
 from continual.inference.reopen import LoadedModel, ModelSource, load_run_model
-from continual.io.atomic import flush_to_disk, task_file_name, write_atomically
+from continual.io.atomic import task_file_name, write_atomically, write_folder_atomically
 from continual.models.model import Model
 
 EXPORT_DEFAULTS = {
@@ -158,34 +157,26 @@ def _base_name(opened: LoadedModel) -> str | None:
 
 
 def _write_atomically(target: Path, opened: LoadedModel, made: ExportResult, text: str) -> None:
-    """All files, flushed to disk, under a name of their own until they are whole."""
+    """Write all files of the export to `target`, completely or not at all."""
     from safetensors import SafetensorError
 
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _check_disk_space(temporary, opened.model, made)
-        _write_files(temporary, opened, made)
-        write_atomically(temporary / "README.md", text)
-        for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # weights come for their owner alone
-            flush_to_disk(path)
-        temporary.rename(target)
-        flush_to_disk(target.parent)
+        with write_folder_atomically(target, num_bytes=_size_bytes(opened.model, made)) as folder:
+            _write_files(folder, opened, made)
+            write_atomically(folder / "README.md", text)
+            # Weight files are written for their owner alone; a model is for everybody.
+            for path in folder.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
     except (OSError, SafetensorError) as e:
         raise ContinualError(
             f"{target} cannot be written: {e}; see to the space there, or give another out="
         ) from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_disk_space(folder: Path, model: Model, made: ExportResult) -> None:
+def _size_bytes(model: Model, made: ExportResult) -> int:
+    """Return the size in bytes of the weights that the export writes."""
     whole = not made.adapter or made.base is None
-    size = sum(p.nbytes for p in model.net.parameters() if whole or p.requires_grad)
-    if (free := shutil.disk_usage(folder).free) < size + 2**20:
-        raise OSError(f"it takes {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left")
+    return sum(p.nbytes for p in model.net.parameters() if whole or p.requires_grad)
 
 
 def _write_files(folder: Path, opened: LoadedModel, made: ExportResult) -> None:

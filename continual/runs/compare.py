@@ -1,13 +1,11 @@
-"""Several runs of one command, through Hydra's multirun, so that any Hydra launcher can spread
-them.
-"""
+"""Run every combination of several values, with Hydra's multirun and any Hydra launcher."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from continual.config.quoting import quote_value
-from continual.errors import ConfigError, ContinualError, gathered, unknown
+from continual.errors import ConfigError, ContinualError, Problems, unknown
 from continual.io.atomic import write_atomically
 from continual.io.untrusted import load_yaml_mapping
 from continual.results import comparison
@@ -26,7 +24,8 @@ from continual.runs.lock import run_folder_lock
 from continual.runs.signals import RunInterrupted, StopSignal
 
 LAUNCHER_GROUP = "hydra/launcher"
-SERIAL_LAUNCHER = "basic"  # the launcher that does one run after another, in this process
+SERIAL_LAUNCHER = "basic"  # runs one combination after another, in this process
+# Launcher -> the NAME of its package, hydra-NAME-launcher.
 LAUNCHER_PACKAGES = {
     "joblib": "joblib",
     "submitit_local": "submitit",
@@ -34,103 +33,109 @@ LAUNCHER_PACKAGES = {
     "slurm": "submitit",
     "ray": "ray",
     "ray_cluster": "ray",
-}  # of each launcher
-SEARCH_RESULT_FILE = "optimization_results.yaml"  # what a search found
-STOP_FILE = ".stop"  # in the comparison's folder, with the signal's number: no further run begins
-FOLDER_NAME_KEYS = ("strategy", "seed")  # a run's folder always says these
-GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # every combination; another sweeper searches
-COMPARISON_KEYS = (
-    "strategies",
-    "tuned",
-    "spaces",
-)  # a comparison's own keys, which its runs do not have
+}
+SEARCH_RESULT_FILE = "optimization_results.yaml"  # the best values, written by the search's sweeper
+STOP_FILE = ".stop"  # in the comparison's folder, with a signal's number: no further run begins
+FOLDER_NAME_KEYS = ("strategy", "seed")  # always in the name of a run's folder
+# The sweeper that runs every combination; any other one is a search.
+GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+# Keys of a comparison that its runs do not have.
+COMPARISON_KEYS = ("strategies", "strategy_defaults", "search_spaces")
 
 
 def compare(overrides: Sequence[str], compose_config: Callable[..., DictConfig]) -> None:
-    """One run for each combination of the comma-separated values, each in a folder of its own, and
-    their report.
+    """Run each combination of comma-separated values in a folder of its own, and report on them.
 
-    A run that fails leaves the others whole; what is not finished is listed at the end, with the
-    command that finishes it. Raises ConfigError for it, for a combination that is wrong before any
-    run starts, and where another comparison is under way in the folder; Stopped for a signal.
+    If a run fails, the others go on; what is not finished is listed at the end, with the command
+    that finishes it. Raises ConfigError in that case, for a combination that cannot work (before
+    any run starts), and if another comparison uses the folder; RunInterrupted for a signal.
     """
-    if several := [o for o in overrides if o.startswith("out=") and _is_sweep(o)]:
+    several_folders = [o for o in overrides if o.startswith("out=") and _is_sweep(o)]
+    if several_folders:
         raise ConfigError(
-            f"{several[0]}: a comparison has one folder; quote a comma that is part of its name, such as "
-            "\"out='a,b'\""
+            f"{several_folders[0]}: a comparison has one folder; quote a comma that is part of its "
+            "name, such as \"out='a,b'\""
         )
-    launcher, typed = (
-        _resolve_launcher(overrides),
-        [o for o in overrides if not o.startswith("out=")],
-    )
+    launcher = _resolve_launcher(overrides)
+    typed = [o for o in overrides if not o.startswith("out=")]
     overrides = _to_strategy_defaults(overrides)
     config = compose_config(
         "compare", [_with_first_value(o) for o in overrides], return_hydra_config=True
     )
-    out, given = Path(config.out), [o for o in overrides if not o.startswith("out=")]
+    out = Path(config.out)
     sweeper = config.hydra.sweeper
-    told = {
-        **(sweeper.params or {}),
-        **_search_space(config),
-    }  # an experiment's sweeps are among the params
-    words = [
-        *given,
-        *(f"{key}={value}" for key, value in told.items() if not _has_override(given, key)),
-    ]
-    for key, value in zip(FOLDER_NAME_KEYS, (config.strategies, config.seed), strict=True):
-        words += [] if _has_override(words, key) else [f"{key}={value}"]
-    fixed = [
+    is_search = sweeper._target_ != GRID_SWEEPER
+    words = _complete_overrides([o for o in overrides if not o.startswith("out=")], config)
+    fixed_keys = [
         key
-        for o in words
-        if not _is_sweep(o) and (key := o.split("=")[0].lstrip("+")) not in FOLDER_NAME_KEYS
+        for key in (_key_of(word) for word in words if not _is_sweep(word))
+        if key not in FOLDER_NAME_KEYS
     ]
     words.append(f"out={quote_value(str(out.absolute()))}")
-    searches = sweeper._target_ != GRID_SWEEPER
-    if searches and not any(
-        _is_sweep(word) and word.split("=")[0] not in FOLDER_NAME_KEYS for word in words
-    ):
-        raise ConfigError(
-            "a search needs something to look through, and of "
-            f"{', '.join(config.strategy)} nothing is told; give a range, such as "
-            "'strategy.NAME.KEY=tag(log,interval(0.01,10))'"
-        )
-    names = [] if searches else _check_combinations(words, [*fixed, "out"], compose_config)
-    if launcher == "joblib" and not any(o.startswith("hydra.launcher.n_jobs=") for o in words):
-        # Each gets its part of the threads.
-        words.append(
-            f"hydra.launcher.n_jobs={min(len(names) or sweeper.n_jobs, os.cpu_count() or 1)}"
-        )
+    if is_search:
+        _check_search(words, config)
+
+    # A search chooses its runs one by one: their folders are not known before.
+    names = [] if is_search else _check_combinations(words, [*fixed_keys, "out"], compose_config)
+    if launcher == "joblib" and not _has_override(words, "hydra.launcher.n_jobs"):
+        # As many processes as there are runs, so that the runs share all threads.
+        num_jobs = min(len(names) or sweeper.n_jobs, os.cpu_count() or 1)
+        words.append(f"hydra.launcher.n_jobs={num_jobs}")
+    words.append(f"hydra.job.config.override_dirname.exclude_keys={[*fixed_keys, 'out']}")
+
     with run_folder_lock(out):
         (out / STOP_FILE).unlink(missing_ok=True)
-        if not searches:  # which runs a search will do is not known before
+        if not is_search:
             comparison.plan(out, typed, names)
         with _SharedStopSignal(out) if launcher != SERIAL_LAUNCHER else nullcontext():
-            trouble = _run_sweep(
-                [*words, f"hydra.job.config.override_dirname.exclude_keys={[*fixed, 'out']}"]
-            )
-        if number := _load_stop_signal(out):
+            launcher_error = _run_sweep(words)
+        signal_number = _load_stop_signal(out)
+        if signal_number:
             raise RunInterrupted(
-                "stopped; nothing is lost. Go on with:\n  " + comparison.command(out, typed), number
+                "stopped; nothing is lost. Go on with:\n  " + comparison.command(out, typed),
+                signal_number,
             )
-        _report_results(
-            out,
-            typed,
-            names or [p.parent.name for p in sorted(out.glob(f"*/{comparison.FAILED}"))],
-            trouble,
+        failed = [p.parent.name for p in sorted(out.glob(f"*/{comparison.FAILED}"))]
+        _report_results(out, typed, names or failed, launcher_error)
+
+
+def _complete_overrides(given: Sequence[str], config: DictConfig) -> list[str]:
+    """Add the sweeps of an experiment, the ranges of a search, and the keys in folders' names."""
+    sweeps = {**(config.hydra.sweeper.params or {}), **_search_space(config)}
+    words = list(given)
+    words += [f"{key}={value}" for key, value in sweeps.items() if not _has_override(given, key)]
+    for key, value in zip(FOLDER_NAME_KEYS, (config.strategies, config.seed), strict=True):
+        if not _has_override(words, key):
+            words.append(f"{key}={value}")
+    return words
+
+
+def _check_search(words: Sequence[str], config: DictConfig) -> None:
+    """Raise ConfigError if no key has a range to search."""
+    if not any(_is_sweep(word) and _key_of(word) not in FOLDER_NAME_KEYS for word in words):
+        raise ConfigError(
+            f"a search needs a range, and there is none for {', '.join(config.strategy)}; give "
+            "one, such as 'strategy.NAME.KEY=tag(log,interval(0.01,10))'"
         )
+
+
+def _key_of(word: str) -> str:
+    """Return the key of an override, without a plus sign before it."""
+    return word.split("=")[0].lstrip("+")
 
 
 def run_combination(config: DictConfig) -> float | None:
-    """One run of the comparison, in this process or wherever the launcher puts it; what fails is
-    left in its folder.
+    """Do one run of the comparison; return its average performance, which a search maximises.
 
-    What a search maximises: the average performance.
+    Hydra calls it, in this process or where the launcher starts one. An error is written to the
+    run's folder, not raised.
     """
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    folder, name = Path(config.out), _run_folder_name(hydra.job.override_dirname)
-    beside = hydra.runtime.choices[LAUNCHER_GROUP] != SERIAL_LAUNCHER
+    folder = Path(config.out)
+    name = _run_folder_name(hydra.job.override_dirname)
+    is_parallel = hydra.runtime.choices[LAUNCHER_GROUP] != SERIAL_LAUNCHER
     if _load_stop_signal(folder):
         return None
     from continual.runs.run import run
@@ -140,72 +145,67 @@ def run_combination(config: DictConfig) -> float | None:
     out = folder / name
     with open_dict(config):
         config.out = str(out)
-        _apply_strategy_defaults(
-            config, {o.split("=")[0].lstrip("+") for o in hydra.overrides.task}
-        )
+        _apply_strategy_defaults(config, {_key_of(o) for o in hydra.overrides.task})
         for key in COMPARISON_KEYS:
             del config[key]
-    console = prefixed_console(name) if beside else Console(stderr=True)
-    if not beside:
+    console = prefixed_console(name) if is_parallel else Console(stderr=True)
+    if not is_parallel:
         console.rule(escape(name), align="left")
     (out / comparison.FAILED).unlink(missing_ok=True)
     try:
         return run(config, console).summary()["average_performance"]
     except RunInterrupted as stop:
-        if not beside:
+        if not is_parallel:
             write_atomically(folder / STOP_FILE, str(stop.signal_number))
     except Exception as error:
+        message = str(error)
         if not isinstance(error, ContinualError):
             console.print_exception()
-        told = (
-            str(error) if isinstance(error, ContinualError) else f"{type(error).__name__}: {error}"
-        )
-        write_atomically(out / comparison.FAILED, told + "\n")
-        console.print(f"error: {told}", style="red", markup=False, highlight=False)
+            message = f"{type(error).__name__}: {error}"
+        write_atomically(out / comparison.FAILED, message + "\n")
+        console.print(f"error: {message}", style="red", markup=False, highlight=False)
     return None
 
 
 def _to_strategy_defaults(overrides: Sequence[str]) -> list[str]:
-    """Where several strategies are compared, a single one's settings as tuned ones: for those runs
-    that have it.
+    """Rewrite `strategy.NAME.KEY=VALUE` as a strategy default if several strategies are compared.
+
+    The value then applies to those runs that have the strategy.
     """
     if any(o.startswith("strategy=") and not _is_sweep(o) for o in overrides):
         return list(overrides)
     return [
-        re.sub(r"^\+*strategy\.(?=[\w-]+\.)", "++tuned.", o) if not _is_sweep(o) else o
+        o if _is_sweep(o) else re.sub(r"^\+*strategy\.(?=[\w-]+\.)", "++strategy_defaults.", o)
         for o in overrides
     ]
 
 
 def _apply_strategy_defaults(config: DictConfig, overridden_keys: Collection[str]) -> None:
-    """The strategies' tuned settings, but for the keys that are given; raises ConfigError for one
-    that is not there.
+    """Set `config.strategy` to the values of strategy_defaults, except overridden keys.
+
+    Raises ConfigError for a key that its strategy does not have.
     """
-    for name, values in config.tuned.items():
+    for name, values in config.strategy_defaults.items():
+        if name not in config.strategy:
+            continue
+        settings = config.strategy[name]
         for key, value in values.items():
-            if name in config.strategy and f"strategy.{name}.{key}" not in overridden_keys:
-                if key not in config.strategy[name]:
-                    raise ConfigError(
-                        unknown(
-                            "key",
-                            f"strategy.{name}.{key}",
-                            [
-                                f"strategy.{name}.{known}"
-                                for known in config.strategy[name]
-                                if known != "_target_"
-                            ],
-                        )
-                    )
-                config.strategy[name][key] = value
+            if f"strategy.{name}.{key}" in overridden_keys:
+                continue
+            if key not in settings:
+                known = [f"strategy.{name}.{k}" for k in settings if k != "_target_"]
+                raise ConfigError(unknown("key", f"strategy.{name}.{key}", known))
+            settings[key] = value
 
 
 class _SharedStopSignal(StopSignal):
-    """A signal is left where runs that have not begun see it; those under way get it too, or come
-    to their end.
+    """Write a signal to the comparison's folder as well, where no further run then begins.
+
+    Runs in progress receive the signal themselves, or finish.
     """
 
     def __init__(self, out: Path) -> None:
-        """For the comparison in `out`."""
+        """Watch for signals to the comparison in `out`."""
         super().__init__()
         self.out = out
 
@@ -215,82 +215,92 @@ class _SharedStopSignal(StopSignal):
 
 
 def _load_stop_signal(out: Path) -> int:
-    """The number of the signal that stopped the comparison, or 0."""
-    return int((out / STOP_FILE).read_text()) if (out / STOP_FILE).exists() else 0
+    """Return the number of the signal that stopped the comparison, or 0."""
+    path = out / STOP_FILE
+    return int(path.read_text()) if path.exists() else 0
 
 
 def _run_sweep(words: Sequence[str]) -> Exception | None:
-    """Let Hydra do all runs; what the launcher raised, such as a process of its own that was
-    killed.
-    """
+    """Let Hydra do all runs; return the error of the launcher, such as a killed worker, or None."""
     import hydra
 
-    main = hydra.main(version_base=None, config_path="pkg://conf", config_name="compare")(
-        run_combination
-    )
-    before, sys.argv = sys.argv, ["continual", *words]
+    main = hydra.main(version_base=None, config_path="pkg://conf", config_name="compare")
     try:
-        with _hydra_full_error():
-            main()
+        with _command_line(words), _hydra_full_error():
+            main(run_combination)()
     except Exception as error:
         return error
-    finally:
-        sys.argv = before
     return None
 
 
 @contextmanager
-def _hydra_full_error() -> Iterator[None]:
-    """Hydra raises what went wrong, and prints no traceback of its own."""
-    name = "HYDRA_FULL_ERROR"
-    before, os.environ[name] = os.environ.get(name), "1"
+def _command_line(words: Sequence[str]) -> Iterator[None]:
+    """Set `sys.argv` within the block.
+
+    Hydra's Compose API composes configurations only. A multirun, with its sweepers and launchers,
+    starts from `hydra.main`, which takes overrides from `sys.argv` and from nowhere else.
+    """
+    argv_before = sys.argv
+    sys.argv = ["continual", *words]
     try:
         yield
     finally:
-        if before is None:
+        sys.argv = argv_before
+
+
+@contextmanager
+def _hydra_full_error() -> Iterator[None]:
+    """Let Hydra raise errors within the block, instead of printing them and exiting."""
+    name = "HYDRA_FULL_ERROR"
+    value_before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if value_before is None:
             del os.environ[name]
         else:
-            os.environ[name] = before
+            os.environ[name] = value_before
 
 
 def _report_results(
     out: Path, words: Sequence[str], names: Sequence[str], launcher_error: Exception | None
 ) -> None:
-    """The report over what is there; raises ConfigError for what is not finished."""
+    """Write and print the report on all runs that have results.
+
+    Raises ConfigError if runs are not finished, else the launcher's error if there is one.
+    """
     from continual.reports import write
 
     written = write.write(out) if any(out.glob("*/matrix.json")) else []
     if written:
         write.tables(Console(), out)
-    if (best := out / SEARCH_RESULT_FILE).is_file():
-        told = load_yaml_mapping(best)
-        print(
-            f"best: {' '.join(f'{k}={v}' for k, v in told['best_params'].items())}, with an "
-            f"average performance of {told['best_value']:.3f}"
-        )
-    print("\n".join(f"wrote {p}" for p in written))
-    if left := comparison.failures(out, names):
-        what = (
-            "failed"
-            if all(told.startswith("failed") for told in left.values())
-            else "are not finished"
-        )
-        why = f"\n{type(launcher_error).__name__}: {launcher_error}" if launcher_error else ""
+    if (out / SEARCH_RESULT_FILE).is_file():
+        best = load_yaml_mapping(out / SEARCH_RESULT_FILE)
+        values = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
+        print(f"best: {values}, with an average performance of {best['best_value']:.3f}")
+    print("\n".join(f"wrote {path}" for path in written))
+
+    failures = comparison.failures(out, names)
+    if failures:
+        all_failed = all(message.startswith("failed") for message in failures.values())
+        state = "failed" if all_failed else "are not finished"
+        cause = f"\n{type(launcher_error).__name__}: {launcher_error}" if launcher_error else ""
         raise ConfigError(
-            f"{len(left)} of the runs {what}; fix what they say, and give the "
-            f"command again:\n  {comparison.command(out, words)}{why}\n"
-            + "\n".join(f"{n}: {t}" for n, t in left.items())
+            f"{len(failures)} of the runs {state}; fix what they say, and give the "
+            f"command again:\n  {comparison.command(out, words)}{cause}\n"
+            + "\n".join(f"{name}: {message}" for name, message in failures.items())
         )
     if launcher_error:
         raise launcher_error
 
 
 def _search_space(config: DictConfig) -> dict[str, str]:
-    """What a search looks through for these strategies, by key."""
+    """Return the ranges to search for the configured strategies, by key."""
     return {
         f"strategy.{name}.{key}": value
         for name in config.strategy
-        for key, value in config.spaces.get(name, {}).items()
+        for key, value in config.search_spaces.get(name, {}).items()
     }
 
 
@@ -299,17 +309,15 @@ def _has_override(words: Sequence[str], key: str) -> bool:
 
 
 def _resolve_launcher(overrides: Sequence[str]) -> str:
-    """The launcher's name; raises ConfigError where its package is not installed."""
-    name = next(
-        (o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{LAUNCHER_GROUP}=")),
-        SERIAL_LAUNCHER,
-    )
+    """Return the launcher's name; raise ConfigError if its package is not installed."""
+    names = [o.partition("=")[2] for o in overrides if o.startswith(f"{LAUNCHER_GROUP}=")]
+    name = names[-1] if names else SERIAL_LAUNCHER
     plugin = LAUNCHER_PACKAGES.get(name)
     try:
-        there = not plugin or bool(find_spec(f"hydra_plugins.hydra_{plugin}_launcher"))
-    except ModuleNotFoundError:  # there is no plugin at all
-        there = False
-    if not there:
+        is_installed = not plugin or bool(find_spec(f"hydra_plugins.hydra_{plugin}_launcher"))
+    except ModuleNotFoundError:  # no Hydra plugin is installed at all
+        is_installed = False
+    if not is_installed:
         raise ConfigError(
             f"{LAUNCHER_GROUP}={name} needs hydra-{plugin}-launcher, which is not "
             f"installed: pip install hydra-{plugin}-launcher"
@@ -318,36 +326,35 @@ def _resolve_launcher(overrides: Sequence[str]) -> str:
 
 
 def _is_sweep(override: str) -> bool:
+    """Return True if an override has several values, or a range."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
         return bool(OverridesParser.create().parse_override(override).is_sweep_override())
-    except (
-        Exception
-    ):  # what is no override at all is refused, in our words, when the configuration is composed
+    except Exception:  # it is refused with a better message when the configuration is composed
         return False
 
 
 def _with_first_value(override: str) -> str:
-    """With the first of the values that it sweeps over."""
+    """Replace the values of a sweep by the first of them, and a range by its start."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     if not _is_sweep(override):
         return override
     parsed = OverridesParser.create().parse_override(override)
-    least = (
-        getattr(parsed.value(), "start", None)
-        if parsed.is_interval_sweep()
-        else next(iter(parsed.sweep_string_iterator()))
-    )
-    return f"{parsed.get_key_element()}={least}"
+    if parsed.is_interval_sweep():
+        first = getattr(parsed.value(), "start", None)
+    else:
+        first = next(iter(parsed.sweep_string_iterator()))
+    return f"{parsed.get_key_element()}={first}"
 
 
 def _check_combinations(
-    words: Sequence[str], fixed: Sequence[str], configure: Callable[..., DictConfig]
+    words: Sequence[str], fixed_keys: Sequence[str], compose_config: Callable[..., DictConfig]
 ) -> list[str]:
-    """Compose every combination once, with its strategy and recipe, before the first one runs;
-    their folders' names.
+    """Compose every combination with its strategy and recipe; return the names of the run folders.
+
+    Raises ConfigError for what is wrong with any of them, before the first one runs.
     """
     from itertools import product
 
@@ -355,42 +362,42 @@ def _check_combinations(
 
     from continual.runs import build
 
-    values: dict[str, list[str]] = {}  # as Hydra's sweeper has them: the last of a key counts
-    keys: dict[str, str] = {}
+    # As in Hydra's sweeper, the last override of a key counts.
+    overrides_by_key: dict[str, list[str]] = {}
+    plain_keys: dict[str, str] = {}  # without a plus sign
     for parsed in OverridesParser.create().parse_overrides(list(words)):
         key = parsed.get_key_element()
-        keys[key] = parsed.key_or_group
-        values[key] = (
-            [f"{key}={v}" for v in parsed.sweep_string_iterator()]
-            if parsed.is_sweep_override()
-            else [f"{key}={parsed.get_value_element_as_str()}"]
-        )
-    names, met = [], set[str]()
-    tuned = {key.split(".")[1] for key in values if key.startswith("++tuned.")}
-    for combination in product(*values.values()):
-        config = configure("compare", combination)
-        _apply_strategy_defaults(config, values)
-        build.strategy(config), build.recipe(config)
-        met |= set(config.strategy)
-        told: Mapping[str, str] = dict(zip(values, combination, strict=True))
-        names.append(
-            _run_folder_name(
-                "_".join(
-                    sorted(
-                        word
-                        for key, word in told.items()
-                        if keys[key] not in fixed and not key.startswith("hydra")
-                    )
-                )
-            )
-        )
-    if strange := sorted(tuned - met):
-        raise ConfigError(
-            gathered([unknown("strategy of this comparison", name, met) for name in strange])
-        )
+        plain_keys[key] = parsed.key_or_group
+        if parsed.is_sweep_override():
+            values = list(parsed.sweep_string_iterator())
+        else:
+            values = [parsed.get_value_element_as_str()]
+        overrides_by_key[key] = [f"{key}={value}" for value in values]
+
+    names = []
+    strategies: set[str] = set()
+    for combination in product(*overrides_by_key.values()):
+        config = compose_config("compare", combination)
+        _apply_strategy_defaults(config, overrides_by_key)
+        build.strategy(config)
+        build.recipe(config)
+        strategies |= set(config.strategy)
+        in_name = [
+            word
+            for key, word in zip(overrides_by_key, combination, strict=True)
+            if plain_keys[key] not in fixed_keys and not key.startswith("hydra")
+        ]
+        names.append(_run_folder_name("_".join(sorted(in_name))))
+
+    prefix = "++strategy_defaults."
+    named = {key.split(".")[1] for key in overrides_by_key if key.startswith(prefix)}
+    Problems(
+        unknown("strategy of this comparison", name, strategies)
+        for name in sorted(named - strategies)
+    ).raise_if_any()
     return names
 
 
 def _run_folder_name(combination: str) -> str:
-    """The name of a run's folder, which is one folder whatever the values hold."""
-    return re.sub("/", "%2F", combination)
+    """Return the folder name of a combination; a slash in a value must not make a subfolder."""
+    return combination.replace("/", "%2F")

@@ -20,12 +20,11 @@ from continual.strategy.interface import Strategy
 
 
 class EarlyStopping:
-    """Early stopping: the dev loss once an epoch, the best weights kept, over after so many epochs
-    without a gain.
+    """Measure the dev loss once an epoch, keep the best weights, and say when to stop.
 
-    Kept with them is all of the strategy's memory, generators too: a path, an average, a reservoir
-    are of the steps up to the best weights, as if the stage had ended there. It takes as much
-    memory again.
+    With the best weights it keeps all of the strategy's memory, generators included, so that a
+    path, an average or a reservoir holds the steps up to the best weights only, as if the stage had
+    ended there. This needs the memory for weights and strategy once more.
     """
 
     def __init__(
@@ -36,15 +35,15 @@ class EarlyStopping:
         steps_per_epoch: int,
         patience: int,
     ) -> None:
-        """`epoch` is how many steps one takes, `allowed` how many epochs may bring no gain."""
-        self.model, self.strategy, self.dev_examples, self.steps_per_epoch, self.patience = (
-            model,
-            strategy,
-            dev_examples,
-            steps_per_epoch,
-            patience,
-        )
-        self.best_loss, self.bad_epochs, self.epochs = math.inf, 0, 0
+        """Keep the current weights; `patience` is the number of epochs without a lower loss."""
+        self.model = model
+        self.strategy = strategy
+        self.dev_examples = dev_examples
+        self.steps_per_epoch = steps_per_epoch
+        self.patience = patience
+        self.best_loss = math.inf
+        self.bad_epochs = 0
+        self.epochs = 0
         self.save_best()
 
     def check_step(self, step: int) -> None:
@@ -52,31 +51,32 @@ class EarlyStopping:
         if step < (self.epochs + 1) * self.steps_per_epoch:
             return
         self.epochs += 1
-        now = self._dev_loss()
-        if now < self.best_loss:
-            self.best_loss, self.bad_epochs = now, 0
+        loss = self._dev_loss()
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.bad_epochs = 0
             self.save_best()
         else:
             self.bad_epochs += 1
 
     def save_best(self) -> None:
-        """What the stage goes back to is what is now."""
+        """Keep the current weights and strategy memory as the best."""
         self.best_weights: Weights = snapshot(self.model)
         self.best_memory: dict[str, Any] = deepcopy(self.strategy.state_dict())
 
     def restore_best(self) -> None:
-        """Go back to the best, if any was seen."""
+        """Restore the best weights and strategy memory, if a dev loss was measured."""
         if self.epochs:
             restore(self.model, self.best_weights)
             self.strategy.load_state_dict(self.best_memory)
 
     @property
     def should_stop(self) -> bool:
-        """Whether there were so many epochs without a gain."""
+        """True after `patience` epochs without a lower dev loss."""
         return self.bad_epochs >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """It as values."""
+        """Return the state for a checkpoint."""
         return {
             "low": self.best_loss if self.epochs else None,
             "since": self.bad_epochs,
@@ -86,25 +86,25 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self.bad_epochs, self.epochs, self.best_weights, self.best_memory = (
-            state[k] for k in ("since", "seen", "best", "memory")
-        )
+        """Restore the state that `state_dict` returned."""
+        self.bad_epochs = state["since"]
+        self.epochs = state["seen"]
+        self.best_weights = state["best"]
+        self.best_memory = state["memory"]
         self.best_loss = math.inf if state["low"] is None else state["low"]
 
     @torch.no_grad()
     def _dev_loss(self) -> float:
+        """Return the mean loss per supervised token of the dev rows, over all processes."""
         self.model.net.eval()
         batch = self.model.batch(self.dev_examples)
         parts = batch.micro_batches()
         with synced_passes(self.model):
-            total = torch.tensor(
-                sum(
-                    float(nll(self.model, micro)) * micro.supervised_tokens
-                    for micro in iter_own_items(parts, [p.num_tokens for p in parts])
-                ),
-                dtype=torch.float64,
+            own_sum = sum(
+                float(nll(self.model, part)) * part.supervised_tokens
+                for part in iter_own_items(parts, [p.num_tokens for p in parts])
             )
+        total = torch.tensor(own_sum, dtype=torch.float64)
         all_reduce_sum([total])
         self.model.net.train()
         return float(total) / batch.supervised_tokens

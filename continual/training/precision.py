@@ -1,4 +1,4 @@
-"""Whether to compute in bfloat16: measured on the machine at hand, once a run, and kept beside it."""
+"""Choose between fp32 and bf16 by measuring both on this machine, once per run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from continual.io.untrusted import load_json
 from continual.models.loss import accumulate, nll
 from continual.models.model import Model
 
-MIN_SPEEDUP = 1.1  # how much faster bf16 must be than fp32, for what it rounds away
-MAX_ROWS, MAX_ROUNDS = 32, 3
-MAX_SECONDS = 0.5  # seconds after which no further round begins
-MIN_PASS_SECONDS = (
-    0.05  # seconds of a pass that can be told from the clock's and the system's noise
-)
+MIN_SPEEDUP = 1.1  # how much faster than fp32 bf16 must be to be worth its rounding errors
+MAX_ROWS = 32
+MAX_ROUNDS = 3
+MAX_SECONDS = 0.5  # no further round begins after this time
+MIN_PASS_SECONDS = 0.05  # a shorter pass cannot be told from the noise of clock and system
 
 
 def choose_precision(
@@ -31,31 +30,32 @@ def choose_precision(
     sample_rows: Callable[[int], Sequence[Encoded]],
     print_line: Callable[[str], None],
 ) -> None:
-    """With train.precision=auto, let `model` compute in what `path` says, or else in what measures
-    faster on `rows`.
+    """With train.precision=auto, set the model to the faster of fp32 and bf16.
 
-    `rows` gives at most so many. Raises DataError where `path` says neither fp32 nor bf16.
+    The choice is stored in the file `path`, and used again if it is there. `sample_rows(n)` gives
+    at most n rows to measure on. Raises DataError if `path` holds neither fp32 nor bf16.
     """
     if precision != "auto":
         return
     if path.exists():
-        chosen = _load_choice(path)
-        print_line(f"train.precision=auto: {chosen}, as this run began")
+        choice = _load_choice(path)
+        print_line(f"train.precision=auto: {choice}, as this run began")
     else:
         ratio = measure_bf16_speedup(model, sample_rows(MAX_ROWS))
-        chosen = "bf16" if ratio >= MIN_SPEEDUP else "fp32"
-        write_atomically(path, json.dumps({"precision": chosen, "bf16_speed": round(ratio, 3)}))
+        choice = "bf16" if ratio >= MIN_SPEEDUP else "fp32"
+        write_atomically(path, json.dumps({"precision": choice, "bf16_speed": round(ratio, 3)}))
         print_line(
-            f"train.precision=auto: {chosen}; bf16 is {ratio:.2f} times as fast as fp32 here"
+            f"train.precision=auto: {choice}; bf16 is {ratio:.2f} times as fast as fp32 here"
         )
-    model.bf16 = chosen == "bf16"
+    model.bf16 = choice == "bf16"
 
 
 def _load_choice(path: Path) -> str:
+    """Return the precision in the file; raise DataError if there is none."""
     try:
-        chosen = load_json(path)["precision"]
-        if chosen in ("fp32", "bf16"):
-            return str(chosen)
+        choice = load_json(path)["precision"]
+        if choice in ("fp32", "bf16"):
+            return str(choice)
     except (ValueError, KeyError, TypeError):
         pass
     raise DataError(
@@ -65,34 +65,43 @@ def _load_choice(path: Path) -> str:
 
 
 def measure_bf16_speedup(model: Model, rows: Sequence[Encoded]) -> float:
-    """How many times as fast as in fp32 a step's forward and backward pass is in bf16; `model` is
-    left as it was.
+    """Return the speed of bf16 divided by that of fp32, for a forward and a backward pass.
 
-    It takes as few rows as can be measured, so that it is over in well under a second unless a
-    single one takes longer.
+    Uses as few rows as can be timed, so that it takes well under a second unless a single row takes
+    longer. The model is left as it was, in eval mode.
     """
-    bf16, n, began = model.bf16, 1, time.perf_counter()
+    precision_before = model.bf16
+    started = time.perf_counter()
     model.net.train()
-    time_training_pass(model, rows[:1], bf16=False)  # a first pass builds what later ones use
+    time_training_pass(
+        model, rows[:1], bf16=False
+    )  # warm-up: the first pass allocates and compiles
+
+    n = 1
     while n < len(rows) and time_training_pass(model, rows[:n], bf16=False) < MIN_PASS_SECONDS:
         n *= 2
     time_training_pass(model, rows[:n], bf16=True)
-    spent: list[list[float]] = []
-    while not spent or (len(spent) < MAX_ROUNDS and time.perf_counter() - began < MAX_SECONDS):
-        spent.append([time_training_pass(model, rows[:n], bf16=how) for how in (False, True)])
-    model.bf16 = bf16
+
+    fp32_seconds: list[float] = []
+    bf16_seconds: list[float] = []
+    while len(fp32_seconds) < MAX_ROUNDS:
+        if fp32_seconds and time.perf_counter() - started >= MAX_SECONDS:
+            break
+        fp32_seconds.append(time_training_pass(model, rows[:n], bf16=False))
+        bf16_seconds.append(time_training_pass(model, rows[:n], bf16=True))
+
+    model.bf16 = precision_before
     model.net.zero_grad()
     model.net.eval()
-    full, half = (min(times) for times in zip(*spent, strict=True))
-    return float(full / half)
+    return min(fp32_seconds) / min(bf16_seconds)
 
 
 def time_training_pass(model: Model, rows: Sequence[Encoded], *, bf16: bool) -> float:
-    """What one forward and backward pass takes."""
-    wait = getattr(torch, model.layout.device.type).synchronize
+    """Return the seconds of one forward and backward pass."""
+    synchronize = getattr(torch, model.layout.device.type).synchronize
     model.bf16 = bf16
-    wait()
-    began = time.perf_counter()
+    synchronize()
+    started = time.perf_counter()
     accumulate(nll, model, model.batch(rows).micro_batches())
-    wait()
-    return time.perf_counter() - began
+    synchronize()
+    return time.perf_counter() - started

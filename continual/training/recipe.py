@@ -1,12 +1,11 @@
-"""How a stage trains: optimizer, schedule, batch size."""
+"""Settings of a stage's training: optimizer, schedule, batch size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from continual.errors import ConfigError, gathered, mistyped, unknown
+from continual.errors import Problems, mistyped, unknown
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 OPTIMIZERS = ("adamw", "sgd")
@@ -14,7 +13,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a stage is trained; conf/train/default.yaml says what each key means."""
+    """Settings of a stage's training; conf/train/default.yaml explains each key."""
 
     lr: float
     epochs: float = 1
@@ -33,53 +32,79 @@ class Recipe:
     on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
-        """Refuse names and numbers that cannot work."""
-        if problems := [*_type_problems(self)] or [*_range_problems(self)]:
-            raise ConfigError(gathered(problems))
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(unknown("train.schedule", self.schedule, SCHEDULES))
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(unknown("train.optimizer", self.optimizer, OPTIMIZERS))
-        if self.prompt_mask_mode not in ("replace", "drop"):
-            raise ConfigError(
-                unknown("loss.prompt_mask_mode", self.prompt_mask_mode, ["replace", "drop"])
-            )
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise ConfigError(unknown("train.on_nonfinite", self.on_nonfinite, ["stop", "skip"]))
+        """Raise ConfigError for values that cannot work."""
+        _find_type_problems(self).raise_if_any()  # ranges can only be checked for numbers
+        _find_range_problems(self).raise_if_any()
+        _find_choice_problems(self).raise_if_any()
 
     def total_steps(self, num_examples: int) -> int:
-        """The optimizer steps of a stage of so many examples."""
-        return self.steps or max(1, round(self.epochs * math.ceil(num_examples / self.batch_size)))
+        """Return the number of optimizer steps of a stage with this many examples."""
+        steps_per_epoch = math.ceil(num_examples / self.batch_size)
+        return self.steps or max(1, round(self.epochs * steps_per_epoch))
 
 
-def _type_problems(recipe: Recipe) -> Iterator[str]:
-    """What is of another kind than the key needs."""
+def _find_type_problems(recipe: Recipe) -> Problems:
+    """Return the values that have another type than their key."""
+    problems = Problems()
     for f in fields(recipe):
-        if expected := mistyped(f.type, value := getattr(recipe, f.name)):
-            yield f"{_config_key(f.name)}={value}: expected {expected}"
+        value = getattr(recipe, f.name)
+        expected = mistyped(f.type, value)
+        problems.require(not expected, f"{_config_key(f.name)}={value}: expected {expected}")
+    return problems
 
 
-def _range_problems(recipe: Recipe) -> Iterator[str]:
-    """What is a number that cannot work."""
+def _find_range_problems(recipe: Recipe) -> Problems:
+    """Return the numbers that are out of range; NaN is out of every range."""
+    problems = Problems()
     for name in ("batch_size", "log_every_steps", "steps", "patience"):
-        if (value := getattr(recipe, name)) is not None and not 1 <= value < 2**63:
-            yield f"{_config_key(name)}={value}: expected at least 1{' and below 2^63' if value > 1 else ''}"
+        value = getattr(recipe, name)
+        if value is not None and not 1 <= value < 2**63:
+            limit = " and below 2^63" if value > 1 else ""
+            problems.add(f"{_config_key(name)}={value}: expected at least 1{limit}")
+
     for name in ("warmup_ratio", "prompt_mask_prob"):
-        if not 0 <= (value := getattr(recipe, name)) <= 1:
-            yield f"{_config_key(name)}={value}: expected a share or probability in [0, 1]"
-    if len(recipe.betas) != 2 or not all(
-        isinstance(b, (int, float)) and 0 <= b < 1 for b in recipe.betas
-    ):
-        yield f"train.betas={list(recipe.betas)}: expected two numbers in [0, 1), such as [0.9,0.999]"
+        value = getattr(recipe, name)
+        problems.require(
+            0 <= value <= 1,
+            f"{_config_key(name)}={value}: expected a share or probability in [0, 1]",
+        )
+
+    betas = recipe.betas
+    problems.require(
+        len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas),
+        f"train.betas={list(betas)}: expected two numbers in [0, 1), such as [0.9,0.999]",
+    )
     for name in ("lr", "weight_decay"):
-        if not (value := getattr(recipe, name)) >= 0:
-            yield f"train.{name}={value}: expected at least 0"
-    if recipe.max_grad_norm is not None and not recipe.max_grad_norm > 0:
-        yield f"train.max_grad_norm={recipe.max_grad_norm}: expected more than 0, or null for no clipping"
+        value = getattr(recipe, name)
+        problems.require(value >= 0, f"train.{name}={value}: expected at least 0")
+
+    norm = recipe.max_grad_norm
+    problems.require(
+        norm is None or norm > 0,
+        f"train.max_grad_norm={norm}: expected more than 0, or null for no clipping",
+    )
     if recipe.steps is None and not 0 < recipe.epochs <= 1e9:
-        yield f"train.epochs={recipe.epochs}: expected more than 0{' and at most 1e9' if recipe.epochs > 1 else ''}"
+        limit = " and at most 1e9" if recipe.epochs > 1 else ""
+        problems.add(f"train.epochs={recipe.epochs}: expected more than 0{limit}")
+    return problems
+
+
+def _find_choice_problems(recipe: Recipe) -> Problems:
+    """Return the names that are not among the known ones."""
+    choices = {
+        "schedule": tuple(SCHEDULES),
+        "optimizer": OPTIMIZERS,
+        "prompt_mask_mode": ("replace", "drop"),
+        "on_nonfinite": ("stop", "skip"),
+    }
+    problems = Problems()
+    for name, known in choices.items():
+        value = getattr(recipe, name)
+        if value not in known:
+            problems.add(unknown(_config_key(name), value, known))
+    return problems
 
 
 def _config_key(name: str) -> str:
-    """Where a field of the recipe is set."""
+    """Return the configuration key of a field."""
     return f"loss.{name}" if name.startswith("prompt_mask") else f"train.{name}"

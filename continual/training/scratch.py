@@ -1,14 +1,10 @@
-"""A small language model of our own: tokenizer trained, weights drawn and pre-trained once, then
-kept in the cache.
-"""
+"""Build a small language model from scratch: train its tokenizer, pre-train it, cache it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +17,7 @@ from continual.data.template import Encoder
 from continual.data.types import Encoded, Example, Stream, Task
 from continual.distributed.processes import main_process_first
 from continual.errors import ConfigError
+from continual.io.atomic import write_folder_atomically
 from continual.models.loading import assemble, make_tokenizing_model
 from continual.models.model import Model
 from continual.strategy.interface import Strategy
@@ -28,7 +25,7 @@ from continual.tracking.events import EventLog
 from continual.training.recipe import Recipe
 from continual.training.stage import train_stage
 
-CACHE_VERSION = 2  # of this recipe's code: a change that gives other weights must raise it
+CACHE_VERSION = 2  # raise it with every change of this code that gives other weights
 EOS_TOKEN = "<|endoftext|>"
 
 
@@ -50,13 +47,13 @@ def load_or_build_llama(
     load_network: bool = True,
     random_weights: bool = False,
 ) -> Model:
-    """A Llama of the given shape for this stream, from the user's cache if it was built before.
+    """Load a Llama of this shape for this stream from the user's cache, or build it.
 
-    The tokenizer is a byte-level BPE of `vocabulary` tokens trained on the stream's training text.
-    With `pretrain.tokens` above 0 the model first learns that many tokens: of the stream's own
-    pre-training examples, or, where it has none, of the training rows' inputs as plain text behind
-    their instructions, without their answers. With `drawn` the weights stay as they are drawn, and
-    nothing is kept. Without the `network` it only tokenises, and nothing is kept.
+    The tokenizer is a byte-level BPE of `vocab_size` tokens trained on the stream's training text.
+    With `pretrain.tokens` above 0 the model is first trained on that many tokens: of the stream's
+    own pre-training examples or, if it has none, of the training rows' instructions and inputs,
+    without their answers; only the inputs have a loss. With `random_weights` the weights stay
+    random. Without `load_network` only the tokenizer is made. Neither of the two is cached.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,9 +66,10 @@ def load_or_build_llama(
     }
     if hidden_size % heads:
         raise ConfigError(
-            f"model.hidden_size={hidden_size} is no multiple of model.heads={heads}; choose such a pair"
+            f"model.hidden_size={hidden_size} is not a multiple of model.heads={heads}; change one "
+            "of them"
         )
-    tasks = sorted(stream.tasks, key=lambda t: t.name)  # one model whatever the order
+    tasks = sorted(stream.tasks, key=lambda t: t.name)  # the same model for every task order
     corpus = [*(e for t in tasks for e in t.train), *stream.pretraining]
     if random_weights:
         tokenizer = train_byte_bpe(corpus, vocab_size, context_length)
@@ -83,7 +81,7 @@ def load_or_build_llama(
             adapter=adapter,
             adapters=adapters,
         )
-    recipe = {
+    cache_key = {
         "version": CACHE_VERSION,
         **shape,
         "pretrain": dict(pretrain),
@@ -92,20 +90,16 @@ def load_or_build_llama(
         "text": _hash_corpus(corpus),
         "torch": torch.__version__,
     }
-    folder = (
-        cache_dir()
-        / "models"
-        / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    )
-    if (
-        not load_network
-    ):  # a tokenizer that was trained before is that model's, whatever would be trained now
-        return make_tokenizing_model(
-            AutoTokenizer.from_pretrained(folder)
-            if folder.exists()
-            else train_byte_bpe(corpus, vocab_size, context_length),
-            context_length,
-        )
+    digest = hashlib.sha256(json.dumps(cache_key, sort_keys=True).encode()).hexdigest()
+    folder = cache_dir() / "models" / digest[:16]
+
+    if not load_network:
+        if folder.exists():  # use the cached model's own tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        else:
+            tokenizer = train_byte_bpe(corpus, vocab_size, context_length)
+        return make_tokenizing_model(tokenizer, context_length)
+
     with main_process_first():
         if not folder.exists():
             with _build_lock(folder):
@@ -121,7 +115,7 @@ def load_or_build_llama(
 
 
 def cache_dir() -> Path:
-    """The folder for what can be built again."""
+    """Return the user's folder for files that can be built again."""
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("continual"))
@@ -129,7 +123,7 @@ def cache_dir() -> Path:
 
 @contextmanager
 def _build_lock(folder: Path) -> Iterator[None]:
-    """Wait while another process builds the same model; its lock ends with it."""
+    """Wait while another process builds the same model; the lock ends with its process."""
     import fcntl
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,10 +133,10 @@ def _build_lock(folder: Path) -> Iterator[None]:
 
 
 def _hash_corpus(examples: Sequence[Example]) -> str:
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for e in examples:
-        told.update(repr((e.instruction, e.input, e.outputs, e.messages)).encode())
-    return told.hexdigest()
+        digest.update(repr((e.instruction, e.input, e.outputs, e.messages)).encode())
+    return digest.hexdigest()
 
 
 def _build_and_save(
@@ -155,29 +149,23 @@ def _build_and_save(
     seed: int,
     device: str,
 ) -> None:
-    """Build into a temporary folder and rename, so that a half-built model is never found."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    """Build the model and write it to `folder`, unless another machine has done so meanwhile."""
     tokenizer = train_byte_bpe(corpus, dimensions["vocabulary"], dimensions["context"])
     model = assemble(_make_llama(tokenizer, dimensions, attention, seed), tokenizer, device=device)
-    if pretrain["tokens"]:
-        _pretrain(model, stream, pretrain, seed, dimensions["context"], temporary)
-    model.net.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another machine built the same one meanwhile
-        if not folder.exists():
-            raise
-        shutil.rmtree(temporary)
+    with write_folder_atomically(folder, keep_existing=True) as temporary:
+        if pretrain["tokens"]:
+            _pretrain(model, stream, pretrain, seed, dimensions["context"], temporary)
+        model.net.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def train_byte_bpe(corpus: Sequence[Example], vocab_size: int, context_length: int) -> Any:
-    """A byte-level BPE of at most so many tokens, trained on the corpus."""
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens on the corpus."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    # An answer's first word gets the same token as that word within a text.
+    # With the space, the first word of an answer is the same token as that word within a text.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -220,25 +208,23 @@ def _make_llama(tokenizer: Any, dimensions: Mapping[str, int], attention: str, s
 def _pretrain(
     model: Model, stream: Stream, pretrain: Any, seed: int, context: int, folder: Path
 ) -> None:
-    """One stage of naive training on the pre-training examples."""
+    """Pre-train in one naive stage; events go to `folder`."""
     encoder = Encoder(model.tokenizer, "plain", context)
     if stream.pretraining:
-        examples = [encoder.encode_example(e, 0) for e in stream.pretraining]
+        examples = [encoder.encode_example(e, 0).require() for e in stream.pretraining]
     else:
         rows = [e for t in sorted(stream.tasks, key=lambda t: t.name) for e in t.train]
         random.Random(seed).shuffle(rows)
         examples = [_encode_plain_text(e, encoder) for e in rows]
     settings = dict(pretrain)
-    steps = (
-        settings.pop("tokens")
-        * len(examples)
-        // (sum(len(e.ids) for e in examples) * settings["batch_size"])
-    )
+    total_tokens = sum(len(e.ids) for e in examples)
+    steps = settings.pop("tokens") * len(examples) // (total_tokens * settings["batch_size"])
     recipe = Recipe(**settings, steps=max(1, steps))
+    num_parameters = sum(p.numel() for p in model.net.parameters())
     console = Console(stderr=True)
     console.print(
-        f"Building a model of {sum(p.numel() for p in model.net.parameters()) / 1e6:.1f}M "
-        f"parameters for stream {stream.name!r}, once; it is kept in {folder.parent}",
+        f"Building a model of {num_parameters / 1e6:.1f}M parameters for stream "
+        f"{stream.name!r}, once; it is kept in {folder.parent}",
         highlight=False,
     )
     with EventLog(folder / "events.jsonl", console) as events:
@@ -248,19 +234,20 @@ def _pretrain(
 
 
 def _prompt_text(e: Example) -> str:
-    """What is asked, without the answer."""
-    asked = [m.content for m in e.messages if m.role != "assistant"]
-    return "\n".join(asked) if asked else f"{e.instruction}\n{e.input}"
+    """Return the text of the prompt, without the answer."""
+    contents = [m.content for m in e.messages if m.role != "assistant"]
+    return "\n".join(contents) if contents else f"{e.instruction}\n{e.input}"
 
 
 def _encode_plain_text(e: Example, encoder: Encoder) -> Encoded:
-    """The row's text without its answer, cut to the context; an instruction before an input is only
-    read.
+    """Encode a row's prompt as text to learn, cut to the context; the answer is left out.
+
+    If the row has an input, only the input has a loss; the instruction stands before it.
     """
-    text = [*encoder.tokenize(e.input or _prompt_text(e)), encoder.tokenizer.eos_token_id][
-        : encoder.max_tokens
-    ]
-    asked = (
-        encoder.tokenize(f"{e.instruction}\n")[: encoder.max_tokens - len(text)] if e.input else []
-    )
-    return Encoded(e.id, 0, (*asked, *text), (False,) * len(asked) + (True,) * len(text))
+    text = [*encoder.tokenize(e.input or _prompt_text(e)), encoder.tokenizer.eos_token_id]
+    text = text[: encoder.max_tokens]
+    instruction: list[int] = []
+    if e.input:
+        instruction = encoder.tokenize(f"{e.instruction}\n")[: encoder.max_tokens - len(text)]
+    mask = (False,) * len(instruction) + (True,) * len(text)
+    return Encoded(e.id, 0, (*instruction, *text), mask)

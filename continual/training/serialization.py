@@ -1,6 +1,4 @@
-"""Memory values as JSON that people can read, and tensors beside it; nothing that is read back can
-run code.
-"""
+"""Convert memory values to readable JSON and tensors, and back; reading never executes code."""
 
 from __future__ import annotations
 
@@ -16,15 +14,26 @@ from continual.errors import ContinualError, brief
 from continual.models.sharding import gather_on_cpu
 from continual.strategy.replay_buffer import ReplayBuffer
 
-SERIALIZABLE_CLASSES: Mapping[str, type[Any]] = {
-    "ReplayBuffer": ReplayBuffer
-}  # what memory may hold
+# Classes that memory may hold; their names are in checkpoints.
+SERIALIZABLE_CLASSES: Mapping[str, type[Any]] = {"ReplayBuffer": ReplayBuffer}
+
+# Errors that values or tensors raise if no run has written them.
+MALFORMED_ERRORS = (
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+)
 
 
 def serialize_value(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a memory value; tensors are put aside under their path, shown in their place.
+    """Return a memory value as JSON, and add its tensors to `tensors`.
 
-    Raises ContinualError for a value of a kind that no checkpoint can hold.
+    `name` is the path of the value. A tensor is stored under its path, which stands in the JSON in
+    its place. Raises ContinualError for a value of a type that checkpoints cannot hold.
     """
     if isinstance(value, Tensor):
         tensors[name] = gather_on_cpu(value).clone()
@@ -32,14 +41,13 @@ def serialize_value(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, random.Random):
         return {"random": value.getstate()}
     if isinstance(value, Encoded):
-        ids, response = " ".join(map(str, value.ids)), "".join("01"[r] for r in value.response_mask)
         return {
             "example": {
                 "id": value.id,
                 "task": value.task_index,
                 "text": value.text,
-                "ids": ids,
-                "response": response,
+                "ids": " ".join(map(str, value.ids)),
+                "response": "".join("01"[bit] for bit in value.response_mask),
             }
         }
     if type(value).__name__ in SERIALIZABLE_CLASSES:
@@ -57,29 +65,18 @@ def serialize_value(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ContinualError(
-        f"strategy memory {name} is a {type(value).__name__}, which no checkpoint can hold; keep "
+        f"strategy memory {name} is a {type(value).__name__}, which no checkpoint can hold; use "
         "tensors, numbers, texts, lists, dicts, generators, encoded examples or "
         f"{', '.join(SERIALIZABLE_CLASSES)}"
     )
 
 
-# What comes out of values, or of tensors, that no run has written.
-MALFORMED_ERRORS = (
-    KeyError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    RuntimeError,
-)
-
-
 def _parse_example(e: Mapping[str, Any], vocab_size: int) -> Encoded:
-    ids, response = tuple(map(int, e["ids"].split())), tuple(r == "1" for r in e["response"])
-    if not all(
-        isinstance(e[key], kind) for key, kind in (("id", str), ("text", str), ("task", int))
-    ):
+    """Return the example that `serialize_value` wrote; raise if it is not valid."""
+    ids = tuple(int(token) for token in e["ids"].split())
+    response = tuple(bit == "1" for bit in e["response"])
+    types = {"id": str, "text": str, "task": int}
+    if not all(isinstance(e[key], kind) for key, kind in types.items()):
         raise TypeError("an example's id and text are no texts, or its task is no number")
     if len(ids) != len(response) or not any(response) or e["task"] < 0:
         raise ValueError(f"the ids, response or task of the example {brief(e['id'])} cannot be")
@@ -91,8 +88,10 @@ def _parse_example(e: Mapping[str, Any], vocab_size: int) -> Encoded:
 
 
 def deserialize_value(value: Any, tensors: Mapping[str, Tensor], vocab_size: int) -> Any:
-    """What `to_json` was given, of examples whose ids are below `words`; raises one of MALFORMED
-    for anything else.
+    """Return the value that `serialize_value` was given.
+
+    The token ids of examples must be below `vocab_size`. Raises one of MALFORMED_ERRORS for
+    anything that `serialize_value` did not write.
     """
     if isinstance(value, list):
         return [deserialize_value(v, tensors, vocab_size) for v in value]

@@ -1,4 +1,4 @@
-"""One stage: masked SFT on one task under one strategy."""
+"""Train one stage: masked supervised fine-tuning on one task under one strategy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,6 +25,7 @@ from continual.training.recipe import SCHEDULES, Recipe
 from continual.training.stage_state import StageState
 
 LogEvent = Callable[[dict[str, Any]], None]
+GetState = Callable[[], dict[str, Any]]
 
 
 def train_stage(
@@ -35,18 +36,24 @@ def train_stage(
     *,
     seed: int,
     log_event: LogEvent,
-    on_step: Callable[[int, Callable[[], dict[str, Any]]], float | None] | None = None,
-    restore_state: Callable[[], dict[str, Any]] | None = None,
+    on_step: Callable[[int, GetState], float | None] | None = None,
+    restore_state: GetState | None = None,
 ) -> dict[str, float]:
-    """Train `model` on `task` under `strategy`; returns what it took: steps, supervised tokens,
-    seconds.
+    """Train `model` on `task` under `strategy`; return the stage's costs.
 
-    `log` gets a "step" event now and then and one "stage" event. `after` is called after each step
-    with its number and a function that gives the stage's progress, all that the next step depends
-    on beside weights and strategy memory; it may return seconds that were no training. A stage goes
-    on where `progress` says, which also gives model and strategy what they had then. All randomness
-    follows from `seed` and the strategy's own saved generators. Raises DataError for a task without
-    train rows, TrainingError where a loss or gradient is not finite or memory runs out twice.
+    The costs are the number of steps, supervised tokens, training seconds and skipped steps. All
+    randomness follows from `seed` and the strategy's own saved generators.
+
+    - `log_event` receives a "step" event every `recipe.log_every_steps` steps, and at the end one
+      "stage" event.
+    - `on_step(step, get_state)` is called after each step. `get_state()` returns everything that
+      the next step depends on, except the weights and the strategy's memory. The return value is
+      the number of seconds that were not spent on training, or None.
+    - `restore_state()` is called after `strategy.begin`. It restores weights and strategy memory,
+      and returns what `get_state` returned; the stage continues from there.
+
+    Raises DataError for a task without train rows, and TrainingError if a loss or gradient is not
+    finite, or if memory runs out twice.
     """
     if not task.train:
         raise DataError(
@@ -55,210 +62,241 @@ def train_stage(
         )
     torch.manual_seed(seed)
     model.net.train()
-    optimizer = _make_optimizer(model, strategy.begin(model, task), recipe)
-    total, budget = recipe.total_steps(len(task.train)), model.layout.tokens_per_microbatch
-    patience = _make_early_stopping(model, strategy, task, recipe)
-    at = StageState(model, optimizer, _make_scheduler(optimizer, recipe, total), patience)
-    model.trained, began = at.parameters, time.perf_counter()
+    stage = _begin_stage(model, task, strategy, recipe, log_event)
+    state = stage.state
+    early_stopping = state.early_stopping
+
+    started = time.perf_counter()
     if restore_state:
-        at.load_state_dict(restore_state())
-        began -= at.seconds
-    draws = _iter_step_examples(task, recipe, model, random.Random(seed))
-    last = (
-        at.step if patience and patience.should_stop else total
-    )  # it may go on where it had come to its end
-    for step, examples in enumerate(islice(draws, at.step, last), at.step + 1):
-        lr, loss = (
-            at.scheduler.get_last_lr()[0],
-            _optimizer_step(at, strategy, recipe, task, step, examples, budget, log_event),
-        )
-        at.seconds = time.perf_counter() - began
-        if step % recipe.log_every_steps == 0 or step == total:
-            log_event(
-                {
-                    "event": "step",
-                    "task": task.name,
-                    "step": step,
-                    "steps": total,
-                    "loss": _finite_or_none(loss),
-                    "lr": lr,
-                    "tokens": at.supervised_tokens,
-                    "seconds": at.seconds,
-                    "notes": dict(strategy.notes),
-                }
-            )
-        if patience:
-            patience.check_step(step)
+        state.load_state_dict(restore_state())
+        started -= state.seconds
+
+    for step, examples in _iter_remaining_steps(stage, seed):
+        # Before the step, which also advances the scheduler.
+        learning_rate = float(state.scheduler.get_last_lr()[0])
+        loss = _optimizer_step(stage, step, examples)
+        state.seconds = time.perf_counter() - started
+        if step % recipe.log_every_steps == 0 or step == stage.total_steps:
+            _log_step(stage, loss, learning_rate)
+        if early_stopping:
+            early_stopping.check_step(step)
         if on_step:
-            began += on_step(step, at.state_dict) or 0.0
-        if patience and patience.should_stop:
+            started += on_step(step, state.state_dict) or 0.0
+        if early_stopping and early_stopping.should_stop:
             break
-    _restore_best(at, task)
-    check_equal_on_all([p for p in at.parameters if not is_sharded(p)])
-    strategy.end(model, _drop_nonfinite_rows(at, task, log_event))
-    spent = {
-        "steps": at.step,
-        "tokens": at.supervised_tokens,
-        "train_seconds": time.perf_counter() - began,
-        "skipped_steps": at.skipped_steps,
+
+    _restore_best(stage)
+    check_equal_on_all([p for p in state.parameters if not is_sharded(p)])
+    strategy.end(model, _drop_nonfinite_rows(stage))
+
+    costs = {
+        "steps": state.step,
+        "tokens": state.supervised_tokens,
+        "train_seconds": time.perf_counter() - started,
+        "skipped_steps": state.skipped_steps,
     }
-    log_event({"event": "stage", "task": task.name, "seconds": spent["train_seconds"], **spent})
-    return spent
+    log_event({"event": "stage", "task": task.name, "seconds": costs["train_seconds"], **costs})
+    return costs
 
 
-def _backward_or_halve(
-    model: Model,
-    strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
-    examples: Sequence[Encoded],
-    budget: int,
-    log: LogEvent,
-) -> tuple[Batch, torch.Tensor]:
-    """The step's batch and loss, its gradient left in the parameters; once more with less if memory
-    runs out.
+@dataclass
+class _Stage:
+    """A stage in progress: what its steps work with, and how far they are."""
+
+    model: Model
+    task: Task[Encoded]
+    strategy: Strategy
+    recipe: Recipe
+    log_event: LogEvent
+    total_steps: int
+    token_budget: int  # tokens in one forward pass when the stage began
+    state: StageState
+
+
+def _begin_stage(
+    model: Model, task: Task[Encoded], strategy: Strategy, recipe: Recipe, log_event: LogEvent
+) -> _Stage:
+    """Let the strategy choose the parameters, and make what trains them."""
+    optimizer = _make_optimizer(model, strategy.begin(model, task), recipe)
+    total_steps = recipe.total_steps(len(task.train))
+    token_budget = model.layout.tokens_per_microbatch
+    early_stopping = _make_early_stopping(model, strategy, task, recipe)
+    scheduler = _make_scheduler(optimizer, recipe, total_steps)
+    state = StageState(model, optimizer, scheduler, early_stopping)
+    model.trained = state.parameters
+    return _Stage(model, task, strategy, recipe, log_event, total_steps, token_budget, state)
+
+
+def _iter_remaining_steps(stage: _Stage, seed: int) -> Iterator[tuple[int, list[Encoded]]]:
+    """Yield the number and the examples of each step that is still to be taken."""
+    state = stage.state
+    is_over = state.early_stopping is not None and state.early_stopping.should_stop
+    last_step = state.step if is_over else stage.total_steps  # it may resume at its end
+    examples = _iter_step_examples(stage.task, stage.recipe, stage.model, random.Random(seed))
+    return enumerate(islice(examples, state.step, last_step), state.step + 1)
+
+
+def _optimizer_step(stage: _Stage, step: int, examples: Sequence[Encoded]) -> torch.Tensor:
+    """Take one optimizer step, unless it must be skipped; return the loss before it."""
+    state = stage.state
+    batch, loss = _backward_or_halve(stage, examples)
+    if not _clip_and_check_finite(stage, loss, step, examples):
+        state.optimizer.zero_grad()  # the optimizer leaves parameters without a gradient alone
+        state.skipped_steps += 1
+        state.suspect_ids |= {e.id for e in examples}
+    state.optimizer.step()
+    state.scheduler.step()
+    state.step = step
+    state.supervised_tokens += batch.supervised_tokens
+    return loss
+
+
+def _backward_or_halve(stage: _Stage, examples: Sequence[Encoded]) -> tuple[Batch, torch.Tensor]:
+    """Run the backward pass; return the batch and its loss, with the gradient in the parameters.
+
+    If memory runs out, halve the token budget and try once more.
     """
     while True:
-        optimizer.zero_grad()
-        batch = model.batch(examples)
+        stage.state.optimizer.zero_grad()
+        batch = stage.model.batch(examples)
         try:
-            return batch, strategy.backward(model, batch)
+            return batch, stage.strategy.backward(stage.model, batch)
         except torch.OutOfMemoryError:
-            _halve_token_budget(model, budget, log)
+            _halve_token_budget(stage)
 
 
-def _halve_token_budget(model: Model, budget: int, log: LogEvent) -> None:
-    """Half as many tokens in a forward pass from now on; raises TrainingError where the stage's
-    budget already was.
+def _halve_token_budget(stage: _Stage) -> None:
+    """Halve the tokens of a forward pass from now on.
+
+    Raises TrainingError if the stage's budget was halved before.
     """
-    if model.layout.tokens_per_microbatch < budget:
+    layout = stage.model.layout
+    if layout.tokens_per_microbatch < stage.token_budget:
         raise TrainingError(
-            f"out of memory again with train.tokens_per_microbatch={model.layout.tokens_per_microbatch}; set it "
-            "lower, lower data.max_length, or choose an adapter (model.adapter=lora)"
+            "out of memory again with train.tokens_per_microbatch="
+            f"{layout.tokens_per_microbatch}; set it lower, lower data.max_length, or choose an "
+            "adapter (model.adapter=lora)"
         )
-    model.layout = replace(model.layout, tokens_per_microbatch=budget // 2)
-    log(
+    half = stage.token_budget // 2
+    stage.model.layout = replace(layout, tokens_per_microbatch=half)
+    stage.log_event(
         {
             "event": "warning",
-            "text": f"out of memory: from now on train.tokens_per_microbatch={budget // 2}",
+            "text": f"out of memory: from now on train.tokens_per_microbatch={half}",
         }
     )
 
 
 def _clip_and_check_finite(
-    loss: torch.Tensor,
-    trained: Sequence[torch.Tensor],
-    recipe: Recipe,
-    task: Task[Encoded],
-    step: int,
-    examples: Sequence[Encoded],
-    log: LogEvent,
+    stage: _Stage, loss: torch.Tensor, step: int, examples: Sequence[Encoded]
 ) -> bool:
-    """Clip the gradient; whether it and the loss are finite. Raises TrainingError where they are
-    not and must be.
+    """Clip the gradient; return True if its norm and the loss are finite.
+
+    Raises TrainingError if they are not and train.on_nonfinite=stop.
     """
-    norm = clip_gradients(trained, recipe.max_grad_norm or math.inf)
-    if torch.isfinite(
-        norm + loss
-    ):  # the one wait of a step: a weight that is not finite cannot be fixed
+    recipe = stage.recipe
+    norm = clip_gradients(stage.state.parameters, recipe.max_grad_norm or math.inf)
+    # The only synchronization with the device in a step. It must come before the optimizer's step:
+    # weights that are not finite cannot be repaired.
+    if torch.isfinite(norm + loss):
         return True
-    what = (
-        f"the loss is {loss.item()}"
-        if not torch.isfinite(loss)
-        else f"the gradient's norm is {norm.item()}"
-    )
-    told = f"{what} at step {step} of task {task.name!r}, on the examples {', '.join(e.id for e in examples)}"
+
+    if not torch.isfinite(loss):
+        found = f"the loss is {loss.item()}"
+    else:
+        found = f"the gradient's norm is {norm.item()}"
+    ids = ", ".join(e.id for e in examples)
+    message = f"{found} at step {step} of task {stage.task.name!r}, on the examples {ids}"
     if recipe.on_nonfinite == "stop":
         raise TrainingError(
-            f"{told}; the last checkpoint is kept. Lower train.lr, set train.max_grad_norm, train in "
-            "fp32, or set train.on_nonfinite=skip"
+            f"{message}; the last checkpoint is kept. Lower train.lr, set train.max_grad_norm, "
+            "train in fp32, or set train.on_nonfinite=skip"
         )
-    log({"event": "warning", "text": f"skipped: {told}"})
+    stage.log_event({"event": "warning", "text": f"skipped: {message}"})
     return False
 
 
+def _log_step(stage: _Stage, loss: torch.Tensor, learning_rate: float) -> None:
+    """Log the "step" event of the step just taken."""
+    state = stage.state
+    stage.log_event(
+        {
+            "event": "step",
+            "task": stage.task.name,
+            "step": state.step,
+            "steps": stage.total_steps,
+            "loss": _finite_or_none(loss),
+            "lr": learning_rate,
+            "tokens": state.supervised_tokens,
+            "seconds": state.seconds,
+            "notes": dict(stage.strategy.notes),
+        }
+    )
+
+
 def _finite_or_none(loss: torch.Tensor) -> float | None:
-    """A loss for the log, which is JSON and knows no NaN."""
-    return value if math.isfinite(value := loss.item()) else None
+    """Return the loss as a number for the log, which is JSON and has no NaN."""
+    value = loss.item()
+    return value if math.isfinite(value) else None
 
 
-def _optimizer_step(
-    at: StageState,
-    strategy: Strategy,
-    recipe: Recipe,
-    task: Task[Encoded],
-    step: int,
-    examples: Sequence[Encoded],
-    budget: int,
-    log: LogEvent,
-) -> torch.Tensor:
-    """One optimizer step, unless it is skipped; the loss before it."""
-    batch, loss = _backward_or_halve(at.model, strategy, at.optimizer, examples, budget, log)
-    if not _clip_and_check_finite(loss, at.parameters, recipe, task, step, examples, log):
-        at.optimizer.zero_grad()  # and so the optimizer passes over the step
-        at.skipped_steps += 1
-        at.suspect_ids |= {e.id for e in examples}
-    at.optimizer.step()
-    at.scheduler.step()
-    at.step, at.supervised_tokens = step, at.supervised_tokens + batch.supervised_tokens
-    return loss
+def _restore_best(stage: _Stage) -> None:
+    """Restore the weights and memory that early stopping kept, if any; switch to eval mode.
 
-
-def _restore_best(at: StageState, task: Task[Encoded]) -> None:
-    """The best weights and the memory of then, where they were kept; raises TrainingError where no
-    step was taken.
+    Raises TrainingError if every step was skipped.
     """
-    if at.skipped_steps == at.step:
+    state = stage.state
+    if state.skipped_steps == state.step:
         raise TrainingError(
-            f"every step of task {task.name!r} had a loss or gradient that is not finite; lower "
-            "train.lr, set train.max_grad_norm, or train in fp32"
+            f"every step of task {stage.task.name!r} had a loss or gradient that is not finite; "
+            "lower train.lr, set train.max_grad_norm, or train in fp32"
         )
-    if at.early_stopping:
-        at.early_stopping.restore_best()
-    at.model.net.eval()
+    if state.early_stopping:
+        state.early_stopping.restore_best()
+    stage.model.net.eval()
 
 
-def _drop_nonfinite_rows(at: StageState, task: Task[Encoded], log: LogEvent) -> Task[Encoded]:
-    """The task less those rows of skipped steps that are the reason: no strategy measures or
-    remembers them.
+def _drop_nonfinite_rows(stage: _Stage) -> Task[Encoded]:
+    """Return the task without the rows that caused skipped steps, so that no strategy uses them.
 
-    Raises TrainingError where no row is left.
+    Raises TrainingError if no row is left.
     """
-    bad = {
-        (e.task_index, e.id)
-        for e in task.train
-        if e.id in at.suspect_ids and not _has_finite_gradient(at, e)
-    }
+    task = stage.task
+    suspects = [e for e in task.train if e.id in stage.state.suspect_ids]
+    bad = {(e.task_index, e.id) for e in suspects if not _has_finite_gradient(stage.state, e)}
     if not bad:
         return task
+
     kept = tuple(e for e in task.train if (e.task_index, e.id) not in bad)
-    told = (
+    message = (
         f"the loss or gradient of {len(task.train) - len(kept)} of the {len(task.train)} rows of "
         f"task {task.name!r} is not finite: {listed(sorted(name for _, name in bad))}"
     )
     if not kept:
-        raise TrainingError(f"{told}; lower train.lr, set train.max_grad_norm, or train in fp32")
-    log({"event": "warning", "text": f"{told}; nothing of them is kept for later stages"})
+        raise TrainingError(f"{message}; lower train.lr, set train.max_grad_norm, or train in fp32")
+    stage.log_event(
+        {"event": "warning", "text": f"{message}; nothing of them is kept for later stages"}
+    )
     return replace(task, train=kept)
 
 
-def _has_finite_gradient(at: StageState, example: Encoded) -> bool:
-    """Whether a plain step on this row alone would be taken."""
-    at.optimizer.zero_grad()
-    loss = accumulate(nll, at.model, [at.model.batch([example])])
-    norm = clip_gradients(at.parameters, math.inf)
-    at.optimizer.zero_grad()
+def _has_finite_gradient(state: StageState, example: Encoded) -> bool:
+    """Return True if the loss and gradient of a naive step on this row alone are finite."""
+    state.optimizer.zero_grad()
+    loss = accumulate(nll, state.model, [state.model.batch([example])])
+    norm = clip_gradients(state.parameters, math.inf)
+    state.optimizer.zero_grad()
     return bool(torch.isfinite(norm + loss))
 
 
 def _make_early_stopping(
     model: Model, strategy: Strategy, task: Task[Encoded], recipe: Recipe
 ) -> EarlyStopping | None:
-    epoch = math.ceil(len(task.train) / recipe.batch_size)
-    return (
-        EarlyStopping(model, strategy, list(task.get_split("dev")), epoch, recipe.patience)
-        if recipe.patience
-        else None
-    )
+    if not recipe.patience:
+        return None
+    steps_per_epoch = math.ceil(len(task.train) / recipe.batch_size)
+    dev_examples = list(task.get_split("dev"))
+    return EarlyStopping(model, strategy, dev_examples, steps_per_epoch, recipe.patience)
 
 
 def _make_optimizer(model: Model, groups: list[Any], recipe: Recipe) -> torch.optim.Optimizer:
@@ -273,73 +311,80 @@ def _make_optimizer(model: Model, groups: list[Any], recipe: Recipe) -> torch.op
 
 
 def _make_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, total: int
+    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     from transformers import get_scheduler
 
-    warmup = round(recipe.warmup_ratio * total)
-    made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        SCHEDULES[recipe.schedule], optimizer, warmup, total
+    warmup_steps = round(recipe.warmup_ratio * total_steps)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        SCHEDULES[recipe.schedule], optimizer, warmup_steps, total_steps
     )
-    return made
+    return scheduler
 
 
 def _iter_step_examples(
     task: Task[Encoded], recipe: Recipe, model: Model, rng: random.Random
 ) -> Iterator[list[Encoded]]:
-    """Epoch after epoch, each a new order; the last step of an epoch may be smaller."""
-    examples = task.train
+    """Yield the examples of one step after another, in a new order each epoch, without end.
+
+    The last step of an epoch may be smaller than the others.
+    """
     while True:
         order = _shuffle_indices(task, rng)
-        for i in range(0, len(order), recipe.batch_size):
-            step = [examples[j] for j in order[i : i + recipe.batch_size]]
-            yield (
-                [mask_prompt_tokens(e, recipe, model, rng) for e in step]
-                if recipe.prompt_mask_prob
-                else step
-            )
+        for start in range(0, len(order), recipe.batch_size):
+            examples = [task.train[i] for i in order[start : start + recipe.batch_size]]
+            if recipe.prompt_mask_prob:
+                examples = [mask_prompt_tokens(e, recipe, model, rng) for e in examples]
+            yield examples
 
 
 def _shuffle_indices(task: Task[Encoded], rng: random.Random) -> list[int]:
-    """The places of the train rows, drawn anew; those of an episode, which are of one task, behind
-    one another.
+    """Return the indices of the train rows in random order.
+
+    With `task.episode_size`, rows are grouped into episodes: each has rows of one task only, and
+    they stand next to each other.
     """
     order = rng.sample(range(len(task.train)), len(task.train))
     if not task.episode_size:
         return order
+
     by_task: dict[int, list[int]] = {}
     for i in order:
         by_task.setdefault(task.train[i].task_index, []).append(i)
     episodes = [
-        of[i : i + task.episode_size]
-        for of in by_task.values()
-        for i in range(0, len(of), task.episode_size)
+        indices[start : start + task.episode_size]
+        for indices in by_task.values()
+        for start in range(0, len(indices), task.episode_size)
     ]
-    drawn = sorted(
-        rng.sample(episodes, len(episodes)), key=len, reverse=True
-    )  # short ones last: they shift the rest
-    return [i for episode in drawn for i in episode]
+    # Episodes that are too short come last: earlier, they would shift all that follow.
+    shuffled = sorted(rng.sample(episodes, len(episodes)), key=len, reverse=True)
+    return [i for episode in shuffled for i in episode]
 
 
 def mask_prompt_tokens(
     example: Encoded, recipe: Recipe, model: Model, rng: random.Random
 ) -> Encoded:
-    """Each prompt token but the special ones is, with the recipe's probability, replaced by a
-    random one or dropped.
+    """Replace or drop each prompt token with probability `recipe.prompt_mask_prob`.
 
-    The first token of all is never dropped: without one before it, a response token could not be
-    learned.
+    Special tokens stay. The example's first token is never dropped: a response token is predicted
+    from the one before it.
     """
     special = set(model.tokenizer.all_special_ids)
-    kept = []
-    for token, response in zip(example.ids, example.response_mask, strict=True):
-        if response or token in special or rng.random() >= recipe.prompt_mask_prob:
-            kept.append((token, response))
+    kept: list[tuple[int, bool]] = []
+    for token, is_response in zip(example.ids, example.response_mask, strict=True):
+        if is_response or token in special or rng.random() >= recipe.prompt_mask_prob:
+            kept.append((token, is_response))
         elif recipe.prompt_mask_mode == "replace":
-            while (other := rng.randrange(len(model.tokenizer))) in special:
-                pass
-            kept.append((other, False))
+            kept.append((_random_token(len(model.tokenizer), special, rng), False))
         elif not kept:
             kept.append((token, False))
     ids, response_mask = zip(*kept, strict=True)
     return replace(example, ids=ids, response_mask=response_mask)
+
+
+def _random_token(vocab_size: int, special: set[int], rng: random.Random) -> int:
+    """Return the id of a random token that is not special."""
+    while True:
+        token = rng.randrange(vocab_size)
+        if token not in special:
+            return token

@@ -1,6 +1,4 @@
-"""How far a stage has come: its step, optimizer, schedule, early stopping and random states, as
-values and back.
-"""
+"""State of a stage in progress: step, optimizer, scheduler, early stopping, random generators."""
 
 from __future__ import annotations
 
@@ -16,13 +14,12 @@ from continual.io.untrusted import is_number
 from continual.models.model import Model
 from continual.models.sharding import shard_like
 from continual.training.early_stopping import EarlyStopping
+from continual.training.serialization import MALFORMED_ERRORS
 
 
 @dataclass
 class StageState:
-    """A stage under way: all that its next step depends on beside the weights, the strategy's
-    memory and the data.
-    """
+    """Everything that the next step depends on, except weights, strategy memory and data."""
 
     model: Model
     optimizer: torch.optim.Optimizer
@@ -32,15 +29,15 @@ class StageState:
     supervised_tokens: float = 0.0
     seconds: float = 0.0
     skipped_steps: int = 0
-    suspect_ids: set[str] = field(default_factory=set)  # the ids of the rows of skipped steps
+    suspect_ids: set[str] = field(default_factory=set)  # ids of the rows in skipped steps
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """What the optimizer changes."""
+        """The parameters that the optimizer changes."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """It as values that a checkpoint can hold."""
+        """Return the state as values that a checkpoint can hold."""
         return {
             "step": self.step,
             "tokens": self.supervised_tokens,
@@ -55,34 +52,24 @@ class StageState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; raises DataError where the state is another stage's."""
+        """Restore what `state_dict` returned; raise DataError if it does not fit this stage."""
         try:
             self._load_state_dict(state)
-        except (
-            KeyError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            OverflowError,
-            RuntimeError,
-        ) as e:
+        except MALFORMED_ERRORS as e:
             raise DataError(
                 f"the stage's progress does not fit it ({e!r}); remove the newest "
-                "stage-NN-step-* of the run's checkpoints to go on from the one before it"
+                "stage-NN-step-* of the run's checkpoints to resume from the one before it"
             ) from e
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.supervised_tokens, self.seconds = (
-            state["step"],
-            state["tokens"],
-            state["seconds"],
-        )
-        self.skipped_steps, self.suspect_ids = state["skipped"], set(state["suspects"])
-        if not all(
-            is_number(state[key], 0) for key in ("step", "tokens", "seconds", "skipped", "budget")
-        ):
+        counts = ("step", "tokens", "seconds", "skipped", "budget")
+        if not all(is_number(state[key], 0) for key in counts):
             raise ValueError("its step, tokens, seconds, skipped and budget are no counts")
+        self.step = state["step"]
+        self.supervised_tokens = state["tokens"]
+        self.seconds = state["seconds"]
+        self.skipped_steps = state["skipped"]
+        self.suspect_ids = set(state["suspects"])
         self.model.layout = replace(self.model.layout, tokens_per_microbatch=state["budget"])
         self.optimizer.load_state_dict(self._shard_optimizer_state(state["optimizer"]))
         self.scheduler.load_state_dict(state["schedule"])
@@ -91,21 +78,21 @@ class StageState:
         restore_rng_state(state["random"])
 
     def _shard_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What the optimizer keeps of each parameter, in shards where that one is."""
+        """Shard the optimizer's tensors like the parameters that they belong to."""
         if not self.model.sharded:
             return state
-        kept = {
+        sharded = {
             i: {
-                k: shard_like(t, self.parameters[i]) if t.shape == self.parameters[i].shape else t
-                for k, t in own.items()
+                key: shard_like(t, self.parameters[i]) if t.shape == self.parameters[i].shape else t
+                for key, t in tensors.items()
             }
-            for i, own in state["state"].items()
+            for i, tensors in state["state"].items()
         }
-        return {**state, "state": kept}
+        return {**state, "state": sharded}
 
 
 def capture_rng_state() -> dict[str, Any]:
-    """The states of the global generators of Python, NumPy and torch, on each device."""
+    """Return the states of the global generators of Python, NumPy, torch and each CUDA device."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": list(random.getstate()),
@@ -116,7 +103,7 @@ def capture_rng_state() -> dict[str, Any]:
 
 
 def restore_rng_state(state: dict[str, Any]) -> None:
-    """Give the global generators what `random_state` gave."""
+    """Restore the states that `capture_rng_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

@@ -407,7 +407,7 @@ def test_a_file_of_a_checkpoint_may_be_no_link(tmp_path):
     (tmp_path / "stage-01/manifest.json").write_text('{"memory.json": {}}')
     assert (
         checkpoint.find_damage(tmp_path / "stage-01")
-        == "'memory.json' is no file of the checkpoint's own"
+        == "'memory.json' is not a file of this checkpoint"
     )
 
 

@@ -128,7 +128,7 @@ def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
     )
     task = encoder.encode_task(Task("t", rows), {"t": 0})
     train_stage(net, task, Strategy(), Recipe(lr=0.02, steps=80), seed=0, log_event=lambda e: None)
-    assert generate_answers(net, [encoder.encode_prompt(e, 0, 9) for e in rows], 20, 4) == [
+    assert generate_answers(net, [encoder.encode_prompt(e, 0, 9).require() for e in rows], 20, 4) == [
         "red",
         "blue gold",
         "grey",
@@ -258,7 +258,7 @@ def test_a_model_from_scratch_reads_rows_by_the_same_tokens_before_it_is_built_a
     key, digest = kept(tmp_path / "a")
     (tmp_path / "a/finished").unlink()
     run_in_process(tmp_path / "a", told)
-    assert "tokenised again" not in capsys.readouterr().err
+    assert "tokenized again" not in capsys.readouterr().err
     assert kept(tmp_path / "a") == (key, digest)
     shutil.rmtree(tmp_path / "cache")
     run_in_process(tmp_path / "b", told)
@@ -275,7 +275,7 @@ def kept(out):
 def test_a_shape_that_cannot_be_is_refused(run_keys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = [k for k in run_keys if not k.startswith("model")]
-    with pytest.raises(ConfigError, match=r"model.hidden_size=32 is no multiple of model.heads=3"):
+    with pytest.raises(ConfigError, match=r"model.hidden_size=32 is not a multiple of model.heads=3"):
         run_in_process(tmp_path / "a", made, *SCRATCH, "model.heads=3")
 
 

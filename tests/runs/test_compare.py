@@ -109,7 +109,10 @@ def test_a_setting_of_one_strategy_is_for_the_runs_that_have_it(run_cli, run_key
         ),
         (["strategy.replay.share=2"], "share"),
         (["strategy.ewc.strength=2"], "unknown strategy of this comparison 'ewc'"),
-        (["tuned={replay:{share:0.5}}"], "unknown key 'tuned.replay'"),
+        (
+            ["strategy_defaults={replay:{share:0.5}}"],
+            "unknown key 'strategy_defaults.replay'",
+        ),
     ],
 )
 def test_a_wrong_setting_of_one_strategy_is_refused_before_any_run(

@@ -475,7 +475,7 @@ def test_a_folder_does_not_take_another_configuration_because_some_of_its_files_
 def test_a_checkpoint_named_for_adapting_must_be_whole(done, copy):
     spoil(copy / "checkpoints/stage-01/weights.safetensors")
     with pytest.raises(
-        DataError, match=r"stage-01 is no whole checkpoint: weights.safetensors is not as it was"
+        DataError, match=r"stage-01 is not a complete checkpoint: weights.safetensors is not as it was"
     ):
         checkpoint.load(copy / "checkpoints/stage-01", None)
     with pytest.raises(MissingError, match="there is no such checkpoint"):

@@ -88,8 +88,8 @@ def test_tuned_settings_are_those_of_their_strategy_and_give_way_to_the_command_
         *run_keys,
         *SMALL,
         "strategy=[replay,l2]",
-        "+tuned.replay={share:0.4,capacity:3}",
-        "+tuned.l2.strength=7",
+        "+strategy_defaults.replay={share:0.4,capacity:3}",
+        "+strategy_defaults.l2.strength=7",
         "strategy.replay.capacity=5",
         f"out={tmp_path / 'it'}",
     )
@@ -101,7 +101,7 @@ def test_tuned_settings_are_those_of_their_strategy_and_give_way_to_the_command_
         5,
         7,
     )
-    assert not {"tuned", "spaces", "strategies"} & config.keys()
+    assert not {"strategy_defaults", "search_spaces", "strategies"} & config.keys()
 
 
 # The search
@@ -114,13 +114,13 @@ def test_without_its_plugin_a_search_says_what_to_install(cli_error):
 def test_every_strategy_of_the_leaderboard_that_has_a_number_to_choose_has_ranges_to_search():
     without = FLOOR_AND_CEILING | {"cumulative", "per_task", "router"}
     strategies = set(params("leaderboard")["strategy"].replace(" ", "").split(","))
-    assert strategies - without == told("experiment", "tune")["spaces"].keys()
+    assert strategies - without == told("experiment", "tune")["search_spaces"].keys()
 
 
 def test_every_searched_key_is_one_of_its_strategy_and_holds_the_default_in_its_range():
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    for name, space in told("experiment", "tune")["spaces"].items():
+    for name, space in told("experiment", "tune")["search_spaces"].items():
         settings = told("strategy", name)[name]
         assert set(space) <= set(settings), name
         for key, searched in space.items():
@@ -165,7 +165,7 @@ def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(
 
 
 def test_a_search_without_anything_to_look_through_is_refused(cli_error):
-    assert "of naive nothing is told; give a range" in cli_error(
+    assert "there is none for naive; give one" in cli_error(
         "compare", "experiment=tune", "strategy=naive"
     )
 

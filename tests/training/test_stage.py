@@ -33,7 +33,7 @@ def train(net=None, task=TASK, strategy=None, seed=0, after=None, **recipe):
         net,
         task,
         strategy or Strategy(),
-        Recipe(**{"lr": 0.01, "batch_size": 4, "log_every": 1, **recipe}),
+        Recipe(**{"lr": 0.01, "batch_size": 4, "log_every_steps": 1, **recipe}),
         seed=seed,
         log_event=events.append,
         on_step=after,
@@ -55,7 +55,7 @@ def same(a, b):
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_gradient_accumulation_does_not_change_the_trained_weights(kind):
     nets = [make_text_model(kind, dtype=torch.float64) for _ in range(2)]
-    nets[1].layout = replace(nets[1].layout, tokens=1)
+    nets[1].layout = replace(nets[1].layout, tokens_per_microbatch=1)
     for net in nets:
         train(net, batch_size=6, epochs=2)
     for name, w in weights(nets[0]).items():
@@ -76,7 +76,7 @@ def test_sgd_moves_each_weight_by_the_rate_times_its_gradient_and_its_decay():
         batch_size=len(ROWS),
         steps=1,
         schedule="constant",
-        clip=None,
+        max_grad_norm=None,
     )
     for n, w in weights(net).items():
         torch.testing.assert_close(w.detach(), expected[n])
@@ -146,7 +146,7 @@ def test_the_gradient_is_clipped_to_the_asked_norm(clip):
         norms.append(torch.stack([g.norm() for g in grads]).norm().item())
 
     hook = register_optimizer_step_pre_hook(watch)
-    train(clip=clip, epochs=1)
+    train(max_grad_norm=clip, epochs=1)
     hook.remove()
     assert all(n == pytest.approx(0.01, rel=1e-3) for n in norms) if clip else min(norms) > 0.1
 
@@ -161,13 +161,13 @@ def test_the_tokens_of_a_stage_are_its_supervised_ones():
 
 
 def rates(**recipe):
-    return [e["lr"] for e in steps(train(steps=10, lr=1.0, clip=None, **recipe)[1])]
+    return [e["lr"] for e in steps(train(steps=10, lr=1.0, max_grad_norm=None, **recipe)[1])]
 
 
 def test_the_logged_rate_is_the_one_of_that_step():
     seen = []
     hook = register_optimizer_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
-    logged = rates(schedule="linear", warmup=0.2)
+    logged = rates(schedule="linear", warmup_ratio=0.2)
     hook.remove()
     assert logged == seen
 
@@ -183,7 +183,7 @@ def test_the_logged_rate_is_the_one_of_that_step():
     ],
 )
 def test_the_learning_rate_rises_and_falls_as_asked(schedule, warmup, expected):
-    assert rates(schedule=schedule, warmup=warmup) == pytest.approx(expected)
+    assert rates(schedule=schedule, warmup_ratio=warmup) == pytest.approx(expected)
 
 
 # Its end
@@ -252,7 +252,7 @@ def with_dropout():
 
 @pytest.mark.parametrize("make", [make_text_model, with_dropout])
 def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(make):
-    a, b, c = (train(make(), seed=seed, mask_instruction_tokens=0.3)[0] for seed in (1, 1, 2))
+    a, b, c = (train(make(), seed=seed, prompt_mask_prob=0.3)[0] for seed in (1, 1, 2))
     assert same(a, b)
     assert not same(a, c)
 
@@ -324,7 +324,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     ("recipe", "message"),
     [
         (
-            {"clip": -1.0},
+            {"max_grad_norm": -1.0},
             r"train.max_grad_norm=-1.0: expected more than 0, or null for no clipping",
         ),
         ({"weight_decay": -0.1}, r"train.weight_decay=-0.1: expected at least 0"),
@@ -337,8 +337,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         ({"batch_size": 2.5}, "train.batch_size=2.5: expected a whole number"),
         ({"epochs": 0}, "train.epochs=0: expected more than 0"),
         ({"steps": 0}, "train.steps=0: expected at least 1"),
-        ({"warmup": 10}, r"train.warmup_ratio=10: expected a share or probability in \[0, 1\]"),
-        ({"clip": "no"}, "train.max_grad_norm=no: expected a number"),
+        ({"warmup_ratio": 10}, r"train.warmup_ratio=10: expected a share or probability in \[0, 1\]"),
+        ({"max_grad_norm": "no"}, "train.max_grad_norm=no: expected a number"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(recipe, message):
