@@ -63,6 +63,8 @@ brackets the measured ratio of CPU times.
 during training; the task's name in tests.
 
 {key}.
+
+{links}
 """
 
 
@@ -127,7 +129,9 @@ def _bracket(cell: str) -> str:
 def page(known: Mapping[str, Measured]) -> str:
     """Return the page with the measured numbers of all strategies that still exist."""
     by_name = {choice.name: choice for choice in list_choices("strategy")}
-    parts = [INTRODUCTION.format(key=KEY)]
+    titles = [family.title for family in FAMILIES]
+    links = " · ".join(f"[{title}](#{title.lower().replace(' ', '-')})" for title in titles)
+    parts = [INTRODUCTION.format(key=KEY, links=links)]
     for family in FAMILIES:
         names = [name for name in family.when if name in known and name in by_name]
         lines = [row(by_name[name], family.when[name], known[name]) for name in names]

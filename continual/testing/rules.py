@@ -349,7 +349,7 @@ def a_stage_resumes_bit_exactly(s: StrategyUnderTest) -> None:
             if step == CHECKPOINT_STEP:
                 checkpoint.save(within, made, strategy, toy.empty_matrix(), state())
 
-        whole = _train_and_serialize(made, strategy, after=keep)
+        whole = _train_and_serialize(made, strategy, on_step=keep)
         again, resumed = s.zeroed_model(), s.make_strategy()
         checkpoint.load(before, again, resumed)
         if _train_and_serialize(again, resumed) != whole:
@@ -374,7 +374,7 @@ def a_stage_resumes_bit_exactly(s: StrategyUnderTest) -> None:
             return checkpoint.load_stage_state(within, again)
 
         _require(
-            _train_and_serialize(again, resumed, progress=go_on) == whole,
+            _train_and_serialize(again, resumed, restore_state=go_on) == whole,
             rule,
             "from a checkpoint within it a stage ended differently",
             "keep in memory() fields all that changes within a stage, and let begin come to the "

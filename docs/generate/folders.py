@@ -98,7 +98,8 @@ def description(folder: str) -> str:
     text = (ast.get_docstring(tree) or "").partition("\n\n")[0]
     text = " ".join(text.split()).removesuffix(".")
     head, _, rest = text.partition(": ")
-    return rest if rest and head.lower() == folder else text
+    text = rest if rest and head.lower() == folder else text
+    return text[:1].upper() + text[1:]
 
 
 def table() -> str:
@@ -145,28 +146,45 @@ def svg() -> str:
         'markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z"/></marker></defs>',
     ]
     for folder, box in boxes.items():
-        parts += [_arrow(box, boxes[other]) for other in arrows(folder)]
+        parts += [_arrow(box, boxes[other], list(boxes.values())) for other in arrows(folder)]
     parts += [_box(folder, box) for folder, box in boxes.items()]
     return "".join([*parts, "</svg>"])
 
 
-def _arrow(upper: Box, lower: Box) -> str:
-    start = upper.y + BOX_HEIGHT
-    bend = (lower.y - start) / 2
+def _arrow(upper: Box, lower: Box, boxes: list[Box]) -> str:
+    """Draw an arrow; where it crosses a row of boxes it goes straight through a gap between them."""
     # Arrows leave and arrive a little off the middle, towards each other, so that they spread.
     shift = max(-60.0, min(60.0, (lower.middle - upper.middle) / 6))
-    x0 = upper.middle + shift
-    x1 = lower.middle - shift
-    path = f"M{x0:.0f} {start:.0f} C{x0:.0f} {start + bend:.0f} {x1:.0f} {lower.y - bend:.0f} "
-    return f'<path class="arrow" d="{path}{x1:.0f} {lower.y - 1:.0f}" marker-end="url(#arrow)"/>'
+    x = upper.middle + shift
+    y = upper.y + BOX_HEIGHT
+    path = f"M{x:.0f} {y:.0f}"
+    for row in sorted({box.y for box in boxes if upper.y < box.y < lower.y}):
+        gap = _nearest_gap(x, [box for box in boxes if box.y == row])
+        path += f" {_bend(x, y, gap, row)} V{row + BOX_HEIGHT:.0f}"
+        x = gap
+        y = row + BOX_HEIGHT
+    path += f" {_bend(x, y, lower.middle - shift, lower.y - 1)}"
+    return f'<path class="arrow" d="{path}" marker-end="url(#arrow)"/>'
+
+
+def _bend(x0: float, y0: float, x1: float, y1: float) -> str:
+    middle = (y0 + y1) / 2
+    return f"C{x0:.0f} {middle:.0f} {x1:.0f} {middle:.0f} {x1:.0f} {y1:.0f}"
+
+
+def _nearest_gap(x: float, row: list[Box]) -> float:
+    """Return the place beside a box of a row that is nearest to `x`."""
+    sides = [box.x - GAP / 2 for box in row] + [box.x + BOX_WIDTH + GAP / 2 for box in row]
+    return min(sides, key=lambda side: abs(side - x))
 
 
 def _box(folder: str, box: Box) -> str:
     kind = "box configured" if folder in CONFIGURED else "box"
     lines = textwrap.wrap(description(folder), LINE_LENGTH, max_lines=LINES, placeholder=" …")
-    texts = [f'<text class="name" x="{box.middle:.0f}" y="{box.y + 19:.0f}">{folder}</text>']
+    first = box.y + 19 + 7 * (LINES - len(lines))  # few lines stand in the middle of the box
+    texts = [f'<text class="name" x="{box.middle:.0f}" y="{first:.0f}">{folder}</text>']
     for number, line in enumerate(lines):
-        y = box.y + 35 + 14 * number
+        y = first + 16 + 14 * number
         texts.append(f'<text x="{box.middle:.0f}" y="{y:.0f}">{html.escape(line)}</text>')
     return (
         f'<g class="{kind}"><rect x="{box.x:.0f}" y="{box.y:.0f}" width="{BOX_WIDTH}" '

@@ -18,6 +18,13 @@ from docs.generate import api, commands, folders, keys, repository  # noqa: E402
 
 PICTURE = "<!-- picture of the folders -->"
 TABLE = "<!-- table of the folders -->"
+WIDE_PAGES = (
+    "architecture.md",
+    "benchmarks/",
+    "leaderboard.md",
+    "reference/commands.md",
+    "strategies.md",
+)
 
 
 def generated_pages() -> dict[str, str]:
@@ -55,8 +62,13 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **context: Any) -> str:
-    """Insert the picture and the table of the folders; point links to pages of the site."""
+def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
+    """Insert the picture and the table of the folders; point links to pages of the site.
+
+    Pages with wide tables have no table of contents beside them.
+    """
+    if page.file.src_uri.startswith(WIDE_PAGES):
+        page.meta["hide"] = ["toc"]
     if PICTURE in markdown:
         markdown = markdown.replace(PICTURE, folders.svg())
     if TABLE in markdown:
