@@ -208,7 +208,7 @@ def rows(task: str, n: int) -> list[Encoded]:
         return _synthetic(task, n, rng)
     encoder = Encoder(tokenizer(ASKED.data), "plain", LIMIT)
     chosen = rng.sample(list(_stream(ASKED.data)[task]), n)
-    return [encoder.encode_example(e, 0) for e in chosen]
+    return [encoder.encode_example(e, 0).require() for e in chosen]
 
 
 def behind(instruction: int, examples: Sequence[Encoded]) -> list[Encoded]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from continual.data.template import Encoder, UnusableExampleError, render_segments
+from continual.data.template import Encoder, render_segments
 from continual.data.types import Example
 from continual.evaluation.scoring import PERPLEXITY, EvalSet
 
@@ -47,12 +47,8 @@ class Lengths:
 
 def count_row_tokens(encoder: Encoder, examples: Sequence[Example]) -> list[TokenCount]:
     """What becomes of each as a training row; the encoder counts none of it."""
-    apart = replace(encoder, on_unusable="skip", skipped=[], shortened=[])
-    found = []
-    for encoded in apart.iter_encoded(examples, lambda e: apart.encode_example(e, 0)):
-        found.append((len(encoded.ids) if encoded else 0, bool(apart.shortened)))
-        apart.shortened.clear()
-    return found
+    encodings = [encoder.encode_example(e, 0) for e in examples]
+    return [(len(x.encoded.ids) if x.encoded else 0, x.shortened) for x in encodings]
 
 
 def measure_lengths(
@@ -103,10 +99,8 @@ def measure_lengths(
 
 def _full_length(unbounded: Encoder, example: Example) -> int:
     """The tokens of the row as it stands, 0 without a response."""
-    try:
-        return len(unbounded.encode_example(example, 0).ids)
-    except UnusableExampleError:
-        return 0
+    encoded = unbounded.encode_example(example, 0).encoded
+    return len(encoded.ids) if encoded else 0
 
 
 def _render_prompt(encoder: Encoder, example: Example) -> str:

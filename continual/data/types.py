@@ -1,4 +1,4 @@
-"""Examples, tasks and streams: plain frozen values, as text and as token ids."""
+"""Define examples, tasks and streams: plain frozen values, as text and as token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from continual.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """One thing asked of an answer, by its id in CHECKS and the keywords of that check."""
+    """Name one requirement on an answer: a check by its id in CHECKS, and its keyword arguments."""
 
     id: str
     kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -19,7 +19,7 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """Hold one turn of a conversation; `role` is system, user or assistant."""
 
     role: str
     content: str
@@ -27,12 +27,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: what is asked, and the answers that count as right (the first one is trained on).
+    """Hold one row as text: a prompt and its accepted answers; the first answer is trained on.
 
-    A row of `messages` has no instruction of its own; its `outputs` holds the last assistant turn.
-    `task` is the name of the task it belongs to, also inside a mixture; `where` is its file and
-    line, for errors. Measures of an answer ask for more than `outputs`: `constraints` can be
-    checked, `requirements` are put to a judge, and `level` says how the instruction is composed.
+    A row with `messages` has no instruction; its `outputs` holds the last assistant turn. `task` is
+    the name of its own task, also inside a mixture; `location` is its file and line, for messages.
+    Some metrics need more than `outputs`: `constraints` are checked by programs, `requirements` by
+    a judge, and `level` names how the instruction is composed.
     """
 
     id: str
@@ -47,20 +47,36 @@ class Example:
     level: str = ""
 
     @property
+    def user_turns(self) -> list[str]:
+        """Return the text of each user turn; without messages it is the instruction alone."""
+        if not self.messages:
+            return [self.instruction]
+        return [m.content for m in self.messages if m.role == "user"]
+
+    @property
     def user_request(self) -> str:
-        """The instruction, or what the last turn of the user says."""
-        return self.instruction or next(
-            (m.content for m in reversed(self.messages) if m.role == "user"), ""
-        )
+        """Return the instruction, or the last user turn of a conversation."""
+        return self.instruction or next(reversed(self.user_turns), "")
+
+    @property
+    def user_request_with_input(self) -> str:
+        """Return the user's request, and the input on the next lines if there is one."""
+        return f"{self.user_request}\n{self.input}" if self.input else self.user_request
+
+    @property
+    def prompt_messages(self) -> tuple[Message, ...]:
+        """Return the turns before the last response; without messages one user turn."""
+        if self.messages:
+            return self.messages[:-1]
+        return (Message("user", self.user_request_with_input),)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as token ids: `ids` (T,) and, of the same length, which of them are a response to
-    be learned.
+    """Hold one example as token ids (T,), with a mask (T,) of the response tokens to learn.
 
-    `task` is the index of its task among the stream's tasks; `text` is what was tokenised, for
-    people who inspect it.
+    `task_index` is the index of its task among the stream's tasks; `text` is the text that was
+    tokenized, for inspection.
     """
 
     id: str
@@ -75,11 +91,10 @@ E = TypeVar("E", Example, Encoded)
 
 @dataclass(frozen=True)
 class Task(Generic[E]):
-    """An instruction dataset: `train` is learned, `dev` or `test` is scored by `metric`.
+    """Hold one instruction dataset: `train` is learned, `dev` or `test` is scored by `metric`.
 
-    Once encoded, `columns` names the stream's tasks in the order of its examples' task indices. In
-    a mixture so many rows of one task stand together as it is learned, an `episode`; 0: all rows
-    are mixed.
+    Once encoded, `task_names` names the stream's tasks in the order of the task indices. In a
+    mixture, `episode_size` rows of one task are learned in a row; 0 mixes all rows.
     """
 
     name: str
@@ -93,26 +108,26 @@ class Task(Generic[E]):
     episode_size: int = 0
 
     def get_split(self, name: str) -> Sequence[E]:
-        """The examples of `train`, `dev` or `test`; raises DataError if there are none."""
+        """Return the examples of `train`, `dev` or `test`; raises DataError if there are none."""
         rows: Sequence[E] = getattr(self, name)
         if not rows:
-            there = [s for s in ("train", "dev", "test") if getattr(self, s)]
+            available = [s for s in ("train", "dev", "test") if getattr(self, s)]
             raise DataError(
                 f"task {self.name!r} has no {name} rows (it has "
-                f"{', '.join(there) or 'none at all'}); score another split "
-                f"(score.split={there[-1] if there else 'dev'}) or add the file"
+                f"{', '.join(available) or 'none at all'}); score another split "
+                f"(score.split={available[-1] if available else 'dev'}) or add the file"
             )
         return rows
 
 
 @dataclass(frozen=True)
 class Stream:
-    """An ordered sequence of tasks to be learned.
+    """Hold an ordered sequence of tasks to learn.
 
-    `tasks` are scored, the matrix's columns; `stages` are learned in this order, one masked-SFT
-    stage each. They are the same tasks unless the arrangement says otherwise: `joint` and
-    `episodes` have one stage of all training data, `cumulative` stages that grow. `pretraining` is
-    what a model built from scratch for this stream may see before row 0.
+    `tasks` are scored: they are the columns of the matrix. `stages` are learned in this order, one
+    stage of masked supervised fine-tuning each. Usually both are the same tasks; the arrangements
+    `joint` and `episodes` have one stage with all training data, and `cumulative` has stages that
+    grow. A model built from scratch for this stream may be pre-trained on `pretraining` first.
     """
 
     name: str

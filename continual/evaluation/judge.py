@@ -123,15 +123,13 @@ class Judge:
         long without.
         """
         room, ids, cut = MAX_GRADE_TOKENS, self.encoder.tokenize(answer), False
-        instruction = (
-            f"{example.user_request}\n{example.input}" if example.input else example.user_request
-        )
+        instruction = example.user_request_with_input
         while True:
             text = RUBRIC.format(instruction=instruction, answer=answer, requirement=requirement)
             asked = Example(
                 example.id, example.task, text, outputs=("5",), location=example.location
             )
-            whole = self.unlimited_encoder.encode_prompt(asked, 0, room)
+            whole = self.unlimited_encoder.encode_prompt(asked, 0, room).require()
             over = len(whole.ids) + room - self.encoder.max_tokens
             if over <= 0:
                 return whole, cut

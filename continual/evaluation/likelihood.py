@@ -20,9 +20,8 @@ def encode_labels(labels: Sequence[str], encoder: Encoder) -> dict[str, tuple[in
     """Each of these answers as the template writes it, to the end of sequence."""
     found = {}
     for label in labels:
-        whole = encoder.encode_example(
-            Example(label, "", "-", outputs=(label,), location=f"label {label!r}"), 0
-        )
+        example = Example(label, "", "-", outputs=(label,), location=f"label {label!r}")
+        whole = encoder.encode_example(example, 0).require()
         found[label] = whole.ids[whole.response_mask.index(True) :]
     return found
 

@@ -123,10 +123,10 @@ class ChatSession:
     def generate_answer(self, example: Example) -> str:
         """The greedy answer of the stage that is on."""
         opened = self.loaded
-        asked = opened.encoder.encode_prompt(example, 0, self.max_new_tokens)
+        encoding = opened.encoder.encode_prompt(example, 0, self.max_new_tokens)
+        asked = encoding.require()
         opened.route(self.task)
-        if opened.encoder.shortened:
-            opened.encoder.shortened.clear()
+        if encoding.shortened:
             self.print_line(
                 f"(the input is shortened to fit {opened.encoder.max_tokens} tokens with its answer)",
                 "yellow",

@@ -75,7 +75,7 @@ def _adapt(
         checkpoint.load(
             folder, bench.model, bench.strategy if config.adapt.update_rule == "inner" else None
         )
-    task = bench.token_cache.encode_stage(bench.stream.stages[0])
+    task, encodings = bench.token_cache.encode_stage(bench.stream.stages[0])
     track = start_tracker(config, out)
     with EventLog(out / "events.jsonl", console, track) as events, StopSignal() as signals:
         with main_process_first():
@@ -86,7 +86,7 @@ def _adapt(
                 bench.token_cache.sample_rows,
                 events.print_line,
             )
-        report_unusable(bench.encoder, events)
+        report_unusable([*bench.test_encodings, *encodings], events)
         empty = Curve(
             out,
             task.name,

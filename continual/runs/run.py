@@ -6,7 +6,7 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
+from continual.data.template import Encoding
 from continual.distributed.processes import broadcast, is_main_process, main_process_first
 from continual.errors import DataError, listed
 from continual.evaluation.probes.base import Predict
@@ -112,12 +113,16 @@ def run_stages(
     for number in range(begun, len(session.stream.stages) + 1):
         events.stage = number
         if number > begun:
-            within = found.step_folder if number == begun + 1 else None
+            is_first = number == begun + 1
+            within = found.step_folder if is_first else None
+            # The scored rows were encoded once for all stages: report them with the first one.
+            unreported = session.test_encodings if is_first else []
             matrix = run_stage(
                 out,
                 session,
                 StageCallback(out, session, matrix, number, events, stop_signal, early),
                 within,
+                unreported,
             )
         matrix = score_stage(out, session, matrix, events, stop_signal)
     return matrix
@@ -274,7 +279,11 @@ class StageCallback:
 
 
 def run_stage(
-    out: Path, session: RunSession, callback: StageCallback, step_folder: Path | None
+    out: Path,
+    session: RunSession,
+    callback: StageCallback,
+    step_folder: Path | None,
+    unreported: Sequence[Encoding] = (),
 ) -> Matrix:
     """Learn one stage, from its beginning or from a checkpoint within it, and keep it; the matrix
     has its costs.
@@ -294,8 +303,8 @@ def run_stage(
         shutil.rmtree(
             predictions_folder(out, number), ignore_errors=True
         )  # of other weights, if there are any
-    task = session.token_cache.encode_stage(stage)
-    report_unusable(session.encoder, callback.events)
+    task, encodings = session.token_cache.encode_stage(stage)
+    report_unusable([*unreported, *encodings], callback.events)
     spent = train_stage(
         session.model,
         task,

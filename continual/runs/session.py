@@ -4,14 +4,14 @@ take minutes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from continual.data.template import Encoder
+from continual.data.template import Encoder, Encoding
 from continual.data.token_cache import TokenCache, load_or_tokenize
 from continual.data.types import Stream
 from continual.errors import ConfigError, listed
@@ -38,6 +38,11 @@ class RunSession:
     test_sets: list[EvalSet]
     token_cache: TokenCache  # the rows of all stages
     probes: Mapping[str, Probe] = field(default_factory=dict)
+
+    @property
+    def test_encodings(self) -> list[Encoding]:
+        """Return the encodings of all scored rows, also of those that were skipped."""
+        return [encoding for test in self.test_sets for encoding in test.encodings]
 
     def load_network(self) -> None:
         """Give the model its network; raises ContinualError for what is wrong with it."""
@@ -95,15 +100,13 @@ def predictions_folder(out: Path, stage_number: int) -> Path:
     return out / "predictions" / f"stage-{stage_number:02d}"
 
 
-def report_unusable(encoder: Encoder, events: EventLog) -> None:
-    """Count and show what was shortened, or left out by data.on_unusable=skip, since the last time."""
-    counts = {"skipped": len(encoder.skipped), "shortened": len(encoder.shortened)}
+def report_unusable(encodings: Sequence[Encoding], events: EventLog) -> None:
+    """Count and print the rows that were shortened, or skipped by data.on_unusable=skip."""
+    skipped = [x.id for x in encodings if x.encoded is None]
+    counts = {"skipped": len(skipped), "shortened": sum(x.shortened for x in encodings)}
     if any(counts.values()):
         events({"event": "data", **counts})
         events.print_line(
             f"inputs shortened to fit: {counts['shortened']}; examples skipped: "
-            f"{counts['skipped']}"
-            + (f" ({', '.join(encoder.skipped[:5])} ...)" if encoder.skipped else "")
+            f"{counts['skipped']}" + (f" ({', '.join(skipped[:5])} ...)" if skipped else "")
         )
-        encoder.skipped.clear()
-        encoder.shortened.clear()

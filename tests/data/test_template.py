@@ -78,16 +78,16 @@ def response_ids(e):
 def test_a_template_writes_what_its_name_says(name, bare, full, response):
     encoder = Encoder(PLAIN, name)
     for e, prompt in ((make_example("Do it."), bare), (make_example("Do it.", "a b"), full)):
-        made = encoder.encode_example(e, 0)
+        made = encoder.encode_example(e, 0).require()
         assert PLAIN.decode(made.ids) == f"{prompt}{response}<eos>"
         assert learned(made, PLAIN) == [f"{response}<eos>"]
-        asked = encoder.encode_prompt(e, 0, 5)
+        asked = encoder.encode_prompt(e, 0, 5).require()
         assert PLAIN.decode(asked.ids) == prompt
         assert not any(asked.response_mask)
 
 
 def test_chat_is_the_tokenizers_own_template_and_its_end_of_turn_is_learned_once():
-    made = Encoder(CHAT, "chat").encode_example(make_example("Do it.", "a b"), 0)
+    made = Encoder(CHAT, "chat").encode_example(make_example("Do it.", "a b"), 0).require()
     assert (
         CHAT.decode(made.ids)
         == "<|im_start|>user\nDo it.\na b<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
@@ -96,14 +96,14 @@ def test_chat_is_the_tokenizers_own_template_and_its_end_of_turn_is_learned_once
 
 
 def test_chat_asks_for_an_answer_with_the_templates_generation_prompt():
-    asked = Encoder(CHAT, "chat").encode_prompt(make_example("Do it."), 0, 5)
+    asked = Encoder(CHAT, "chat").encode_prompt(make_example("Do it."), 0, 5).require()
     assert CHAT.decode(asked.ids) == "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("output", ["red", "think", "<", "\nred", "red "])
 def test_what_a_chat_template_writes_before_any_answer_is_asked_and_not_learned(output):
     encoder, e = Encoder(THINKER, "chat"), make_example("Do it.", output=output)
-    made, asked = encoder.encode_example(e, 0), encoder.encode_prompt(e, 0, 5)
+    made, asked = encoder.encode_example(e, 0).require(), encoder.encode_prompt(e, 0, 5).require()
     prompt = "<|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert THINKER.decode(asked.ids) == prompt
     assert made.ids[: len(asked.ids)] == asked.ids
@@ -112,7 +112,7 @@ def test_what_a_chat_template_writes_before_any_answer_is_asked_and_not_learned(
 
 def test_an_answer_that_holds_its_own_thoughts_is_learned_with_them():
     told = "<think>\nHm.\n</think>\n\nred"
-    made = Encoder(THINKER, "chat").encode_example(make_example("Do it.", output=told), 0)
+    made = Encoder(THINKER, "chat").encode_example(make_example("Do it.", output=told), 0).require()
     assert learned(made, THINKER) == [f"{told}<|im_end|>"]
 
 
@@ -123,9 +123,9 @@ def test_a_space_that_a_chat_template_writes_before_an_answer_is_its_first_word_
         chat_template="{% for m in messages %}{% if m.role == 'user' %}"
         "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}",
     )
-    assert learned(Encoder(spaced, "chat").encode_example(make_example("Do it."), 0), spaced) == [
-        " red<|im_end|>"
-    ]
+    assert learned(
+        Encoder(spaced, "chat").encode_example(make_example("Do it."), 0).require(), spaced
+    ) == [" red<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -139,18 +139,21 @@ def test_a_space_that_a_chat_template_writes_before_an_answer_is_its_first_word_
     ],
 )
 def test_a_conversation_trains_on_every_assistant_turn_and_nothing_else(name, tokenizer, turns):
-    assert learned(Encoder(tokenizer, name).encode_example(TALK, 0), tokenizer) == turns
+    assert learned(Encoder(tokenizer, name).encode_example(TALK, 0).require(), tokenizer) == turns
 
 
 def test_a_conversation_is_asked_up_to_its_last_assistant_turn():
-    text = CHAT.decode(Encoder(CHAT, "chat").encode_prompt(TALK, 0, 5).ids)
+    text = CHAT.decode(Encoder(CHAT, "chat").encode_prompt(TALK, 0, 5).require().ids)
     assert "Hello<|im_end|>" in text
     assert text.endswith("Name a colour.<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_braces_in_a_row_are_text():
     text = PLAIN.decode(
-        Encoder(PLAIN, "alpaca").encode_example(make_example("Write {input} and {x}.", "{}"), 0).ids
+        Encoder(PLAIN, "alpaca")
+        .encode_example(make_example("Write {input} and {x}.", "{}"), 0)
+        .require()
+        .ids
     )
     assert "Write {input} and {x}." in text
     assert "### Input:\n{}" in text
@@ -177,7 +180,7 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused():
     with pytest.raises(ConfigError, match="rewrites earlier turns"):
         Encoder(train_byte_bpe(chat_template=shouting, eos="<|im_end|>"), "chat").encode_example(
             TALK, 0
-        )
+        ).require()
 
 
 # The boundary
@@ -191,7 +194,10 @@ def test_the_merging_tokenizer_does_merge_across_the_boundary():
 @pytest.mark.parametrize("name", ["plain", "alpaca", "human_assistant", "inst"])
 def test_the_boundary_is_exact_where_merges_would_shift_it(name):
     encoder, row = Encoder(GREEDY, name), make_example("Say it", output="red blue")
-    made, asked = encoder.encode_example(row, 0), encoder.encode_prompt(row, 0, 9)
+    made, asked = (
+        encoder.encode_example(row, 0).require(),
+        encoder.encode_prompt(row, 0, 9).require(),
+    )
     lead = " " if name in ("human_assistant", "inst") else ""
     assert response_ids(made) == [*GREEDY(lead + "red blue")["input_ids"], GREEDY.eos_token_id]
     assert made.ids[: len(asked.ids)] == asked.ids, (
@@ -203,14 +209,14 @@ def test_the_boundary_is_exact_where_merges_would_shift_it(name):
 @settings(max_examples=40, deadline=None)
 def test_the_response_is_tokenised_as_if_alone_for_any_text(instruction, given_input, output):
     encoder = Encoder(GREEDY, "plain", max_tokens=10_000)
-    made = encoder.encode_example(make_example(instruction, given_input, output), 0)
+    made = encoder.encode_example(make_example(instruction, given_input, output), 0).require()
     assert response_ids(made) == [*GREEDY(output)["input_ids"], GREEDY.eos_token_id]
     assert made.response_mask == tuple(sorted(made.response_mask))
 
 
 def test_a_tokenizers_own_beginning_of_text_stands_first_and_is_not_learned():
     tokenizer = train_byte_bpe(stream_text(), bos="<s>", append_eos=True)
-    made = Encoder(tokenizer, "plain").encode_example(make_example("Do it."), 0)
+    made = Encoder(tokenizer, "plain").encode_example(make_example("Do it."), 0).require()
     assert tokenizer.decode(made.ids) == "<s>Do it.\nred<eos>"
     assert learned(made, tokenizer) == ["red<eos>"]
 
@@ -229,7 +235,10 @@ def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row)
     tokenizer = train_byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=written)
     encoder, told = Encoder(tokenizer, "chat"), conversation(row)
     whole = tokenizer.apply_chat_template(told)["input_ids"]
-    made, asked = encoder.encode_example(row, 0), encoder.encode_prompt(row, 0, 5)
+    made, asked = (
+        encoder.encode_example(row, 0).require(),
+        encoder.encode_prompt(row, 0, 5).require(),
+    )
     assert list(made.ids) == whole[: len(made.ids)]
     assert tokenizer.decode(whole[len(made.ids) :]) == "\n", (
         "what stands behind the last end of turn is not learned"
@@ -246,9 +255,11 @@ def test_chat_has_the_ids_that_transformers_gives_the_conversation(written, row)
 
 
 def test_demonstrations_are_earlier_turns_as_a_chat_template_writes_them():
-    asked = Encoder(
-        THINKER, "chat", demonstrations=(make_example("Do.", output="so"),)
-    ).encode_prompt(make_example("Do it."), 0, 5)
+    asked = (
+        Encoder(THINKER, "chat", demonstrations=(make_example("Do.", output="so"),))
+        .encode_prompt(make_example("Do it."), 0, 5)
+        .require()
+    )
     told = [
         *conversation(make_example("Do.", output="so")),
         *conversation(make_example("Do it."))[:-1],
@@ -260,9 +271,11 @@ def test_demonstrations_are_earlier_turns_as_a_chat_template_writes_them():
 
 def test_demonstrations_of_a_chat_begin_once():
     tokenizer = train_byte_bpe(stream_text(), bos="<s>", eos="<|im_end|>", chat_template=BEGUN)
-    asked = Encoder(
-        tokenizer, "chat", demonstrations=(make_example("Do.", output="so"),)
-    ).encode_prompt(make_example("Do it."), 0, 5)
+    asked = (
+        Encoder(tokenizer, "chat", demonstrations=(make_example("Do.", output="so"),))
+        .encode_prompt(make_example("Do it."), 0, 5)
+        .require()
+    )
     told = [
         *conversation(make_example("Do.", output="so")),
         *conversation(make_example("Do it."))[:-1],
@@ -275,7 +288,11 @@ def test_demonstrations_of_a_chat_begin_once():
 
 def test_an_encoder_decoders_chat_begins_as_its_template_does_and_ends_as_its_tokenizer_does():
     tokenizer = train_byte_bpe(stream_text(), bos="<s>", append_eos=True, chat_template=BEGUN)
-    asked = Encoder(tokenizer, "chat", seq2seq=True).encode_prompt(make_example("Do it."), 0, 5)
+    asked = (
+        Encoder(tokenizer, "chat", seq2seq=True)
+        .encode_prompt(make_example("Do it."), 0, 5)
+        .require()
+    )
     assert (
         tokenizer.decode(asked.ids)
         == "<s><|im_start|>user\nDo it.<|im_end|>\n<|im_start|>assistant\n<eos>"
@@ -284,7 +301,11 @@ def test_an_encoder_decoders_chat_begins_as_its_template_does_and_ends_as_its_to
 
 def test_an_encoders_text_ends_with_its_end_of_sequence_and_so_does_the_response():
     tokenizer = train_byte_bpe(stream_text(), append_eos=True)
-    made = Encoder(tokenizer, "plain", seq2seq=True).encode_example(make_example("Do it."), 0)
+    made = (
+        Encoder(tokenizer, "plain", seq2seq=True)
+        .encode_example(make_example("Do it."), 0)
+        .require()
+    )
     assert tokenizer.decode(made.ids) == "Do it.\n<eos>red<eos>"
     assert learned(made, tokenizer) == ["red<eos>"]
 
@@ -293,7 +314,7 @@ def test_an_encoder_decoder_model_refuses_several_assistant_turns_by_row():
     with pytest.raises(
         DataError, match=r"t/train.jsonl:1: several assistant turns, .* split the row"
     ):
-        Encoder(PLAIN, seq2seq=True).encode_example(TALK, 0)
+        Encoder(PLAIN, seq2seq=True).encode_example(TALK, 0).require()
 
 
 # Truncation
@@ -311,28 +332,32 @@ def test_instruction_and_response_are_kept_whole_or_refused(ask, given_input, ou
     )
     if fewest > limit:
         with pytest.raises(DataError, match=rf"the limit is {limit}"):
-            encoder.encode_example(e, 0)
+            encoder.encode_example(e, 0).require()
         return
-    made = encoder.encode_example(e, 0)
+    encoding = encoder.encode_example(e, 0)
+    made = encoding.require()
     assert len(made.ids) <= limit
     assert PLAIN.decode(made.ids).startswith(e.instruction + "\n")
     assert response_ids(made) == [*PLAIN(e.outputs[0])["input_ids"], PLAIN.eos_token_id]
-    assert bool(encoder.shortened) == (
-        len(Encoder(PLAIN, max_tokens=10_000, seq2seq=seq2seq).encode_example(e, 0).ids) > limit
+    assert encoding.shortened == (
+        len(Encoder(PLAIN, max_tokens=10_000, seq2seq=seq2seq).encode_example(e, 0).require().ids)
+        > limit
     )
 
 
 def test_the_input_is_shortened_from_its_end_as_little_as_needed():
-    whole = Encoder(PLAIN).encode_example(make_example("Do it.", "q" * 40), 0)
-    made = Encoder(PLAIN, max_tokens=len(whole.ids) - 7).encode_example(
-        make_example("Do it.", "q" * 40), 0
+    whole = Encoder(PLAIN).encode_example(make_example("Do it.", "q" * 40), 0).require()
+    made = (
+        Encoder(PLAIN, max_tokens=len(whole.ids) - 7)
+        .encode_example(make_example("Do it.", "q" * 40), 0)
+        .require()
     )
     assert made.text == "Do it.\n" + "q" * 33 + "\nred"
 
 
 def test_a_prompt_leaves_room_for_its_answer():
     encoder = Encoder(PLAIN, max_tokens=30)
-    assert len(encoder.encode_prompt(make_example("Do it.", "q" * 40), 0, 12).ids) == 18
+    assert len(encoder.encode_prompt(make_example("Do it.", "q" * 40), 0, 12).require().ids) == 18
 
 
 # Demonstrations
@@ -348,17 +373,28 @@ def test_demonstrations_stand_before_the_prompt_as_earlier_turns_of_a_conversati
         for e in (*shown, make_example("Do it."))
         for role, text in (("user", e.instruction), ("assistant", e.outputs[0]))
     ]
-    asked = Encoder(tokenizer, name, demonstrations=tuple(shown)).encode_prompt(
-        make_example("Do it."), 0, 5
+    asked = (
+        Encoder(tokenizer, name, demonstrations=tuple(shown))
+        .encode_prompt(make_example("Do it."), 0, 5)
+        .require()
     )
-    talk = Encoder(tokenizer, name).encode_prompt(make_example("", messages=tuple(turns)), 0, 5)
+    talk = (
+        Encoder(tokenizer, name)
+        .encode_prompt(make_example("", messages=tuple(turns)), 0, 5)
+        .require()
+    )
     assert (asked.ids, asked.text) == (talk.ids, talk.text)
     assert not any(asked.response_mask)
 
 
 def test_a_system_message_stands_before_the_demonstrations():
     for tokenizer, name in ((CHAT, "chat"), (PLAIN, "plain")):
-        text = Encoder(tokenizer, name, demonstrations=(TALK,)).encode_prompt(TALK, 0, 5).text
+        text = (
+            Encoder(tokenizer, name, demonstrations=(TALK,))
+            .encode_prompt(TALK, 0, 5)
+            .require()
+            .text
+        )
         assert text.count("Hello") == 2
         assert text.count("Be brief.") == (1 if name == "chat" else 2)
         assert text.index("Be brief.") < text.index("Hi")
@@ -366,24 +402,28 @@ def test_a_system_message_stands_before_the_demonstrations():
 
 def test_an_encoder_reads_demonstrations_as_one_text_that_ends_once():
     tokenizer = train_byte_bpe(stream_text(), append_eos=True)
-    asked = Encoder(
-        tokenizer, "plain", seq2seq=True, demonstrations=(make_example("Do.", output="so"),)
-    ).encode_prompt(make_example("Do it."), 0, 5)
+    asked = (
+        Encoder(
+            tokenizer, "plain", seq2seq=True, demonstrations=(make_example("Do.", output="so"),)
+        )
+        .encode_prompt(make_example("Do it."), 0, 5)
+        .require()
+    )
     assert tokenizer.decode(asked.ids) == "Do.\nso\nDo it.\n<eos>"
 
 
 def test_the_first_demonstrations_give_way_for_lack_of_room_before_the_input_does():
     shown = tuple(make_example("Do.", "q" * 9, f"a{i}") for i in range(3))
-    whole = Encoder(PLAIN, demonstrations=shown).encode_prompt(
-        make_example("Do it.", "q" * 40), 0, 5
+    whole = (
+        Encoder(PLAIN, demonstrations=shown)
+        .encode_prompt(make_example("Do it.", "q" * 40), 0, 5)
+        .require()
     )
     encoder = Encoder(PLAIN, max_tokens=len(whole.ids), demonstrations=shown)
-    assert (
-        encoder.encode_prompt(make_example("Do it.", "q" * 40), 0, 5).text
-        == whole.text.partition("a0\n")[2]
-    )
-    assert len(encoder.fewer) == 1
-    assert not encoder.shortened
+    encoding = encoder.encode_prompt(make_example("Do it.", "q" * 40), 0, 5)
+    assert encoding.require().text == whole.text.partition("a0\n")[2]
+    assert encoding.dropped_demonstrations == 1
+    assert not encoding.shortened
 
 
 # What cannot be learned
@@ -416,12 +456,12 @@ def test_a_response_that_does_not_fit_is_refused_whatever_the_input():
     ):
         Encoder(PLAIN, max_tokens=20).encode_example(
             make_example(input="q q q", output="z" * 30), 0
-        )
+        ).require()
 
 
 def test_a_conversation_that_does_not_fit_is_refused():
     with pytest.raises(DataError, match="the limit is 12"):
-        Encoder(PLAIN, max_tokens=12).encode_example(TALK, 0)
+        Encoder(PLAIN, max_tokens=12).encode_example(TALK, 0).require()
 
 
 def test_skip_leaves_them_out_and_counts_them():
@@ -432,7 +472,8 @@ def test_skip_leaves_them_out_and_counts_them():
         make_example(output="", id="c"),
     ]
     assert [e.id for e in encoder.encode_task(task(*rows), {"t": 0}).train] == ["a"]
-    assert encoder.skipped == ["b", "c"]
+    encodings = encoder.encode_examples(rows, {"t": 0})
+    assert [x.id for x in encodings if x.encoded is None] == ["b", "c"]
 
 
 def test_a_task_of_which_nothing_is_left_is_refused():

@@ -99,7 +99,9 @@ def test_by_likelihood_the_grade_is_the_expected_one(taught, short):
     prompt, _ = judge.encode_grading_prompt(ROW, "red", "Say red.")
     shares = []
     for n in "12345":  # as five rows of their own
-        whole = judge.encoder.encode_example(make_example(asked("red", "Say red."), output=n), 0)
+        whole = judge.encoder.encode_example(
+            make_example(asked("red", "Say red."), output=n), 0
+        ).require()
         logits = judge.model.net(torch.tensor([whole.ids])).logits[0, :-1].log_softmax(-1)
         said = range(len(prompt.ids), len(whole.ids))
         shares.append(sum(logits[i - 1, whole.ids[i]].item() for i in said))

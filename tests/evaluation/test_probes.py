@@ -196,7 +196,7 @@ def test_the_score_is_the_mean_over_draws():
 
 def test_prompts_that_hold_fewer_for_want_of_room_are_counted_and_where_none_holds_k_it_is_not_measured():
     task = colours()
-    one = len(Encoder(PLAIN).encode_example(task.train[0], 0).ids)
+    one = len(Encoder(PLAIN).encode_example(task.train[0], 0).require().ids)
     shots = Shots(k=[0, 1, 2, 6])
     told = measured(shots, setting(task, limit=4 * one), last_line)
     assert told["shots"]["k=0"] == told["shots"]["k=2"] == 1
@@ -310,9 +310,12 @@ def test_every_wording_is_scored_on_the_examples_that_fit_under_all():
         "Give the colour. " + "It is a word of the list. " * 3, "jade", "jade", id="long"
     )
     wordings = Wordings(changes=["upper"])
-    fits = len(Encoder(PLAIN).encode_example(long, 0).ids)
+    fits = len(Encoder(PLAIN).encode_example(long, 0).require().ids)
     assert fits < len(
-        Encoder(PLAIN).encode_example(make_example(long.instruction.upper(), "jade", "jade"), 0).ids
+        Encoder(PLAIN)
+        .encode_example(make_example(long.instruction.upper(), "jade", "jade"), 0)
+        .require()
+        .ids
     )
     wordings.prepare(setting(Task("t", task.train, test=(*task.test, long)), limit=fits + 8))
     assert [len(test.examples) for test in wordings.eval_sets["t"].values()] == [4, 4]

@@ -204,7 +204,7 @@ def test_the_room_is_counted_as_the_template_writes_the_answer(template):
     row = make_example(output="uncommon")
     encoder = Encoder(tokenizer, template)
     test = prepare_eval_set(Task("t", (), (), (row,)), encoder, "test", 0)
-    assert test.max_new_tokens == sum(encoder.encode_example(row, 0).response_mask)
+    assert test.max_new_tokens == sum(encoder.encode_example(row, 0).require().response_mask)
 
 
 def test_the_rows_keep_their_order_and_their_marks(taught):
@@ -316,7 +316,9 @@ def test_by_likelihood_the_answer_is_the_label_that_scores_best_alone(kind):
     )
     best = []
     for row in rows:
-        alone = [encoder.encode_example(replace(row, outputs=(label,)), 0) for label in LABELS]
+        alone = [
+            encoder.encode_example(replace(row, outputs=(label,)), 0).require() for label in LABELS
+        ]
         each = [nll(net, net.batch([e])).item() * sum(e.response_mask) for e in alone]
         best.append(LABELS[each.index(min(each))])
     value, predictions = score_task(net, test, batch_size=4)

@@ -32,9 +32,7 @@ from tests.support.models import (
 )
 
 pytestmark = [  # both of peft's own
-    pytest.mark.filterwarnings(
-        "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
-    ),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings(
         "ignore:Position ids are not supported for parameter efficient tuning"
     ),
@@ -294,7 +292,7 @@ def test_a_chat_template_that_writes_the_beginning_of_text_is_saved_so_that_it_s
         add_generation_prompt=True,
         chat_template=build_chat_template(encoder),
     )["input_ids"]
-    assert tuple(told) == encoder.encode_prompt(make_example("Do it."), 0, 1).ids
+    assert tuple(told) == encoder.encode_prompt(make_example("Do it."), 0, 1).require().ids
     assert told.count(tokenizer.bos_token_id) == 1
 
 
@@ -309,7 +307,7 @@ def test_a_chat_template_is_saved_so_that_it_asks_with_all_that_it_writes_before
     encoder = Encoder(tokenizer, "chat", seq2seq=seq2seq)
     tokenizer.chat_template, asked = (
         build_chat_template(encoder),
-        encoder.encode_prompt(make_example("Do it."), 0, 1),
+        encoder.encode_prompt(make_example("Do it."), 0, 1).require(),
     )
     turns = [{"role": "user", "content": "Do it."}]
     told = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **more)["input_ids"]
@@ -329,7 +327,7 @@ def test_the_saved_template_writes_every_prompt_as_the_run_did(
 ):
     seq2seq = which == 2
     encoder = Encoder(TOKENIZERS[which], template, max_tokens=500, seq2seq=seq2seq)
-    asked = encoder.encode_prompt(make_example(instruction, given_input), 0, 1)
+    asked = encoder.encode_prompt(make_example(instruction, given_input), 0, 1).require()
     between = "\n\n### Input:\n" if template == "alpaca" else "\n"
     text = instruction + between + given_input if given_input else instruction
     told = TOKENIZERS[which].apply_chat_template(

@@ -128,7 +128,9 @@ def test_a_model_folder_without_those_tokens_learns_to_stop(tmp_path):
     )
     task = encoder.encode_task(Task("t", rows), {"t": 0})
     train_stage(net, task, Strategy(), Recipe(lr=0.02, steps=80), seed=0, log_event=lambda e: None)
-    assert generate_answers(net, [encoder.encode_prompt(e, 0, 9).require() for e in rows], 20, 4) == [
+    assert generate_answers(
+        net, [encoder.encode_prompt(e, 0, 9).require() for e in rows], 20, 4
+    ) == [
         "red",
         "blue gold",
         "grey",
@@ -152,7 +154,9 @@ def test_an_encoder_decoder_without_a_start_token_starts_with_padding():
 
 
 def test_the_models_context_bounds_an_example(folders):
-    assert [load_pretrained(name=str(folders[kind]), device="cpu").context_length for kind in KINDS] == [
+    assert [
+        load_pretrained(name=str(folders[kind]), device="cpu").context_length for kind in KINDS
+    ] == [
         128,
         128,
         128,
@@ -204,9 +208,7 @@ def test_adapters_that_add_more_than_embeddings_of_virtual_tokens_are_refused(ki
         make_text_model(adapter=kind, adapters={kind: {"num_virtual_tokens": 4}})
 
 
-@pytest.mark.parametrize(
-    "settings", [{"rank": 8}, {"target_modules": ["nothing"]}, {"r": 0}]
-)
+@pytest.mark.parametrize("settings", [{"rank": 8}, {"target_modules": ["nothing"]}, {"r": 0}])
 def test_wrong_settings_of_an_adapter_are_told(settings):
     with pytest.raises(
         ConfigError, match=r"model.adapter=lora cannot be used: .*model.adapters.lora"
@@ -275,7 +277,9 @@ def kept(out):
 def test_a_shape_that_cannot_be_is_refused(run_keys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = [k for k in run_keys if not k.startswith("model")]
-    with pytest.raises(ConfigError, match=r"model.hidden_size=32 is not a multiple of model.heads=3"):
+    with pytest.raises(
+        ConfigError, match=r"model.hidden_size=32 is not a multiple of model.heads=3"
+    ):
         run_in_process(tmp_path / "a", made, *SCRATCH, "model.heads=3")
 
 

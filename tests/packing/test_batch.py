@@ -240,5 +240,5 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 def test_the_encoder_and_the_batch_agree_on_what_is_learned():
     from tests.support.models import make_example
 
-    e = Encoder(LLAMA.tokenizer).encode_example(make_example("Do it.", "a b", "red"), 0)
+    e = Encoder(LLAMA.tokenizer).encode_example(make_example("Do it.", "a b", "red"), 0).require()
     assert LLAMA.tokenizer.decode(LLAMA.batch([e]).targets) == "red<eos>"

@@ -52,7 +52,7 @@ class RunSetup:
         scored: dict[str, Any] = {str(s.split): tuple(rows)}
         return prepare_eval_set(
             replace(task, **scored),
-            encoder or self.fresh_encoder(),
+            encoder or self.encoder,
             s.split,
             self.stream.tasks.index(task),
             metric=s.metric,
@@ -68,10 +68,6 @@ class RunSetup:
     def metric_name(self, task: Task[Example]) -> str:
         """What marks the task's answers."""
         return str(self.config.score.metric or task.metric)
-
-    def fresh_encoder(self, **changes: Any) -> Encoder:
-        """The run's encoder with counts of its own."""
-        return replace(self.encoder, skipped=[], shortened=[], fewer=[], **changes)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from continual.config.instantiate import construct
-from continual.data.template import Encoder
 from continual.data.types import Example, Stream, Task
 from continual.errors import ContinualError
 from continual.evaluation.probes.base import (
@@ -54,14 +53,11 @@ class GeneralAbility(Probe):
         try:
             made: Stream = construct(OmegaConf.create(dict(self.stream)), "probe.general.stream")
             for task in made.tasks:
-                split, encoder = (
-                    self.split or _choose_split(task, score.split),
-                    setup.fresh_encoder(),
-                )
+                split = self.split or _choose_split(task, score.split)
                 self.eval_sets.append(
                     prepare_eval_set(
                         task,
-                        encoder,
+                        setup.encoder,
                         split,
                         0,
                         metric=self.metric,
@@ -71,7 +67,7 @@ class GeneralAbility(Probe):
                         judge=setup.judge,
                     )
                 )
-                self.row_summaries.append(_summarize_rows(self.eval_sets[-1], split, encoder))
+                self.row_summaries.append(_summarize_rows(self.eval_sets[-1], split))
         except ContinualError as error:
             said = str(error).replace("score.max_new_tokens", "probe.general.max_new_tokens")
             raise type(error)(f"probe.general.stream: {said}") from error
@@ -102,13 +98,11 @@ class GeneralAbility(Probe):
         return {"general": scores, "general drift": drift}
 
 
-def _summarize_rows(test: EvalSet, split: str, encoder: Encoder) -> str:
+def _summarize_rows(test: EvalSet, split: str) -> str:
     """How many rows of which split are scored by what, and what became of others."""
-    counts = [
-        f"{len(rows)} {what}"
-        for what, rows in (("shortened", encoder.shortened), ("left out", encoder.skipped))
-        if rows
-    ]
+    shortened = sum(x.shortened for x in test.encodings)
+    skipped = sum(x.encoded is None for x in test.encodings)
+    counts = [f"{n} {what}" for n, what in ((shortened, "shortened"), (skipped, "left out")) if n]
     return (
         f"{test.task}: {', '.join([f'{len(test.examples)} {split} rows', *counts])}, {test.metric}"
     )

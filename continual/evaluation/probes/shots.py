@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from continual.data.types import Example, Task
 from continual.errors import ConfigError
@@ -58,8 +58,8 @@ class Shots(Probe):
         check_generates_answers("shots", setup)
         for task in setup.stream.tasks:
             rows = setup.scored_rows(task, self.max_examples)
-            asked = {_prompt_key(e) for e in rows}
-            fit = [e for e in task.train if _prompt_key(e) not in asked and e.outputs[0].strip()]
+            asked = {e.prompt_messages for e in rows}
+            fit = [e for e in task.train if e.prompt_messages not in asked and e.outputs[0].strip()]
             if len(fit) < max(self.k, default=0):
                 raise ConfigError(
                     f"probe.shots.k={[*self.k]}: task {task.name!r} has {len(fit)} train rows "
@@ -80,12 +80,10 @@ class Shots(Probe):
         demonstrations: Sequence[Example],
     ) -> None:
         """The task's prompts behind these demonstrations, if one of them has room for all."""
-        encoder, k = (
-            setting.fresh_encoder(demonstrations=tuple(demonstrations)),
-            len(demonstrations),
-        )
+        encoder = replace(setting.encoder, demonstrations=tuple(demonstrations))
+        k = len(demonstrations)
         test = setting.make_eval_set(task, rows, encoder)
-        fewer = len(set(encoder.fewer) - set(encoder.skipped))
+        fewer = sum(bool(x.encoded and x.dropped_demonstrations) for x in test.encodings)
         self.prompt_counts[k] += len(test.examples)
         self.reduced_counts[k] += fewer
         self.eval_sets.setdefault((task.name, k), [])
@@ -118,8 +116,3 @@ class Shots(Probe):
             told = [value for (_, n), value in each.items() if n == k]
             means[f"k={k}"] = None if None in told else mean_or_none(told)
         return {"shots": {**means, **{f"{task} k={k}": value for (task, k), value in each.items()}}}
-
-
-def _prompt_key(e: Example) -> tuple[object, ...]:
-    """What the example asks, without the answer."""
-    return (e.instruction, e.input, e.messages[:-1])

@@ -147,11 +147,6 @@ def _word_shares(task: Task[Example]) -> dict[str, float]:
     rows = task.train or task.dev or task.test
     chosen = rows[:: max(1, -(-len(rows) // MAX_SAMPLED_ROWS))]
     found = Counter(
-        word for e in chosen for word in set(re.findall(r"\w+", _user_text(e).casefold()))
+        word for e in chosen for word in set(re.findall(r"\w+", "\n".join(e.user_turns).casefold()))
     )
     return {word: n / len(chosen) for word, n in found.items()}
-
-
-def _user_text(e: Example) -> str:
-    """What is asked; of a conversation all that the user says."""
-    return e.instruction or "\n".join(m.content for m in e.messages if m.role == "user")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from continual.data.template import Encoder, UnusableExampleError
+from continual.data.template import Encoder
 from continual.data.types import Example, Message
 from continual.errors import ConfigError, DataError
 from continual.evaluation.metrics import REFERENCE_METRICS
@@ -45,10 +45,9 @@ class TaskConversations:
         """The answer to each, with its mark; one that leaves no room for an answer is unanswered."""
         found, encoded = [NO_ANSWER for _ in turns], {}
         for i, turn in enumerate(turns):
-            try:
-                encoded[i] = self.encoder.encode_prompt(turn, self.task_index, self.max_new_tokens)
-            except UnusableExampleError:
-                continue
+            encoding = self.encoder.encode_prompt(turn, self.task_index, self.max_new_tokens)
+            if encoding.encoded is not None:
+                encoded[i] = encoding.encoded
         if encoded:
             test = EvalSet(
                 self.task,
@@ -97,8 +96,8 @@ class Turns(Probe):
             )
         check_generates_answers("turns", setup)
         for index, task in enumerate(setup.stream.tasks):
-            metric, encoder = setup.metric_name(task), setup.fresh_encoder()
-            rows = [e for e in task.get_split(setup.config.score.split) if len(_questions(e)) > 1][
+            metric, encoder = setup.metric_name(task), setup.encoder
+            rows = [e for e in task.get_split(setup.config.score.split) if len(e.user_turns) > 1][
                 : self.max_examples
             ]
             if not rows:
@@ -111,7 +110,7 @@ class Turns(Probe):
             room = setup.config.score.max_new_tokens or max(
                 encoder.count_answer_tokens(_turn_example(e, (), t))
                 for e in rows
-                for t in range(len(_questions(e)))
+                for t in range(len(e.user_turns))
             )
             fit = [
                 e
@@ -161,14 +160,14 @@ class Turns(Probe):
         """The figures of one task."""
         rows = chats.rows
         said: list[list[Prediction]] = [[] for _ in rows]
-        for t in range(max(len(_questions(e)) for e in rows)):
-            here = [i for i, e in enumerate(rows) if t < len(_questions(e))]
+        for t in range(max(len(e.user_turns) for e in rows)):
+            here = [i for i, e in enumerate(rows) if t < len(e.user_turns)]
             told = chats.answer_turns(
                 ask, [_turn_example(rows[i], _answers(said[i]), t) for i in here]
             )
             for i, answer in zip(here, told, strict=True):
                 said[i].append(answer)
-        later = [(i, t) for i, e in enumerate(rows) for t in range(1, len(_questions(e)))]
+        later = [(i, t) for i, e in enumerate(rows) for t in range(1, len(e.user_turns))]
         alone = chats.answer_turns(ask, [_single_turn_example(rows[i], t) for i, t in later])
         again = chats.answer_turns(
             ask,
@@ -202,11 +201,6 @@ def _is_answered(prediction: Prediction) -> bool:
     return bool(prediction.answer and prediction.answer.strip())
 
 
-def _questions(e: Example) -> list[str]:
-    """What the user says, turn by turn."""
-    return [m.content for m in e.messages if m.role == "user"]
-
-
 def _references(e: Example) -> list[str]:
     """What the row's assistant answers."""
     return [m.content for m in e.messages if m.role == "assistant"]
@@ -228,25 +222,21 @@ def _make_conversation(
 def _turn_example(e: Example, answers: Sequence[str], t: int) -> Example:
     """Turn `t`, from 0, behind these answers, the row's own where there are none."""
     own = answers if answers else _references(e)[:t]
-    return _make_conversation(e, f"turn {t + 1}", _questions(e)[: t + 1], own, _references(e)[t])
+    return _make_conversation(e, f"turn {t + 1}", e.user_turns[: t + 1], own, _references(e)[t])
 
 
 def _single_turn_example(e: Example, t: int) -> Example:
     """Turn `t` without the turns before it."""
     return _make_conversation(
-        e, f"turn {t + 1} alone", _questions(e)[t : t + 1], (), _references(e)[t]
+        e, f"turn {t + 1} alone", e.user_turns[t : t + 1], (), _references(e)[t]
     )
 
 
 def _repeated_question_example(e: Example, answers: Sequence[str]) -> Example:
     """The first question behind the whole conversation; right is what was answered at first."""
-    questions = _questions(e)
+    questions = e.user_turns
     return _make_conversation(e, "again", [*questions, questions[0]], answers, answers[0])
 
 
 def _prompt_fits(encoder: Encoder, e: Example, room: int) -> bool:
-    try:
-        encoder.encode_prompt(e, 0, room)
-    except UnusableExampleError:
-        return False
-    return True
+    return encoder.encode_prompt(e, 0, room).encoded is not None

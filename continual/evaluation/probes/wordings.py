@@ -103,7 +103,7 @@ class Wordings(Probe):
         """The rows with their instructions changed."""
         return [
             _with_instruction(
-                e, CHANGES[name](_last_instruction(e), random.Random(f"{self.seed}/{name}/{e.id}"))
+                e, CHANGES[name](e.user_request, random.Random(f"{self.seed}/{name}/{e.id}"))
             )
             for e in rows
         ]
@@ -115,7 +115,7 @@ class Wordings(Probe):
         rows_by_wording: Mapping[str, Sequence[Example]],
     ) -> None:
         """The task's wordings, encoded, of the examples that fit under all of them."""
-        encoder = setting.fresh_encoder()
+        encoder = setting.encoder
         skipping = replace(encoder, on_unusable="skip")
         tests, fit = {}, {e.id for e in rows_by_wording[ORIGINAL]}
         for name, rows in rows_by_wording.items():
@@ -212,11 +212,6 @@ def _is_paraphrase(name: str) -> bool:
 
 def _standard_deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _last_instruction(e: Example) -> str:
-    """What is changed: the instruction, or of a conversation the last that the user says."""
-    return e.messages[-2].content if e.messages else e.instruction
 
 
 def _with_instruction(e: Example, text: str) -> Example:
