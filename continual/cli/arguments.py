@@ -11,44 +11,46 @@ from continual.errors import ConfigError, unknown
 
 
 def parse_export_arguments(values: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of `export` that the keys of the command line give, in `KEYS`."""
+    """Convert the values of the command line's keys to arguments of `export`."""
     return {
         "stage": values["stage"] or None,
         "task": values["task"] or None,
-        "merge": truth("merged", values["merged"]) if values["merged"] else None,
+        "merge": parse_bool("merged", values["merged"]) if values["merged"] else None,
         "out": Path(values["out"]) if values["out"] else None,
         "license": values["license"] or None,
     }
 
 
-def given(words: Sequence[str], keys: Mapping[str, str]) -> tuple[list[Path], dict[str, str]]:
-    """The paths among a command's words, and the values of its keys; `keys` has the default of
-    each.
+def parse_arguments(
+    words: Sequence[str], keys: Mapping[str, str]
+) -> tuple[list[Path], dict[str, str]]:
+    """Split a command's words into paths and the values of its keys; `keys` has the defaults.
 
-    A word with "=" is a path where there is such a file: a comparison names its folders so. Raises
-    ConfigError for a key that is not among `keys`.
+    A word with "=" is a path if such a file exists: run folders of a comparison have such names.
+    Raises ConfigError for a key that is not among `keys`.
     """
-    paths, told = [], dict(keys)
+    paths = []
+    values = dict(keys)
     for word in words:
         key, sign, value = word.partition("=")
         if sign and key in keys:
-            told[key] = value
+            values[key] = value
         elif sign and not Path(word).exists():
             raise ConfigError(unknown("key", key, keys))
         else:
             paths.append(Path(word))
-    return paths, told
+    return paths, values
 
 
-def truth(key: str, value: str) -> bool:
-    """Whether it is true; raises ConfigError where it is neither true nor false."""
+def parse_bool(key: str, value: str) -> bool:
+    """Parse true or false; raises ConfigError for anything else."""
     if value not in ("true", "false"):
         raise ConfigError(f"{key}={value}: expected true or false")
     return value == "true"
 
 
-def count(key: str, value: str) -> int:
-    """A whole number of at least 1; raises ConfigError for anything else."""
+def parse_count(key: str, value: str) -> int:
+    """Parse a whole number of at least 1; raises ConfigError for anything else."""
     if not re.fullmatch(r"0*[1-9]\d{0,8}", value, re.ASCII):
         raise ConfigError(f"{key}={value}: expected a whole number of at least 1")
     return int(value)

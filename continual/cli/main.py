@@ -1,4 +1,4 @@
-"""The commands. Heavy imports stay inside the verbs, so that --help answers at once."""
+"""Run the commands. Heavy imports stay inside the verbs, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from continual.cli.arguments import count, given, truth
+from continual.cli.arguments import parse_count, parse_arguments, parse_bool
 from continual.cli.help import HELP, VERB_HELP
 from continual.distributed.processes import (
     broadcast,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The entry point: exits with 2 and one clear message for what the user can fix."""
+    """Run the command line; exit with 2 and one message for an error that the user can fix."""
     args = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (args[0], args[1:]) if args else ("--help", [])
     if verb in ("-h", "--help", "help"):
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(unknown("command", verb, VERBS))
         if num_started_processes() > 1 and verb not in MULTI_PROCESS_VERBS:
             raise ConfigError(
-                f"continual {verb} is the work of one process, and {num_started_processes()} were started; "
-                f"several can share continual {' or '.join(MULTI_PROCESS_VERBS)}"
+                f"continual {verb} needs one process, but {num_started_processes()} were started; "
+                f"only continual {' and '.join(MULTI_PROCESS_VERBS)} can use several"
             )
         if "-h" in rest or "--help" in rest:
             print(VERB_HELP[verb])
@@ -61,26 +61,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(128 + stop.signal_number if isinstance(stop, RunInterrupted) else EXIT_STATUS)
     except ContinualError as error:
         exit_with_error(error)
-    except BrokenPipeError:  # what we print to has closed, such as head
+    except BrokenPipeError:  # the reader of our output has closed, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         exit_with_error(
             ContinualError(
-                f"{error.filename or 'the system'}: {error.strerror or error}; see that the "
-                "folder can be written and that there is space, and give the same command again"
+                f"{error.filename or 'the system'}: {error.strerror or error}; check that the folder "
+                "is writable and has free space, and give the same command again"
             )
         )
     except KeyboardInterrupt:
         Console(stderr=True).print(
-            "Stopped. The same command with the same out= goes on after the last checkpoint."
+            "Stopped. The same command with the same out= resumes after the last checkpoint."
         )
         sys.exit(130)
 
 
 def exit_with_error(error: ContinualError) -> None:
-    """Print the message and exit with 2, or show the traceback where HYDRA_FULL_ERROR=1 asks for
-    it.
-    """
+    """Print the message and exit with 2; with HYDRA_FULL_ERROR=1 raise the error instead."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
     wait_for_first_message()
@@ -95,10 +93,9 @@ def exit_with_error(error: ContinualError) -> None:
 
 
 def compose_config(verb: str, overrides: Sequence[str], **compose_options: Any) -> DictConfig:
-    """Compose the verb's configuration; raises ConfigError for what Hydra refuses, with the nearest
-    valid names.
+    """Compose a verb's configuration; `compose_options` are passed to Hydra's compose.
 
-    `more` is for Hydra's compose.
+    Raises ConfigError for what Hydra refuses, with the closest valid names.
     """
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
@@ -113,11 +110,8 @@ def compose_config(verb: str, overrides: Sequence[str], **compose_options: Any) 
             words.check_values(config)
         except ConfigError:
             raise
-        except (
-            HydraException,
-            OmegaConfBaseException,
-            ValueError,
-        ) as error:  # ValueError: null for a group
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            # ValueError: null in place of a group's choice.
             raise words.explain_error(error, verb, overrides, compose) from None
     return config
 
@@ -127,14 +121,14 @@ def _print_config(verb: str, rest: Sequence[str]) -> None:
 
     if verb not in CONFIGURED_VERBS:
         raise ConfigError(
-            f"continual {verb} has no configuration, for it takes the keys that continual {verb} "
-            f"--help shows; --cfg goes with {', '.join(CONFIGURED_VERBS)}"
+            f"continual {verb} has no configuration: its keys are those that continual {verb} "
+            f"--help shows; --cfg works with {', '.join(CONFIGURED_VERBS)}"
         )
     print(OmegaConf.to_yaml(compose_config(verb, [r for r in rest if r != "--cfg"])))
 
 
 def _run_or_adapt(verb: str, rest: Sequence[str]) -> None:
-    """Run or adapt, and show the tables."""
+    """Run or adapt, then print the tables."""
     config = compose_config(verb, rest)
     from continual.reports import write
     from continual.runs.adapt import adapt
@@ -142,7 +136,7 @@ def _run_or_adapt(verb: str, rest: Sequence[str]) -> None:
 
     silence_libraries()
     with process_group(config.device):
-        config.out = broadcast(config.out)  # which may hold the time of day
+        config.out = broadcast(config.out)  # the default contains the time of day
         {"run": run, "adapt": adapt}[verb](
             config, Console(stderr=True, quiet=not is_main_process())
         )
@@ -159,7 +153,7 @@ def _plan(rest: Sequence[str]) -> None:
 
 
 def _audit(rest: Sequence[str]) -> None:
-    """Count what is amiss in the rows."""
+    """Print the problems in a stream's rows."""
     config = compose_config("audit", rest)
     from continual.runs.audit_step import run_audit
 
@@ -177,69 +171,76 @@ def _compare(rest: Sequence[str]) -> None:
 def _parse_run_arguments(
     rest: Sequence[str], keys: dict[str, str]
 ) -> tuple[Path, dict[str, str], DictConfig]:
-    """The run folder and keys that a command names, and a configuration for its model to be built
-    by.
+    """Parse a run folder and keys; return (folder, values of the keys, a run configuration).
+
+    The configuration has the device and trust_remote_code of the command; the model of the run is
+    built with it. Raises MissingError unless exactly one folder is given.
     """
     from omegaconf import open_dict
 
-    paths, told = given(rest, keys)
+    paths, values = parse_arguments(rest, keys)
     if len(paths) != 1:
         raise MissingError(
-            f"expected the folder of one run, and {len(paths)} are named; give the out= of "
-            "continual run or adapt"
+            f"expected the folder of one run, found {len(paths)}; give the out= of continual run "
+            "or adapt"
         )
-    config = compose_config("run", [f"device={told['device']}"])
+    config = compose_config("run", [f"device={values['device']}"])
     with open_dict(config):
-        config.model.trust_remote_code = truth("trust_remote_code", told["trust_remote_code"])
+        config.model.trust_remote_code = parse_bool(
+            "trust_remote_code", values["trust_remote_code"]
+        )
     silence_libraries()
-    return paths[0], told, config
+    return paths[0], values, config
 
 
 def _export(rest: Sequence[str]) -> None:
     from continual.cli.arguments import parse_export_arguments
     from continual.inference.export import EXPORT_DEFAULTS, export
 
-    path, told, config = _parse_run_arguments(rest, EXPORT_DEFAULTS)
-    made = export(path, config, **parse_export_arguments(told))
-    print(
-        f"wrote {made.path}: {'an adapter' if made.adapter else 'a whole model'}, and README.md "
-        "says how it is asked"
-    )
+    path, values, config = _parse_run_arguments(rest, EXPORT_DEFAULTS)
+    result = export(path, config, **parse_export_arguments(values))
+    kind = "an adapter" if result.adapter else "a whole model"
+    print(f"wrote {result.path}: {kind}; its README.md shows how to prompt it")
 
 
 def _chat(rest: Sequence[str]) -> None:
     from continual.inference import chat
 
-    path, told, config = _parse_run_arguments(rest, chat.CHAT_DEFAULTS)
-    room = count("max_new_tokens", told["max_new_tokens"]) if told["max_new_tokens"] else None
+    path, values, config = _parse_run_arguments(rest, chat.CHAT_DEFAULTS)
+    limit = values["max_new_tokens"]
     console = Console(highlight=False)
     chat.chat(
         path,
         config,
         console,
         chat.input_lines(console),
-        stage=told["stage"] or None,
-        task=told["task"] or None,
-        max_new_tokens=room,
+        stage=values["stage"] or None,
+        task=values["task"] or None,
+        max_new_tokens=parse_count("max_new_tokens", limit) if limit else None,
     )
 
 
 def _watch(rest: Sequence[str]) -> None:
     from continual.cli.watch import WATCH_DEFAULTS, watch
 
-    paths, told = given(rest, WATCH_DEFAULTS)
-    watch(paths, Console(), once=truth("once", told["once"]), every=count("every", told["every"]))
+    paths, values = parse_arguments(rest, WATCH_DEFAULTS)
+    watch(
+        paths,
+        Console(),
+        once=parse_bool("once", values["once"]),
+        every=parse_count("every", values["every"]),
+    )
 
 
 def _report(rest: Sequence[str]) -> None:
     from continual.reports import write
 
-    paths, told = given(rest, {"out": ""})
+    paths, values = parse_arguments(rest, {"out": ""})
     if not paths:
         raise MissingError("continual report needs a folder made by run, compare or adapt")
-    written = write.write(*paths, out=Path(told["out"]) if told["out"] else None)
+    files = write.write(*paths, out=Path(values["out"]) if values["out"] else None)
     write.tables(Console(), *paths)
-    print("\n".join(f"wrote {p}" for p in written))
+    print("\n".join(f"wrote {path}" for path in files))
 
 
 def _verify(rest: Sequence[str]) -> None:
