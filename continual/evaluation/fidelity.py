@@ -1,18 +1,18 @@
 """Instruction fidelity: the share of an instruction's concrete elements that the answer preserves.
 
-The elements of an instruction, each found by its own words and none counted twice:
+The elements of an instruction, none counted twice:
 
-- **form**: a checkable demand (`continual.evaluation.instruction_parser`), kept where the answer keeps to it;
-  and a word of FORMS (a list, a table, "yes or no", ...), kept where the answer has that form;
-- **quote**: a text in quotation marks, kept where it stands in the answer;
-- **number**: one in digits, or a word from two to twenty, kept where the answer says it in digits
-  or as a word, or has so many items: lines, listed ones, or parts between commas;
-- **name**: capitalised words side by side, but for the first of a sentence, kept where they stand
-  in the answer.
+- **form**: a checkable demand (`continual.evaluation.instruction_parser`), preserved if the answer
+  satisfies it; or a phrase of FORM_CHECKS (a list, a table, "yes or no", ...), preserved if the
+  answer has that form;
+- **quote**: a text in quotation marks, preserved if it occurs in the answer;
+- **number**: a number in digits, or a word from two to twenty, preserved if the answer has it in
+  digits or as a word, or has that many lines, list items, or parts between commas;
+- **name**: adjacent capitalized words, without the first word of a sentence, preserved if they
+  occur in the answer.
 
-Texts are compared normalised: Unicode forms, case and white space aside. After the recall of
-entities by which Nan et al. (2021) measure whether a summary is faithful, with the instruction as
-the text to be faithful to.
+Texts are compared after `normalize_text`. The measure follows the recall of entities by which Nan
+et al. (2021) measure the faithfulness of a summary, with the instruction in place of the source.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ FORM_CHECKS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 DIGIT_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*")
 WORD_NUMBER = re.compile(
     rf"\b(?:{'|'.join(n for n in NUMBER_BY_WORD if n != 'one')})\b", re.IGNORECASE
-)  # "one" is a pronoun too
+)  # without "one", which is also a pronoun
 NAME_PATTERN = re.compile(r"(?<!\w)[A-Z][\w-]+(?: [A-Z][\w-]+)*")
 EMPHASIS_WORDS = {
     "ALL",
@@ -79,14 +79,12 @@ EMPHASIS_WORDS = {
     "NOT",
     "ONLY",
     "OR",
-}  # capitals that are no name
+}  # words in capitals that are not names
 
 
 @dataclass(frozen=True)
 class Element:
-    """One concrete element of an instruction: its kind, its own words, and whether an answer keeps
-    it.
-    """
+    """One concrete element of an instruction: its kind, its text, and a test of an answer."""
 
     kind: str
     text: str
@@ -94,30 +92,30 @@ class Element:
 
 
 def find_elements(instruction: str) -> list[Element]:
-    """All elements of an instruction, by kind."""
-    found = []
+    """Find all elements of an instruction; each passage belongs to one element."""
+    elements = []
     rest = instruction
     for d in find_demands(instruction):
-        found.append(_demand_element(d, instruction))
+        elements.append(_demand_element(d, instruction))
         rest = _blank_out(rest, d.start, d.end)
     for pattern, check in FORM_CHECKS:
         for m in re.finditer(rf"\b{pattern}\b", rest, re.IGNORECASE):
-            found.append(Element("form", m[0], check))
+            elements.append(Element("form", m[0], check))
             rest = _blank_out(rest, *m.span())
     for m in re.finditer(QUOTED_TEXT, rest):
-        found.append(_text_element("quote", m[1] or m[2]))
+        elements.append(_text_element("quote", m[1] or m[2]))
         rest = _blank_out(rest, *m.span())
-    found += [
+    elements += [
         _number_element(m[0])
         for pattern in (DIGIT_NUMBER, WORD_NUMBER)
         for m in pattern.finditer(rest)
     ]
-    found += [_text_element("name", name) for name in _iter_names(rest)]
-    return list({(e.kind, normalize_text(e.text)): e for e in found}.values())
+    elements += [_text_element("name", name) for name in _iter_names(rest)]
+    return list({(e.kind, normalize_text(e.text)): e for e in elements}.values())
 
 
 def _blank_out(text: str, start: int, end: int) -> str:
-    """The text with a passage blanked, of the same length."""
+    """Replace a passage by spaces; the length stays."""
     return text[:start] + " " * (end - start) + text[end:]
 
 
@@ -127,60 +125,61 @@ def _demand_element(d: Demand, instruction: str) -> Element:
     )
 
 
-def _text_element(kind: str, told: str) -> Element:
-    whole = re.compile(rf"(?<!\w){re.escape(normalize_text(told))}(?!\w)")
-    return Element(kind, told, lambda a: whole.search(normalize_text(a)) is not None)
+def _text_element(kind: str, text: str) -> Element:
+    pattern = re.compile(rf"(?<!\w){re.escape(normalize_text(text))}(?!\w)")
+    return Element(kind, text, lambda a: pattern.search(normalize_text(a)) is not None)
 
 
-def _number_element(told: str) -> Element:
-    value = _parse_value(told)
-    return Element(
-        "number",
-        told,
-        lambda a: (
-            value
-            in (
-                *map(_parse_value, DIGIT_NUMBER.findall(a)),
-                *map(_parse_value, WORD_NUMBER.findall(a)),
-                len(LIST_ITEM.findall(a)),
-                _count_lines(a),
-                len(re.split(r",(?: and)? | and ", a)),
-            )
-        ),
-    )
+def _number_element(text: str) -> Element:
+    value = _parse_value(text)
+    return Element("number", text, lambda answer: value in _numbers_of(answer))
 
 
-def _parse_value(told: str) -> float:
-    """The number that is written: commas before three digits group them, any other is a decimal
-    one.
+def _numbers_of(answer: str) -> list[float]:
+    """Return the numbers in an answer, and its counts of list items, lines, and parts."""
+    return [
+        *map(_parse_value, DIGIT_NUMBER.findall(answer)),
+        *map(_parse_value, WORD_NUMBER.findall(answer)),
+        len(LIST_ITEM.findall(answer)),
+        _count_lines(answer),
+        len(re.split(r",(?: and)? | and ", answer)),
+    ]
+
+
+def _parse_value(text: str) -> float:
+    """Convert a number in digits or as a word; NaN for a version or date such as 1.2.3.
+
+    A comma before three digits groups thousands; any other comma is a decimal comma.
     """
-    if told.casefold() in NUMBER_BY_WORD:
-        return float(NUMBER_BY_WORD[told.casefold()])
-    bare = re.sub(r",(?=\d{3}(?:\D|$))", "", told).replace(",", ".")
+    if text.casefold() in NUMBER_BY_WORD:
+        return float(NUMBER_BY_WORD[text.casefold()])
+    digits = re.sub(r",(?=\d{3}(?:\D|$))", "", text).replace(",", ".")
     try:
-        return float(bare)
-    except ValueError:  # 1.2.3, a version or a date
+        return float(digits)
+    except ValueError:
         return float("nan")
 
 
 def _iter_names(text: str) -> Iterator[str]:
-    """Capitalised words side by side; the first word of a sentence is capitalised whatever it is."""
+    """Yield adjacent capitalized words, without words that begin a sentence."""
     for m in NAME_PATTERN.finditer(text):
-        told = m[0].split(" ")
+        words = m[0].split(" ")
         before = text[: m.start()].rstrip(" \"'“‘(*")
         if not before or before[-1] in ".!?:\n-":
-            told = told[1:]
-        if told := [t for t in told if t not in EMPHASIS_WORDS]:
-            yield " ".join(told)
+            words = words[1:]
+        words = [word for word in words if word not in EMPHASIS_WORDS]
+        if words:
+            yield " ".join(words)
 
 
 def score_fidelity(answer: str, instruction: str) -> tuple[float, list[str]]:
-    """The share of the elements that are kept, and those that are lost, each with its kind.
+    """Return the share of preserved elements, and a text for each lost one.
 
-    1 where the instruction has none, as nothing can be lost; 0 for a blank answer.
+    The share is 1 if the instruction has no elements, and 0 for a blank answer.
     """
-    if not answer.strip():
-        return 0.0, [f"{e.kind}: {e.text}" for e in find_elements(instruction)]
-    found = find_elements(instruction)
-    lost = [f"{e.kind}: {e.text}" for e in found if not e.is_preserved(answer)]
-    return 1 - len(lost) / len(found) if found else 1.0, lost
+    elements = find_elements(instruction)
+    is_blank = not answer.strip()
+    lost = [f"{e.kind}: {e.text}" for e in elements if is_blank or not e.is_preserved(answer)]
+    if is_blank:
+        return 0.0, lost
+    return 1 - len(lost) / len(elements) if elements else 1.0, lost

@@ -1,8 +1,7 @@
-"""What an instruction asks for in its own words: constraints that can be checked, and how many
-steps it takes.
+"""Find in an instruction's own words the constraints that can be checked, and its composition level.
 
-The constraints are those of `continual.evaluation.constraints` that a table of patterns finds; what
-an instruction asks for in other words is not found, and no model is asked.
+A table of patterns finds constraints of `continual.evaluation.constraints`. Requests in other words
+are not found, and no model is used.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from functools import lru_cache
 
 from continual.data.types import Constraint
 
-COMPOSITION_LEVELS = ("single step", "conditional", "multi-step")  # rising
+COMPOSITION_LEVELS = ("single step", "conditional", "multi-step")  # in increasing order
 ASKING_VERBS = r"(?:say|tell|know|check|decide|determine|see|ask|judge|predict|answer|find out|happens?)(?: me| us)?"
 CONDITION_WORDS = re.compile(
     r"\b(?<!as )(?:if|unless|otherwise|in case|depending on|provided that|or else)\b", re.IGNORECASE
@@ -30,28 +29,29 @@ NUMBERED_LINE = re.compile(r"^\s*\d+[.)]\s", re.MULTILINE)
 
 @lru_cache(maxsize=4096)
 def composition_level(instruction: str) -> str:
-    """How an instruction is composed, by its own words: the highest of LEVELS that fits.
+    """Return the highest of COMPOSITION_LEVELS that matches the instruction's words.
 
-    After the compositions of ComplexBench (Wen et al. 2024): "multi-step" (its chain) where one
-    thing is to follow another ("then", "after that", "finally", "first, ...", two or more numbered
-    lines); "conditional" (its selection) where what is to be done depends on something ("if",
-    "unless", "otherwise", "in case", "depending on", "or else"; not "tell me if", which asks, nor
-    "as if"), and then its "then" is no step; "single step" for any other.
+    Levels follow the compositions of ComplexBench (Wen et al. 2024). "multi-step" (its chain): one
+    action follows another ("then", "after that", "finally", "first, ...", two or more numbered
+    lines). "conditional" (its selection): the action depends on a condition ("if", "unless",
+    "otherwise", "in case", "depending on", "or else"; not "tell me if", which asks a question, nor
+    "as if"); one "then" of such an instruction is not a step. "single step": any other.
     """
-    depends = bool(CONDITION_WORDS.search(INDIRECT_QUESTION.sub("", instruction)))
-    steps = [m[0].casefold() for m in SEQUENCE_WORDS.finditer(instruction)]
+    is_conditional = bool(CONDITION_WORDS.search(INDIRECT_QUESTION.sub("", instruction)))
+    step_words = [m[0].casefold() for m in SEQUENCE_WORDS.finditer(instruction)]
+    max_then = 1 if is_conditional else 0
     if (
         len(NUMBERED_LINE.findall(instruction)) > 1
-        or any(s != "then" for s in steps)
-        or len(steps) > depends
+        or any(word != "then" for word in step_words)
+        or len(step_words) > max_then
     ):
-        return COMPOSITION_LEVELS[2]
-    return COMPOSITION_LEVELS[depends]
+        return "multi-step"
+    return "conditional" if is_conditional else "single step"
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one passage of an instruction, from `start` to `end`, asks for."""
+    """The constraints in one passage of an instruction, from character `start` to `end`."""
 
     constraints: tuple[Constraint, ...]
     start: int
@@ -131,70 +131,85 @@ FUNCTION_WORDS = {
     "on",
     "as",
     "by",
-}  # no keywords
+}  # not keywords
 
 ConstraintSpecs = list[tuple[str, dict[str, object]]]
 
 
-def _parse_number(told: str) -> int:
-    return int(told) if told.isdecimal() else NUMBER_BY_WORD[told.casefold()]
+def _parse_number(text: str) -> int:
+    return int(text) if text.isdecimal() else NUMBER_BY_WORD[text.casefold()]
 
 
 def _parse_bounds(m: re.Match[str], bare: str) -> list[tuple[str, int]]:
-    """The relations that "at least 3", "exactly 3", "3 or more" say; of a bare number what `bare`
-    says, "" for none.
+    """Convert "at least 3", "exactly 3" or "3 or more" to (relation, number) pairs.
+
+    `bare` is the relation of a number without one; if it is "", such a number gives no pair.
     """
-    n, how = _parse_number(m["n"]), (m["how"] or m["after"] or bare).casefold()
-    if re.fullmatch(rf"{AT_LEAST}|more", how):
+    n = _parse_number(m["n"])
+    relation = (m["how"] or m["after"] or bare).casefold()
+    if re.fullmatch(rf"{AT_LEAST}|more", relation):
         return [("at least", n)]
-    if how in ("more than", "over"):
+    if relation in ("more than", "over"):
         return [("at least", n + 1)]
-    if how in ("less than", "fewer than", "under", "below"):
+    if relation in ("less than", "fewer than", "under", "below"):
         return [("less than", n)]
-    if re.fullmatch(rf"{AT_MOST}|less|fewer", how):
+    if re.fullmatch(rf"{AT_MOST}|less|fewer", relation):
         return [("less than", n + 1)]
-    return [("at least", n), ("less than", n + 1)] if how == "exactly" else []
+    return [("at least", n), ("less than", n + 1)] if relation == "exactly" else []
 
 
 def _relation_parser(
     id: str, name: str, relation: str, bare: str = ""
 ) -> Callable[[re.Match[str]], ConstraintSpecs]:
-    return lambda m: [(id, {name: n, relation: how}) for how, n in _parse_bounds(m, bare)]
+    """Return a function that makes constraints of a number and its relation from a match."""
+    return lambda m: [(id, {name: n, relation: bound}) for bound, n in _parse_bounds(m, bare)]
 
 
 def _constant_parser(id: str) -> Callable[[re.Match[str]], ConstraintSpecs]:
+    """Return a function that makes a constraint without kwargs from a match."""
     return lambda m: [(id, {})]
 
 
 def _quantity_parser(id: str, name: str) -> Callable[[re.Match[str]], ConstraintSpecs]:
+    """Return a function that makes a constraint of one number from a match."""
     return lambda m: [(id, {name: _parse_number(m["n"])})]
 
 
-def _parse_items(told: str) -> list[str]:
-    """The quoted texts of a list, or else its words; none where one of those is a small word."""
-    quoted = [(a or b).rstrip(",.") for a, b in re.findall(QUOTED_TEXT, told)]
-    bare = re.split(r", and |, or |, | and | or ", told)
-    return quoted or ([] if FUNCTION_WORDS & set(map(str.casefold, bare)) else bare)
+def _parse_items(text: str) -> list[str]:
+    """Return the quoted texts of a list, or else its words; [] if one is a function word."""
+    quoted = [(a or b).rstrip(",.") for a, b in re.findall(QUOTED_TEXT, text)]
+    if quoted:
+        return quoted
+    words = re.split(r", and |, or |, | and | or ", text)
+    has_function_word = FUNCTION_WORDS & set(map(str.casefold, words))
+    return [] if has_function_word else words
 
 
 def _parse_keywords(m: re.Match[str]) -> ConstraintSpecs:
-    found = _parse_items(m["items"])
+    words = _parse_items(m["items"])
+    if not words:
+        return []
     if m["not"] or m["verb"].casefold().startswith(("avoid", "exclud")):
-        return [("keywords:forbidden_words", {"forbidden_words": found})] if found else []
-    return [("keywords:existence", {"keywords": found})] if found else []
+        return [("keywords:forbidden_words", {"forbidden_words": words})]
+    return [("keywords:existence", {"keywords": words})]
 
 
 def _parse_frequency(m: re.Match[str]) -> ConstraintSpecs:
-    what = next(filter(None, (m["q1"], m["q2"], m["bare"])))
-    if m["kind"].casefold() == "letter":
+    keyword = m["q1"] or m["q2"] or m["bare"]
+    bounds = _parse_bounds(m, "")
+    if m["kind"].casefold() != "letter":
         return [
-            ("keywords:letter_frequency", {"letter": what, "let_frequency": n, "let_relation": how})
-            for how, n in _parse_bounds(m, "")
-            if len(what) == 1
+            ("keywords:frequency", {"keyword": keyword, "frequency": n, "relation": relation})
+            for relation, n in bounds
         ]
+    if len(keyword) != 1:
+        return []
     return [
-        ("keywords:frequency", {"keyword": what, "frequency": n, "relation": how})
-        for how, n in _parse_bounds(m, "")
+        (
+            "keywords:letter_frequency",
+            {"letter": keyword, "let_frequency": n, "let_relation": relation},
+        )
+        for relation, n in bounds
     ]
 
 
@@ -300,27 +315,26 @@ PATTERNS: Sequence[tuple[str, Callable[[re.Match[str]], ConstraintSpecs]]] = (
         _constant_parser("detectable_format:constrained_response"),
     ),
 )
-COMPILED_PATTERNS = [(re.compile(pattern, re.IGNORECASE), made) for pattern, made in PATTERNS]
+COMPILED_PATTERNS = [(re.compile(pattern, re.IGNORECASE), parse) for pattern, parse in PATTERNS]
 
 
 def find_demands(instruction: str) -> list[Demand]:
-    """The checkable demands of an instruction in the order of the patterns; no passage makes two of
-    them.
+    """Find an instruction's checkable demands, in the order of PATTERNS; passages do not overlap.
 
-    What is said again without a relation to a number is left out: "less than 3 sentences (1
-    sentence or 2 sentences)".
+    A demand without a relation to a number is left out if an earlier one has the same id: the
+    brackets of "less than 3 sentences (1 sentence or 2 sentences)" add nothing.
     """
-    found: list[Demand] = []
-    said: set[str] = set()
-    for pattern, make in COMPILED_PATTERNS:
+    demands: list[Demand] = []
+    seen_ids: set[str] = set()
+    for pattern, parse in COMPILED_PATTERNS:
         for m in pattern.finditer(instruction):
-            made = [Constraint(id, kwargs) for id, kwargs in make(m)]
-            again = bool(made) and made[0].id in said and (len(made) > 1 or not made[0].kwargs)
-            if (
-                made
-                and not again
-                and not any(m.start() < d.end and d.start < m.end() for d in found)
-            ):
-                found.append(Demand(tuple(made), m.start(), m.end()))
-                said |= {c.id for c in made}
-    return found
+            constraints = [Constraint(id, kwargs) for id, kwargs in parse(m)]
+            if not constraints or any(m.start() < d.end and d.start < m.end() for d in demands):
+                continue
+            # "exactly" gives two constraints.
+            is_exact_or_constant = len(constraints) > 1 or not constraints[0].kwargs
+            if constraints[0].id in seen_ids and is_exact_or_constant:
+                continue
+            demands.append(Demand(tuple(constraints), m.start(), m.end()))
+            seen_ids |= {c.id for c in constraints}
+    return demands

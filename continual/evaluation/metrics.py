@@ -13,15 +13,14 @@ from continual.evaluation.text_normalization import normalize_text, split_terms
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where the normalised texts are the same, else 0; an empty answer is wrong."""
+    """Return 1 if the normalized texts are equal and not empty, else 0."""
     return float(normalize_text(answer) == normalize_text(reference) != "")
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the words, punctuation aside (Rajpurkar et al.
-    2016, section 6.1).
+    """Return the F1 score over words without punctuation (Rajpurkar et al. 2016, section 6.1).
 
-    There articles are left out too; here they stay, as an answer can be the letter of an option.
+    The paper also drops articles. They stay here, as an answer can be the letter of an option.
     """
     words = [
         Counter(normalize_text(t).translate(str.maketrans("", "", string.punctuation)).split())
@@ -32,10 +31,10 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """The F-measure of the longest common subsequence of stemmed words (Lin 2004).
+    """Return the F-measure of the longest common subsequence of stemmed words (Lin 2004).
 
-    Words of [a-z0-9] are those of the reference implementation, which knows no others; others are
-    not stemmed, and in scripts without spaces each character is one.
+    ASCII words are those of the reference implementation, which drops all others. Here other words
+    are kept without stemming, and in scripts without spaces each character is a word.
     """
     score: float = _rouge_scorer().score(reference, answer)["rougeL"].fmeasure
     return score
@@ -46,12 +45,13 @@ def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
-    theirs = DefaultTokenizer(use_stemmer=True).tokenize
+    tokenize_ascii = DefaultTokenizer(use_stemmer=True).tokenize
 
     def tokenize(text: str) -> list[str]:
-        return [
-            t for word in split_terms(text) for t in (theirs(word) if word.isascii() else [word])
-        ]
+        tokens: list[str] = []
+        for word in split_terms(text):
+            tokens += tokenize_ascii(word) if word.isascii() else [word]
+        return tokens
 
     return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=tokenize))
 

@@ -1,6 +1,4 @@
-"""Metrics that mark an answer by its whole row: what the row asks for, not only the answers that it
-accepts.
-"""
+"""Metrics that score an answer by what its row asks for, not by the accepted answers."""
 
 from __future__ import annotations
 
@@ -14,13 +12,15 @@ from continual.evaluation.constraints import satisfies, satisfies_loosely
 from continual.evaluation.fidelity import find_elements, score_fidelity
 from continual.evaluation.instruction_parser import find_demands
 
-AnswerScore = dict[str, Any]  # "score" in [0, 1], and what it is made of
+AnswerScore = dict[str, Any]  # "score" in [0, 1], and the details that it is computed from
 
 
 @dataclass(frozen=True)
 class RowMetric:
-    """How an answer is marked, and what `each` row of a task must have for it, or one of them at
-    least.
+    """A function that scores an answer, and what a task's rows must have for it.
+
+    With `every_row` all rows must be measurable, otherwise at least one. `missing_text` names what
+    rows lack and `fix` says what to do, both for the error message.
     """
 
     score_answer: Callable[[str, Example], AnswerScore]
@@ -31,9 +31,7 @@ class RowMetric:
 
 
 def adherence(answer: str, constraints: Sequence[Constraint]) -> AnswerScore:
-    """Which constraints the answer keeps to, strictly and loosely (Zhou et al. 2023, equations 1
-    and 2).
-    """
+    """Check each constraint strictly and loosely (Zhou et al. 2023, equations 1 and 2)."""
     return {
         "strict": [satisfies(answer, c) for c in constraints],
         "loose": [satisfies_loosely(answer, c) for c in constraints],
@@ -41,78 +39,78 @@ def adherence(answer: str, constraints: Sequence[Constraint]) -> AnswerScore:
 
 
 def constraint_check(answer: str, example: Example) -> AnswerScore:
-    """1 where it keeps strictly to every constraint of the row: the mean is IFEval's prompt-level
-    strict accuracy.
+    """Score 1 if the answer satisfies every constraint strictly, else 0.
+
+    The mean is IFEval's prompt-level strict accuracy.
     """
-    told = adherence(answer, example.constraints)
-    return {"score": float(all(told["strict"])), **told}
+    details = adherence(answer, example.constraints)
+    return {"score": float(all(details["strict"])), **details}
 
 
 def constraint_check_loose(answer: str, example: Example) -> AnswerScore:
-    """1 where it keeps loosely to every constraint: the mean is IFEval's prompt-level loose
-    accuracy.
+    """Score 1 if the answer satisfies every constraint loosely, else 0.
+
+    The mean is IFEval's prompt-level loose accuracy.
     """
-    told = adherence(answer, example.constraints)
-    return {"score": float(all(told["loose"])), **told}
+    details = adherence(answer, example.constraints)
+    return {"score": float(all(details["loose"])), **details}
 
 
 def constraint_share(answer: str, example: Example) -> AnswerScore:
-    """The share of the row's constraints that it keeps to strictly.
+    """Score the share of the row's constraints that the answer satisfies strictly.
 
-    IFEval's instruction-level accuracy pools the constraints of all rows; the mean of these shares
-    weighs each row alike. `accuracies` has the pooled one.
+    The mean of these shares weighs each row equally. IFEval's instruction-level accuracy pools the
+    constraints of all rows instead; `ifeval_accuracies` computes it.
     """
-    told = adherence(answer, example.constraints)
-    return {"score": sum(told["strict"]) / len(told["strict"]), **told}
+    details = adherence(answer, example.constraints)
+    return {"score": sum(details["strict"]) / len(details["strict"]), **details}
 
 
 def constraint_share_loose(answer: str, example: Example) -> AnswerScore:
-    """The share of the row's constraints that it keeps to loosely."""
-    told = adherence(answer, example.constraints)
-    return {"score": sum(told["loose"]) / len(told["loose"]), **told}
+    """Score the share of the row's constraints that the answer satisfies loosely."""
+    details = adherence(answer, example.constraints)
+    return {"score": sum(details["loose"]) / len(details["loose"]), **details}
 
 
 def ifeval_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The four accuracies of IFEval (Zhou et al. 2023) of predictions that say `strict` and
-    `loose`.
+    """Compute IFEval's four accuracies (Zhou et al. 2023) from rows with `strict` and `loose`.
 
-    By prompt: the share of the rows that keep to all of their constraints; by instruction: the
-    share of all constraints of all rows that are kept to.
+    By prompt: the share of rows that satisfy all of their constraints. By instruction: the share of
+    satisfied constraints among those of all rows.
     """
-    found = {}
-    for how in ("strict", "loose"):
-        told = [row[how] for row in rows]
-        found[f"prompt, {how}"] = sum(map(all, told)) / len(told)
-        found[f"instruction, {how}"] = sum(map(sum, told)) / sum(map(len, told))
-    return found
+    accuracies = {}
+    for variant in ("strict", "loose"):
+        flags = [row[variant] for row in rows]
+        accuracies[f"prompt, {variant}"] = sum(map(all, flags)) / len(flags)
+        accuracies[f"instruction, {variant}"] = sum(map(sum, flags)) / sum(map(len, flags))
+    return accuracies
 
 
 def instruction_fidelity(answer: str, example: Example) -> AnswerScore:
-    """Instruction fidelity: the share of the instruction's concrete elements that it preserves
-    (continual.evaluation.fidelity).
+    """Score the share of the instruction's concrete elements that the answer preserves.
+
+    See `continual.evaluation.fidelity`.
     """
     score, lost = score_fidelity(answer, example.user_request)
     return {"score": score, "lost": lost}
 
 
 def checkable_constraints(example: Example) -> tuple[Constraint, ...]:
-    """The row's constraints; of a row without any those that its instruction asks for in its own
-    words.
-    """
+    """Return the row's constraints, or else those found in the words of its instruction."""
     return example.constraints or tuple(
         c for d in find_demands(example.user_request) for c in d.constraints
     )
 
 
 def relevance_checked(answer: str, example: Example) -> AnswerScore:
-    """Instruction relevance without a judge: the share of the checkable requirements that it meets,
-    strictly.
+    """Score the share of the checkable constraints that the answer satisfies strictly.
 
-    The ratio of requirements followed of InFoBench (DRFR, Qin et al. 2024), of those that need no
-    judge: `checkable`. Where there are none, 1 for an answer that is not blank.
+    This is instruction relevance without a judge: the ratio of requirements followed of InFoBench
+    (DRFR, Qin et al. 2024), over the requirements that need no judge. If there are none, the score
+    is 1 for an answer that is not blank.
     """
-    told = [satisfies(answer, c) for c in checkable_constraints(example)]
-    return {"score": sum(told) / len(told) if told else float(bool(answer.strip())), "met": told}
+    met = [satisfies(answer, c) for c in checkable_constraints(example)]
+    return {"score": sum(met) / len(met) if met else float(bool(answer.strip())), "met": met}
 
 
 NEEDS_CONSTRAINTS = (
@@ -142,34 +140,33 @@ ROW_METRICS: Mapping[str, RowMetric] = {
 
 
 def check_metric_rows(metric: str, task: str, rows: Sequence[Example]) -> None:
-    """Raise DataError for rows that lack what the measure of this name marks by."""
-    measure = ROW_METRICS[metric]
-    without = [e for e in rows if not measure.is_measurable(e)]
-    if measure.every_row and without:
+    """Raise DataError for rows that lack what this row metric needs."""
+    row_metric = ROW_METRICS[metric]
+    unmeasurable = [e for e in rows if not row_metric.is_measurable(e)]
+    advice = f"expected them for the metric {metric}; {row_metric.fix}"
+    if row_metric.every_row and unmeasurable:
+        problems = [
+            f"{e.location}: found no {row_metric.missing_text}, {advice}" for e in unmeasurable
+        ]
+        raise DataError(gathered(problems))
+    if len(unmeasurable) == len(rows):
         raise DataError(
-            gathered(
-                [
-                    f"{e.location}: found no {measure.missing_text}, expected them for the metric {metric}; "
-                    f"{measure.fix}"
-                    for e in without
-                ]
-            )
-        )
-    if len(without) == len(rows):
-        raise DataError(
-            f"task {task!r}: found no {measure.missing_text} in any of its {len(rows)} rows, expected "
-            f"them for the metric {metric}; {measure.fix}"
+            f"task {task!r}: found no {row_metric.missing_text} in any of its {len(rows)} rows, "
+            f"{advice}"
         )
 
 
 def judge_warnings(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is to be said of a judge's grades that could not be read and of answers cut for it, if
-    there are any.
-    """
-    grades = [g for row in rows for g in row.get("grades", ())]
-    none, cut = sum(g is None for g in grades), sum(bool(row.get("cut")) for row in rows)
-    told = (
-        (none, f"{none} of {len(grades)} grades of the judge could not be read and count as 0"),
-        (cut, f"{cut} of {len(rows)} answers were cut to fit the judge"),
-    )
-    return "; ".join(text for n, text in told if n)
+    """Describe a judge's unreadable grades and truncated answers; "" if there are none."""
+    grades = [grade for row in rows for grade in row.get("grades", ())]
+    num_unreadable = sum(grade is None for grade in grades)
+    num_truncated = sum(bool(row.get("cut")) for row in rows)
+    warnings = []
+    if num_unreadable:
+        warnings.append(
+            f"{num_unreadable} of {len(grades)} grades of the judge could not be read and count as "
+            "0"
+        )
+    if num_truncated:
+        warnings.append(f"{num_truncated} of {len(rows)} answers were truncated to fit the judge")
+    return "; ".join(warnings)

@@ -377,7 +377,7 @@ def test_a_run_has_constraints_as_a_column_beside_references(ran):
 
 def test_its_scores_by_level_and_its_adherence_are_told_by_stage_in_the_form_of_probes(ran):
     out, _, matrix = ran
-    told = measures.probes(Run.read(out))
+    told = measures.probes_from_predictions(Run.load(out))
     assert set(told) == {"complexity", "direct adherence"}
     assert set(told["complexity"]["series"]) == {"asked: multi-step (n = 2)", "asked: own (n = 1)"}
     assert set(told["direct adherence"]["series"]) == {
@@ -395,7 +395,7 @@ def test_its_scores_by_level_and_its_adherence_are_told_by_stage_in_the_form_of_
 
 def test_they_are_shown_after_the_run_with_how_many_rows_they_are_of(ran):
     said = io.StringIO()
-    measures.show(Console(file=said, width=120), Run.read(ran[0]))
+    measures.print_measures(Console(file=said, width=120), Run.load(ran[0]))
     told = said.getvalue()
     assert "score in percent by level of the instruction, after asked (n in brackets)" in told
     assert "constraints kept to, in percent" in told
@@ -404,8 +404,8 @@ def test_they_are_shown_after_the_run_with_how_many_rows_they_are_of(ran):
 
 
 def test_predictions_of_one_level_or_none_show_nothing(ran, tmp_path):
-    assert measures.by_level([Prediction("a", {"score": 1.0})]) == {}
-    assert measures.by_level(
+    assert measures.mean_scores_by_level([Prediction("a", {"score": 1.0})]) == {}
+    assert measures.mean_scores_by_level(
         [
             Prediction("a", {"score": 1.0}, level="b\nc"),
             Prediction("b", {"score": 0.0}, level="conditional"),
@@ -413,7 +413,7 @@ def test_predictions_of_one_level_or_none_show_nothing(ran, tmp_path):
         ]
     ) == {"conditional": (0.5, 2), "b c": (1.0, 1)}
     assert (
-        measures._adherence([Prediction("a", {"score": 1.0, "strict": "yes", "loose": [1]})]) == {}
+        measures._constraint_accuracies([Prediction("a", {"score": 1.0, "strict": "yes", "loose": [1]})]) == {}
     )
 
 

@@ -1,4 +1,4 @@
-"""Changes of an instruction's words or format that leave what it asks: seeded, each with a name."""
+"""Seeded changes of an instruction's words or format that keep its meaning."""
 
 from __future__ import annotations
 
@@ -14,45 +14,48 @@ POLITE_PHRASES = (
 
 
 def lowercase(text: str, rng: random.Random) -> str:
-    """All letters small."""
+    """Return the text in lowercase."""
     return text.lower()
 
 
 def uppercase(text: str, rng: random.Random) -> str:
-    """All letters capital."""
+    """Return the text in capitals."""
     return text.upper()
 
 
 def strip_punctuation(text: str, rng: random.Random) -> str:
-    """Without any punctuation."""
+    """Remove punctuation; a text of punctuation alone stays."""
     return " ".join(text.translate(str.maketrans("", "", string.punctuation)).split()) or text
 
 
 def add_typos(text: str, rng: random.Random) -> str:
-    """In every fifth word of four letters or more, at least one, two neighbouring letters within it
-    are swapped.
+    """Swap two adjacent inner letters in a fifth of the words of four or more letters.
+
+    At least one such word is changed, if there is any.
     """
     words = text.split(" ")
     long = [i for i, word in enumerate(words) if len(word) > 3 and word.isalpha()]
     for i in rng.sample(long, -(-len(long) // 5)):
-        at = rng.randrange(1, len(words[i]) - 2)
-        words[i] = words[i][:at] + words[i][at + 1] + words[i][at] + words[i][at + 2 :]
+        word = words[i]
+        at = rng.randrange(1, len(word) - 2)
+        words[i] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
     return " ".join(words)
 
 
 def add_polite_phrase(text: str, rng: random.Random) -> str:
-    """Behind a polite phrase."""
+    """Put a polite phrase before the text."""
     return rng.choice(POLITE_PHRASES).format(text)
 
 
 def break_lines(text: str, rng: random.Random) -> str:
-    """A line break in place of the space behind every third to sixth word."""
-    every, words = rng.randint(3, 6), text.split(" ")
+    """Replace the space after every n-th word by a line break, for an n from 3 to 6."""
+    every = rng.randint(3, 6)
+    words = text.split(" ")
     return "\n".join(" ".join(words[i : i + every]) for i in range(0, len(words), every))
 
 
 def add_heading(text: str, rng: random.Random) -> str:
-    """Behind a heading."""
+    """Put a heading before the text."""
     return f"Task: {text}"
 
 
