@@ -70,14 +70,14 @@ def _put(folder: Path, name: str, raw: bytes) -> Path:
 def _page(folder: Path) -> None:
     """All that a report reads and writes of a run, and its tables."""
     from continual.reports import write
-    from continual.reports.pages import run_page
-    from continual.results.run_folder import Run, grouped
-    from continual.results.tables import TABLES, table
+    from continual.reports.pages import build_run_page
+    from continual.results.run_folder import Run, group_runs
+    from continual.results.tables import TABLES, build_table
 
-    run = Run.read(folder)
-    write.render(run_page(run))
+    run = Run.load(folder)
+    write.render_page(build_run_page(run))
     for what in TABLES:
-        table(grouped([run]), what)
+        build_table(group_runs([run]), what)
 
 
 def _in_run(name: str) -> Callable[[Path, bytes], None]:
@@ -128,11 +128,11 @@ def config(folder: Path, raw: bytes) -> None:
 def curve(folder: Path, raw: bytes) -> None:
     """The curve of an adaptation."""
     from continual.reports import write
-    from continual.reports.adaptations import adapt_page
+    from continual.reports.adaptations import build_adaptation_page
     from continual.results.curve import Curve
 
     _put(folder, "curve.json", raw)
-    write.render(adapt_page([Curve.read(folder)]))
+    write.render_page(build_adaptation_page([Curve.load(folder)]))
 
 
 def manifest(folder: Path, raw: bytes) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from benchmarks.common import machine
 from continual.io import untrusted
-from continual.reports.figures import MEANINGS, NONE, percent, seconds, size
+from continual.reports.figures import SUMMARY_INFO, NO_VALUE, format_percent, format_seconds, format_bytes
 from continual.results import comparison
-from continual.results.matrix import mean
-from continual.results.run_folder import Group, Run, find, grouped
-from continual.results.uncertainty import over_runs
+from continual.results.matrix import mean_or_none
+from continual.results.run_folder import RunGroup, Run, find_runs, group_runs
+from continual.results.uncertainty import interval_over_runs
 from continual.runs.compare import SEARCH_RESULT_FILE
 
 COLUMNS = (
@@ -67,11 +67,11 @@ def main() -> None:
 
 def page(folders: Sequence[Path]) -> str:
     """What docs/leaderboard.md holds of figures."""
-    runs, waiting = find(folders)
+    runs, waiting = find_runs(folders)
     streams: dict[str, list[Run]] = {}
     for run in runs:
         streams.setdefault(run.matrix.stream, []).append(run)
-    commands = "\n".join(command for folder in folders for command in comparison.commands(folder))
+    commands = "\n".join(command for folder in folders for command in comparison.load_commands(folder))
     left = f"\nNot finished, and in no mean: {', '.join(waiting)}.\n" if waiting else ""
     again = " ".join(map(str, folders))
     return (
@@ -83,7 +83,7 @@ def page(folders: Sequence[Path]) -> str:
         "training and scoring together; stored is the strategy's memory in its last "
         f"checkpoint.\n{left}\n"
         + "\n".join(
-            f"## {stream}\n\n{_facts(those)}\n\n{table(grouped(those))}"
+            f"## {stream}\n\n{_facts(those)}\n\n{table(group_runs(those))}"
             for stream, those in streams.items()
         )
     )
@@ -103,20 +103,20 @@ def _facts(runs: Sequence[Run]) -> str:
     )
 
 
-def table(groups: Sequence[Group]) -> str:
+def table(groups: Sequence[RunGroup]) -> str:
     """A row a strategy: ceilings, then by average performance; the best of the others in bold."""
     ranked = sorted(groups, key=lambda g: (g.label not in CEILINGS, -(g.mean(COLUMNS[0]) or -1)))
     heads = [
         "strategy",
         "runs",
-        *(f"{MEANINGS[name].title} {MEANINGS[name].arrow}" for name in COLUMNS),
+        *(f"{SUMMARY_INFO[name].title} {SUMMARY_INFO[name].arrow}" for name in COLUMNS),
         "seconds",
         "stored",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     arms = [g for g in ranked if g.label not in (FLOOR, *CEILINGS)]
     best = {
-        name: _best([g.mean(name) for g in arms], MEANINGS[name].better == "higher")
+        name: _best([g.mean(name) for g in arms], SUMMARY_INFO[name].better == "higher")
         for name in COLUMNS
     }
     for g in ranked:
@@ -127,10 +127,10 @@ def table(groups: Sequence[Group]) -> str:
             + " | ".join(
                 [
                     f"{g.label}{kind}",
-                    str(g.done),
+                    str(g.num_finished),
                     *cells,
-                    seconds(g.mean("seconds")),
-                    size(stored(g)),
+                    format_seconds(g.mean("seconds")),
+                    format_bytes(stored(g)),
                 ]
             )
             + " |"
@@ -143,21 +143,21 @@ def _best(values: Sequence[float | None], higher: bool) -> float | None:
     return (max if higher else min)(known) if len(known) > 1 else None
 
 
-def _cell(group: Group, name: str, best: float | None) -> str:
+def _cell(group: RunGroup, name: str, best: float | None) -> str:
     """The mean and its interval."""
-    value, span = group.mean(name), over_runs(group.values(name))
-    told = percent(value, MEANINGS[name].signed) + (
+    value, span = group.mean(name), interval_over_runs(group.finished_values(name))
+    told = format_percent(value, SUMMARY_INFO[name].signed) + (
         f" ± {50 * (span.high - span.low):.1f}" if span else ""
     )
-    return f"**{told}**" if best is not None and value == best else told or NONE
+    return f"**{told}**" if best is not None and value == best else told or NO_VALUE
 
 
-def stored(group: Group) -> float | None:
+def stored(group: RunGroup) -> float | None:
     """The bytes of the strategy's memory at the end, in the mean over the runs; None where a run
     does not say.
     """
-    last = [run.events("checkpoint")[-1:] for run in group.runs if run.matrix.finished]
-    return mean(events[0].get("memory_bytes") if events else None for events in last)
+    last = [run.events("checkpoint")[-1:] for run in group.runs if run.matrix.is_finished]
+    return mean_or_none(events[0].get("memory_bytes") if events else None for events in last)
 
 
 def tuned(folders: Sequence[Path]) -> str:

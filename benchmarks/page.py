@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.common import machine
 from continual.reports import write
-from continual.results.matrix import BASE, Matrix
+from continual.results.matrix import BASE_STAGE, Matrix
 
 RESULT = Path(__file__).parent / "results" / "page-cpu.md"
 
@@ -62,10 +62,10 @@ def written(root: Path, runs: int, strategies: int, tasks: int) -> tuple[float, 
         matrix(f"strategy {i % strategies:03d}", i // strategies, tasks).save(
             folder / "matrix.json"
         )
-        (folder / write.PAGE).touch()
+        (folder / write.PAGE_FILE).touch()
     began = time.perf_counter()
-    write.compare(folders, root)
-    return time.perf_counter() - began, root / write.PAGE
+    write.write_comparison(folders, root)
+    return time.perf_counter() - began, root / write.PAGE_FILE
 
 
 def matrix(strategy: str, seed: int, count: int) -> Matrix:
@@ -86,7 +86,7 @@ def matrix(strategy: str, seed: int, count: int) -> Matrix:
         seed,
         tasks,
         dict.fromkeys(tasks, "exact_match"),
-        (BASE, *tasks),
+        (BASE_STAGE, *tasks),
         tuple(map(tuple, rows)),
         (100,) * count,
         {"seconds": rng.uniform(20, 200), "peak_bytes": 1e9},

@@ -33,7 +33,7 @@ from continual.config.catalogue import KEY, Choice, list_choices
 from continual.data.template import index_tasks
 from continual.data.types import Encoded, Task
 from continual.models.model import Model
-from continual.reports.figures import size
+from continual.reports.figures import format_bytes
 from continual.runs import build
 from continual.strategy.interface import Strategy
 from continual.strategy.replay_buffer import ReplayBuffer
@@ -184,7 +184,7 @@ def measured(choice: Choice, *words: str) -> Measured:
     old = keeps_examples(strategy.state_dict()) or any(
         len({e.task_index for e in task.train}) > 1 for task in tasks
     )
-    return Measured(size(bytes_) if bytes_ else "0", f"{ratio:.2f}", old, identity(choice, config))
+    return Measured(format_bytes(bytes_) if bytes_ else "0", f"{ratio:.2f}", old, identity(choice, config))
 
 
 def step_ratio(model: Any, strategy: Strategy, task: Task[Encoded], config: DictConfig) -> float:

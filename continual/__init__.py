@@ -21,6 +21,6 @@ def load_runs(*paths: str | Path, what: str = "cells") -> pandas.DataFrame:
     folder without runs, DataError for a broken file or a link out of the folder, ConfigError for
     another `what`.
     """
-    from continual.results.tables import load
+    from continual.results.tables import load_table
 
-    return load(paths, what)
+    return load_table(paths, what)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from continual.cli.arguments import parse_count, parse_arguments, parse_bool
+from continual.cli.arguments import parse_arguments, parse_bool, parse_count
 from continual.cli.help import HELP, VERB_HELP
 from continual.distributed.processes import (
     broadcast,
@@ -141,7 +141,7 @@ def _run_or_adapt(verb: str, rest: Sequence[str]) -> None:
             config, Console(stderr=True, quiet=not is_main_process())
         )
         if is_main_process():
-            write.tables(Console(), Path(config.out))
+            write.print_tables(Console(), Path(config.out))
 
 
 def _plan(rest: Sequence[str]) -> None:
@@ -238,8 +238,8 @@ def _report(rest: Sequence[str]) -> None:
     paths, values = parse_arguments(rest, {"out": ""})
     if not paths:
         raise MissingError("continual report needs a folder made by run, compare or adapt")
-    files = write.write(*paths, out=Path(values["out"]) if values["out"] else None)
-    write.tables(Console(), *paths)
+    files = write.write_report(*paths, out=Path(values["out"]) if values["out"] else None)
+    write.print_tables(Console(), *paths)
     print("\n".join(f"wrote {path}" for path in files))
 
 

@@ -20,9 +20,9 @@ from rich.text import Text
 from continual.errors import DataError, MissingError
 from continual.io.terminal import escape_control
 from continual.io.untrusted import LONGEST, check_links_inside, parse_json
-from continual.reports.figures import NONE, count, percent, seconds
+from continual.reports.figures import NO_VALUE, format_count, format_percent, format_seconds
 from continual.results import comparison
-from continual.results.matrix import BASE, Matrix, forgetting, mean
+from continual.results.matrix import BASE_STAGE, Matrix, forgetting, mean_or_none
 from continual.results.run_folder import is_event
 
 WATCH_DEFAULTS = {"once": "false", "every": "1"}
@@ -107,7 +107,7 @@ class WatchedRun:
             self.matrix, self.matrix_stamp = Matrix.load(path), stamp
         if (self.folder / "finished").exists() or (self.folder / "curve.json").is_file():
             self.state = "finished"
-        elif (self.folder / comparison.FAILED).is_file():
+        elif (self.folder / comparison.FAILED_FILE).is_file():
             self.state = "failed"
 
     def _apply_event(self, event: dict[str, Any]) -> None:
@@ -161,8 +161,8 @@ class WatchedRun:
         number, took = self.last_step["stage"], self.last_step.get("seconds") or 0
         ahead = max(len(self.stages) - number, 0)
         here = 0.0 if number in self.stage_seconds else took / step * max(steps - step, 0)
-        learning = mean(list(self.stage_seconds.values()) or [took / step * steps]) or 0
-        scores = mean(self.score_seconds.values()) or 0
+        learning = mean_or_none(list(self.stage_seconds.values()) or [took / step * steps]) or 0
+        scores = mean_or_none(self.score_seconds.values()) or 0
         return float(
             here + ahead * learning + (ahead + (number not in self.score_seconds)) * scores
         )
@@ -172,21 +172,21 @@ class WatchedRun:
         step = (
             f"{self.last_step['step']:.0f}/{self.last_step.get('steps') or 0:.0f}"
             if self.last_step
-            else NONE
+            else NO_VALUE
         )
         loss = self.last_step.get("loss")
-        told = NONE if loss is None else f"{loss:.3f}"
+        told = NO_VALUE if loss is None else f"{loss:.3f}"
         now = learned_submatrix(self.matrix) if self.matrix else None
-        average, lost = (mean(now.final), forgetting(now)) if now else (None, None)
+        average, lost = (mean_or_none(now.final_scores), forgetting(now)) if now else (None, None)
         return [
             self.name,
             self.activity(),
             step,
             told,
-            count(self.tokens_per_second),
-            percent(average),
-            percent(lost),
-            seconds(self.seconds_left),
+            format_count(self.tokens_per_second),
+            format_percent(average),
+            format_percent(lost),
+            format_seconds(self.seconds_left),
         ]
 
     def activity(self) -> str:
@@ -196,7 +196,9 @@ class WatchedRun:
         if not self.has_ended and self.state != "waiting":
             words = ["scoring"] if self.state == "scoring" else []
             words.append(
-                f"{number}/{total or '?'} {self.last_step.get('task')}" if self.last_step else BASE
+                f"{number}/{total or '?'} {self.last_step.get('task')}"
+                if self.last_step
+                else BASE_STAGE
             )
         silent = (
             0.0
@@ -204,7 +206,7 @@ class WatchedRun:
             else time.time() - self.last_event_time
         )
         return " ".join(words) + (
-            f", quiet for {seconds(silent)}" if silent > SILENCE_SECONDS else ""
+            f", quiet for {format_seconds(silent)}" if silent > SILENCE_SECONDS else ""
         )
 
 
@@ -212,10 +214,10 @@ def learned_submatrix(matrix: Matrix) -> Matrix | None:
     """The matrix of the tasks that are learned and scored so far, as if they were all; None before
     the first.
     """
-    if not matrix.sequential:
-        return matrix if matrix.finished else None
+    if not matrix.is_sequential:
+        return matrix if matrix.is_finished else None
     tasks = tuple(task for task in matrix.tasks if task in matrix.stages)
-    rows = tuple(tuple(matrix.at(i, task) for task in tasks) for i in range(len(matrix.stages)))
+    rows = tuple(tuple(matrix.score(i, task) for task in tasks) for i in range(len(matrix.stages)))
     return replace(matrix, tasks=tasks, scores=rows, counts=())
 
 
@@ -265,7 +267,7 @@ def find_run_folders(folder: Path) -> list[Path]:
             f"{folder}: there is no such folder; give the out= of continual run, adapt or compare"
         )
     begun = [p.parent for p in sorted(folder.glob("*/config.yaml"))]
-    planned = [folder / name for name in comparison.waiting(folder)]
+    planned = [folder / name for name in comparison.find_pending_runs(folder)]
     return list(dict.fromkeys([*begun, *planned])) or [folder]
 
 

@@ -23,7 +23,7 @@ from continual.evaluation.metrics import REFERENCE_METRICS
 from continual.inference.reopen import ModelSource, load_run_model
 from continual.io.terminal import escape_control
 from continual.models.generation import generate_answers
-from continual.reports.figures import percent
+from continual.reports.figures import format_percent
 from continual.results.run_folder import Run
 from continual.runs import build
 
@@ -141,7 +141,7 @@ class ChatSession:
         for n, name in enumerate(self.loaded.source.stages):
             row = told.matrix.scores[n] if isinstance(told, Run) else ()
             known = [s for s in row if s is not None]
-            average = f"  average {percent(sum(known) / len(known))}" if known else ""
+            average = f"  average {format_percent(sum(known) / len(known))}" if known else ""
             gone = "" if name in self.loaded.source.available_stages else "  (weights not kept)"
             self.print_line(
                 f"{'*' if name == self.loaded.stage else ' '} {n:2d} {name}{average}{gone}"
@@ -157,7 +157,7 @@ class ChatSession:
         told, now = self.loaded.source.result, self.loaded.stage
         for name in self.loaded.source.tasks:
             score = (
-                f"  {percent(told.matrix.at(told.matrix.stages.index(now), name))}"
+                f"  {format_percent(told.matrix.score(told.matrix.stages.index(now), name))}"
                 if isinstance(told, Run)
                 else ""
             )

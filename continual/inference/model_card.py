@@ -20,7 +20,7 @@ from continual.errors import DataError
 from continual.inference.reopen import LoadedModel
 from continual.io import untrusted
 from continual.io.terminal import escape_control
-from continual.reports.figures import percent
+from continual.reports.figures import format_percent
 from continual.results.curve import Curve
 from continual.results.run_folder import Run
 
@@ -291,7 +291,7 @@ def _scores_section(opened: LoadedModel) -> list[str]:
             _markdown_table(
                 ["examples \\ steps", *map(str, told.steps)],
                 [
-                    [str(n), *(percent(dict(told.of(n)).get(step)) for step in told.steps)]
+                    [str(n), *(format_percent(dict(told.mean_scores(n)).get(step)) for step in told.steps)]
                     for n in told.shots
                 ],
             ),
@@ -299,11 +299,11 @@ def _scores_section(opened: LoadedModel) -> list[str]:
     matrix = told.matrix
     heads = ["after stage", *(f"{name} ({matrix.metrics[name]})" for name in matrix.tasks)]
     rows = [
-        [f"{stage} (this model)" if stage == opened.stage else stage, *map(percent, row)]
+        [f"{stage} (this model)" if stage == opened.stage else stage, *map(format_percent, row)]
         for stage, row in zip(matrix.stages, matrix.scores, strict=True)
     ]
     summary = [
-        f"{name.replace('_', ' ')} {percent(value)}"
+        f"{name.replace('_', ' ')} {format_percent(value)}"
         for name, value in matrix.summary().items()
         if value is not None
     ]

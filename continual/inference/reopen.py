@@ -22,8 +22,8 @@ from continual.io.untrusted import load_json
 from continual.models.model import Model
 from continual.models.weights import Weights, restore, snapshot
 from continual.results.curve import Curve
-from continual.results.matrix import BASE
-from continual.results.run_folder import Run, kind
+from continual.results.matrix import BASE_STAGE
+from continual.results.run_folder import Run, folder_kind
 from continual.runs import build, validate
 from continual.strategy.interface import Strategy
 from continual.training import checkpoint
@@ -44,16 +44,16 @@ class ModelSource:
     @classmethod
     def load(cls, path: Path) -> ModelSource:
         """Of a run or an adaptation; raises MissingError or DataError for any other folder."""
-        what = kind(path)
+        what = folder_kind(path)
         if what == "comparison":
             raise MissingError(
                 f"{path} holds several runs, and one is expected; name one of "
                 f"{listed(sorted(str(p.parent) for p in path.glob('*/matrix.json')), 5)}"
             )
         if what == "adapt":
-            return cls(path, Curve.read(path), {ADAPTED_STAGE: path / "model"})
-        run = Run.read(path)
-        numbers = {name: run.number(name) for name in run.matrix.stages}
+            return cls(path, Curve.load(path), {ADAPTED_STAGE: path / "model"})
+        run = Run.load(path)
+        numbers = {name: run.stage_number(name) for name in run.matrix.stages}
         return cls(
             path,
             run,
@@ -71,7 +71,7 @@ class ModelSource:
     @property
     def is_finished(self) -> bool:
         """Whether there is nothing left to learn."""
-        return not isinstance(self.result, Run) or self.result.matrix.finished
+        return not isinstance(self.result, Run) or self.result.matrix.is_finished
 
     @property
     def last_stage(self) -> str:
@@ -121,7 +121,7 @@ class LoadedModel:
     model: Model
     encoder: Encoder
     strategy: Strategy
-    stage: str = BASE
+    stage: str = BASE_STAGE
     base_weights: Weights = field(default_factory=dict)
 
     def load_stage(self, stage: str) -> None:
@@ -195,7 +195,7 @@ def load_run_model(source: ModelSource, config: DictConfig) -> LoadedModel:
         model,
         build.encoder(config, model),
         _build_routing_strategy(config),
-        ADAPTED_STAGE if adapted else BASE,
+        ADAPTED_STAGE if adapted else BASE_STAGE,
     )
 
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-DIGITS = 5  # of a coordinate that is kept, after the point: a chart is some hundred pixels high
-NAMED = 16  # lines at whose ends there is room for their names
+COORDINATE_DIGITS = (
+    5  # of a coordinate that is kept, after the point: a chart is some hundred pixels high
+)
+MAX_LINE_LABELS = 16  # lines at whose ends there is room for their names
 
 Point = tuple[float, float]
 
@@ -30,7 +32,7 @@ class Axis:
     better: str = ""
 
 
-SCORE = Axis("score, %", span=(0.0, 1.0))
+SCORE_AXIS = Axis("score, %", span=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Chart:
     title: str
     series: Sequence[Series]
     x: Axis
-    y: Axis = SCORE
+    y: Axis = SCORE_AXIS
     walls: Sequence[tuple[float, str]] = ()
     small: bool = False
     by: str = ""
@@ -74,9 +76,9 @@ class Chart:
         names at their ends.
         """
         told = [(s.name, s.look) for s in self.series if s.look != "faint" and not self.by]
-        return told if len(told) > (1 if self.small else NAMED) else []
+        return told if len(told) > (1 if self.small else MAX_LINE_LABELS) else []
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As the page's script reads it."""
         return {
             **asdict(self),
@@ -84,9 +86,9 @@ class Chart:
             "series": [
                 {
                     **asdict(s),
-                    "points": _short(s.points),
-                    "band": _short(s.band),
-                    "rings": _short(s.rings),
+                    "points": _round_points(s.points),
+                    "band": _round_points(s.band),
+                    "rings": _round_points(s.rings),
                 }
                 for s in self.series
             ],
@@ -94,7 +96,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Dots:
+class ScatterChart:
     """A dot a run, by two of its figures, which a reader may choose among `axes` where `free`.
 
     Each of `runs` has its `group`, a `text` to find it by, and `values` by axis, None where it has
@@ -112,10 +114,10 @@ class Dots:
     task: str = ""
     keys: ClassVar[Sequence[tuple[str, int | str]]] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As the page's script reads it."""
         return {**asdict(self), "kind": "dots"}
 
 
-def _short(points: Sequence[Sequence[float]]) -> list[list[float]]:
-    return [[round(value, DIGITS) for value in point] for point in points]
+def _round_points(points: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[round(value, COORDINATE_DIGITS) for value in point] for point in points]

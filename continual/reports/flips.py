@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from continual.errors import brief
-from continual.results.flips import RIGHT, Flip, counts
-from continual.results.matrix import BASE, Matrix
+from continual.results.flips import CORRECT_THRESHOLD, Flip, count_flips
+from continual.results.matrix import BASE_STAGE, Matrix
 
-SHOWN = 3  # in the terminal
+MAX_PRINTED_FLIPS = 3  # in the terminal
 
 
-def show(console: Console, matrix: Matrix, found: Sequence[Flip]) -> None:
+def print_flips(console: Console, matrix: Matrix, flips: Sequence[Flip]) -> None:
     """How many flipped, task by stage, and a few of them, in the terminal; nothing where there is
     one stage only.
     """
@@ -23,43 +23,46 @@ def show(console: Console, matrix: Matrix, found: Sequence[Flip]) -> None:
         return
     console.print(
         Text(
-            f"answers lost (−) and regained (+) at each stage; right is a mark of at least {RIGHT}",
+            f"answers lost (−) and regained (+) at each stage; right is a mark of at least {CORRECT_THRESHOLD}",
             style="bold",
         )
     )
-    if not found:
+    if not flips:
         console.print("none was lost")
         return
-    told, first = counts(found), int(BASE not in matrix.stages)
+    told, first = count_flips(flips), int(BASE_STAGE not in matrix.stages)
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("task", overflow="fold")
     for number in range(first + 1, first + len(matrix.stages)):
         table.add_column(str(number), justify="right", no_wrap=True)
     for task in matrix.tasks:
         table.add_row(
-            Text(task), *(_cell(*told.get((task, stage), (0, 0))) for stage in matrix.stages[1:])
+            Text(task),
+            *(_flip_count_text(*told.get((task, stage), (0, 0))) for stage in matrix.stages[1:]),
         )
     console.print(table)
-    for line in _examples(found):
+    for line in _example_lines(flips):
         console.print(Text(line, style="dim"), soft_wrap=True)
 
 
-def signed(lost: int, back: int) -> str:
+def format_flip_counts(lost: int, back: int) -> str:
     """How many were lost (−) and regained (+); empty where none was."""
     return " ".join([f"−{lost}"] * bool(lost) + [f"+{back}"] * bool(back))
 
 
-def _cell(lost: int, back: int) -> Text:
-    both = signed(lost, back)
+def _flip_count_text(lost: int, back: int) -> Text:
+    both = format_flip_counts(lost, back)
     return Text(both or "·", style="" if both else "dim")
 
 
-def _examples(found: Sequence[Flip]) -> Iterator[str]:
+def _example_lines(flips: Sequence[Flip]) -> Iterator[str]:
     """Of some tasks the last loss that was for good; ids and answers may hold what a terminal
     obeys.
     """
     last = {
-        f.task: f for f in found if f.back is None and f.before is not None and f.after is not None
+        f.task: f
+        for f in flips
+        if f.regained_stage is None and f.answer_before is not None and f.answer_after is not None
     }
-    for f in [*last.values()][:SHOWN]:
-        yield f"{brief(f.id)[1:-1]}: {brief(f.before, 60)} after {f.learned}, {brief(f.after, 60)} after {f.lost}"
+    for f in [*last.values()][:MAX_PRINTED_FLIPS]:
+        yield f"{brief(f.id)[1:-1]}: {brief(f.answer_before, 60)} after {f.last_correct_stage}, {brief(f.answer_after, 60)} after {f.lost_stage}"

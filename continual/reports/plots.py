@@ -6,12 +6,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from continual.reports.figures import percent
-from continual.reports.reach import labels
-from continual.reports.sections import curve, span
+from continual.reports.figures import format_percent
+from continual.reports.reach import start_labels
+from continual.reports.sections import stage_span, task_points
 from continual.results.curve import Curve
-from continual.results.matrix import BASE, Matrix, incremental, mean
-from continual.results.run_folder import Group
+from continual.results.matrix import BASE_STAGE, Matrix, mean_or_none, performance_by_stage
+from continual.results.run_folder import RunGroup
 
 COLOURS = (
     "#0072b2",
@@ -22,101 +22,110 @@ COLOURS = (
     "#56b4e9",
     "#7a5c3e",
 )  # Okabe and Ito (2008)
-TALLEST = 60  # inches: no picture may have 2^16 pixels
-LONGEST = 40  # characters of a name
-CELLS = 2500  # of a heat map whose figures can be read
-INK, SOFT, LINE = "#16202c", "#5d6875", "#dfe3e8"
+MAX_INCHES = 60  # inches: no picture may have 2^16 pixels
+MAX_NAME_LENGTH = 40  # characters of a name
+MAX_LABELLED_CELLS = 2500  # of a heat map whose figures can be read
+TEXT_COLOUR, MUTED_COLOUR, GRID_COLOUR = "#16202c", "#5d6875", "#dfe3e8"
 
 
-def run(matrix: Matrix) -> bytes:
+def plot_run(matrix: Matrix) -> bytes:
     """A PNG: the matrix as a heat map, and each task's score over the stages."""
-    figure, (left, right) = _figure(
-        13, min(TALLEST, max(4.2, 1.6 + 0.42 * len(matrix.stages))), [1.15, 1]
+    figure, (left, right) = _new_figure(
+        13, min(MAX_INCHES, max(4.2, 1.6 + 0.42 * len(matrix.stages))), [1.15, 1]
     )
-    _heat(left, matrix)
+    _draw_heat_map(left, matrix)
     for i, task in enumerate(matrix.tasks):
-        points = curve(matrix, task)
+        points = task_points(matrix, task)
         right.plot(
-            *_columns(points),
+            *_split_xy(points),
             marker="o",
             markersize=3,
             linewidth=1.8,
-            label=_name(task),
-            **_look(i),
+            label=_shorten_name(task),
+            **_line_style(i),
         )
-        row = matrix.stage_of(task)
-        if row is not None and (score := matrix.at(row, task)) is not None:
+        row = matrix.row_of(task)
+        if row is not None and (score := matrix.score(row, task)) is not None:
             right.plot(
-                row + (BASE not in matrix.stages),
+                row + (BASE_STAGE not in matrix.stages),
                 score,
                 "o",
                 markersize=9,
                 fillstyle="none",
                 markeredgewidth=2,
-                color=_look(i)["color"],
+                color=_line_style(i)["color"],
             )
-    _scores(right, "Each task through the stages (%; ring: its own)", "stage", span(matrix))
+    _style_score_axes(
+        right, "Each task through the stages (%; ring: its own)", "stage", stage_span(matrix)
+    )
     right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    return _png(figure)
+    return _to_png(figure)
 
 
-def comparison(groups: Sequence[Group]) -> bytes:
+def plot_comparison(groups: Sequence[RunGroup]) -> bytes:
     """A PNG: the average over the tasks learned so far, a line a group, and final average beside
     forgetting.
     """
-    figure, (left, right) = _figure(13, 4.6, [1.5, 1])
-    arms = [group for group in groups if not group.joint]
-    looks = {group.label: _look(i) for i, group in enumerate(arms)}
+    figure, (left, right) = _new_figure(13, 4.6, [1.5, 1])
+    arms = [group for group in groups if not group.is_joint]
+    looks = {group.label: _line_style(i) for i, group in enumerate(arms)}
     last = 1
     for group in arms:
-        lines = [incremental(r.matrix) for r in group.runs]
+        lines = [performance_by_stage(r.matrix) for r in group.runs]
         means = [
-            mean(line[i] for line in lines if i < len(line)) for i in range(max(map(len, lines)))
+            mean_or_none(line[i] for line in lines if i < len(line))
+            for i in range(max(map(len, lines)))
         ]
         points = [(i + 1.0, value) for i, value in enumerate(means) if value is not None]
         last = max(last, len(points))
         left.plot(
-            *_columns(points),
+            *_split_xy(points),
             marker="o",
             markersize=4,
             linewidth=2.2,
-            label=_name(group.label),
+            label=_shorten_name(group.label),
             **looks[group.label],
         )
     for group in groups:
         top = group.mean("average_performance")
-        if group.joint and top is not None:
+        if group.is_joint and top is not None:
             left.axhline(
-                top, color=SOFT, linestyle=(0, (6, 4)), linewidth=1.6, label=_name(group.label)
+                top,
+                color=MUTED_COLOUR,
+                linestyle=(0, (6, 4)),
+                linewidth=1.6,
+                label=_shorten_name(group.label),
             )
-    _scores(left, "Average over the tasks learned so far (%)", "stage", (1, last))
+    _style_score_axes(left, "Average over the tasks learned so far (%)", "stage", (1, last))
     if left.get_lines():
         left.legend(frameon=False, fontsize=10, loc="best", ncols=2)
-    _bars(right, groups, looks)
-    return _png(figure)
+    _draw_bars(right, groups, looks)
+    return _to_png(figure)
 
 
-def adaptation(curves: Sequence[Curve]) -> bytes:
+def plot_adaptations(curves: Sequence[Curve]) -> bytes:
     """A PNG: score against steps, a panel a task, a line for each start, shaded from the lowest to
     the highest draw.
 
     Of one start alone there is a line for each number of shots, of several that with most.
     """
-    tasks, names = list(dict.fromkeys(c.task for c in curves)), labels(curves)
-    figure, panels = _figure(min(TALLEST, max(9, 4.4 * len(tasks))), 4.6, [1] * max(1, len(tasks)))
+    tasks, names = list(dict.fromkeys(c.task for c in curves)), start_labels(curves)
+    figure, panels = _new_figure(
+        min(MAX_INCHES, max(9, 4.4 * len(tasks))), 4.6, [1] * max(1, len(tasks))
+    )
     lines: dict[str, Any] = {}
     for axes, task in zip(panels, tasks, strict=False):
         told = [(name, c) for name, c in zip(names, curves, strict=True) if c.task == task]
         for name, c in told:
             for shots in c.shots[-1:] if len(told) > 1 else c.shots:
                 label = name if len(told) > 1 else f"{name}, {shots} shots"
-                look = _look(list(lines).index(label) if label in lines else len(lines))
+                look = _line_style(list(lines).index(label) if label in lines else len(lines))
                 (line,) = axes.plot(
-                    *_columns(c.of(shots)),
+                    *_split_xy(c.mean_scores(shots)),
                     marker="o",
                     markersize=3,
                     linewidth=1.8,
-                    label=_name(label),
+                    label=_shorten_name(label),
                     **look,
                 )
                 lines.setdefault(label, line)
@@ -130,7 +139,9 @@ def adaptation(curves: Sequence[Curve]) -> bytes:
                     linewidth=0,
                 )
         last = max((step for _, c in told for step in c.steps), default=1)
-        _scores(axes, f"Adapting to {_name(task)} (%)", "optimizer step", (0, last))
+        _style_score_axes(
+            axes, f"Adapting to {_shorten_name(task)} (%)", "optimizer step", (0, last)
+        )
     panels[-1].legend(
         handles=[*lines.values()],
         loc="center left",
@@ -138,22 +149,24 @@ def adaptation(curves: Sequence[Curve]) -> bytes:
         frameon=False,
         fontsize=9,
     )
-    return _png(figure)
+    return _to_png(figure)
 
 
-def _name(told: str) -> str:
+def _shorten_name(told: str) -> str:
     """A name as it stands beside a line: of a length that leaves room for the lines, and not read
     as mathematics.
     """
-    return (told if len(told) <= LONGEST else f"{told[:LONGEST]}…").replace("$", r"\$")
+    return (told if len(told) <= MAX_NAME_LENGTH else f"{told[:MAX_NAME_LENGTH]}…").replace(
+        "$", r"\$"
+    )
 
 
-def _look(i: int) -> dict[str, str]:
+def _line_style(i: int) -> dict[str, str]:
     """The i-th line's colour; after the last colour they begin anew, dashed."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": "--" if i // len(COLOURS) % 2 else "-"}
 
 
-def _heat(axes: Any, matrix: Matrix) -> None:
+def _draw_heat_map(axes: Any, matrix: Matrix) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     blues = LinearSegmentedColormap.from_list("heat", ["#f3f7fb", "#08519c"])
@@ -161,34 +174,34 @@ def _heat(axes: Any, matrix: Matrix) -> None:
     axes.imshow(values, cmap=blues, vmin=0, vmax=1, aspect="auto")
     small = 9 if len(matrix.tasks) <= 9 else 6.5
     for i, row in enumerate(
-        matrix.scores if len(matrix.stages) * len(matrix.tasks) <= CELLS else ()
+        matrix.scores if len(matrix.stages) * len(matrix.tasks) <= MAX_LABELLED_CELLS else ()
     ):
         for j, score in enumerate(row):
             axes.text(
                 j,
                 i,
-                percent(score),
+                format_percent(score),
                 ha="center",
                 va="center",
                 fontsize=small,
-                color="white" if score is not None and score > 0.55 else INK,
+                color="white" if score is not None and score > 0.55 else TEXT_COLOUR,
             )
             if matrix.tasks[j] == matrix.stages[i]:
-                axes.add_patch(_frame(j, i))
+                axes.add_patch(_own_stage_frame(j, i))
     axes.set_xticks(
         range(len(matrix.tasks)),
-        [*map(_name, matrix.tasks)],
+        [*map(_shorten_name, matrix.tasks)],
         rotation=35,
         ha="right",
         rotation_mode="anchor",
     )
-    axes.set_yticks(range(len(matrix.stages)), [*map(_name, matrix.stages)])
+    axes.set_yticks(range(len(matrix.stages)), [*map(_shorten_name, matrix.stages)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{matrix.strategy} on {matrix.stream}: score (%) after each stage")
 
 
-def _frame(column: int, row: int) -> Any:
+def _own_stage_frame(column: int, row: int) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle(
@@ -196,46 +209,51 @@ def _frame(column: int, row: int) -> Any:
     )
 
 
-def _bars(axes: Any, groups: Sequence[Group], looks: dict[str, dict[str, str]]) -> None:
+def _draw_bars(axes: Any, groups: Sequence[RunGroup], styles: dict[str, dict[str, str]]) -> None:
     """Final average (wide) and forgetting (thin, hatched) of each group, best on top."""
     for y, group in enumerate(reversed(groups)):
         end, fall = group.mean("average_performance"), group.mean("forgetting")
-        colour = looks[group.label]["color"] if group.label in looks else SOFT
+        colour = styles[group.label]["color"] if group.label in styles else MUTED_COLOUR
         if end is not None:
             axes.barh(
                 y + 0.14,
                 end,
                 0.42,
                 color=colour,
-                xerr=group.spread("average_performance"),
-                ecolor=INK,
+                xerr=group.std("average_performance"),
+                ecolor=TEXT_COLOUR,
             )
             axes.text(
-                end + 0.02 + (group.spread("average_performance") or 0),
+                end + 0.02 + (group.std("average_performance") or 0),
                 y + 0.14,
-                percent(end),
+                format_percent(end),
                 va="center",
                 fontsize=9,
-                color=INK,
+                color=TEXT_COLOUR,
             )
         if fall is not None:
             axes.barh(
                 y - 0.24, max(fall, 0), 0.2, facecolor="none", edgecolor=colour, hatch="/////"
             )
             axes.text(
-                max(fall, 0) + 0.02, y - 0.24, percent(fall), va="center", fontsize=8, color=SOFT
+                max(fall, 0) + 0.02,
+                y - 0.24,
+                format_percent(fall),
+                va="center",
+                fontsize=8,
+                color=MUTED_COLOUR,
             )
-    axes.set_yticks(range(len(groups)), [_name(group.label) for group in reversed(groups)])
+    axes.set_yticks(range(len(groups)), [_shorten_name(group.label) for group in reversed(groups)])
     axes.set_xlim(0, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
     axes.tick_params(length=0)
-    axes.grid(axis="x", color=LINE)
+    axes.grid(axis="x", color=GRID_COLOUR)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.set_title("Final average (solid), forgetting (hatched), %")
 
 
-def _figure(width: float, height: float, ratios: Sequence[float]) -> tuple[Any, list[Any]]:
+def _new_figure(width: float, height: float, ratios: Sequence[float]) -> tuple[Any, list[Any]]:
     """A figure that belongs to no global state, and its axes side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -246,24 +264,24 @@ def _figure(width: float, height: float, ratios: Sequence[float]) -> tuple[Any, 
     return figure, list(axes)
 
 
-def _scores(axes: Any, title: str, below: str, x: tuple[float, float]) -> None:
+def _style_score_axes(axes: Any, title: str, x_label: str, x: tuple[float, float]) -> None:
     axes.set_title(title)
-    axes.set_xlabel(below, color=SOFT)
+    axes.set_xlabel(x_label, color=MUTED_COLOUR)
     axes.set_ylim(-0.02, 1.04)
     margin = (x[1] - x[0] or 1) * 0.03
     axes.set_xlim(x[0] - margin, x[1] + margin)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color=LINE)
-    axes.tick_params(length=0, colors=SOFT)
+    axes.grid(axis="y", color=GRID_COLOUR)
+    axes.tick_params(length=0, colors=MUTED_COLOUR)
     axes.spines[:].set_visible(False)
 
 
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _split_xy(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _png(figure: Any) -> bytes:
+def _to_png(figure: Any) -> bytes:
     target = io.BytesIO()
     figure.savefig(target, format="png")
     return target.getvalue()

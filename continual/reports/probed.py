@@ -12,28 +12,33 @@ from rich.table import Table
 from rich.text import Text
 
 from continual.io.untrusted import CONTROL, is_number, load_json_with_schema
-from continual.reports.figures import percent
+from continual.reports.figures import format_percent
 
-FILE = "probes.json"
-SHOWN = 8  # series of one table in the terminal
+PROBES_FILE = "probes.json"
+MAX_PRINTED_SERIES = 8  # series of one table in the terminal
 
 
-def load(folder: Path) -> dict[str, Any] | None:
+def load_probes(folder: Path) -> dict[str, Any] | None:
     """The run's probes.json, None where there is none; raises DataError where it is damaged."""
-    path = folder / FILE
+    path = folder / PROBES_FILE
     if not path.is_file():
         return None
-    return load_json_with_schema(path, "probes", "remove it, or run again", _check)
+    return load_json_with_schema(path, "probes", "remove it, or run again", _check_probes)
 
 
-def _check(told: dict[str, Any]) -> None:
-    if any(not _sound(name, entry, len(told["stages"])) for name, entry in told["probes"].items()):
+def _check_probes(document: dict[str, Any]) -> None:
+    if any(
+        not _is_valid_entry(name, entry, len(document["stages"]))
+        for name, entry in document["probes"].items()
+    ):
         raise ValueError("a figure for each stage was expected, and what it says")
-    if not all(isinstance(stage, str) and not CONTROL.search(stage) for stage in told["stages"]):
+    if not all(
+        isinstance(stage, str) and not CONTROL.search(stage) for stage in document["stages"]
+    ):
         raise ValueError("stages should be names")
 
 
-def _sound(name: str, entry: Any, stages: int) -> bool:
+def _is_valid_entry(name: str, entry: Any, stages: int) -> bool:
     """Whether an entry has its texts, and a number or none for each stage."""
     texts = (name, entry["says"], entry["source"], *entry["series"])
     return (
@@ -46,17 +51,17 @@ def _sound(name: str, entry: Any, stages: int) -> bool:
     )
 
 
-def show(console: Console, told: dict[str, Any]) -> None:
+def print_probes(console: Console, document: dict[str, Any]) -> None:
     """A table for each entry: its first series, before training and after each stage."""
-    for name, entry in told["probes"].items():
+    for name, entry in document["probes"].items():
         arrow = "↑" if entry["better"] == "higher" else "↓"
         console.print(Text.assemble((f"{name} {arrow} ", "bold"), (entry["says"], "dim")))
         table = Table(box=None, padding=(0, 1, 0, 0))
         table.add_column("in percent", no_wrap=True)
-        for stage in range(len(told["stages"])):
+        for stage in range(len(document["stages"])):
             table.add_column(str(stage), justify="right", no_wrap=True)
-        for label, values in [*entry["series"].items()][:SHOWN]:
-            table.add_row(Text(label), *map(percent, values))
+        for label, values in [*entry["series"].items()][:MAX_PRINTED_SERIES]:
+            table.add_row(Text(label), *map(format_percent, values))
         console.print(table)
-        if (more := len(entry["series"]) - SHOWN) > 0:
-            console.print(Text(f"and {more} more series in {FILE}", style="dim"))
+        if (more := len(entry["series"]) - MAX_PRINTED_SERIES) > 0:
+            console.print(Text(f"and {more} more series in {PROBES_FILE}", style="dim"))

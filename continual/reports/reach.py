@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from continual.reports.figures import NONE, percent
+from continual.reports.figures import NO_VALUE, format_percent
 from continual.results.curve import Curve
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-BASE = "base"
-ENOUGH = 0.95  # of the reference's best score is to be reached
+BASE_START = "base"
+GOAL_SHARE = 0.95  # of the reference's best score is to be reached
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,34 @@ class Reach:
     """
 
     curve: Curve
-    goal: float
-    reference: int
-    budget: int
+    goal_score: float
+    reference_steps: int
+    budget_steps: int
     steps: int | None
-    examples: int | None
+    num_examples: int | None
 
     @property
-    def share(self) -> float | None:
+    def share_of_reference(self) -> float | None:
         """The steps as a share of the reference's; None where the goal is not reached, or is where
         the base begins.
         """
-        return None if self.steps is None or not self.reference else self.steps / self.reference
+        return (
+            None
+            if self.steps is None or not self.reference_steps
+            else self.steps / self.reference_steps
+        )
 
     @property
-    def of_budget(self) -> float | None:
+    def share_of_budget(self) -> float | None:
         """The steps as a share of all that the reference was trained for, also those after it was
         reached.
         """
-        return None if self.steps is None or not self.budget else self.steps / self.budget
+        return (
+            None if self.steps is None or not self.budget_steps else self.steps / self.budget_steps
+        )
 
 
-def reach(curves: Sequence[Curve]) -> list[Reach]:
+def compute_reach(curves: Sequence[Curve]) -> list[Reach]:
     """Each curve beside the reference on its task, those left out that have none among them.
 
     The reference is the curve that starts at the base, of several the one with most examples and
@@ -61,21 +67,21 @@ def reach(curves: Sequence[Curve]) -> list[Reach]:
     """
     bases: dict[tuple[str, str], Curve] = {}
     for c in sorted(curves, key=lambda c: (c.shots[-1:], c.steps[-1:])):
-        if c.start == BASE and c.points:
+        if c.start == BASE_START and c.points:
             bases[c.task, c.metric] = c
-    return [_beside(c, bases[c.task, c.metric]) for c in curves if (c.task, c.metric) in bases]
+    return [_curve_reach(c, bases[c.task, c.metric]) for c in curves if (c.task, c.metric) in bases]
 
 
-def _beside(c: Curve, base: Curve) -> Reach:
-    goal = ENOUGH * max(score for _, score in base.of(base.shots[-1]))
+def _curve_reach(curve: Curve, base: Curve) -> Reach:
+    goal = GOAL_SHARE * max(score for _, score in base.mean_scores(base.shots[-1]))
 
     def first(told: Curve, shots: int) -> int | None:
-        return next((step for step, score in told.of(shots) if score >= goal), None)
+        return next((step for step, score in told.mean_scores(shots) if score >= goal), None)
 
-    steps = first(c, c.shots[-1]) if c.points else None
-    fewest = next((n for n in c.shots if first(c, n) is not None), None)
+    steps = first(curve, curve.shots[-1]) if curve.points else None
+    fewest = next((n for n in curve.shots if first(curve, n) is not None), None)
     return Reach(
-        c,
+        curve,
         goal,
         first(base, base.shots[-1]) or 0,
         base.steps[-1],
@@ -84,64 +90,73 @@ def _beside(c: Curve, base: Curve) -> Reach:
     )
 
 
-def labels(curves: Sequence[Curve]) -> list[str]:
+def start_labels(curves: Sequence[Curve]) -> list[str]:
     """Where each began; with its folder's name where two of one task began alike."""
-    told = [(c.task, c.origin) for c in curves]
+    told = [(c.task, c.start_label) for c in curves]
     return [
-        c.origin if told.count(of) == 1 else f"{c.origin} ({c.path.name})"
+        c.start_label if told.count(of) == 1 else f"{c.start_label} ({c.path.name})"
         for c, of in zip(curves, told, strict=True)
     ]
 
 
-def show(console: Console, curves: Sequence[Curve]) -> None:
+def print_reach(console: Console, curves: Sequence[Curve]) -> None:
     """The tables in the terminal: a row for each start, a column for each task."""
     from rich.text import Text
 
-    found = reach(curves)
+    found = compute_reach(curves)
     if len(curves) < 2 or not found:
         return
     rows: dict[str, dict[str, Reach]] = {}
-    for name, one in zip(labels([r.curve for r in found]), found, strict=True):
+    for name, one in zip(start_labels([r.curve for r in found]), found, strict=True):
         rows.setdefault(name, {})[one.curve.task] = one
-    goals = {one.curve.task: one.goal for one in found}
-    draws = min(one.curve.draws for one in found)
+    goals = {one.curve.task: one.goal_score for one in found}
+    draws = min(one.curve.num_draws for one in found)
     console.print(
         Text(
-            f"optimizer steps to reach {100 * ENOUGH:.0f}% of the best score of the base on all "
+            f"optimizer steps to reach {100 * GOAL_SHARE:.0f}% of the best score of the base on all "
             f"examples (of the base's own; means of {draws} draws)",
             style="bold",
         )
     )
     console.print(
-        _table(
+        _reach_table(
             rows,
             goals,
-            _steps,
+            _format_steps,
             {
-                "of base's\nsteps": lambda one: one.share,
-                "of base's\nbudget": lambda one: one.of_budget,
+                "of base's\nsteps": lambda one: one.share_of_reference,
+                "of base's\nbudget": lambda one: one.share_of_budget,
             },
         )
     )
     console.print(Text("examples to reach it with", style="bold"))
     console.print(
-        _table(rows, goals, lambda one: NONE if one.examples is None else str(one.examples), {})
+        _reach_table(
+            rows,
+            goals,
+            lambda one: NO_VALUE if one.num_examples is None else str(one.num_examples),
+            {},
+        )
     )
 
 
-def _steps(one: Reach) -> str:
+def _format_steps(one: Reach) -> str:
     if one.steps is None:
-        return NONE
-    return f"{one.steps} ({100 * one.share:.0f}%)" if one.share is not None else str(one.steps)
+        return NO_VALUE
+    return (
+        f"{one.steps} ({100 * one.share_of_reference:.0f}%)"
+        if one.share_of_reference is not None
+        else str(one.steps)
+    )
 
 
-def _mean(shares: Iterable[float | None]) -> str:
+def _format_mean_share(shares: Iterable[float | None]) -> str:
     """Of those reached."""
     known = [share for share in shares if share is not None]
-    return f"{100 * fmean(known):.0f}%" if known else NONE
+    return f"{100 * fmean(known):.0f}%" if known else NO_VALUE
 
 
-def _table(
+def _reach_table(
     rows: Mapping[str, Mapping[str, Reach]],
     goals: Mapping[str, float],
     cell: Callable[[Reach], str],
@@ -153,7 +168,7 @@ def _table(
     table = Table(box=None, padding=(0, 1))
     table.add_column("from", no_wrap=True)
     for task, goal in goals.items():
-        table.add_column(Text(f"{task}\n≥ {percent(goal)}"), justify="right")
+        table.add_column(Text(f"{task}\n≥ {format_percent(goal)}"), justify="right")
     table.add_column("reached", justify="right")
     for head in shares:
         table.add_column(head, justify="right")
@@ -161,13 +176,13 @@ def _table(
         reached = (
             sum(one.steps is not None for one in row.values())
             if shares
-            else sum(one.examples is not None for one in row.values())
+            else sum(one.num_examples is not None for one in row.values())
         )
         cells = [cell(row[task]) if task in row else "" for task in goals]
         table.add_row(
             Text(name),
             *cells,
             f"{reached} of {len(row)}",
-            *(_mean(map(share, row.values())) for share in shares.values()),
+            *(_format_mean_share(map(share, row.values())) for share in shares.values()),
         )
     return table

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from continual.reports.charts import Axis, Chart, Dots, Point, Series
-from continual.reports.figures import percent
-from continual.results.matrix import BASE, Matrix, mean
+from continual.reports.charts import Axis, Chart, Point, ScatterChart, Series
+from continual.reports.figures import format_percent
+from continual.results.matrix import BASE_STAGE, Matrix, mean_or_none
 from continual.results.run_folder import Run
 
-LONGEST = 1_000  # characters of a prompt or answer shown
-POINTS = 300  # of a training curve
+MAX_TEXT_LENGTH = 1_000  # characters of a prompt or answer shown
+MAX_CURVE_POINTS = 300  # of a training curve
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Cell:
     """
 
     text: str
-    sort: float | str | None = None
-    best: bool = False
+    sort_key: float | str | None = None
+    is_best: bool = False
     href: str = ""
 
 
 @dataclass(frozen=True)
-class Head:
+class ColumnHead:
     """A column's name, and what it means, shown on hovering."""
 
     text: str
-    says: str = ""
+    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Row:
     cells: Sequence[Cell | str]
     group: str = ""
     task: str = ""
-    look: int | str | None = None
-    found: str = ""
+    style: int | str | None = None
+    search_text: str = ""
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows under heads, sorted by a click; `name` stands for it in a link."""
 
     name: str
-    heads: Sequence[Head]
+    heads: Sequence[ColumnHead]
     rows: Sequence[Row]
 
 
@@ -67,8 +67,8 @@ class Section:
 
     title: str
     lead: str = ""
-    charts: Sequence[Chart | Dots] = ()
-    table: Table | None = None
+    charts: Sequence[Chart | ScatterChart] = ()
+    table: PageTable | None = None
     kind: str = ""
     body: Any = None
 
@@ -88,7 +88,7 @@ class Page:
     tasks: Sequence[str] = ()
     charts: list[dict[str, Any]] = field(default_factory=list)
 
-    def values(self) -> dict[str, Any]:
+    def template_values(self) -> dict[str, Any]:
         """What the template reads, and as `data` what the page's script does."""
         shown = [section for section in self.sections if section is not None]
         numbered = []
@@ -101,12 +101,12 @@ class Page:
                         "title": chart.title,
                         "small": chart.small,
                         "says": chart.says,
-                        "task": self.task(chart.task),
+                        "task": self.task_class(chart.task),
                         "keys": chart.keys,
                         "free": chart.free,
                     }
                 )
-                self.charts.append(chart.to_json())
+                self.charts.append(chart.to_dict())
             numbered.append((section, charts))
         data = {
             "charts": self.charts,
@@ -125,34 +125,34 @@ class Page:
             "page": self,
         }
 
-    def task(self, name: str) -> str:
+    def task_class(self, name: str) -> str:
         """The class of what is about that task: it is not shown where the reader leaves the task
         out.
         """
         return f"t{self.tasks.index(name)}" if name in self.tasks else ""
 
-    def group(self, name: str) -> str:
+    def group_class(self, name: str) -> str:
         """The class of what is about that group."""
         names = [group for group, _, _ in self.groups]
         return f"g{names.index(name)}" if name in names else ""
 
 
-def heat(matrix: Matrix, label: str = "") -> dict[str, Any]:
+def heat_map(matrix: Matrix, label: str = "") -> dict[str, Any]:
     """Rows of cells: the figure, the score, and whether the task is being learned, or has not been
     yet.
     """
     rows = []
     for number, (stage, scores) in enumerate(
-        zip(matrix.stages, matrix.scores, strict=True), BASE not in matrix.stages
+        zip(matrix.stages, matrix.scores, strict=True), BASE_STAGE not in matrix.stages
     ):
-        seen = matrix.stages[: number + (BASE in matrix.stages)]
+        seen = matrix.stages[: number + (BASE_STAGE in matrix.stages)]
         cells = [
             {
-                "text": percent(score),
+                "text": format_percent(score),
                 "value": score,
                 "learned": task == stage,
                 "task": task,
-                "ahead": matrix.sequential and task not in seen,
+                "ahead": matrix.is_sequential and task not in seen,
             }
             for task, score in zip(matrix.tasks, scores, strict=True)
         ]
@@ -160,40 +160,41 @@ def heat(matrix: Matrix, label: str = "") -> dict[str, Any]:
     return {"tasks": matrix.tasks, "rows": rows, "label": label}
 
 
-def curve(matrix: Matrix, task: str) -> list[Point]:
+def task_points(matrix: Matrix, task: str) -> list[Point]:
     """(stage number, score) of a task, where measured; 0 is before training."""
-    first = int(BASE not in matrix.stages)
+    first = int(BASE_STAGE not in matrix.stages)
     scores = (
-        (x, matrix.at(row, task)) for row, x in enumerate(range(first, len(matrix.stages) + first))
+        (x, matrix.score(row, task))
+        for row, x in enumerate(range(first, len(matrix.stages) + first))
     )
     return [(float(x), score) for x, score in scores if score is not None]
 
 
-def stage_at(matrix: Matrix, x: float) -> str:
+def stage_name_at(matrix: Matrix, x: float) -> str:
     """The stage of that number."""
-    return matrix.stages[int(x) - (BASE not in matrix.stages)]
+    return matrix.stages[int(x) - (BASE_STAGE not in matrix.stages)]
 
 
-def span(matrix: Matrix) -> Point:
+def stage_span(matrix: Matrix) -> Point:
     """From the first stage to the last that there will be."""
-    last = len(matrix.tasks) if matrix.sequential or not matrix.finished else 1
-    return (float(BASE not in matrix.stages), float(last))
+    last = len(matrix.tasks) if matrix.is_sequential or not matrix.is_finished else 1
+    return (float(BASE_STAGE not in matrix.stages), float(last))
 
 
-def stages(names: Sequence[str], across: Point) -> Axis:
+def stage_axis(names: Sequence[str], stage_range: Point) -> Axis:
     """The axis of stage numbers; 0 is before training."""
-    first = BASE not in names
-    return Axis("stage", "count", across, dict(enumerate(names, int(first))))
+    first = BASE_STAGE not in names
+    return Axis("stage", "count", stage_range, dict(enumerate(names, int(first))))
 
 
-def rings(matrix: Matrix, task: str) -> list[Point]:
+def learned_points(matrix: Matrix, task: str) -> list[Point]:
     """Where a task was learned."""
-    return [(x, y) for x, y in curve(matrix, task) if stage_at(matrix, x) == task]
+    return [(x, y) for x, y in task_points(matrix, task) if stage_name_at(matrix, x) == task]
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
+def downsample(points: Sequence[Point]) -> list[Point]:
     """At most POINTS points: the means of as many equal runs of them."""
-    size = -(-len(points) // POINTS) or 1
+    size = -(-len(points) // MAX_CURVE_POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [
         (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
@@ -204,29 +205,31 @@ def mean_matrix(runs: Sequence[Run]) -> Matrix:
     """The cell by cell mean over runs of the same tasks and stages."""
     first = runs[0].matrix
     cells = tuple(
-        tuple(mean(run.matrix.scores[i][j] for run in runs) for j in range(len(first.tasks)))
+        tuple(
+            mean_or_none(run.matrix.scores[i][j] for run in runs) for j in range(len(first.tasks))
+        )
         for i in range(len(first.stages))
     )
     return replace(first, seed=None, scores=cells, counts=(), cost={})
 
 
-def table(name: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def text_table(name: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> PageTable:
     """A table of plain texts."""
-    return Table(name, [Head(head) for head in heads], [Row(list(row)) for row in rows])
+    return PageTable(name, [ColumnHead(head) for head in heads], [Row(list(row)) for row in rows])
 
 
-def cut(text: Any) -> str | None:
+def truncate(text: Any) -> str | None:
     """A text, and how much of it is left out where it is long."""
     if text is None:
         return None
     told = str(text)
     return (
         told
-        if len(told) <= LONGEST
-        else f"{told[:LONGEST]} … ({len(told) - LONGEST:,} more characters)"
+        if len(told) <= MAX_TEXT_LENGTH
+        else f"{told[:MAX_TEXT_LENGTH]} … ({len(told) - MAX_TEXT_LENGTH:,} more characters)"
     )
 
 
-def lines(named: Mapping[str, Sequence[Point]], dots: bool = True) -> list[Series]:
+def to_series(named: Mapping[str, Sequence[Point]], markers: bool = True) -> list[Series]:
     """A series each, coloured in turn."""
-    return [Series(name, points, i, dots=dots) for i, (name, points) in enumerate(named.items())]
+    return [Series(name, points, i, dots=markers) for i, (name, points) in enumerate(named.items())]

@@ -21,7 +21,7 @@ VEGA_LITE = "6.4"  # among the versions of Vega-Lite that the package holds
 
 
 @lru_cache(maxsize=1)
-def packed() -> tuple[str, str]:
+def load_vega_script() -> tuple[str, str]:
     """The script (gzip, base64), and the SHA-256 (base64) of what it unpacks to, by which a page's
     policy knows it.
     """
@@ -31,7 +31,7 @@ def packed() -> tuple[str, str]:
         Path(platformdirs.user_cache_dir("continual"))
         / f"vega-{VEGA_LITE}-{version('vl-convert-python')}.js.gz"
     )
-    script = _kept(kept)
+    script = _load_cached(kept)
     if script is None:
         import vl_convert
 
@@ -41,15 +41,15 @@ def packed() -> tuple[str, str]:
             OSError
         ):  # a cache folder that cannot be written to costs that at each report
             write_atomically(kept, script)
-    return base64.b64encode(script).decode(), digest(gzip.decompress(script))
+    return base64.b64encode(script).decode(), csp_digest(gzip.decompress(script))
 
 
-def digest(script: bytes) -> str:
+def csp_digest(script: bytes) -> str:
     """What stands behind `sha256-` in a Content-Security-Policy."""
     return base64.b64encode(hashlib.sha256(script).digest()).decode()
 
 
-def _kept(path: Path) -> bytes | None:
+def _load_cached(path: Path) -> bytes | None:
     """The packed script of an earlier report; None where there is none that can be unpacked."""
     try:
         script = path.read_bytes()

@@ -11,26 +11,36 @@ from typing import Any
 from urllib.parse import quote
 
 from continual.reports import beside, figures
-from continual.reports.charts import SCORE, Axis, Chart, Dots, Point, Series
-from continual.reports.figures import MEANINGS, percent, with_spread
+from continual.reports.charts import SCORE_AXIS, Axis, Chart, Point, ScatterChart, Series
+from continual.reports.figures import SUMMARY_INFO, format_mean_std, format_percent
 from continual.reports.sections import (
     Cell,
-    Head,
+    ColumnHead,
     Page,
+    PageTable,
     Row,
     Section,
-    Table,
-    curve,
-    heat,
+    heat_map,
+    learned_points,
     mean_matrix,
-    rings,
-    stages,
+    stage_axis,
+    task_points,
 )
-from continual.results.matrix import BASE, Matrix, forgotten, incremental, mean
-from continual.results.run_folder import Group, Run, reference
-from continual.results.uncertainty import Paired, against, over_runs
+from continual.results.matrix import (
+    BASE_STAGE,
+    Matrix,
+    forgetting_by_stage,
+    mean_or_none,
+    performance_by_stage,
+)
+from continual.results.run_folder import Run, RunGroup, find_joint_reference
+from continual.results.uncertainty import (
+    PairedDifference,
+    differences_from_baseline,
+    interval_over_runs,
+)
 
-COLUMNS = (
+SUMMARY_ORDER = (
     "average_performance",
     "forgetting",
     "learning_accuracy",
@@ -38,11 +48,13 @@ COLUMNS = (
     "forward_transfer",
     "intransigence",
 )
-LEAST = 3  # runs of which an interval is drawn: of two it is as wide as the chart
-TIME = Head("Time", "wall time of the run")
+MIN_RUNS_FOR_BAND = 3  # runs of which an interval is drawn: of two it is as wide as the chart
+TIME_HEAD = ColumnHead("Time", "wall time of the run")
 
 
-def to_json(runs: Sequence[Run], groups: Sequence[Group], out: Path) -> dict[str, Any]:
+def comparison_to_dict(
+    runs: Sequence[Run], groups: Sequence[RunGroup], out: Path
+) -> dict[str, Any]:
     """The content of comparison.json; paths are relative to `out`."""
     told = []
     for group in groups:
@@ -51,7 +63,7 @@ def to_json(runs: Sequence[Run], groups: Sequence[Group], out: Path) -> dict[str
                 {
                     "path": os.path.relpath(run.path, out),
                     "group": group.label,
-                    "finished": run.matrix.finished,
+                    "finished": run.matrix.is_finished,
                     "strategy": run.matrix.strategy,
                     "order": run.matrix.order,
                     "seed": run.matrix.seed,
@@ -59,19 +71,21 @@ def to_json(runs: Sequence[Run], groups: Sequence[Group], out: Path) -> dict[str
                     "cost": dict(run.matrix.cost),
                 }
             )
-    names = [*MEANINGS, *dict.fromkeys(key for run in runs for key in run.matrix.cost)]
-    other, differences = against(groups)
+    names = [*SUMMARY_INFO, *dict.fromkeys(key for run in runs for key in run.matrix.cost)]
+    other, differences = differences_from_baseline(groups)
     return {
         "schema": 1,
         "runs": told,
         "groups": [
             {
                 "strategy": group.label,
-                "n": group.done,
+                "n": group.num_finished,
                 "mean": {name: group.mean(name) for name in names},
-                "spread": {name: group.spread(name) for name in names},
+                "spread": {name: group.std(name) for name in names},
                 "interval": {
-                    name: [span.low, span.high] if (span := over_runs(group.values(name))) else None
+                    name: [span.low, span.high]
+                    if (span := interval_over_runs(group.finished_values(name)))
+                    else None
                     for name in names
                 },
             }
@@ -84,39 +98,39 @@ def to_json(runs: Sequence[Run], groups: Sequence[Group], out: Path) -> dict[str
     }
 
 
-def columns(groups: Sequence[Group]) -> list[str]:
+def available_summaries(groups: Sequence[RunGroup]) -> list[str]:
     """The summaries that some group has."""
-    return [name for name in COLUMNS if any(group.mean(name) is not None for group in groups)]
+    return [name for name in SUMMARY_ORDER if any(group.mean(name) is not None for group in groups)]
 
 
-def comparison_page(
+def build_comparison_page(
     runs: Sequence[Run],
-    groups: Sequence[Group],
-    waiting: Sequence[str],
+    groups: Sequence[RunGroup],
+    pending: Sequence[str],
     out: Path,
-    left: Sequence[str] = (),
+    unfinished: Sequence[str] = (),
 ) -> Page:
     """Runs side by side; links are relative to `out`, `left` says what is to be finished and how."""
     streams = ", ".join(dict.fromkeys(run.matrix.stream for run in runs))
-    arms = [group for group in groups if not group.joint]
+    arms = [group for group in groups if not group.is_joint]
     looks: dict[str, int | str] = {group.label: i for i, group in enumerate(arms)}
-    looks.update({group.label: "ceiling" for group in groups if group.joint})
+    looks.update({group.label: "ceiling" for group in groups if group.is_joint})
     sections = [
-        _curves(groups, looks),
-        _side_by_side(groups, looks),
-        _trade_offs(groups),
-        _panels(groups, looks),
-        beside.probes_of(groups, looks),
-        _heats(groups),
-        beside.flips_of(groups),
-        _settings(groups),
-        _every_run(groups, out),
+        _curves_section(groups, looks),
+        _summary_section(groups, looks),
+        _scatter_section(groups),
+        _task_charts_section(groups, looks),
+        beside.probe_comparison_section(groups, looks),
+        _heat_map_section(groups),
+        beside.flip_comparison_section(groups),
+        _settings_section(groups),
+        _runs_section(groups, out),
     ]
     chosen = [
         (
             group.label,
             looks[group.label],
-            " ".join([group.label, *(_text(run) for run in group.runs)]),
+            " ".join([group.label, *(_search_text(run) for run in group.runs)]),
         )
         for group in groups
     ]
@@ -124,14 +138,14 @@ def comparison_page(
         f"{len(arms)} strategies on {streams}" if len(arms) > 1 else f"Runs on {streams}",
         "Comparison",
         _facts(runs),
-        [*_notices(runs, waiting), *left],
+        [*_notices(runs, pending), *unfinished],
         sections,
         chosen,
         list(dict.fromkeys(task for run in runs for task in run.matrix.tasks)),
     )
 
 
-def _text(run: Run) -> str:
+def _search_text(run: Run) -> str:
     """What a reader may look for a run by."""
     return f"{run.path.name} {run.matrix.order} seed={run.matrix.seed}"
 
@@ -148,12 +162,12 @@ def _facts(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _notices(runs: Sequence[Run], waiting: Sequence[str]) -> list[str]:
-    half = [run.path.name for run in runs if not run.matrix.finished]
+def _notices(runs: Sequence[Run], pending: Sequence[str]) -> list[str]:
+    half = [run.path.name for run in runs if not run.matrix.is_finished]
     told = [f"Unfinished, and in no mean: {', '.join(half)}."] if half else []
-    told += [f"Nothing scored yet: {', '.join(waiting)}."] if waiting else []
-    if any(run.joint for run in runs) and (
-        alone := [r for r in runs if not r.joint and not reference(r, runs)]
+    told += [f"Nothing scored yet: {', '.join(pending)}."] if pending else []
+    if any(run.is_joint for run in runs) and (
+        alone := [r for r in runs if not r.is_joint and not find_joint_reference(r, runs)]
     ):
         told.append(
             "No joint run over the same tasks, so no intransigence: "
@@ -162,27 +176,27 @@ def _notices(runs: Sequence[Run], waiting: Sequence[str]) -> list[str]:
     return told
 
 
-def _curves(groups: Sequence[Group], looks: dict[str, int | str]) -> Section:
+def _curves_section(groups: Sequence[RunGroup], styles: dict[str, int | str]) -> Section:
     """The mean score, and the mean fall, of the tasks learned so far: a line a group, with its
     interval.
     """
     learned = [
         line
         for group in groups
-        if not group.joint
-        for line in _over_stages(group, incremental, looks)
+        if not group.is_joint
+        for line in _stage_series(group, performance_by_stage, styles)
     ]
     fallen = [
         line
         for group in groups
-        if not group.joint
-        for line in _over_stages(group, forgotten, looks)
+        if not group.is_joint
+        for line in _stage_series(group, forgetting_by_stage, styles)
     ]
     last = max((x for s in learned for x, _ in s.points), default=1.0)
     ceilings = [
         Series(group.label, [(1.0, top), (last, top)], "ceiling", dots=False)
         for group in groups
-        if group.joint and (top := group.mean("average_performance")) is not None
+        if group.is_joint and (top := group.mean("average_performance")) is not None
     ]
     charts = [
         Chart(
@@ -199,7 +213,7 @@ def _curves(groups: Sequence[Group], looks: dict[str, int | str]) -> Section:
                 "Forgetting so far",
                 fallen,
                 Axis("stage", "count", (1.0, last)),
-                Axis("forgetting, %", span=_around(fallen)),
+                Axis("forgetting, %", span=_padded_span(fallen)),
                 by="group",
                 says="mean over the tasks learned before of their best score so far less that now",
             )
@@ -215,8 +229,8 @@ def _curves(groups: Sequence[Group], looks: dict[str, int | str]) -> Section:
     return Section("Through the stages", " ".join(filter(None, notes)), charts)
 
 
-def _over_stages(
-    group: Group, measure: Callable[[Matrix], list[float | None]], looks: dict[str, int | str]
+def _stage_series(
+    group: RunGroup, measure: Callable[[Matrix], list[float | None]], styles: dict[str, int | str]
 ) -> list[Series]:
     told = [measure(run.matrix) for run in group.runs]
     points, band = [], []
@@ -225,48 +239,59 @@ def _over_stages(
         known = [value for value in there if value is not None]
         if known and len(known) == len(there):
             points.append((i + 1.0, sum(known) / len(known)))
-            band += _interval(i + 1.0, known)
-    return [Series(group.label, points, looks[group.label], band)] if points else []
+            band += _band_at(i + 1.0, known)
+    return [Series(group.label, points, styles[group.label], band)] if points else []
 
 
-def _interval(x: float, values: Sequence[float]) -> list[tuple[float, float, float]]:
-    found = over_runs(values) if len(values) >= LEAST else None
+def _band_at(x: float, values: Sequence[float]) -> list[tuple[float, float, float]]:
+    found = interval_over_runs(values) if len(values) >= MIN_RUNS_FOR_BAND else None
     return [(x, max(-1.0, found.low), min(1.0, found.high))] if found else []
 
 
-def _around(series: Sequence[Series]) -> Point:
+def _padded_span(series: Sequence[Series]) -> Point:
     """From 0, or what is below, to what is above."""
     ys = [y for s in series for _, y in s.points]
     return min(0.0, *ys) if ys else 0.0, max(0.1, *ys) * 1.05
 
 
-def _side_by_side(groups: Sequence[Group], looks: dict[str, int | str]) -> Section:
+def _summary_section(groups: Sequence[RunGroup], styles: dict[str, int | str]) -> Section:
     """A row a group; the best figure of a column is marked, the joint arm aside."""
-    arms = [group for group in groups if not group.joint]
-    names, rows, (other, differences) = columns(groups), [], against(groups)
+    arms = [group for group in groups if not group.is_joint]
+    names, rows, (other, differences) = (
+        available_summaries(groups),
+        [],
+        differences_from_baseline(groups),
+    )
     for group in groups:
-        of = f" of {len(group.runs)}" if group.done != len(group.runs) else ""
-        cells = [Cell(group.label, group.label), Cell(f"{group.done}{of}", group.done)]
+        of = f" of {len(group.runs)}" if group.num_finished != len(group.runs) else ""
+        cells = [
+            Cell(group.label, group.label),
+            Cell(f"{group.num_finished}{of}", group.num_finished),
+        ]
         for name in names:
             means = [value for value in (arm.mean(name) for arm in arms) if value is not None]
-            best = (max if MEANINGS[name].better == "higher" else min)(means, default=None)
+            best = (max if SUMMARY_INFO[name].better == "higher" else min)(means, default=None)
             value = group.mean(name)
             cells.append(
                 Cell(
-                    with_spread(value, group.spread(name), MEANINGS[name].signed),
+                    format_mean_std(value, group.std(name), SUMMARY_INFO[name].signed),
                     value,
-                    len(means) > 1 and value == best and not group.joint,
+                    len(means) > 1 and value == best and not group.is_joint,
                 )
             )
         if differences:
-            cells.append(_difference(differences.get(group.label)))
+            cells.append(_difference_cell(differences.get(group.label)))
         took = group.mean("seconds")
         rows.append(
-            Row([*cells, Cell(figures.seconds(took), took)], group.label, look=looks[group.label])
+            Row(
+                [*cells, Cell(figures.format_seconds(took), took)],
+                group.label,
+                style=styles[group.label],
+            )
         )
     beyond = (
         [
-            Head(
+            ColumnHead(
                 f"Over {other}",
                 f"average performance less that of {other} on the same test examples, with its 95% "
                 "interval",
@@ -276,68 +301,74 @@ def _side_by_side(groups: Sequence[Group], looks: dict[str, int | str]) -> Secti
         else []
     )
     heads = [
-        Head("Strategy"),
-        Head("Runs", "finished runs, over seeds and orders"),
-        *map(_head, names),
+        ColumnHead("Strategy"),
+        ColumnHead("Runs", "finished runs, over seeds and orders"),
+        *map(_summary_head, names),
         *beyond,
-        TIME,
+        TIME_HEAD,
     ]
     return Section(
         "Side by side",
         "Percent, mean ± standard deviation over seeds and orders; the best of a column is "
         "bold. A heading sorts, and says what it means.",
-        table=Table("groups", heads, rows),
+        table=PageTable("groups", heads, rows),
     )
 
 
-def _difference(told: Paired | None) -> Cell:
+def _difference_cell(difference: PairedDifference | None) -> Cell:
     """How a strategy differs from another on the same examples."""
     return Cell(
-        f"{percent(told.difference, True)} {figures.interval(told.low, told.high, True)}"
-        if told
-        else figures.NONE,
-        told.difference if told else None,
+        f"{format_percent(difference.difference, True)} {figures.format_interval(difference.low, difference.high, True)}"
+        if difference
+        else figures.NO_VALUE,
+        difference.difference if difference else None,
     )
 
 
-def _head(name: str) -> Head:
-    meaning = MEANINGS[name]
-    return Head(
-        f"{meaning.title}\u00a0{meaning.arrow}", f"{meaning.says}; {meaning.better} is better"
+def _summary_head(name: str) -> ColumnHead:
+    meaning = SUMMARY_INFO[name]
+    return ColumnHead(
+        f"{meaning.title}\u00a0{meaning.arrow}",
+        f"{meaning.description}; {meaning.better} is better",
     )
 
 
-def _trade_offs(groups: Sequence[Group]) -> Section | None:
+def _scatter_section(groups: Sequence[RunGroup]) -> Section | None:
     """A dot a run: plasticity against stability, and any summary against any cost."""
     told: list[dict[str, Any]] = [
         {
             "group": group.label,
-            "text": f"{group.label} {_text(run)}",
+            "text": f"{group.label} {_search_text(run)}",
             "values": {
-                **{name: summary[name] for name in MEANINGS if name in summary},
+                **{name: summary[name] for name in SUMMARY_INFO if name in summary},
                 **run.matrix.cost,
             },
         }
         for group in groups
         for run, summary in zip(group.runs, group.summaries, strict=True)
     ]
-    names = [name for name in MEANINGS if any(run["values"].get(name) is not None for run in told)]
+    names = [
+        name for name in SUMMARY_INFO if any(run["values"].get(name) is not None for run in told)
+    ]
     costs = list(
         dict.fromkeys(key for group in groups for run in group.runs for key in run.matrix.cost)
     )
     axes = {
         **{
-            name: Axis(f"{MEANINGS[name].title}, %", better=MEANINGS[name].better) for name in names
+            name: Axis(f"{SUMMARY_INFO[name].title}, %", better=SUMMARY_INFO[name].better)
+            for name in names
         },
         **{
-            key: Axis(figures.cost(key, 0)[0].capitalize(), _unit(key), better="lower")
+            key: Axis(
+                figures.format_cost(key, 0)[0].capitalize(), _cost_format(key), better="lower"
+            )
             for key in costs
         },
     }
     charts = []
     if {"forgetting", "learning_accuracy"} <= set(names):
         charts.append(
-            Dots(
+            ScatterChart(
                 "Plasticity against stability",
                 told,
                 axes,
@@ -349,7 +380,7 @@ def _trade_offs(groups: Sequence[Group]) -> Section | None:
         )
     if names and costs:
         charts.append(
-            Dots(
+            ScatterChart(
                 "Score against cost",
                 told,
                 axes,
@@ -367,48 +398,53 @@ def _trade_offs(groups: Sequence[Group]) -> Section | None:
     )
 
 
-def _unit(key: str) -> str:
+def _cost_format(key: str) -> str:
     return {"seconds": "seconds", "bytes": "bytes"}.get(key.rpartition("_")[2], "count")
 
 
-def _alike(groups: Sequence[Group]) -> tuple[str, ...]:
+def _commonest_stages(groups: Sequence[RunGroup]) -> tuple[str, ...]:
     """The stages that most sequential runs went through; the finished ones first."""
-    told = [run.matrix for group in groups for run in group.runs if run.matrix.sequential]
-    most = Counter(m.stages for m in told if m.finished) or Counter(m.stages for m in told)
+    told = [run.matrix for group in groups for run in group.runs if run.matrix.is_sequential]
+    most = Counter(m.stages for m in told if m.is_finished) or Counter(m.stages for m in told)
     return most.most_common(1)[0][0] if most else ()
 
 
-def _panels(groups: Sequence[Group], looks: dict[str, int | str]) -> Section | None:
+def _task_charts_section(
+    groups: Sequence[RunGroup], styles: dict[str, int | str]
+) -> Section | None:
     """One small chart a task, a line a group: the mean over its finished runs of the commonest
     order.
     """
-    names = _alike(groups)
+    names = _commonest_stages(groups)
     lines: list[tuple[str, list[Run], Matrix]] = []
     for group in groups:
         there = [run for run in group.runs if run.matrix.stages == names]
         begun = [run for run in group.runs if run.matrix.stages == names[: len(run.matrix.stages)]]
         there = there or sorted(begun, key=lambda run: len(run.matrix.stages))[-1:]
         lines += [(group.label, there, mean_matrix(there))] if there else []
-    if not (tasks := [stage for stage in names if stage != BASE]):
+    if not (tasks := [stage for stage in names if stage != BASE_STAGE]):
         return None
-    across, charts = (float(BASE not in names), float(len(tasks))), []
+    across, charts = (float(BASE_STAGE not in names), float(len(tasks))), []
     for task in tasks:
         series = [
             Series(
                 label,
-                curve(m, task),
-                looks[label],
-                _band(there, m, task),
-                rings(m, task),
+                task_points(m, task),
+                styles[label],
+                _task_band(there, m, task),
+                learned_points(m, task),
                 len(names) <= 10,
             )
             for label, there, m in lines
             if task in m.tasks
         ]
         tops = [
-            (g.label, mean(r.matrix.at(-1, task) for r in g.runs if task in r.matrix.tasks))
+            (
+                g.label,
+                mean_or_none(r.matrix.score(-1, task) for r in g.runs if task in r.matrix.tasks),
+            )
             for g in groups
-            if g.joint
+            if g.is_joint
         ]
         series += [
             Series(label, [(0.0, top), (float(len(tasks)), top)], "ceiling", dots=False)
@@ -416,13 +452,21 @@ def _panels(groups: Sequence[Group], looks: dict[str, int | str]) -> Section | N
             if top is not None
         ]
         charts.append(
-            Chart(task, series, stages(names, across), SCORE, small=True, by="group", task=task)
+            Chart(
+                task,
+                series,
+                stage_axis(names, across),
+                SCORE_AXIS,
+                small=True,
+                by="group",
+                task=task,
+            )
         )
     orders = {
         run.matrix.stages
         for g in groups
         for run in g.runs
-        if run.matrix.finished and run.matrix.sequential
+        if run.matrix.is_finished and run.matrix.is_sequential
     }
     order = next((r.matrix.order for g in groups for r in g.runs if r.matrix.stages == names), "")
     more = (
@@ -437,24 +481,24 @@ def _panels(groups: Sequence[Group], looks: dict[str, int | str]) -> Section | N
     )
 
 
-def _band(there: Sequence[Run], matrix: Matrix, task: str) -> list[tuple[float, float, float]]:
+def _task_band(runs: Sequence[Run], matrix: Matrix, task: str) -> list[tuple[float, float, float]]:
     """The interval of each point, where enough runs measured it."""
-    first, found = int(BASE not in matrix.stages), []
+    first, found = int(BASE_STAGE not in matrix.stages), []
     for row in range(len(matrix.stages)):
-        known = [score for run in there if (score := run.matrix.at(row, task)) is not None]
-        found += [(x, max(0.0, low), high) for x, low, high in _interval(float(row + first), known)]
+        known = [score for run in runs if (score := run.matrix.score(row, task)) is not None]
+        found += [(x, max(0.0, low), high) for x, low, high in _band_at(float(row + first), known)]
     return found
 
 
-def _heats(groups: Sequence[Group]) -> Section | None:
+def _heat_map_section(groups: Sequence[RunGroup]) -> Section | None:
     """The mean matrix of each group, over its finished runs of the commonest order."""
     told = []
     for group in groups:
-        names = Counter(run.matrix.stages for run in group.runs if run.matrix.finished).most_common(
-            1
-        )
+        names = Counter(
+            run.matrix.stages for run in group.runs if run.matrix.is_finished
+        ).most_common(1)
         there = [run for run in group.runs if names and run.matrix.stages == names[0][0]]
-        told += [heat(mean_matrix(there), group.label)] if there else []
+        told += [heat_map(mean_matrix(there), group.label)] if there else []
     return (
         Section(
             "Retained-task matrices",
@@ -467,7 +511,7 @@ def _heats(groups: Sequence[Group]) -> Section | None:
     )
 
 
-def _settings(groups: Sequence[Group]) -> Section | None:
+def _settings_section(groups: Sequence[RunGroup]) -> Section | None:
     """A row for each key in which the groups' configurations differ, with each value and who has
     it.
     """
@@ -476,7 +520,7 @@ def _settings(groups: Sequence[Group]) -> Section | None:
     for key in dict.fromkeys(key for settings in told.values() for key in settings):
         having: dict[str, list[str]] = {}
         for label, settings in told.items():
-            having.setdefault(settings.get(key, figures.NONE), []).append(label)
+            having.setdefault(settings.get(key, figures.NO_VALUE), []).append(label)
         if len(having) > 1:
             most = max(having, key=lambda value: len(having[value]))
             most = most if len(having[most]) > 1 else ""
@@ -485,15 +529,15 @@ def _settings(groups: Sequence[Group]) -> Section | None:
             )
             rows.append(Row([key, most, others]))
     heads = [
-        Head("Key"),
-        Head("Most have", "the value that most strategies have; – is none"),
-        Head("Others"),
+        ColumnHead("Key"),
+        ColumnHead("Most have", "the value that most strategies have; – is none"),
+        ColumnHead("Others"),
     ]
     return (
         Section(
             "What differs in the configurations",
             "By key of config.yaml; seeds and orders aside.",
-            table=Table("settings", heads, rows),
+            table=PageTable("settings", heads, rows),
             kind="wrapped",
         )
         if rows
@@ -501,9 +545,9 @@ def _settings(groups: Sequence[Group]) -> Section | None:
     )
 
 
-def _every_run(groups: Sequence[Group], out: Path) -> Section:
+def _runs_section(groups: Sequence[RunGroup], out: Path) -> Section:
     """A row a run, with a link to its own report."""
-    rows, names = [], columns(groups)
+    rows, names = [], available_summaries(groups)
     for group in groups:
         for run, summary in zip(group.runs, group.summaries, strict=True):
             took, path, m = (
@@ -513,18 +557,26 @@ def _every_run(groups: Sequence[Group], out: Path) -> Section:
             )
             cells: list[Cell | str] = [
                 Cell(
-                    path + ("" if m.finished else " (unfinished)"),
+                    path + ("" if m.is_finished else " (unfinished)"),
                     path,
                     href=f"{quote(path)}/report.html",
                 ),
                 group.label,
                 m.order,
-                Cell(figures.NONE if m.seed is None else str(m.seed), m.seed),
+                Cell(figures.NO_VALUE if m.seed is None else str(m.seed), m.seed),
             ]
             cells += [
-                Cell(percent(summary.get(n), MEANINGS[n].signed), summary.get(n)) for n in names
+                Cell(format_percent(summary.get(n), SUMMARY_INFO[n].signed), summary.get(n))
+                for n in names
             ]
-            cells.append(Cell(figures.seconds(took), took))
-            rows.append(Row(cells, group.label, found=f"{group.label} {_text(run)}"))
-    heads = [Head("Run"), Head("Strategy"), Head("Order"), Head("Seed"), *map(_head, names), TIME]
-    return Section("Every run", table=Table("runs", heads, rows))
+            cells.append(Cell(figures.format_seconds(took), took))
+            rows.append(Row(cells, group.label, search_text=f"{group.label} {_search_text(run)}"))
+    heads = [
+        ColumnHead("Run"),
+        ColumnHead("Strategy"),
+        ColumnHead("Order"),
+        ColumnHead("Seed"),
+        *map(_summary_head, names),
+        TIME_HEAD,
+    ]
+    return Section("Every run", table=PageTable("runs", heads, rows))

@@ -15,19 +15,19 @@ from continual.errors import ConfigError
 from continual.io.atomic import write_atomically
 from continual.results import comparison
 from continual.results.curve import Curve
-from continual.results.run_folder import Run, find, grouped, kind
-from continual.results.tables import FILE, parquet
+from continual.results.run_folder import Run, find_runs, folder_kind, group_runs
+from continual.results.tables import PARQUET_FILE, encode_parquet
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from continual.reports.sections import Page, Section
 
-PAGE = "report.html"
-PICTURE = "curves.png"
+PAGE_FILE = "report.html"
+CURVES_FILE = "curves.png"
 
 
-def tables(console: Console, *folders: Path) -> None:
+def print_tables(console: Console, *folders: Path) -> None:
     """Show in the terminal a run, a comparison (one folder of runs, or several folders), and
     adaptations.
 
@@ -36,18 +36,18 @@ def tables(console: Console, *folders: Path) -> None:
     from continual.reports import reach
     from continual.reports import tables as show
 
-    matrices, curves = _parted(folders)
-    if [kind(folder) for folder in matrices] == ["run"]:
-        show.run(console, Run.read(matrices[0]))
+    matrices, curves = _split_folders(folders)
+    if [folder_kind(folder) for folder in matrices] == ["run"]:
+        show.print_run(console, Run.load(matrices[0]))
     elif matrices:
-        runs, waiting = find(matrices)
-        show.comparison(console, grouped(runs), waiting, _unfinished(matrices))
+        runs, waiting = find_runs(matrices)
+        show.print_comparison(console, group_runs(runs), waiting, _unfinished_texts(matrices))
     for curve in curves:
-        show.curve(console, curve)
-    reach.show(console, curves)
+        show.print_curve(console, curve)
+    reach.print_reach(console, curves)
 
 
-def write(*folders: Path, out: Path | None = None) -> list[Path]:
+def write_report(*folders: Path, out: Path | None = None) -> list[Path]:
     """Write report.html and curves.png, for a comparison comparison.json and .parquet too; returns
     what was written.
 
@@ -57,82 +57,84 @@ def write(*folders: Path, out: Path | None = None) -> list[Path]:
     if not folders or (len(folders) > 1 and out is None):
         raise ConfigError("a report over several folders needs a place of its own; say out=DIR")
     target = out or folders[0]
-    matrices, curves = _parted(folders)
+    matrices, curves = _split_folders(folders)
     if not matrices:
-        return _adaptation(curves, target)
-    if [kind(folder) for folder in matrices] == ["run"]:
-        return _run(Run.read(matrices[0]), target, curves)
-    return compare(matrices, target, curves)
+        return _write_adaptations(curves, target)
+    if [folder_kind(folder) for folder in matrices] == ["run"]:
+        return _write_run(Run.load(matrices[0]), target, curves)
+    return write_comparison(matrices, target, curves)
 
 
-def compare(folders: Sequence[Path], out: Path, curves: Sequence[Curve] = ()) -> list[Path]:
+def write_comparison(
+    folders: Sequence[Path], out: Path, curves: Sequence[Curve] = ()
+) -> list[Path]:
     """Set side by side the runs of these run and comparison folders; their own missing or stale
     pages are written too.
 
     Adaptations stand below them. Raises MissingError, or DataError where a folder is an adaptation.
     """
     from continual.reports import plots
-    from continual.reports.versus import comparison_page, to_json
+    from continual.reports.versus import build_comparison_page, comparison_to_dict
 
-    runs, waiting = find(folders)
+    runs, waiting = find_runs(folders)
     for run in runs:
-        page, matrix = run.path / PAGE, run.path / "matrix.json"
+        page, matrix = run.path / PAGE_FILE, run.path / "matrix.json"
         if not page.is_file() or page.stat().st_mtime < matrix.stat().st_mtime:
-            _run(run, run.path)
-    groups = grouped(runs)
-    told = json.dumps(to_json(runs, groups, out), indent=1, allow_nan=False) + "\n"
-    shown = comparison_page(runs, groups, waiting, out, _unfinished(folders))
-    shown.sections = [*shown.sections, *_adapted(curves)]
+            _write_run(run, run.path)
+    groups = group_runs(runs)
+    told = json.dumps(comparison_to_dict(runs, groups, out), indent=1, allow_nan=False) + "\n"
+    shown = build_comparison_page(runs, groups, waiting, out, _unfinished_texts(folders))
+    shown.sections = [*shown.sections, *_adaptation_sections(curves)]
     return [
         write_atomically(out / "comparison.json", told.encode()),
-        write_atomically(out / FILE, parquet(groups, out)),
-        write_atomically(out / PAGE, render(shown)),
-        write_atomically(out / PICTURE, plots.comparison(groups)),
+        write_atomically(out / PARQUET_FILE, encode_parquet(groups, out)),
+        write_atomically(out / PAGE_FILE, render_page(shown)),
+        write_atomically(out / CURVES_FILE, plots.plot_comparison(groups)),
     ]
 
 
-def _parted(folders: Sequence[Path]) -> tuple[list[Path], list[Curve]]:
+def _split_folders(folders: Sequence[Path]) -> tuple[list[Path], list[Curve]]:
     """Folders with matrices, and the curves of those that are adaptations."""
-    adapted = [folder for folder in folders if kind(folder) == "adapt"]
+    adapted = [folder for folder in folders if folder_kind(folder) == "adapt"]
     return [folder for folder in folders if folder not in adapted], [
-        Curve.read(folder) for folder in adapted
+        Curve.load(folder) for folder in adapted
     ]
 
 
-def _unfinished(folders: Sequence[Path]) -> list[str]:
+def _unfinished_texts(folders: Sequence[Path]) -> list[str]:
     """What is left of the comparisons among these folders, and the commands that finish it."""
-    return [told for folder in folders for told in comparison.unfinished(folder)]
+    return [told for folder in folders for told in comparison.describe_unfinished(folder)]
 
 
-def _run(run: Run, out: Path, curves: Sequence[Curve] = ()) -> list[Path]:
+def _write_run(run: Run, out: Path, curves: Sequence[Curve] = ()) -> list[Path]:
     from continual.reports import plots
-    from continual.reports.pages import run_page
+    from continual.reports.pages import build_run_page
 
-    shown = run_page(run)
-    shown.sections = [*shown.sections, *_adapted(curves)]
+    shown = build_run_page(run)
+    shown.sections = [*shown.sections, *_adaptation_sections(curves)]
     return [
-        write_atomically(out / PAGE, render(shown)),
-        write_atomically(out / PICTURE, plots.run(run.matrix)),
+        write_atomically(out / PAGE_FILE, render_page(shown)),
+        write_atomically(out / CURVES_FILE, plots.plot_run(run.matrix)),
     ]
 
 
-def _adaptation(curves: Sequence[Curve], out: Path) -> list[Path]:
+def _write_adaptations(curves: Sequence[Curve], out: Path) -> list[Path]:
     from continual.reports import plots
-    from continual.reports.adaptations import adapt_page
+    from continual.reports.adaptations import build_adaptation_page
 
     return [
-        write_atomically(out / PAGE, render(adapt_page(curves))),
-        write_atomically(out / PICTURE, plots.adaptation(curves)),
+        write_atomically(out / PAGE_FILE, render_page(build_adaptation_page(curves))),
+        write_atomically(out / CURVES_FILE, plots.plot_adaptations(curves)),
     ]
 
 
-def _adapted(curves: Sequence[Curve]) -> Sequence[Section | None]:
-    from continual.reports.adaptations import adapt_sections
+def _adaptation_sections(curves: Sequence[Curve]) -> Sequence[Section | None]:
+    from continual.reports.adaptations import adaptation_sections
 
-    return adapt_sections(curves) if curves else ()
+    return adaptation_sections(curves) if curves else ()
 
 
-def render(page: Page) -> bytes:
+def render_page(page: Page) -> bytes:
     """The page, all in one file; all text is escaped, and only the two scripts of ours may run,
     known by their sums.
     """
@@ -154,11 +156,13 @@ def render(page: Page) -> bytes:
         (folder / name).read_text("utf-8") for name in ("style.css", "page.js", "charts.js")
     )
     script = "".join(parts)
-    library, known = vega.packed()
+    library, known = vega.load_vega_script()
     ours = {
-        "policy": Markup(f"'sha256-{known}' 'sha256-{vega.digest(script.encode())}'"),
+        "policy": Markup(f"'sha256-{known}' 'sha256-{vega.csp_digest(script.encode())}'"),
         "vega": library,
         "script": Markup(script),
         "style": Markup(style),
     }
-    return environment.get_template("page.html.j2").render({**page.values(), **ours}).encode()
+    return (
+        environment.get_template("page.html.j2").render({**page.template_values(), **ours}).encode()
+    )

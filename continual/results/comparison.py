@@ -16,77 +16,79 @@ from continual.io.atomic import write_atomically
 from continual.io.terminal import escape_control
 from continual.io.untrusted import CONTROL, load_json, read_bytes
 
-PLAN = "cells.json"
-FAILED = "failed.txt"  # in a run's folder
+CELLS_FILE = "cells.json"
+FAILED_FILE = "failed.txt"  # in a run's folder
 
 
-def plan(out: Path, words: Sequence[str], names: Sequence[str]) -> None:
+def record_command(out: Path, arguments: Sequence[str], run_names: Sequence[str]) -> None:
     """Write down that the command of these words asks for these runs, beside what earlier commands
     asked for.
     """
-    earlier = [told for told in _plans(out) if not set(told["cells"]) <= set(names)]
-    plans = [*earlier, {"words": list(words), "cells": list(names)}]
+    earlier = [
+        told for told in _load_recorded_commands(out) if not set(told["cells"]) <= set(run_names)
+    ]
+    plans = [*earlier, {"words": list(arguments), "cells": list(run_names)}]
     write_atomically(
-        out / PLAN,
+        out / CELLS_FILE,
         json.dumps({"schema": 1, "commands": plans}, indent=1, ensure_ascii=False) + "\n",
     )
 
 
-def command(out: Path, words: Sequence[str]) -> str:
+def resume_command(out: Path, arguments: Sequence[str]) -> str:
     """What is typed to go on with the comparison in `out`."""
-    return shlex.join(["continual", "compare", *words, f"out={quote_value(str(out))}"])
+    return shlex.join(["continual", "compare", *arguments, f"out={quote_value(str(out))}"])
 
 
-def commands(out: Path) -> list[str]:
+def load_commands(out: Path) -> list[str]:
     """The commands that made what is in a comparison's folder."""
-    return [command(out, told["words"]) for told in _plans(out)]
+    return [resume_command(out, told["words"]) for told in _load_recorded_commands(out)]
 
 
-def waiting(out: Path) -> list[str]:
+def find_pending_runs(out: Path) -> list[str]:
     """The planned runs that have scored nothing yet."""
     return sorted(
         {
             n
-            for told in _plans(out)
+            for told in _load_recorded_commands(out)
             for n in told["cells"]
             if not (out / n / "matrix.json").is_file()
         }
     )
 
 
-def unfinished(out: Path) -> list[str]:
+def describe_unfinished(out: Path) -> list[str]:
     """One text for each command that has runs to finish: which, why, and the command; raises
     DataError.
     """
     found = []
-    for told in _plans(out):
-        if left := failures(out, told["cells"]):
+    for told in _load_recorded_commands(out):
+        if left := unfinished_states(out, told["cells"]):
             runs = "".join(f"\n  {name}: {state}" for name, state in left.items())
             found.append(
                 escape_control(
                     f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis "
-                    f"finishes them:\n  {command(out, told['words'])}"
+                    f"finishes them:\n  {resume_command(out, told['words'])}"
                 )
             )
     return found
 
 
-def failures(out: Path, names: Sequence[str]) -> dict[str, str]:
+def unfinished_states(out: Path, run_names: Sequence[str]) -> dict[str, str]:
     """Why each of these runs failed, or that it is not finished."""
-    return {name: state for name in names if (state := _state(out / name))}
+    return {name: state for name in run_names if (state := _run_state(out / name))}
 
 
-def _state(run: Path) -> str:
+def _run_state(run: Path) -> str:
     """Empty where the run is finished."""
     if (run / "finished").exists():
         return ""
-    if (run / FAILED).is_file():
-        return "failed: " + read_bytes(run / FAILED).decode("utf-8", "replace").strip()
+    if (run / FAILED_FILE).is_file():
+        return "failed: " + read_bytes(run / FAILED_FILE).decode("utf-8", "replace").strip()
     return "begun, and not at its end" if (run / "config.yaml").exists() else "not begun"
 
 
-def _plans(out: Path) -> list[dict[str, Any]]:
-    path = out / PLAN
+def _load_recorded_commands(out: Path) -> list[dict[str, Any]]:
+    path = out / CELLS_FILE
     if not path.is_file():
         return []
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from continual.errors import DataError, brief
 from continual.io import untrusted
 
-FILE = "curve.json"
+CURVE_FILE = "curve.json"
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Curve:
     rule: str = "train"  # adapt.update_rule
 
     @classmethod
-    def read(cls, path: Path, name: str = FILE) -> Curve:
+    def load(cls, folder: Path, file_name: str = CURVE_FILE) -> Curve:
         """The curve in the folder `path`; raises DataError where it is not of schema 1."""
-        file = path / name
+        file = folder / file_name
         told = untrusted.load_json(file)
         try:
             if told["schema"] != 1:
@@ -60,11 +60,11 @@ class Curve:
                 (int(shots), int(draw), int(step), float(score))
                 for (shots, step, score), draw in zip(points, draws, strict=True)
             )
-            return cls(path, points=tuple(found), **texts)
+            return cls(folder, points=tuple(found), **texts)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: no curve of schema 1 ({error!r}); adapt again") from error
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What `read` reads."""
         points = [
             {"shots": n, "draw": draw, "step": step, "score": score}
@@ -80,7 +80,7 @@ class Curve:
         }
 
     @property
-    def origin(self) -> str:
+    def start_label(self) -> str:
         """Where it began, in few words: "base", or the checkpoint's run and stage; and if by its
         own inner loop.
         """
@@ -93,7 +93,7 @@ class Curve:
         return sorted({point[0] for point in self.points})
 
     @property
-    def draws(self) -> int:
+    def num_draws(self) -> int:
         """How many support sets of each size were tried at most."""
         return len({point[1] for point in self.points})
 
@@ -102,15 +102,15 @@ class Curve:
         """The optimizer steps at which it was scored, rising."""
         return sorted({point[2] for point in self.points})
 
-    def of(self, shots: int) -> list[tuple[int, float]]:
+    def mean_scores(self, shots: int) -> list[tuple[int, float]]:
         """The (step, score) pairs with that many training examples, each score the mean over draws."""
-        return [(step, fmean(scores)) for step, scores in self._drawn(shots)]
+        return [(step, fmean(scores)) for step, scores in self._scores_by_step(shots)]
 
     def band(self, shots: int) -> list[tuple[int, float, float]]:
         """The (step, lowest, highest score over draws) with that many training examples."""
-        return [(step, min(scores), max(scores)) for step, scores in self._drawn(shots)]
+        return [(step, min(scores), max(scores)) for step, scores in self._scores_by_step(shots)]
 
-    def _drawn(self, shots: int) -> list[tuple[int, list[float]]]:
+    def _scores_by_step(self, shots: int) -> list[tuple[int, list[float]]]:
         """Each step's scores over draws."""
         found: dict[int, list[float]] = {}
         for n, _, step, score in self.points:

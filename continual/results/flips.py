@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from continual.results.run_folder import Run
 
-RIGHT = 0.5
+CORRECT_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,36 +27,36 @@ class Flip:
 
     task: str
     id: str
-    learned: str
-    lost: str
+    last_correct_stage: str
+    lost_stage: str
     prompt: str | None
-    before: str | None
-    after: str | None
+    answer_before: str | None
+    answer_after: str | None
     references: tuple[str, ...]
-    back: str | None = None
+    regained_stage: str | None = None
 
 
-def flips(run: Run) -> list[Flip]:
+def find_flips(run: Run) -> list[Flip]:
     """Every fall of every example, by task, stage and example; a stage whose answers are not there
     is passed over.
 
     Raises DataError for predictions that cannot be read.
     """
-    return [flip for task in run.matrix.tasks for flip in _of(run, task)]
+    return [flip for task in run.matrix.tasks for flip in _find_task_flips(run, task)]
 
 
-def _of(run: Run, task: str) -> list[Flip]:
+def _find_task_flips(run: Run, task: str) -> list[Flip]:
     right: dict[
         str, tuple[str, str | None]
     ] = {}  # of what is right now: after which stage, and the answer
     lost: dict[str, int] = {}  # of what was right and is wrong now: its flip
     found: list[Flip] = []
     for stage in run.matrix.stages:
-        for key, prediction in {p.id: p for p in run.predictions(stage, task)}.items():
-            if prediction.score >= RIGHT:
+        for key, prediction in {p.id: p for p in run.load_predictions(stage, task)}.items():
+            if prediction.score >= CORRECT_THRESHOLD:
                 right[key] = (stage, prediction.answer)
                 if (at := lost.pop(key, None)) is not None:
-                    found[at] = replace(found[at], back=stage)
+                    found[at] = replace(found[at], regained_stage=stage)
             elif key in right:
                 learned, before = right.pop(key)
                 lost[key] = len(found)
@@ -75,10 +75,10 @@ def _of(run: Run, task: str) -> list[Flip]:
     return found
 
 
-def counts(found: Sequence[Flip]) -> dict[tuple[str, str], tuple[int, int]]:
+def count_flips(flips: Sequence[Flip]) -> dict[tuple[str, str], tuple[int, int]]:
     """By task and stage: how many examples were lost there, and how many lost ones came back."""
     lost, back = (
-        Counter((f.task, f.lost) for f in found),
-        Counter((f.task, f.back) for f in found if f.back),
+        Counter((f.task, f.lost_stage) for f in flips),
+        Counter((f.task, f.regained_stage) for f in flips if f.regained_stage),
     )
     return {place: (lost[place], back[place]) for place in {**lost, **back}}

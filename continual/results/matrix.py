@@ -22,8 +22,8 @@ from continual.errors import DataError, MissingError, brief, gathered
 from continual.io import untrusted
 from continual.io.atomic import write_atomically
 
-SCHEMA = 1
-BASE = "base"
+MATRIX_SCHEMA = 1
+BASE_STAGE = "base"
 Score = float | None
 
 
@@ -49,37 +49,41 @@ class Matrix:
     cost: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if problems := _misfits(self):
+        if problems := _consistency_problems(self):
             raise DataError(gathered(problems))
 
     @property
-    def sequential(self) -> bool:
+    def is_sequential(self) -> bool:
         """Whether some stage bears a task's name; a joint run is not sequential."""
         return any(stage in self.tasks for stage in self.stages)
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the last row is the end of the run: each task had its stage, or the one joint
         stage is over.
         """
-        return set(self.tasks) <= set(self.stages) if self.sequential else set(self.stages) > {BASE}
+        return (
+            set(self.tasks) <= set(self.stages)
+            if self.is_sequential
+            else set(self.stages) > {BASE_STAGE}
+        )
 
     @property
-    def final(self) -> tuple[Score, ...]:
+    def final_scores(self) -> tuple[Score, ...]:
         """R[T], one score a task, all None while the run is unfinished."""
-        return self.scores[-1] if self.finished else (None,) * len(self.tasks)
+        return self.scores[-1] if self.is_finished else (None,) * len(self.tasks)
 
-    def stage_of(self, task: str) -> int | None:
+    def row_of(self, task: str) -> int | None:
         """The row that bears the task's name, or None."""
         return self.stages.index(task) if task in self.stages else None
 
-    def at(self, row: int | None, task: str) -> Score:
+    def score(self, row: int | None, task: str) -> Score:
         """The score on `task` in that row; None where there is no such row."""
         return None if row is None else self.scores[row][self.tasks.index(task)]
 
-    def own(self, task: str) -> Score:
+    def own_stage_score(self, task: str) -> Score:
         """R[j][j], the score right after the task's own stage."""
-        return self.at(self.stage_of(task), task)
+        return self.score(self.row_of(task), task)
 
     def with_row(self, stage: str, scores: Sequence[Score]) -> Matrix:
         """This matrix and one more stage; `scores` has one entry a task, in the order of `tasks`."""
@@ -94,7 +98,7 @@ class Matrix:
             told if reference is None else {**told, "intransigence": intransigence(self, reference)}
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The content of matrix.json, with the summaries."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         lists = {
@@ -105,10 +109,10 @@ class Matrix:
             "metrics": dict(self.metrics),
             "cost": dict(self.cost),
         }
-        return {"schema": SCHEMA, **plain, **lists, "summary": self.summary()}
+        return {"schema": MATRIX_SCHEMA, **plain, **lists, "summary": self.summary()}
 
     @classmethod
-    def from_json(cls, data: Any) -> Matrix:
+    def from_dict(cls, data: Any) -> Matrix:
         """The matrix of `to_json`; its summary is computed anew. Raises DataError that names all
         that is wrong.
 
@@ -116,7 +120,7 @@ class Matrix:
         stages and scores, may lack the rest, and its further keys are no concern of ours. With
         "schema", a key that we do not know is refused.
         """
-        if problems := _malformed(data):
+        if problems := _type_problems(data):
             raise DataError(gathered(problems))
         return cls(
             stream=data["stream"],
@@ -133,7 +137,7 @@ class Matrix:
 
     def save(self, path: Path) -> None:
         """Write matrix.json all or nothing."""
-        write_atomically(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Matrix:
@@ -145,7 +149,7 @@ class Matrix:
             )
         data = untrusted.load_json(path)
         try:
-            return cls.from_json(data)
+            return cls.from_dict(data)
         except DataError as error:
             raise DataError(f"{path}: {error}\nRestore the file, or run again.") from error
 
@@ -154,21 +158,23 @@ def average_performance(matrix: Matrix) -> float | None:
     """mean_j R[T][j] (average accuracy A_T: Lopez-Paz & Ranzato 2017, eq. 2; Chaudhry et al. 2018,
     A_k).
     """
-    return mean(matrix.final)
+    return mean_or_none(matrix.final_scores)
 
 
 def average_incremental_performance(matrix: Matrix) -> float | None:
     """mean_i mean_{j<=i} R[i][j] (average incremental accuracy: Rebuffi et al. 2017, iCaRL)."""
-    return mean(incremental(matrix)) if matrix.finished else None
+    return mean_or_none(performance_by_stage(matrix)) if matrix.is_finished else None
 
 
-def incremental(matrix: Matrix) -> list[float | None]:
+def performance_by_stage(matrix: Matrix) -> list[float | None]:
     """One mean a stage, over the tasks learned so far: mean_{j<=i} R[i][j] for each i; None before
     the first.
     """
-    rows = [row for row, stage in enumerate(matrix.stages) if stage != BASE]
+    rows = [row for row, stage in enumerate(matrix.stages) if stage != BASE_STAGE]
     return [
-        mean(matrix.at(row, task) for task in matrix.tasks if task in matrix.stages[: row + 1])
+        mean_or_none(
+            matrix.score(row, task) for task in matrix.tasks if task in matrix.stages[: row + 1]
+        )
         for row in rows
     ]
 
@@ -177,14 +183,17 @@ def learning_accuracy(matrix: Matrix) -> float | None:
     """mean_j R[j][j], how well each task is learned when its turn comes (LA of Riemer et al. 2019,
     MER).
     """
-    return mean(map(matrix.own, matrix.tasks))
+    return mean_or_none(map(matrix.own_stage_score, matrix.tasks))
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
     """mean_{j<T} (R[T][j] - R[j][j]), over T - 1 tasks (Lopez-Paz & Ranzato 2017, eq. 3). Negative:
     forgetting.
     """
-    return mean(_minus(matrix.at(-1, task), matrix.own(task)) for task in _earlier(matrix))
+    return mean_or_none(
+        _difference(matrix.score(-1, task), matrix.own_stage_score(task))
+        for task in _earlier_tasks(matrix)
+    )
 
 
 def forgetting(matrix: Matrix) -> float | None:
@@ -193,15 +202,17 @@ def forgetting(matrix: Matrix) -> float | None:
     Positive: forgetting; never below minus the backward transfer. The maximum starts at the task's
     own stage, so what a model knew of a task before it was taught is not counted as learned.
     """
-    return _fallen(matrix, len(matrix.stages) - 1, _earlier(matrix))
+    return _mean_forgetting(matrix, len(matrix.stages) - 1, _earlier_tasks(matrix))
 
 
-def forgotten(matrix: Matrix) -> list[float | None]:
+def forgetting_by_stage(matrix: Matrix) -> list[float | None]:
     """F_k of the tasks learned so far, one a stage; None at the first (Chaudhry et al. 2018)."""
     return [
-        _fallen(matrix, row, [task for task in matrix.tasks if task in matrix.stages[:row]])
+        _mean_forgetting(
+            matrix, row, [task for task in matrix.tasks if task in matrix.stages[:row]]
+        )
         for row, stage in enumerate(matrix.stages)
-        if stage != BASE
+        if stage != BASE_STAGE
     ]
 
 
@@ -211,12 +222,12 @@ def forward_transfer(matrix: Matrix) -> float | None:
 
     Positive: earlier tasks help one that has not been taught yet. Needs a base row.
     """
-    if matrix.stages[:1] != (BASE,):
+    if matrix.stages[:1] != (BASE_STAGE,):
         return None
     later = [task for task in matrix.tasks if task != "".join(matrix.stages[1:2])]
-    before = ((task, matrix.stage_of(task)) for task in later)
-    return mean(
-        _minus(matrix.at(row - 1, task), matrix.at(0, task)) if row else None
+    before = ((task, matrix.row_of(task)) for task in later)
+    return mean_or_none(
+        _difference(matrix.score(row - 1, task), matrix.score(0, task)) if row else None
         for task, row in before
     )
 
@@ -232,8 +243,10 @@ def intransigence(matrix: Matrix, reference: Matrix) -> float | None:
         raise DataError(
             f"the reference run does not score {', '.join(lacking)}; give one over the same tasks"
         )
-    known = dict(zip(reference.tasks, reference.final, strict=True))
-    return mean(_minus(known[task], matrix.own(task)) for task in matrix.tasks)
+    known = dict(zip(reference.tasks, reference.final_scores, strict=True))
+    return mean_or_none(
+        _difference(known[task], matrix.own_stage_score(task)) for task in matrix.tasks
+    )
 
 
 SUMMARIES: dict[str, Callable[[Matrix], float | None]] = {
@@ -249,36 +262,40 @@ SUMMARIES: dict[str, Callable[[Matrix], float | None]] = {
 }
 
 
-def mean(values: Iterable[float | None]) -> float | None:
+def mean_or_none(values: Iterable[float | None]) -> float | None:
     """The unweighted mean; None of nothing, and None where one value is."""
     known = list(values)
     whole = [value for value in known if value is not None]
     return math.fsum(whole) / len(whole) if whole and len(whole) == len(known) else None
 
 
-def _minus(a: Score, b: Score) -> Score:
+def _difference(a: Score, b: Score) -> Score:
     return None if a is None or b is None else a - b
 
 
-def _earlier(matrix: Matrix) -> list[str]:
+def _earlier_tasks(matrix: Matrix) -> list[str]:
     """The tasks j < T: all but the one that the last row bears the name of."""
-    return [task for task in matrix.tasks if task != matrix.stages[-1]] if matrix.finished else []
+    return (
+        [task for task in matrix.tasks if task != matrix.stages[-1]] if matrix.is_finished else []
+    )
 
 
-def _fallen(matrix: Matrix, row: int, tasks: Sequence[str]) -> float | None:
+def _mean_forgetting(matrix: Matrix, row: int, tasks: Sequence[str]) -> float | None:
     """mean_j (max_{j<=i<row} R[i][j] - R[row][j]) over these tasks."""
-    return mean(_minus(_best(matrix, task, row), matrix.at(row, task)) for task in tasks)
+    return mean_or_none(
+        _difference(_best_score(matrix, task, row), matrix.score(row, task)) for task in tasks
+    )
 
 
-def _best(matrix: Matrix, task: str, end: int) -> Score:
+def _best_score(matrix: Matrix, task: str, end: int) -> Score:
     """max_{j<=i<end} R[i][j]."""
-    row = matrix.stage_of(task)
-    scores = [] if row is None else [matrix.at(i, task) for i in range(row, end)]
+    row = matrix.row_of(task)
+    scores = [] if row is None else [matrix.score(i, task) for i in range(row, end)]
     known = [score for score in scores if score is not None]
     return max(known) if known and len(known) == len(scores) else None
 
 
-KINDS: dict[str, tuple[type, ...]] = {
+REQUIRED_KEYS: dict[str, tuple[type, ...]] = {
     "stream": (str,),
     "strategy": (str,),
     "tasks": (list,),
@@ -286,7 +303,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "stages": (list,),
     "scores": (list,),
 }
-OPTIONAL: dict[str, tuple[type, ...]] = {
+OPTIONAL_KEYS: dict[str, tuple[type, ...]] = {
     "order": (str, type(None)),
     "seed": (int, type(None)),
     "counts": (list,),
@@ -296,20 +313,22 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
 }
 
 
-def _malformed(data: Any) -> list[str]:
+def _type_problems(data: Any) -> list[str]:
     """What keeps a JSON value from being a matrix at all."""
     if not isinstance(data, dict):
-        return [f"a {type(data).__name__}, where an object with {', '.join(KINDS)} was expected"]
-    if data.get("schema", SCHEMA) != SCHEMA:
         return [
-            f"schema {brief(data['schema'])}; this version reads schema {SCHEMA}: use the "
+            f"a {type(data).__name__}, where an object with {', '.join(REQUIRED_KEYS)} was expected"
+        ]
+    if data.get("schema", MATRIX_SCHEMA) != MATRIX_SCHEMA:
+        return [
+            f"schema {brief(data['schema'])}; this version reads schema {MATRIX_SCHEMA}: use the "
             "version that wrote it"
         ]
-    known = {**KINDS, **OPTIONAL}
+    known = {**REQUIRED_KEYS, **OPTIONAL_KEYS}
     return [
-        *(f"no {key!r}" for key in KINDS if key not in data),
+        *(f"no {key!r}" for key in REQUIRED_KEYS if key not in data),
         *(
-            f"unknown key {brief(key)}; schema {SCHEMA} has {', '.join(known)}"
+            f"unknown key {brief(key)}; schema {MATRIX_SCHEMA} has {', '.join(known)}"
             for key in data
             if "schema" in data and key not in known
         ),
@@ -320,41 +339,41 @@ def _malformed(data: Any) -> list[str]:
         ),
         *(
             f"row {i} of scores is a {type(row).__name__}; expected a list"
-            for i, row in enumerate(_list(data.get("scores")))
+            for i, row in enumerate(_list_or_empty(data.get("scores")))
             if not isinstance(row, list)
         ),
         *(
             f"{key} holds {brief(name)}; expected names"
             for key in ("tasks", "stages")
-            for name in _list(data.get(key))
+            for name in _list_or_empty(data.get(key))
             if not isinstance(name, str)
         ),
         *(
             f"a control character in the name {brief(name)}; rename it"
             for name in (
                 *(data.get(key) for key in ("stream", "order", "strategy")),
-                *_list(data.get("tasks")),
-                *_list(data.get("stages")),
+                *_list_or_empty(data.get("tasks")),
+                *_list_or_empty(data.get("stages")),
             )
             if isinstance(name, str) and untrusted.CONTROL.search(name)
         ),
         *(
             f"the metric {brief(name)} is no name"
-            for name in _dict(data.get("metrics")).values()
+            for name in _dict_or_empty(data.get("metrics")).values()
             if not isinstance(name, str)
         ),
     ]
 
 
-def _list(value: Any) -> list[Any]:
+def _list_or_empty(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _dict_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _misfits(m: Matrix) -> list[str]:
+def _consistency_problems(m: Matrix) -> list[str]:
     """What does not fit together in a matrix of the right types."""
     wide = len(m.tasks)
     cells = [
@@ -371,13 +390,13 @@ def _misfits(m: Matrix) -> list[str]:
             if n > 1
         ),
         *(
-            [f"stage {BASE!r} is row {m.stages.index(BASE)}; it must be the first"]
-            if BASE in m.stages[1:]
+            [f"stage {BASE_STAGE!r} is row {m.stages.index(BASE_STAGE)}; it must be the first"]
+            if BASE_STAGE in m.stages[1:]
             else []
         ),
         *(
-            [f"task {BASE!r}: that name is the first row's; rename the task"]
-            if BASE in m.tasks
+            [f"task {BASE_STAGE!r}: that name is the first row's; rename the task"]
+            if BASE_STAGE in m.tasks
             else []
         ),
         *(

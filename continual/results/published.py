@@ -28,32 +28,32 @@ from continual.io import untrusted
 from continual.results.matrix import Matrix, Score
 from continual.results.run_folder import Run
 
-COUNTS = "counts"
-PERCENT = "stage (percent)"
-HEADS = ("stage", "", PERCENT)
-SEEDED = re.compile(r"(.+?)[-_]seed[-_]?(\d{1,9})")
+COUNTS_ROW = "counts"
+PERCENT_HEAD = "stage (percent)"
+FIRST_CELLS = ("stage", "", PERCENT_HEAD)
+SEED_SUFFIX = re.compile(r"(.+?)[-_]seed[-_]?(\d{1,9})")
 
 
 @dataclass(frozen=True)
-class Told:
+class PublishedMatrix:
     """One matrix, as a run of one file or folder, and the summaries that its file states; `percent`
     if it held such.
     """
 
     run: Run
-    stated: Mapping[str, Any]
-    percent: bool = False
+    stated_summary: Mapping[str, Any]
+    is_percent: bool = False
 
 
-def read(paths: Sequence[Path]) -> list[Told]:
+def load_published(paths: Sequence[Path]) -> list[PublishedMatrix]:
     """The matrices of these files and folders, each once; raises MissingError or DataError, for all
     files at once.
     """
-    told: list[Told] = []
+    told: list[PublishedMatrix] = []
     problems: list[str] = []
-    for path in dict.fromkeys(found for given in paths for found in _files(given)):
+    for path in dict.fromkeys(found for given in paths for found in _find_files(given)):
         try:
-            told.append(_csv(path) if path.suffix == ".csv" else _json(path))
+            told.append(_load_csv(path) if path.suffix == ".csv" else _load_json(path))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -61,7 +61,7 @@ def read(paths: Sequence[Path]) -> list[Told]:
     return told
 
 
-def _files(path: Path) -> list[Path]:
+def _find_files(path: Path) -> list[Path]:
     """A file; of a folder its matrix.json, those of the runs in it, or else every .json and .csv
     file in it.
     """
@@ -94,26 +94,26 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _json(path: Path) -> Told:
+def _load_json(path: Path) -> PublishedMatrix:
     data = untrusted.load_json(path)
     try:
-        matrix = Matrix.from_json(data)
+        matrix = Matrix.from_dict(data)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if not matrix.stages:
         raise DataError(f"{path}: no stage has been scored; give a matrix with at least one row")
-    return Told(
+    return PublishedMatrix(
         Run(path.parent if path.name == "matrix.json" else path, matrix), data.get("summary") or {}
     )
 
 
-def _csv(path: Path) -> Told:
+def _load_csv(path: Path) -> PublishedMatrix:
     """Raises DataError that names the file and every line that is wrong."""
     if strange := [
         name for name in (path.name, path.parent.resolve().name) if untrusted.CONTROL.search(name)
     ]:
         raise DataError(f"{path}: a control character in the name {brief(strange[0])}; rename it")
-    lines = list(_lines(path))
+    lines = list(_csv_rows(path))
     if not lines:
         raise DataError(
             f"{path}: found no line, expected a first line of 'stage' and the tasks; see "
@@ -125,7 +125,7 @@ def _csv(path: Path) -> Told:
             f"{path}:{number}: the first cell is {brief(head)}; expected 'stage', or 'stage "
             "(percent)' where the scores are in percent"
         ]
-        if head.strip().lower() not in HEADS
+        if head.strip().lower() not in FIRST_CELLS
         else []
     )
     problems += [
@@ -142,11 +142,11 @@ def _csv(path: Path) -> Told:
     ]
     if problems:
         raise DataError(gathered(problems))
-    counted = [(n, cells) for n, cells in body if cells[0] == COUNTS]
+    counted = [(n, cells) for n, cells in body if cells[0] == COUNTS_ROW]
     rows = [
-        (n, cells[0], [_number(cell) for cell in cells[1:]])
+        (n, cells[0], [_parse_score(cell) for cell in cells[1:]])
         for n, cells in body
-        if cells[0] != COUNTS
+        if cells[0] != COUNTS_ROW
     ]
     percent = _is_percent(path, head, rows)
     most = 100 if percent else 1
@@ -161,7 +161,7 @@ def _csv(path: Path) -> Told:
         raise DataError(
             f"{path}: found no stage below the first line, expected a line a stage; add them"
         )
-    named = SEEDED.fullmatch(path.stem)
+    named = SEED_SUFFIX.fullmatch(path.stem)
     try:
         matrix = Matrix(
             stream=path.parent.resolve().name,
@@ -171,7 +171,7 @@ def _csv(path: Path) -> Told:
             tasks=tuple(tasks),
             metrics=dict.fromkeys(tasks, "score"),
             stages=tuple(stage for _, stage, _ in rows),
-            counts=_counts(path, counted),
+            counts=_parse_counts(path, counted),
             scores=tuple(
                 tuple(score if score is None else score / most for score in scores)
                 for _, _, scores in rows
@@ -179,10 +179,10 @@ def _csv(path: Path) -> Told:
         )
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    return Told(Run(path, matrix), {}, percent)
+    return PublishedMatrix(Run(path, matrix), {}, percent)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Each line's number and cells, without blank lines."""
     reader = csv.reader(io.StringIO(untrusted.read_text(path), newline=""), strict=True)
     try:
@@ -208,7 +208,7 @@ def _is_number(cell: str) -> bool:
     )
 
 
-def _number(cell: str) -> Score:
+def _parse_score(cell: str) -> Score:
     return float(cell) if cell else None
 
 
@@ -216,7 +216,7 @@ def _is_percent(path: Path, head: str, rows: Sequence[tuple[int, str, list[Score
     """Whether the scores are in percent; raises DataError where some are above 1 and some are
     between 0 and 1.
     """
-    if head.strip().lower() == PERCENT:
+    if head.strip().lower() == PERCENT_HEAD:
         return True
     above = [
         (n, score) for n, _, scores in rows for score in scores if score is not None and score > 1
@@ -231,14 +231,14 @@ def _is_percent(path: Path, head: str, rows: Sequence[tuple[int, str, list[Score
         raise DataError(
             f"{path}:{above[0][0]}: found the score {above[0][1]:g}, and {within[0][1]:g} on line "
             f"{within[0][0]}; expected all in [0, 1], or all in percent: begin the first line with "
-            f"'{PERCENT}' if they are percent"
+            f"'{PERCENT_HEAD}' if they are percent"
         )
     return bool(above)
 
 
-def _counts(path: Path, lines: Sequence[tuple[int, list[str]]]) -> tuple[int, ...]:
+def _parse_counts(path: Path, lines: Sequence[tuple[int, list[str]]]) -> tuple[int, ...]:
     if len(lines) > 1:
-        raise DataError(f"{path}:{lines[1][0]}: a second line of {COUNTS}; keep one")
+        raise DataError(f"{path}:{lines[1][0]}: a second line of {COUNTS_ROW}; keep one")
     for number, (_, *cells) in lines:
         if wrong := [cell for cell in cells if not re.fullmatch(r"\d{1,15}", cell)]:
             raise DataError(

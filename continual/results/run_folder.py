@@ -18,44 +18,46 @@ from continual.errors import DataError, MissingError
 from continual.io import untrusted
 from continual.io.atomic import task_file_name
 from continual.results import comparison
-from continual.results.matrix import BASE, Matrix, mean
+from continual.results.matrix import BASE_STAGE, Matrix, mean_or_none
 from continual.results.prediction import Prediction, load_predictions
 
 # What may differ between the runs of one group: they are repetitions of the same experiment.
-REPEATED = {"seed", "order", "out", "track"}
-LONG = re.compile(r"-?\d+\.\d{4,}")
-EXPECTED = (
+REPETITION_KEYS = {"seed", "order", "out", "track"}
+LONG_FRACTION = re.compile(r"-?\d+\.\d{4,}")
+EXPECTED_FOLDERS = (
     "a run folder (matrix.json), an adapt folder (curve.json) or a comparison folder (run "
     "folders inside it); give the out= of continual run, adapt or compare"
 )
 
 
-def kind(folder: Path) -> str:
+def folder_kind(folder: Path) -> str:
     """`run`, `adapt` or `comparison`, told by the files; raises MissingError for any other folder."""
     if not folder.is_dir():
-        raise MissingError(f"{folder}: there is no such folder; expected {EXPECTED}")
+        raise MissingError(f"{folder}: there is no such folder; expected {EXPECTED_FOLDERS}")
     untrusted.check_links_inside(folder)
     if (folder / "curve.json").is_file():
         return "adapt"
     if (folder / "matrix.json").is_file():
         return "run"
-    if any(_children(folder)):
+    if any(_child_run_folders(folder)):
         return "comparison"
     if (folder / "config.yaml").is_file():
         raise MissingError(
             f"{folder}: a run that has scored nothing yet (no matrix.json); wait for its first "
             "row, or start it again with the same out="
         )
-    if left := comparison.unfinished(folder):
+    if left := comparison.describe_unfinished(folder):
         raise MissingError(f"{folder}: nothing is scored yet; {' '.join(left)}")
-    raise MissingError(f"{folder}: no run in it ({_held(folder)}); expected {EXPECTED}")
+    raise MissingError(
+        f"{folder}: no run in it ({_describe_content(folder)}); expected {EXPECTED_FOLDERS}"
+    )
 
 
-def _children(folder: Path) -> Iterator[Path]:
+def _child_run_folders(folder: Path) -> Iterator[Path]:
     return (path.parent for path in sorted(folder.glob("*/matrix.json")))
 
 
-def _held(folder: Path) -> str:
+def _describe_content(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     return (
         "it holds "
@@ -74,20 +76,20 @@ class Run:
     matrix: Matrix
 
     @classmethod
-    def read(cls, path: Path) -> Run:
+    def load(cls, folder: Path) -> Run:
         """Raises MissingError or DataError, as Matrix.load does; also where no stage has been
         scored.
         """
-        matrix = Matrix.load(path / "matrix.json")
+        matrix = Matrix.load(folder / "matrix.json")
         if not matrix.stages:
             raise DataError(
-                f"{path / 'matrix.json'}: no stage has been scored; start the run again with the "
+                f"{folder / 'matrix.json'}: no stage has been scored; start the run again with the "
                 "same out="
             )
-        return cls(path, matrix)
+        return cls(folder, matrix)
 
     @cached_property
-    def config(self) -> str:
+    def config_text(self) -> str:
         """The text of config.yaml, empty where there is none."""
         return untrusted.read_text(self.path / "config.yaml")
 
@@ -98,38 +100,40 @@ class Run:
         """
         told = dict(_flat(untrusted.load_yaml_mapping(self.path / "config.yaml")))
         return {
-            key: value for key, value in told.items() if not REPEATED & {key.rpartition(".")[2]}
+            key: value
+            for key, value in told.items()
+            if not REPETITION_KEYS & {key.rpartition(".")[2]}
         }
 
     @cached_property
-    def log(self) -> tuple[list[dict[str, Any]], int]:
+    def parsed_log(self) -> tuple[list[dict[str, Any]], int]:
         """The events of events.jsonl, and how many lines of it are broken: a killed run may leave
         half a line.
         """
-        return read_events(self.path)
+        return load_events(self.path)
 
-    def events(self, name: str) -> list[dict[str, Any]]:
+    def events(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind; of several about one stage and step the last, as a resumed run
         tells them anew.
         """
-        told = (e for e in self.log[0] if e["event"] == name)
+        told = (e for e in self.parsed_log[0] if e["event"] == kind)
         return list(
             {
                 tuple(e.get(key) for key in ("stage", "task", "split", "step")): e for e in told
             }.values()
         )
 
-    def number(self, stage: str) -> int:
+    def stage_number(self, stage: str) -> int:
         """The stage's number in predictions/stage-NN: 0 is before training."""
-        return self.matrix.stages.index(stage) + (BASE not in self.matrix.stages)
+        return self.matrix.stages.index(stage) + (BASE_STAGE not in self.matrix.stages)
 
-    def predictions(self, stage: str, task: str) -> list[Prediction]:
+    def load_predictions(self, stage: str, task: str) -> list[Prediction]:
         """Return the scored answers to a task's test prompts after a stage; each file is read once.
 
         Empty if none were written. Raises DataError for lines that are not predictions.
         """
         if (stage, task) not in self._predictions:
-            folder = self.path / "predictions" / f"stage-{self.number(stage):02d}"
+            folder = self.path / "predictions" / f"stage-{self.stage_number(stage):02d}"
             path = folder / f"{task_file_name(task)}.jsonl"
             loaded = load_predictions(path) if path.is_file() else []
             self._predictions[stage, task] = [self._share_texts(p) for p in loaded]
@@ -163,15 +167,15 @@ class Run:
         )
 
     @property
-    def joint(self) -> bool:
+    def is_joint(self) -> bool:
         """Whether it learned all tasks in one stage: its matrix says so, whatever its strategy is
         called.
         """
-        return self.matrix.finished and not self.matrix.sequential
+        return self.matrix.is_finished and not self.matrix.is_sequential
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Repetitions of one experiment, over seeds and orders."""
 
     label: str
@@ -179,49 +183,51 @@ class Group:
     summaries: tuple[dict[str, float | None], ...]
 
     @property
-    def done(self) -> int:
+    def num_finished(self) -> int:
         """How many of its runs are finished; only these count in the mean."""
-        return sum(run.matrix.finished for run in self.runs)
+        return sum(run.matrix.is_finished for run in self.runs)
 
     @property
-    def joint(self) -> bool:
+    def is_joint(self) -> bool:
         """Whether this is the joint arm, a ceiling to compare with."""
-        return any(run.joint for run in self.runs)
+        return any(run.is_joint for run in self.runs)
 
-    def values(self, name: str) -> list[float | None]:
+    def finished_values(self, name: str) -> list[float | None]:
         """One value a finished run: a summary's or a cost's."""
         told = [
             {**run.matrix.cost, **summary}
             for run, summary in zip(self.runs, self.summaries, strict=True)
-            if run.matrix.finished
+            if run.matrix.is_finished
         ]
         return [values.get(name) for values in told]
 
     def mean(self, name: str) -> float | None:
         """The mean over finished runs; None where one of them lacks the value."""
-        return mean(self.values(name))
+        return mean_or_none(self.finished_values(name))
 
-    def spread(self, name: str) -> float | None:
+    def std(self, name: str) -> float | None:
         """The sample standard deviation (n - 1); None with fewer than two runs."""
-        known = [value for value in self.values(name) if value is not None]
+        known = [value for value in self.finished_values(name) if value is not None]
         return (
             statistics.stdev(known)
-            if len(known) > 1 and len(known) == len(self.values(name))
+            if len(known) > 1 and len(known) == len(self.finished_values(name))
             else None
         )
 
 
-def reference(run: Run, runs: Iterable[Run]) -> Run | None:
+def find_joint_reference(run: Run, runs: Iterable[Run]) -> Run | None:
     """The joint run over the same tasks to measure `run` by: that of the same seed if there is one,
     else the first.
     """
     same = [
-        r for r in runs if r.joint and r is not run and set(r.matrix.tasks) == set(run.matrix.tasks)
+        r
+        for r in runs
+        if r.is_joint and r is not run and set(r.matrix.tasks) == set(run.matrix.tasks)
     ]
     return next((r for r in same if r.matrix.seed == run.matrix.seed), same[0] if same else None)
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     """Runs that differ in seed and order only are one group; best average performance first, the
     joint arm before all.
 
@@ -231,48 +237,51 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     kinds: dict[Any, list[Run]] = {}
     for run in runs:
         kinds.setdefault(
-            (run.matrix.stream, _name(run), tuple(sorted(run.settings.items()))), []
+            (run.matrix.stream, _arm_name(run), tuple(sorted(run.settings.items()))), []
         ).append(run)
-    labels = _labels([members[0] for members in kinds.values()])
+    labels = _group_labels([members[0] for members in kinds.values()])
     groups = [
-        Group(label, tuple(members), tuple(_summary(run, runs) for run in members))
+        RunGroup(label, tuple(members), tuple(_summarize(run, runs) for run in members))
         for label, members in zip(labels, kinds.values(), strict=True)
     ]
     return sorted(
-        groups, key=lambda g: (not g.joint, -(g.mean("average_performance") or -1), g.label)
+        groups, key=lambda g: (not g.is_joint, -(g.mean("average_performance") or -1), g.label)
     )
 
 
-def _summary(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
-    other = reference(run, runs)
+def _summarize(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
+    other = find_joint_reference(run, runs)
     return run.matrix.summary(other.matrix if other else None)
 
 
-def _name(run: Run) -> str:
+def _arm_name(run: Run) -> str:
     """A joint run is known by its one stage, any other by its strategy."""
-    return run.matrix.stages[-1] if run.joint else run.matrix.strategy
+    return run.matrix.stages[-1] if run.is_joint else run.matrix.strategy
 
 
-def _labels(firsts: Sequence[Run]) -> list[str]:
+def _group_labels(representatives: Sequence[Run]) -> list[str]:
     """One label for each group, from a run of each."""
-    names = Counter(map(_name, firsts))
+    names = Counter(map(_arm_name, representatives))
     told = [
-        {"stream": r.matrix.stream, "strategy": r.matrix.strategy, **r.settings} for r in firsts
+        {"stream": r.matrix.stream, "strategy": r.matrix.strategy, **r.settings}
+        for r in representatives
     ]
     labels = []
-    for run, mine in zip(firsts, told, strict=True):
-        twins = [t for r, t in zip(firsts, told, strict=True) if _name(r) == _name(run)]
+    for run, mine in zip(representatives, told, strict=True):
+        twins = [
+            t for r, t in zip(representatives, told, strict=True) if _arm_name(r) == _arm_name(run)
+        ]
         apart = (
             [key for key in mine if len({t.get(key) for t in twins}) > 1]
-            if names[_name(run)] > 1
+            if names[_arm_name(run)] > 1
             else []
         )
         labels.append(
             " ".join(
                 [
-                    _name(run),
+                    _arm_name(run),
                     *(
-                        f"{key.rpartition('.')[2]}={_short(mine[key], {t.get(key) for t in twins})}"
+                        f"{key.rpartition('.')[2]}={_shorten_fraction(mine[key], {t.get(key) for t in twins})}"
                         for key in apart[:3]
                     ),
                 ]
@@ -280,45 +289,45 @@ def _labels(firsts: Sequence[Run]) -> list[str]:
         )
     return [
         label if labels.count(label) == 1 else f"{label} ({run.path.name})"
-        for label, run in zip(labels, firsts, strict=True)
+        for label, run in zip(labels, representatives, strict=True)
     ]
 
 
-def _short(value: str, others: Collection[str | None]) -> str:
+def _shorten_fraction(value: str, others: Collection[str | None]) -> str:
     """A long fraction, such as a search draws, in three digits where they tell it from the others."""
     told = {
-        other: f"{float(other):.3g}" if LONG.fullmatch(other) else other
+        other: f"{float(other):.3g}" if LONG_FRACTION.fullmatch(other) else other
         for other in others
         if other is not None
     }
     return told[value] if len(set(told.values())) == len(told) else value
 
 
-def find(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """The runs in these run and comparison folders, and the names of those that have not scored
     anything yet.
     """
     paths: list[Path] = []
     waiting: list[str] = []
     for folder in folders:
-        what = kind(folder)
+        what = folder_kind(folder)
         if what == "adapt":
             raise DataError(
                 f"{folder}: an adapt folder has a curve, not a matrix; compare it with adapt "
                 "folders only"
             )
-        paths += [folder] if what == "run" else _children(folder)
+        paths += [folder] if what == "run" else _child_run_folders(folder)
         if what == "comparison":
             begun = [
                 p.parent.name
                 for p in sorted(folder.glob("*/config.yaml"))
                 if not (p.parent / "matrix.json").is_file()
             ]
-            waiting += dict.fromkeys([*begun, *comparison.waiting(folder)])
-    return [Run.read(path) for path in dict.fromkeys(paths)], waiting
+            waiting += dict.fromkeys([*begun, *comparison.find_pending_runs(folder)])
+    return [Run.load(path) for path in dict.fromkeys(paths)], waiting
 
 
-def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
+def load_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of events.jsonl, and how many of its lines are broken."""
     told, broken, path = [], 0, folder / "events.jsonl"
     for number, line in untrusted.iter_lines(path) if path.is_file() else ():
@@ -332,7 +341,7 @@ def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 # What the pages draw and write of an event, where it has them.
-NUMBERS = (
+EVENT_NUMBERS = (
     "time",
     "stage",
     "step",
@@ -345,7 +354,7 @@ NUMBERS = (
     "memory_bytes",
     "forgetting",
 )
-TEXTS = ("task", "split")
+EVENT_TEXTS = ("task", "split")
 
 
 def is_event(event: Any) -> bool:
@@ -356,8 +365,8 @@ def is_event(event: Any) -> bool:
         return False
     notes, scores = event.get("notes") or {}, event.get("scores") or {}
     return (
-        all(event.get(key) is None or untrusted.is_number(event[key]) for key in NUMBERS)
-        and all(isinstance(event.get(key), str | None) for key in TEXTS)
+        all(event.get(key) is None or untrusted.is_number(event[key]) for key in EVENT_NUMBERS)
+        and all(isinstance(event.get(key), str | None) for key in EVENT_TEXTS)
         and isinstance(notes, dict)
         and all(map(untrusted.is_number, notes.values()))
         and isinstance(scores, dict)

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from continual.errors import ConfigError, DataError, listed, unknown
-from continual.results.run_folder import Group, Run, find, grouped
+from continual.results.run_folder import Run, RunGroup, find_runs, group_runs
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-FILE = "comparison.parquet"
+PARQUET_FILE = "comparison.parquet"
 
-Columns = dict[str, tuple[str, str]]  # of each its kind and what it holds
-Summary = Mapping[str, float | None]
-Rows = Iterator[dict[str, Any]]
+ColumnSpecs = dict[str, tuple[str, str]]  # of each its kind and what it holds
+SummaryValues = Mapping[str, float | None]
+TableRows = Iterator[dict[str, Any]]
 
-RUN: Columns = {
+RUN_COLUMNS: ColumnSpecs = {
     "run": ("text", "the folder's name"),
     "group": ("text", "what the report calls this run and its repetitions over seeds and orders"),
     "stream": ("text", "the stream's name"),
@@ -33,47 +33,49 @@ RUN: Columns = {
     "finished": ("true or false", "whether it came to its end"),
     "path": ("text", "the run's folder; in comparison.parquet as seen from that file"),
 }
-STAGE: Columns = {
+STAGE_COLUMNS: ColumnSpecs = {
     "stage": (
         "text",
         "the stage's name, which is that of the task learned in it; base: before any training",
     ),
     "stage_index": ("whole number", "the stage's number; 0: before any training"),
 }
-TASK: Columns = {"task": ("text", "the task that was scored")}
+TASK_COLUMNS: ColumnSpecs = {"task": ("text", "the task that was scored")}
 
 
-def load(paths: Sequence[str | Path], what: str) -> pandas.DataFrame:
+def load_table(paths: Sequence[str | Path], table_name: str) -> pandas.DataFrame:
     """What `continual.load_runs` returns."""
     import pandas
     import pyarrow
 
-    if what not in TABLES:
-        raise ConfigError(unknown("what", what, TABLES))
+    if table_name not in TABLES:
+        raise ConfigError(unknown("what", table_name, TABLES))
     if not paths:
         raise ConfigError(
             "load_runs needs folders made by continual run or compare; give their paths"
         )
-    runs, waiting = find([Path(path) for path in paths])
+    runs, waiting = find_runs([Path(path) for path in paths])
     if waiting:
         warnings.warn(
             f"not in the table, for they have scored nothing yet: {listed(waiting, 5)}",
             stacklevel=3,
         )
     whole = {pyarrow.int64(): pandas.Int64Dtype()}  # which can be missing
-    return table(grouped(runs), what).to_pandas(types_mapper=whole.get)
+    return build_table(group_runs(runs), table_name).to_pandas(types_mapper=whole.get)
 
 
-def parquet(groups: Sequence[Group], out: Path) -> bytes:
+def encode_parquet(groups: Sequence[RunGroup], out: Path) -> bytes:
     """The content of comparison.parquet: the cells of all runs, their paths relative to `out`."""
     from pyarrow.parquet import write_table
 
     target = io.BytesIO()
-    write_table(table(groups, "cells", out), target)
+    write_table(build_table(groups, "cells", out), target)
     return target.getvalue()
 
 
-def table(groups: Sequence[Group], what: str, out: Path | None = None) -> pyarrow.Table:
+def build_table(
+    groups: Sequence[RunGroup], table_name: str, out: Path | None = None
+) -> pyarrow.Table:
     """One of `TABLES`, run after run; what a column holds stands in its metadata.
 
     Raises DataError for a run that holds a value which its column cannot.
@@ -87,17 +89,17 @@ def table(groups: Sequence[Group], what: str, out: Path | None = None) -> pyarro
         "number": pa.float64(),
         "true or false": pa.bool_(),
     }
-    columns, rows = TABLES[what]
+    columns, rows = TABLES[table_name]
     schema = pa.schema(
         [
             pa.field(name, kinds[kind], metadata={"says": says})
-            for name, (kind, says) in {**RUN, **columns}.items()
+            for name, (kind, says) in {**RUN_COLUMNS, **columns}.items()
         ]
     )
     parts = []
     for group in groups:
         for run, summary in zip(group.runs, group.summaries, strict=True):
-            head = _head(run, group, out)
+            head = _run_values(run, group, out)
             try:
                 parts.append(
                     pa.Table.from_pylist([{**head, **row} for row in rows(run, summary)], schema)
@@ -110,7 +112,7 @@ def table(groups: Sequence[Group], what: str, out: Path | None = None) -> pyarro
     return pa.concat_tables(parts)
 
 
-def _head(run: Run, group: Group, out: Path | None) -> dict[str, Any]:
+def _run_values(run: Run, group: RunGroup, out: Path | None) -> dict[str, Any]:
     m = run.matrix
     return {
         "path": str(run.path) if out is None else os.path.relpath(run.path, out),
@@ -120,45 +122,45 @@ def _head(run: Run, group: Group, out: Path | None) -> dict[str, Any]:
         "order": m.order,
         "strategy": m.strategy,
         "seed": m.seed,
-        "joint": run.joint,
-        "finished": m.finished,
+        "joint": run.is_joint,
+        "finished": m.is_finished,
     }
 
 
-def _cells(run: Run, _: Summary) -> Rows:
+def _cell_rows(run: Run, _: SummaryValues) -> TableRows:
     m = run.matrix
     counts = m.counts or (None,) * len(m.tasks)
     for stage, scores in zip(m.stages, m.scores, strict=True):
         for task, score, n in zip(m.tasks, scores, counts, strict=True):
             yield {
                 "stage": stage,
-                "stage_index": run.number(stage),
+                "stage_index": run.stage_number(stage),
                 "task": task,
-                "learned": run.number(task) if task in m.stages else None,
+                "learned": run.stage_number(task) if task in m.stages else None,
                 "metric": m.metrics[task],
                 "score": score,
                 "n": n,
             }
 
 
-def _summaries(run: Run, summary: Summary) -> Rows:
+def _summary_rows(run: Run, summary: SummaryValues) -> TableRows:
     for kind, told in (("summary", summary), ("cost", run.matrix.cost)):
         for name, value in told.items():
             yield {"kind": kind, "name": name, "value": value}
 
 
-def _settings(run: Run, _: Summary) -> Rows:
+def _setting_rows(run: Run, _: SummaryValues) -> TableRows:
     for key, value in run.settings.items():
         yield {"key": key, "value": value}
 
 
-def _examples(run: Run, _: Summary) -> Rows:
+def _example_rows(run: Run, _: SummaryValues) -> TableRows:
     for stage in run.matrix.stages:
         for task in run.matrix.tasks:
-            for prediction in run.predictions(stage, task):
+            for prediction in run.load_predictions(stage, task):
                 yield {
                     "stage": stage,
-                    "stage_index": run.number(stage),
+                    "stage_index": run.stage_number(stage),
                     "task": task,
                     "id": prediction.id,
                     "prompt": prediction.prompt,
@@ -168,7 +170,7 @@ def _examples(run: Run, _: Summary) -> Rows:
                 }
 
 
-def _steps(run: Run, _: Summary) -> Rows:
+def _step_rows(run: Run, _: SummaryValues) -> TableRows:
     for event in run.events("step"):
         if parts := [
             key for key in ("stage", "step", "steps") if isinstance(event.get(key), float)
@@ -180,11 +182,11 @@ def _steps(run: Run, _: Summary) -> Rows:
         yield {**event, "stage": event.get("task"), "stage_index": event.get("stage")}
 
 
-TABLES: dict[str, tuple[Columns, Callable[[Run, Summary], Rows]]] = {
+TABLES: dict[str, tuple[ColumnSpecs, Callable[[Run, SummaryValues], TableRows]]] = {
     "cells": (
         {
-            **STAGE,
-            **TASK,
+            **STAGE_COLUMNS,
+            **TASK_COLUMNS,
             "learned": (
                 "whole number",
                 "the number of the task's own stage; missing where that has not been, or never is",
@@ -196,7 +198,7 @@ TABLES: dict[str, tuple[Columns, Callable[[Run, Summary], Rows]]] = {
                 "how many test examples it is the mean over; missing where unknown",
             ),
         },
-        _cells,
+        _cell_rows,
     ),
     "summaries": (
         {
@@ -211,30 +213,30 @@ TABLES: dict[str, tuple[Columns, Callable[[Run, Summary], Rows]]] = {
                 "says",
             ),
         },
-        _summaries,
+        _summary_rows,
     ),
     "settings": (
         {
             "key": ("text", "a key of config.yaml in dotted form; seed, order and out stand above"),
             "value": ("text", "its value, as JSON where it is no text"),
         },
-        _settings,
+        _setting_rows,
     ),
     "examples": (
         {
-            **STAGE,
-            **TASK,
+            **STAGE_COLUMNS,
+            **TASK_COLUMNS,
             "id": ("text", "the test example's id"),
             "prompt": ("text", "what was asked"),
             "answer": ("text", "what the model said"),
             "references": ("texts", "the accepted answers"),
             "score": ("number", "the answer's mark in [0, 1]"),
         },
-        _examples,
+        _example_rows,
     ),
     "steps": (
         {
-            **STAGE,
+            **STAGE_COLUMNS,
             "step": (
                 "whole number",
                 "the optimizer step within the stage, of those that were logged (train.log_every_steps)",
@@ -245,6 +247,6 @@ TABLES: dict[str, tuple[Columns, Callable[[Run, Summary], Rows]]] = {
             "tokens": ("number", "supervised tokens that the stage has learned from so far"),
             "seconds": ("number", "seconds that the stage has taken so far"),
         },
-        _steps,
+        _step_rows,
     ),
 }

@@ -27,17 +27,17 @@ import numpy as np
 
 from continual.errors import ConfigError, unknown
 from continual.results.matrix import SUMMARIES
-from continual.results.run_folder import Group, Run
-from continual.results.variants import VARIANTS, Array, Cells
+from continual.results.run_folder import Run, RunGroup
+from continual.results.variants import VARIANTS, Array, ScoreArray
 
-LEVEL = 0.95
-DRAWS = 1000
-NEAR = 1e-6  # what the mean of marks may be off by rounding
-OVER_RUNS = "Student's t over runs"
-OVER_EXAMPLES = "bootstrap over test examples"
-OVER_PAIRS = "Student's t over pairs of runs"
-OVER_BOTH = f"{OVER_EXAMPLES}, {OVER_PAIRS}"
-FLOOR = "naive"  # what others are measured against, where it is there
+CONFIDENCE_LEVEL = 0.95
+BOOTSTRAP_DRAWS = 1000
+MEAN_TOLERANCE = 1e-6  # what the mean of marks may be off by rounding
+T_OVER_RUNS = "Student's t over runs"
+BOOTSTRAP_OVER_EXAMPLES = "bootstrap over test examples"
+T_OVER_PAIRS = "Student's t over pairs of runs"
+BOOTSTRAP_AND_T = f"{BOOTSTRAP_OVER_EXAMPLES}, {T_OVER_PAIRS}"
+BASELINE = "naive"  # what others are measured against, where it is there
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifference:
     """How much higher `name` is in one strategy than in another, with its 95% interval, in [-1, 1].
 
     `n` test examples were answered by both, in each of `runs` pairs of runs.
@@ -68,7 +68,7 @@ class Paired:
     how: str
 
 
-def over_runs(values: Iterable[float | None]) -> Interval | None:
+def interval_over_runs(values: Iterable[float | None]) -> Interval | None:
     """Of a mean over runs: mean +- t(0.975, n - 1) s / sqrt(n); None of fewer than two, or where
     one is missing.
     """
@@ -78,19 +78,19 @@ def over_runs(values: Iterable[float | None]) -> Interval | None:
         return None
     middle, half = (
         statistics.fmean(known),
-        _t(len(known)) * statistics.stdev(known) / math.sqrt(len(known)),
+        _t_quantile(len(known)) * statistics.stdev(known) / math.sqrt(len(known)),
     )
-    return Interval(middle - half, middle + half, len(known), OVER_RUNS)
+    return Interval(middle - half, middle + half, len(known), T_OVER_RUNS)
 
 
-def _t(n: int) -> float:
+def _t_quantile(n: int) -> float:
     """Student's t at 0.975 for n values."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(n - 1, (1 + LEVEL) / 2))
+    return float(stdtrit(n - 1, (1 + CONFIDENCE_LEVEL) / 2))
 
 
-def _student(n: int, draws: int, seed: int) -> Array:
+def _draw_student_t(n: int, draws: int, seed: int) -> Array:
     """(draws,) values of Student's t for n runs: evenly spread, in random order, as its tails are
     heavy.
     """
@@ -100,17 +100,17 @@ def _student(n: int, draws: int, seed: int) -> Array:
     return np.asarray(stdtrit(n - 1, even))
 
 
-def over_examples(
-    run: Run, name: str = "average_performance", draws: int = DRAWS, seed: int = 0
+def interval_over_examples(
+    run: Run, name: str = "average_performance", draws: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> Interval | None:
     """The interval over one run's test examples of a summary, or of any of its published forms; see
     `intervals`.
     """
-    return intervals(run, [name], draws, seed).get(name)
+    return bootstrap_intervals(run, [name], draws, seed).get(name)
 
 
-def intervals(
-    run: Run, names: Sequence[str] = tuple(SUMMARIES), draws: int = DRAWS, seed: int = 0
+def bootstrap_intervals(
+    run: Run, names: Sequence[str] = tuple(SUMMARIES), draws: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> dict[str, Interval]:
     """The intervals over test examples of these summaries, of those that the run has.
 
@@ -118,25 +118,27 @@ def intervals(
     the matrix. Where all examples of a task are marked alike, its part of an interval has no width.
     Raises DataError for a broken file, ConfigError for a form that there is not.
     """
-    drawn = _drawn([run], names, draws, seed) if run.matrix.finished else None
+    drawn = _bootstrap([run], names, draws, seed) if run.matrix.is_finished else None
     if drawn is None:
         return {}
     return {
         name: Interval(
-            *_ends(name, values[:, 0], float(drawn.points[name][0])), drawn.n, OVER_EXAMPLES
+            *_interval_limits(name, values[:, 0], float(drawn.point_estimates[name][0])),
+            drawn.n,
+            BOOTSTRAP_OVER_EXAMPLES,
         )
         for name, values in drawn.values.items()
         if not np.isnan(values).any()
     }
 
 
-def paired(
+def paired_difference(
     a: Run | Sequence[Run],
     b: Run | Sequence[Run],
     name: str = "average_performance",
-    draws: int = DRAWS,
+    draws: int = BOOTSTRAP_DRAWS,
     seed: int = 0,
-) -> Paired | None:
+) -> PairedDifference | None:
     """How much higher `name` is in `a` than in `b`, over examples that both answered.
 
     Of several runs those of the same seed and order make a pair. The bootstrap draws the same
@@ -147,36 +149,44 @@ def paired(
     are no such pairs, or where the two of a pair did not answer the same examples. Raises as
     `intervals` does.
     """
-    pairs = _pairs(a, b)
-    drawn = _drawn([run for pair in pairs for run in pair], [name], draws, seed) if pairs else None
+    pairs = _match_runs(a, b)
+    drawn = (
+        _bootstrap([run for pair in pairs for run in pair], [name], draws, seed) if pairs else None
+    )
     if drawn is None or not (
-        drawn.shared
-        or all((alone := _drawn(pair, [name], 1, seed)) and alone.shared for pair in pairs)
+        drawn.same_examples
+        or all(
+            (alone := _bootstrap(pair, [name], 1, seed)) and alone.same_examples for pair in pairs
+        )
     ):
         return None
-    differences = [float(x - y) for x, y in drawn.points[name].reshape(-1, 2)]
+    differences = [float(x - y) for x, y in drawn.point_estimates[name].reshape(-1, 2)]
     if any(math.isnan(difference) for difference in differences):
         return None
-    middle, runs, spread = statistics.fmean(differences), len(pairs), over_runs(differences)
-    if spread and not drawn.shared:
-        return Paired(name, middle, spread.low, spread.high, drawn.n, runs, OVER_PAIRS)
+    middle, runs, spread = (
+        statistics.fmean(differences),
+        len(pairs),
+        interval_over_runs(differences),
+    )
+    if spread and not drawn.same_examples:
+        return PairedDifference(name, middle, spread.low, spread.high, drawn.n, runs, T_OVER_PAIRS)
     values = (drawn.values[name][:, 0::2] - drawn.values[name][:, 1::2]).mean(1)
     if spread:
         error = statistics.stdev(differences) / math.sqrt(runs)
-        values = values + error * _student(runs, draws, seed)
-    return Paired(
+        values = values + error * _draw_student_t(runs, draws, seed)
+    return PairedDifference(
         name,
         middle,
-        *_ends(name, values, middle),
+        *_interval_limits(name, values, middle),
         drawn.n,
         runs,
-        OVER_BOTH if spread else OVER_EXAMPLES,
+        BOOTSTRAP_AND_T if spread else BOOTSTRAP_OVER_EXAMPLES,
     )
 
 
-def against(
-    groups: Sequence[Group], name: str = "average_performance"
-) -> tuple[str, dict[str, Paired]]:
+def differences_from_baseline(
+    groups: Sequence[RunGroup], name: str = "average_performance"
+) -> tuple[str, dict[str, PairedDifference]]:
     """How each group differs from naive, or where that is not there from the best but joint
     training; by label.
 
@@ -185,23 +195,27 @@ def against(
     """
     done = [group for group in groups if group.mean(name) is not None]
     other = next(
-        (g for g in done if g.label == FLOOR), next((g for g in done if not g.joint), None)
+        (g for g in done if g.label == BASELINE), next((g for g in done if not g.is_joint), None)
     )
     if other is None:
         return "", {}
     told = {
-        group.label: paired(group.runs, other.runs, name) for group in done if group is not other
+        group.label: paired_difference(group.runs, other.runs, name)
+        for group in done
+        if group is not other
     }
     return other.label, {label: each for label, each in told.items() if each}
 
 
-def _ends(name: str, values: Array, point: float) -> tuple[float, float]:
+def _interval_limits(name: str, values: Array, point: float) -> tuple[float, float]:
     """The limits of a form by its draws."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    return (2 * point - high, 2 * point - low) if VARIANTS[name].best else (low, high)
+    low, high = np.quantile(
+        values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
+    ).tolist()
+    return (2 * point - high, 2 * point - low) if VARIANTS[name].takes_maximum else (low, high)
 
 
-def _pairs(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> list[tuple[Run, Run]]:
+def _match_runs(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> list[tuple[Run, Run]]:
     """Finished runs of the same seed and order; two single runs whatever their seed."""
     if isinstance(a, Run) and isinstance(b, Run):
         both = [(a, b)]
@@ -213,11 +227,11 @@ def _pairs(a: Run | Sequence[Run], b: Run | Sequence[Run]) -> list[tuple[Run, Ru
             for run in first
             if (key := (run.matrix.seed, run.matrix.order)) in others
         ]
-    return [(x, y) for x, y in both if x.matrix.finished and y.matrix.finished]
+    return [(x, y) for x, y in both if x.matrix.is_finished and y.matrix.is_finished]
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _BootstrapDraws:
     """Figures of some runs: `points` (runs,) as they are and `values` (draws, runs) by draw, under
     their names.
 
@@ -226,12 +240,14 @@ class _Drawn:
     """
 
     values: dict[str, Array]
-    points: dict[str, Array]
+    point_estimates: dict[str, Array]
     n: int
-    shared: bool
+    same_examples: bool
 
 
-def _drawn(runs: Sequence[Run], names: Sequence[str], draws: int, seed: int) -> _Drawn | None:
+def _bootstrap(
+    runs: Sequence[Run], names: Sequence[str], draws: int, seed: int
+) -> _BootstrapDraws | None:
     """The named figures of all runs under the same draws of examples; None of missing answers or
     other tasks.
     """
@@ -240,26 +256,26 @@ def _drawn(runs: Sequence[Run], names: Sequence[str], draws: int, seed: int) -> 
     if len({frozenset(run.matrix.tasks) for run in runs}) > 1:
         return None
     rng = np.random.default_rng(seed)
-    known = [Cells.of(run.matrix) for run in runs]
+    known = [ScoreArray.from_matrix(run.matrix) for run in runs]
     scores = [np.repeat(cells.scores[None], draws, 0) for cells in known]
-    final = all(VARIANTS[name].final for name in names)
+    final = all(VARIANTS[name].final_row_only for name in names)
     n, shared = 0, True
     for task in sorted(runs[0].matrix.tasks):
-        found = [told for run in runs if (told := _marks(run, task, final))]
+        found = [told for run in runs if (told := _task_scores(run, task, final))]
         if len(found) < len(runs):
             return None
         n += found[0][2].shape[1]
         shared &= len({names for names, _, _ in found}) == 1
         if shared:
-            means = _resampled(np.concatenate([marks for _, _, marks in found]), draws, rng)
+            means = _resample_means(np.concatenate([marks for _, _, marks in found]), draws, rng)
             ends = np.cumsum([len(rows) for _, rows, _ in found])
             for run, each, (_, rows, _), mine in zip(
                 runs, scores, found, np.split(means, ends[:-1], 1), strict=True
             ):
                 each[:, rows, run.matrix.tasks.index(task)] = mine
     drawn = [replace(cells, scores=each) for cells, each in zip(known, scores, strict=True)]
-    define = {name: VARIANTS[name].define for name in names}
-    return _Drawn(
+    define = {name: VARIANTS[name].compute for name in names}
+    return _BootstrapDraws(
         {name: np.stack([f(cells) for cells in drawn], 1) for name, f in define.items()},
         {name: np.stack([f(cells) for cells in known]) for name, f in define.items()},
         n,
@@ -267,7 +283,7 @@ def _drawn(runs: Sequence[Run], names: Sequence[str], draws: int, seed: int) -> 
     )
 
 
-def _marks(run: Run, task: str, final: bool) -> tuple[str, list[int], Array] | None:
+def _task_scores(run: Run, task: str, final_row_only: bool) -> tuple[str, list[int], Array] | None:
     """Which examples the task has, the rows of the matrix that are measured, and the marks (rows,
     examples).
 
@@ -275,18 +291,22 @@ def _marks(run: Run, task: str, final: bool) -> tuple[str, list[int], Array] | N
     last row only.
     """
     matrix, stages = run.matrix, len(run.matrix.stages)
-    rows = [i for i in range(stages - 1 if final else 0, stages) if matrix.at(i, task) is not None]
-    told = [marked(run, matrix.stages[row], task) for row in rows]
+    rows = [
+        i
+        for i in range(stages - 1 if final_row_only else 0, stages)
+        if matrix.score(i, task) is not None
+    ]
+    told = [example_scores(run, matrix.stages[row], task) for row in rows]
     if len({names for names, _ in told}) != 1 or not told[0][1]:
         return None
     marks = np.array([each for _, each in told])
     off = np.abs(
         marks.mean(1) - np.array([matrix.scores[row][matrix.tasks.index(task)] for row in rows])
     )
-    return (told[0][0], rows, marks) if off.max() < NEAR else None
+    return (told[0][0], rows, marks) if off.max() < MEAN_TOLERANCE else None
 
 
-def marked(run: Run, stage: str, task: str) -> tuple[str, tuple[float, ...]]:
+def example_scores(run: Run, stage: str, task: str) -> tuple[str, tuple[float, ...]]:
     """Which examples the task's test has, as a digest of their ids and references, and the mark of
     each answer.
 
@@ -297,7 +317,7 @@ def marked(run: Run, stage: str, task: str) -> tuple[str, tuple[float, ...]]:
         "marked", {}
     )
     if (stage, task) not in kept:
-        told = run.predictions(stage, task)
+        told = run.load_predictions(stage, task)
         names = repr([(p.id, p.references) for p in told]).encode("utf-8", "surrogatepass")
         kept[stage, task] = (
             blake2b(names, digest_size=16).hexdigest(),
@@ -306,13 +326,13 @@ def marked(run: Run, stage: str, task: str) -> tuple[str, tuple[float, ...]]:
     return kept[stage, task]
 
 
-def _resampled(marks: Array, draws: int, rng: np.random.Generator) -> Array:
+def _resample_means(scores: Array, draws: int, rng: np.random.Generator) -> Array:
     """(draws, rows) the means over as many examples as there are, drawn with replacement; marks are
     (rows, examples).
 
     Examples that are marked alike in all rows are counted as one kind: how often each kind is drawn
     is multinomial.
     """
-    kinds, counts = np.unique(marks, axis=1, return_counts=True)
-    n = marks.shape[1]
+    kinds, counts = np.unique(scores, axis=1, return_counts=True)
+    n = scores.shape[1]
     return np.asarray(rng.multinomial(n, counts / n, size=draws) @ kinds.T / n)

@@ -16,13 +16,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from continual.results.matrix import BASE, Matrix
+from continual.results.matrix import BASE_STAGE, Matrix
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Cells:
+class ScoreArray:
     """Scores (..., stages, tasks) with the names, counts and stages of `matrix`; NaN where not
     measured.
     """
@@ -31,120 +31,128 @@ class Cells:
     scores: Array
 
     @classmethod
-    def of(cls, matrix: Matrix) -> Cells:
+    def from_matrix(cls, matrix: Matrix) -> ScoreArray:
         """The cells of one matrix: scores (stages, tasks)."""
         scores = np.array(matrix.scores, dtype=np.float64)  # None becomes NaN
         return cls(matrix, scores.reshape(len(matrix.stages), len(matrix.tasks)))
 
     @cached_property
-    def rows(self) -> NDArray[np.int64]:
+    def task_rows(self) -> NDArray[np.int64]:
         """(tasks,) the row that bears each task's name; -1 where there is none."""
-        rows = [self.matrix.stage_of(task) for task in self.matrix.tasks]
+        rows = [self.matrix.row_of(task) for task in self.matrix.tasks]
         return np.array([-1 if row is None else row for row in rows])
 
     @cached_property
-    def stage(self) -> NDArray[np.int64]:
+    def stage_rows(self) -> NDArray[np.int64]:
         """(stages, 1) each row's number, to compare with `rows`; what stands before training is no
         stage.
         """
-        return np.arange(self.first, len(self.matrix.stages))[:, None]
+        return np.arange(self.first_stage_row, len(self.matrix.stages))[:, None]
 
     @property
-    def first(self) -> int:
+    def first_stage_row(self) -> int:
         """The row of the first stage: 1 behind a base row."""
-        return int(self.matrix.stages[:1] == (BASE,))
+        return int(self.matrix.stages[:1] == (BASE_STAGE,))
 
     @property
-    def learned(self) -> Array:
+    def stage_scores(self) -> Array:
         """(..., stages, tasks) the scores without the base row."""
-        return self.scores[..., self.first :, :]
+        return self.scores[..., self.first_stage_row :, :]
 
     @property
-    def last(self) -> Array:
+    def final_scores(self) -> Array:
         """(..., tasks) R[T], all NaN while the run is unfinished."""
         nothing = np.full(self.scores.shape[:-2] + self.scores.shape[-1:], np.nan)
-        return self.scores[..., -1, :] if self.matrix.finished else nothing
+        return self.scores[..., -1, :] if self.matrix.is_finished else nothing
 
-    def beside(self, offset: int = 0) -> Array:
+    def own_stage_scores(self, offset: int = 0) -> Array:
         """(..., tasks) each task's score in the row of its own stage, or so many rows from it; NaN
         where none is.
         """
-        rows = self.rows + offset
-        there = (self.rows >= 0) & (rows >= 0)
+        rows = self.task_rows + offset
+        there = (self.task_rows >= 0) & (rows >= 0)
         if not there.any():
             return np.full(self.scores.shape[:-2] + self.scores.shape[-1:], np.nan)
         return np.where(there, self.scores[..., rows * there, np.arange(len(rows))], np.nan)
 
     @property
-    def earlier(self) -> NDArray[np.bool_]:
+    def earlier_mask(self) -> NDArray[np.bool_]:
         """(tasks,) the tasks j < T: all but the one that the last row bears the name of; none while
         unfinished.
         """
-        last = self.matrix.stages[-1] if self.matrix.finished else None
+        last = self.matrix.stages[-1] if self.matrix.is_finished else None
         return np.array([last not in (None, task) for task in self.matrix.tasks])
 
     @property
-    def later(self) -> NDArray[np.bool_]:
+    def later_mask(self) -> NDArray[np.bool_]:
         """(tasks,) the tasks j > 1: all but the one that the first stage bears the name of."""
         return np.array(
             [
-                (task,) != self.matrix.stages[self.first : self.first + 1]
+                (task,) != self.matrix.stages[self.first_stage_row : self.first_stage_row + 1]
                 for task in self.matrix.tasks
             ]
         )
 
 
-def _mean(values: Array, over: NDArray[np.bool_]) -> Array:
+def _masked_mean(values: Array, mask: NDArray[np.bool_]) -> Array:
     """(...) the mean over the entries (..., n) that `over` (n,) chooses; NaN of none."""
-    n = int(over.sum())
-    return values[..., over].sum(-1) / n if n else np.full(values.shape[:-1], np.nan)
+    n = int(mask.sum())
+    return values[..., mask].sum(-1) / n if n else np.full(values.shape[:-1], np.nan)
 
 
-def _all(values: Array) -> Array:
-    return _mean(values, np.ones(values.shape[-1], dtype=bool))
+def _mean_over_tasks(values: Array) -> Array:
+    return _masked_mean(values, np.ones(values.shape[-1], dtype=bool))
 
 
-def _cells(values: Array, chosen: NDArray[np.bool_], cells: Cells) -> Array:
+def _mean_over_cells(values: Array, mask: NDArray[np.bool_], array: ScoreArray) -> Array:
     """(...) the mean over the chosen of the cells (..., stages, tasks); NaN while unfinished."""
-    flat = values.reshape(*values.shape[:-2], chosen.size)
-    return _mean(flat, chosen.ravel() & cells.matrix.finished & bool((cells.rows >= 0).all()))
-
-
-def _pooled(cells: Cells) -> Array:
-    counts = np.array(cells.matrix.counts, dtype=np.float64)
-    whole = counts.sum()
-    return (
-        (cells.last * counts).sum(-1) / whole if whole else np.full(cells.scores.shape[:-2], np.nan)
+    flat = values.reshape(*values.shape[:-2], mask.size)
+    return _masked_mean(
+        flat, mask.ravel() & array.matrix.is_finished & bool((array.task_rows >= 0).all())
     )
 
 
-def _incremental(cells: Cells) -> Array:
-    known = (cells.rows <= cells.stage) & (cells.rows >= 0)
+def _mean_over_examples(array: ScoreArray) -> Array:
+    counts = np.array(array.matrix.counts, dtype=np.float64)
+    whole = counts.sum()
+    return (
+        (array.final_scores * counts).sum(-1) / whole
+        if whole
+        else np.full(array.scores.shape[:-2], np.nan)
+    )
+
+
+def _average_incremental(array: ScoreArray) -> Array:
+    known = (array.task_rows <= array.stage_rows) & (array.task_rows >= 0)
     n = known.sum(1)
-    if not n.all() or not cells.matrix.finished:
-        return np.full(cells.scores.shape[:-2], np.nan)
-    return _all(np.where(known, cells.learned, 0.0).sum(-1) / n)
+    if not n.all() or not array.matrix.is_finished:
+        return np.full(array.scores.shape[:-2], np.nan)
+    return _mean_over_tasks(np.where(known, array.stage_scores, 0.0).sum(-1) / n)
 
 
-def _fall(cells: Cells, own: bool, last: bool) -> Array:
+def _mean_forgetting(array: ScoreArray, since_own_stage: bool, include_last: bool) -> Array:
     """(...) the mean fall from the best score, from the task's `own` stage on or any; the `last`
     may count too.
     """
-    rows = cells.stage[: None if last else -1]
-    chosen = (rows >= (cells.rows if own else 0)) & (cells.rows >= 0) & (rows >= 0)
-    if not chosen[:, cells.earlier].any(0).all():
-        return np.full(cells.scores.shape[:-2], np.nan)
-    best = np.where(chosen, cells.learned[..., : len(rows), :], -np.inf).max(-2, initial=-np.inf)
-    return _mean(best - cells.last, cells.earlier)
+    rows = array.stage_rows[: None if include_last else -1]
+    chosen = (
+        (rows >= (array.task_rows if since_own_stage else 0)) & (array.task_rows >= 0) & (rows >= 0)
+    )
+    if not chosen[:, array.earlier_mask].any(0).all():
+        return np.full(array.scores.shape[:-2], np.nan)
+    best = np.where(chosen, array.stage_scores[..., : len(rows), :], -np.inf).max(
+        -2, initial=-np.inf
+    )
+    return _masked_mean(best - array.final_scores, array.earlier_mask)
 
 
-def _before(cells: Cells, gain: bool) -> Array:
+def _zero_shot_score(array: ScoreArray, over_base: bool) -> Array:
     """(...) the mean score right before a task's own stage, or its `gain` over the base row."""
-    if not gain:
-        return _mean(cells.beside(-1), cells.later)
-    if not cells.first:
-        return np.full(cells.scores.shape[:-2], np.nan)
-    return _mean(cells.beside(-1) - cells.scores[..., 0, :], cells.later)
+    if not over_base:
+        return _masked_mean(array.own_stage_scores(-1), array.later_mask)
+    if not array.first_stage_row:
+        return np.full(array.scores.shape[:-2], np.nan)
+    return _masked_mean(array.own_stage_scores(-1) - array.scores[..., 0, :], array.later_mask)
 
 
 @dataclass(frozen=True)
@@ -157,17 +165,17 @@ class Variant:
     """
 
     name: str
-    of: str
+    summary: str
     title: str
     formula: str
     source: str
-    define: Callable[[Cells], Array]
-    final: bool = False
-    best: bool = False
+    compute: Callable[[ScoreArray], Array]
+    final_row_only: bool = False
+    takes_maximum: bool = False
 
 
 GEM, RWALK = "Lopez-Paz & Ranzato 2017 (GEM)", "Chaudhry et al. 2018 (RWalk)"
-MORE = "Díaz-Rodríguez et al. 2018 (Don't forget, there is more than forgetting)"
+DIAZ_RODRIGUEZ = "Díaz-Rodríguez et al. 2018 (Don't forget, there is more than forgetting)"
 
 # R[0] is the base row, R[i][j] the score on task j after stage i, T the number of tasks, n_j the
 # test examples of j.
@@ -180,8 +188,8 @@ VARIANTS: dict[str, Variant] = {
             "over tasks",
             "1/T sum_j R[T][j]",
             f"{GEM}, eq. 2",
-            lambda c: _all(c.last),
-            final=True,
+            lambda c: _mean_over_tasks(c.final_scores),
+            final_row_only=True,
         ),
         Variant(
             "average_performance_pooled",
@@ -189,8 +197,8 @@ VARIANTS: dict[str, Variant] = {
             "over examples",
             "sum_j n_j R[T][j] / sum_j n_j",
             "O-LoRA's logs (Wang et al. 2023): one score over the tests of all tasks",
-            _pooled,
-            final=True,
+            _mean_over_examples,
+            final_row_only=True,
         ),
         Variant(
             "average_incremental_performance",
@@ -198,15 +206,15 @@ VARIANTS: dict[str, Variant] = {
             "over stages",
             "1/T sum_i 1/i sum_{j<=i} R[i][j]",
             "Rebuffi et al. 2017 (iCaRL)",
-            _incremental,
+            _average_incremental,
         ),
         Variant(
             "average_incremental_performance_cells",
             "average_incremental_performance",
             "over cells",
             "2/(T(T+1)) sum_{j<=i} R[i][j]",
-            f"{MORE}, A",
-            lambda c: _cells(c.learned, c.stage >= c.rows, c),
+            f"{DIAZ_RODRIGUEZ}, A",
+            lambda c: _mean_over_cells(c.stage_scores, c.stage_rows >= c.task_rows, c),
         ),
         Variant(
             "learning_accuracy",
@@ -214,7 +222,7 @@ VARIANTS: dict[str, Variant] = {
             "over tasks",
             "1/T sum_j R[j][j]",
             "Riemer et al. 2019 (MER), LA",
-            lambda c: _all(c.beside()),
+            lambda c: _mean_over_tasks(c.own_stage_scores()),
         ),
         Variant(
             "backward_transfer",
@@ -222,7 +230,7 @@ VARIANTS: dict[str, Variant] = {
             "over T-1",
             "1/(T-1) sum_{j<T} (R[T][j] - R[j][j])",
             f"{GEM}, eq. 3",
-            lambda c: _mean(c.last - c.beside(), c.earlier),
+            lambda c: _masked_mean(c.final_scores - c.own_stage_scores(), c.earlier_mask),
         ),
         Variant(
             "backward_transfer_over_all",
@@ -230,15 +238,17 @@ VARIANTS: dict[str, Variant] = {
             "over T",
             "1/T sum_j (R[T][j] - R[j][j])",
             "Wang et al. 2023 (TRACE)",
-            lambda c: _all(c.last - c.beside()),
+            lambda c: _mean_over_tasks(c.final_scores - c.own_stage_scores()),
         ),
         Variant(
             "backward_transfer_cells",
             "backward_transfer",
             "over cells",
             "2/(T(T-1)) sum_{j<i} (R[i][j] - R[j][j])",
-            f"{MORE}, BWT",
-            lambda c: _cells(c.learned - c.beside()[..., None, :], c.stage > c.rows, c),
+            f"{DIAZ_RODRIGUEZ}, BWT",
+            lambda c: _mean_over_cells(
+                c.stage_scores - c.own_stage_scores()[..., None, :], c.stage_rows > c.task_rows, c
+            ),
         ),
         Variant(
             "forgetting",
@@ -246,8 +256,8 @@ VARIANTS: dict[str, Variant] = {
             "from the best since",
             "1/(T-1) sum_{j<T} (max_{j<=i<T} R[i][j] - R[T][j])",
             f"{RWALK}, F_k, the maximum from the task's own stage on",
-            lambda c: _fall(c, own=True, last=False),
-            best=True,
+            lambda c: _mean_forgetting(c, since_own_stage=True, include_last=False),
+            takes_maximum=True,
         ),
         Variant(
             "forgetting_any_stage",
@@ -255,8 +265,8 @@ VARIANTS: dict[str, Variant] = {
             "from the best ever",
             "1/(T-1) sum_{j<T} (max_{1<=i<T} R[i][j] - R[T][j])",
             f"{RWALK}, F_k as printed",
-            lambda c: _fall(c, own=False, last=False),
-            best=True,
+            lambda c: _mean_forgetting(c, since_own_stage=False, include_last=False),
+            takes_maximum=True,
         ),
         Variant(
             "forgetting_never_negative",
@@ -264,8 +274,8 @@ VARIANTS: dict[str, Variant] = {
             "the end counts too",
             "1/(T-1) sum_{j<T} (max_{j<=i<=T} R[i][j] - R[T][j])",
             "Buzzega et al. 2020, the library Mammoth, whose rows hold the tasks seen so far",
-            lambda c: _fall(c, own=True, last=True),
-            best=True,
+            lambda c: _mean_forgetting(c, since_own_stage=True, include_last=True),
+            takes_maximum=True,
         ),
         Variant(
             "forgetting_first_minus_last",
@@ -273,7 +283,7 @@ VARIANTS: dict[str, Variant] = {
             "first minus last",
             "1/(T-1) sum_{j<T} (R[j][j] - R[T][j])",
             "Lomonaco et al. 2021, the library Avalanche",
-            lambda c: _mean(c.beside() - c.last, c.earlier),
+            lambda c: _masked_mean(c.own_stage_scores() - c.final_scores, c.earlier_mask),
         ),
         Variant(
             "forward_transfer",
@@ -281,7 +291,7 @@ VARIANTS: dict[str, Variant] = {
             "over the base row",
             "1/(T-1) sum_{j>1} (R[j-1][j] - R[0][j])",
             f"{GEM}, eq. 4, the base row for b",
-            lambda c: _before(c, gain=True),
+            lambda c: _zero_shot_score(c, over_base=True),
         ),
         Variant(
             "forward_transfer_zero_shot",
@@ -289,25 +299,25 @@ VARIANTS: dict[str, Variant] = {
             "zero-shot",
             "1/(T-1) sum_{j>1} R[j-1][j]",
             "Zhang et al. 2023 (CITB), FWT",
-            lambda c: _before(c, gain=False),
+            lambda c: _zero_shot_score(c, over_base=False),
         ),
         Variant(
             "forward_transfer_cells",
             "forward_transfer",
             "over cells",
             "2/(T(T-1)) sum_{j>i} R[i][j]",
-            f"{MORE}, FWT",
-            lambda c: _cells(c.learned, c.stage < c.rows, c),
+            f"{DIAZ_RODRIGUEZ}, FWT",
+            lambda c: _mean_over_cells(c.stage_scores, c.stage_rows < c.task_rows, c),
         ),
     )
 }
 
 
-def forms(matrix: Matrix) -> dict[str, float | None]:
+def compute_variants(matrix: Matrix) -> dict[str, float | None]:
     """Every form of every summary by name, None where the matrix lacks what it needs."""
-    cells = Cells.of(matrix)
+    cells = ScoreArray.from_matrix(matrix)
     told = {
-        name: float(variant.define(cells)) if matrix.stages else np.nan
+        name: float(variant.compute(cells)) if matrix.stages else np.nan
         for name, variant in VARIANTS.items()
     }
     return {name: None if np.isnan(value) else value for name, value in told.items()}

@@ -25,7 +25,7 @@ from continual.io.untrusted import check_links_inside
 from continual.models.sharding import gather_on_cpu
 from continual.models.weights import restore, snapshot
 from continual.reports import write
-from continual.results.curve import FILE, Curve
+from continual.results.curve import CURVE_FILE, Curve
 from continual.runs import build
 from continual.runs.lock import claim, run_folder_lock
 from continual.runs.session import RunSession, prepare_session, report_unusable
@@ -59,9 +59,9 @@ def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
 def _adapt(
     config: DictConfig, console: Console, out: Path, folder: Path | None
 ) -> list[dict[str, Any]]:
-    if (out / FILE).exists():
+    if (out / CURVE_FILE).exists():
         console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
-        return _to_points(Curve.read(out))
+        return _to_points(Curve.load(out))
     bench = prepare_session(config, out)
     if len(bench.stream.tasks) != 1:
         names = ", ".join(t.name for t in bench.stream.tasks)
@@ -105,15 +105,15 @@ def _adapt(
         bench.model.net.save_pretrained(out / "model", state_dict=state)
         bench.model.tokenizer.save_pretrained(out / "model")
         write_atomically(
-            out / FILE, json.dumps(found.to_json(), indent=1)
+            out / CURVE_FILE, json.dumps(found.to_dict(), indent=1)
         )  # last: where it is, the rest is whole
         (out / UNFINISHED_FILE).unlink(missing_ok=True)
-        write.write(out)
+        write.write_report(out)
     return _to_points(found)
 
 
 def _to_points(found: Curve) -> list[dict[str, Any]]:
-    points: list[dict[str, Any]] = found.to_json()["points"]
+    points: list[dict[str, Any]] = found.to_dict()["points"]
     return points
 
 
@@ -186,7 +186,7 @@ def train_curves(
     shots = dict.fromkeys(every if n is None else min(n, every) for n in settings.shots)
     wanted = [(n, draw) for n in shots for draw in range(settings.draws)]
     kept = broadcast((empty_curve.path / UNFINISHED_FILE).exists())
-    points = list(Curve.read(empty_curve.path, UNFINISHED_FILE).points) if kept else []
+    points = list(Curve.load(empty_curve.path, UNFINISHED_FILE).points) if kept else []
     before, done = _score_task(session), {point[:2] for point in points}
     for number, (n, draw) in enumerate(wanted, 1):
         if (n, draw) not in done:
@@ -196,7 +196,7 @@ def train_curves(
             if is_main_process() and (n, draw) != wanted[-1]:  # whose model is kept with it
                 write_atomically(
                     empty_curve.path / UNFINISHED_FILE,
-                    json.dumps(replace(empty_curve, points=tuple(points)).to_json(), indent=1),
+                    json.dumps(replace(empty_curve, points=tuple(points)).to_dict(), indent=1),
                 )
     return replace(empty_curve, points=tuple(sorted(points)))
 

@@ -38,7 +38,7 @@ def print_audit(
     console: Console,
 ) -> dict[str, Any] | None:
     """Count and show, once a run; None where the run has `noted` it before."""
-    if (out / audits.FILE).exists():
+    if (out / audits.AUDIT_FILE).exists():
         return None
     told = _audit_with_lengths(config, stream, encoder, context, eval_sets, count_tokens).to_dict()
     if (once := f"{out.parent} {json.dumps(told)}") in PRINTED_AUDITS:
@@ -49,7 +49,7 @@ def print_audit(
             soft_wrap=True,
         )
     else:
-        audits.show(console, told)
+        audits.print_audit_table(console, told)
         PRINTED_AUDITS.add(once)
     return told
 
@@ -57,13 +57,13 @@ def print_audit(
 def record_audit(out: Path, told: Mapping[str, Any], events: EventLog) -> None:
     """Tell `events` what was `shown`, and write audit.json: the run has begun."""
     events({"event": "audit", "findings": told["findings"]})
-    write_atomically(out / audits.FILE, json.dumps(told, indent=1))
+    write_atomically(out / audits.AUDIT_FILE, json.dumps(told, indent=1))
 
 
 def report_solved_tasks(out: Path, scores: Mapping[str, float], events: EventLog) -> None:
     """Show the tasks that the base already solves, by its scores."""
-    told = audits.load(out)
-    for line in audits.solved(told, scores) if told else []:
+    told = audits.load_audit(out)
+    for line in audits.solved_task_lines(told, scores) if told else []:
         events.print_line(line)
         events({"event": "audit", "solved": line})
 
@@ -92,7 +92,7 @@ def run_audit(config: DictConfig, console: Console) -> Audit:
             tests,
             lambda rows: count_row_tokens(encoder, rows),
         )
-    audits.show(console, told.to_dict())
+    audits.print_audit_table(console, told.to_dict())
     return told
 
 

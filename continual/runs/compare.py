@@ -86,16 +86,16 @@ def compare(overrides: Sequence[str], compose_config: Callable[..., DictConfig])
     with run_folder_lock(out):
         (out / STOP_FILE).unlink(missing_ok=True)
         if not is_search:
-            comparison.plan(out, typed, names)
+            comparison.record_command(out, typed, names)
         with _SharedStopSignal(out) if launcher != SERIAL_LAUNCHER else nullcontext():
             launcher_error = _run_sweep(words)
         signal_number = _load_stop_signal(out)
         if signal_number:
             raise RunInterrupted(
-                "stopped; nothing is lost. Go on with:\n  " + comparison.command(out, typed),
+                "stopped; nothing is lost. Go on with:\n  " + comparison.resume_command(out, typed),
                 signal_number,
             )
-        failed = [p.parent.name for p in sorted(out.glob(f"*/{comparison.FAILED}"))]
+        failed = [p.parent.name for p in sorted(out.glob(f"*/{comparison.FAILED_FILE}"))]
         _report_results(out, typed, names or failed, launcher_error)
 
 
@@ -151,7 +151,7 @@ def run_combination(config: DictConfig) -> float | None:
     console = prefixed_console(name) if is_parallel else Console(stderr=True)
     if not is_parallel:
         console.rule(escape(name), align="left")
-    (out / comparison.FAILED).unlink(missing_ok=True)
+    (out / comparison.FAILED_FILE).unlink(missing_ok=True)
     try:
         return run(config, console).summary()["average_performance"]
     except RunInterrupted as stop:
@@ -162,7 +162,7 @@ def run_combination(config: DictConfig) -> float | None:
         if not isinstance(error, ContinualError):
             console.print_exception()
             message = f"{type(error).__name__}: {error}"
-        write_atomically(out / comparison.FAILED, message + "\n")
+        write_atomically(out / comparison.FAILED_FILE, message + "\n")
         console.print(f"error: {message}", style="red", markup=False, highlight=False)
     return None
 
@@ -272,23 +272,23 @@ def _report_results(
     """
     from continual.reports import write
 
-    written = write.write(out) if any(out.glob("*/matrix.json")) else []
+    written = write.write_report(out) if any(out.glob("*/matrix.json")) else []
     if written:
-        write.tables(Console(), out)
+        write.print_tables(Console(), out)
     if (out / SEARCH_RESULT_FILE).is_file():
         best = load_yaml_mapping(out / SEARCH_RESULT_FILE)
         values = " ".join(f"{key}={value}" for key, value in best["best_params"].items())
         print(f"best: {values}, with an average performance of {best['best_value']:.3f}")
     print("\n".join(f"wrote {path}" for path in written))
 
-    failures = comparison.failures(out, names)
+    failures = comparison.unfinished_states(out, names)
     if failures:
         all_failed = all(message.startswith("failed") for message in failures.values())
         state = "failed" if all_failed else "are not finished"
         cause = f"\n{type(launcher_error).__name__}: {launcher_error}" if launcher_error else ""
         raise ConfigError(
             f"{len(failures)} of the runs {state}; fix what they say, and give the "
-            f"command again:\n  {comparison.command(out, words)}{cause}\n"
+            f"command again:\n  {comparison.resume_command(out, words)}{cause}\n"
             + "\n".join(f"{name}: {message}" for name, message in failures.items())
         )
     if launcher_error:

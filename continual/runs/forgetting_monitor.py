@@ -32,7 +32,7 @@ from continual.evaluation.scoring import EvalSet, score_task
 from continual.io.atomic import task_file_name
 from continual.models.model import Model
 from continual.models.weights import restore, snapshot
-from continual.results.matrix import mean
+from continual.results.matrix import mean_or_none
 from continual.results.prediction import load_predictions
 from continual.strategy.interface import Strategy
 from continual.training.stage_state import capture_rng_state, restore_rng_state
@@ -152,7 +152,7 @@ class ForgettingMonitor:
             "event": "during",
             "step": step,
             "scores": scores,
-            "forgetting": mean(falls),
+            "forgetting": mean_or_none(falls),
             "examples": self.num_examples,
             "seconds": 0.0,
         }

@@ -26,8 +26,8 @@ from continual.distributed.processes import is_main_process
 from continual.errors import ConfigError, unknown
 from continual.io.atomic import write_atomically
 from continual.io.untrusted import is_number, load_json
-from continual.results.matrix import mean
-from continual.results.run_folder import read_events
+from continual.results.matrix import mean_or_none
+from continual.results.run_folder import load_events
 
 NO_TRACKER = "none"
 DEFAULT_PROJECT = "continual"
@@ -221,7 +221,7 @@ class Tracker:
         self.client = client
         self.stage_steps: dict[int, int] = {}
         self.last_step: tuple[int, float, float] = (0, 0.0, 0.0)  # stage, tokens, seconds
-        for event in read_events(out)[0]:
+        for event in load_events(out)[0]:
             self._record_stage_steps(event)
 
     def __call__(self, event: Mapping[str, Any]) -> None:
@@ -268,7 +268,7 @@ class Tracker:
             scores = event["scores"]
             return {
                 **{f"{kind}/{task}": value for task, value in scores.items()},
-                f"{kind}/average": mean(scores.values()),
+                f"{kind}/average": mean_or_none(scores.values()),
             }
         if kind == "checkpoint":
             return {

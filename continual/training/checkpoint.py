@@ -69,7 +69,7 @@ def save(
         name: json.dumps(value, indent=1, ensure_ascii=False).encode()
         for name, value in values.items()
     }
-    texts["matrix.json"] = json.dumps(matrix.to_json(), indent=1).encode()
+    texts["matrix.json"] = json.dumps(matrix.to_dict(), indent=1).encode()
     text_bytes = sum(len(text) for text in texts.values())
     tensor_bytes = sum(t.nbytes for group in tensors.values() for t in group.values())
     try:

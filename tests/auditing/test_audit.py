@@ -267,9 +267,9 @@ def test_what_the_base_scores_above_the_majority_says_whether_it_solves_a_task()
         "a", train=answered(*"ccc", "d"), test=answered(*"ccc", "d"), labels=("c", "d")
     )  # the majority gets 0.75
     told = audit_stream(stream(a, task("b", train=[row()], test=[row("x")]))).to_dict()
-    assert [line.split(":")[0] for line in audits.solved(told, {"a": 0.92, "b": 0.92})] == ["b"]
-    assert [line.split(":")[0] for line in audits.solved(told, {"a": 0.98, "b": 0.88})] == ["a"]
-    assert audits.solved(told, {"a": None}) == []
+    assert [line.split(":")[0] for line in audits.solved_task_lines(told, {"a": 0.92, "b": 0.92})] == ["b"]
+    assert [line.split(":")[0] for line in audits.solved_task_lines(told, {"a": 0.98, "b": 0.88})] == ["a"]
+    assert audits.solved_task_lines(told, {"a": None}) == []
 
 
 # Lengths in tokens
@@ -588,4 +588,4 @@ def test_a_damaged_audit_is_named_by_the_report(run_keys, tmp_path, damage):
     with pytest.raises(
         DataError, match=r"audit\.json.*(found broken JSON|no audit of schema 1 .*remove it)"
     ):
-        write.write(tmp_path / "run")
+        write.write_report(tmp_path / "run")

@@ -228,7 +228,7 @@ def test_a_tokenizer_without_end_of_sequence_or_padding_is_no_error(run_keys, tm
     matrix, _ = run_in_process(
         tmp_path / "run", run_keys, f"model.name={bare}", "stream.tasks=[first]"
     )
-    assert matrix.finished
+    assert matrix.is_finished
 
 
 def test_a_folder_that_holds_no_model_is_refused(said, tmp_path):

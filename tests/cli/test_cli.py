@@ -1,6 +1,7 @@
 """The commands, as they are typed."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -60,14 +61,15 @@ def test_help_loads_nothing_heavy():
     [
         line
         for verb in ("run", "compare", "adapt", "audit", "plan")
-        for line in VERB_HELP[verb].splitlines()[2:]
+        for line in VERB_HELP[verb].replace("\\\n", " ").splitlines()[2:]
     ],
 )
 def test_the_examples_of_the_help_compose(line):
     from continual.cli.main import compose_config
 
-    _, verb, *words = line.strip().split("   ")[0].split()
-    words = [w for w in words if "=" in w and not w.startswith("hydra/")]
+    _, verb, *words = line.strip().split()
+    words = [w.strip("'").replace(">", "=") for w in words if re.search(r"[=>]", w)]
+    words = [w for w in words if not w.startswith("hydra/")]
     compose_config(
         verb, [w if "[" in w else w.partition(",")[0] for w in words if "naive,[" not in w]
     )
@@ -283,7 +285,7 @@ def test_compare_leaves_a_run_folder_for_each_combination_and_one_page(compared)
     assert {(m.strategy, m.seed) for m in runs.values()} == {
         (s, seed) for s in ("naive", "replay+ewc") for seed in (0, 1)
     }
-    assert all(m.finished for m in runs.values())
+    assert all(m.is_finished for m in runs.values())
     assert all((compared / name / "report.html").is_file() for name in runs)
     assert {p.name for p in compared.iterdir() if p.is_file()} >= {
         "comparison.json",
@@ -358,7 +360,7 @@ def test_a_run_that_fails_leaves_the_others_whole_and_is_told_at_the_end(
     assert "1 of the runs failed" in last
     assert "unknown stream.order 'nope'" in last
     (whole,) = (tmp_path / "it").glob("*/matrix.json")
-    assert Matrix.load(whole).finished
+    assert Matrix.load(whole).is_finished
     assert (tmp_path / "it/comparison.json").is_file()
 
 
@@ -367,7 +369,7 @@ def test_training_that_diverges_in_one_run_leaves_the_others_whole(run_cli, run_
     code, _, err = run_cli("compare", *run_keys, *broken, f"out={tmp_path / 'it'}")
     assert code == 2
     assert "the last checkpoint is kept. Lower train.lr" in err
-    assert sum(Matrix.load(p).finished for p in (tmp_path / "it").glob("*/matrix.json")) == 1
+    assert sum(Matrix.load(p).is_finished for p in (tmp_path / "it").glob("*/matrix.json")) == 1
 
 
 # report
@@ -527,7 +529,7 @@ def test_the_command_that_goes_on_names_the_same_folder_whatever_it_is_called(na
     monkeypatch.setattr("sys.argv", ["continual", "run", "out='other'", "seed=3"])
     for command, verb in (
         (resume_command(Path(name)), "run"),
-        (comparison.command(Path(name), ["seed=3"]), "compare"),
+        (comparison.resume_command(Path(name), ["seed=3"]), "compare"),
     ):
         program, first, *words = shlex.split(command)
         assert (program, first) == ("continual", verb)

@@ -518,8 +518,8 @@ def refused_report(told):
     from continual.results.run_folder import Run
 
     def read(out):
-        write._run(Run.read(out), out / "page")
-        assert Run.read(out).settings
+        write._write_run(Run.load(out), out / "page")
+        assert Run.load(out).settings
 
     return lambda out: told(read, out)
 
@@ -556,7 +556,7 @@ def test_a_bad_curve(told, tmp_path, name):
     content, expected = CURVE[name]
     out = write_fake_adaptation(tmp_path / "new")
     (out / "curve.json").write_text(content)
-    message = told(write.write, out)
+    message = told(write.write_report, out)
     assert message.startswith(f"{out / 'curve.json'}:")
     assert expected in message
 

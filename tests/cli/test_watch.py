@@ -17,7 +17,7 @@ from continual.cli.watch import (
     refresh_runs,
     watch,
 )
-from continual.results.matrix import forgetting, mean
+from continual.results.matrix import forgetting, mean_or_none
 from tests.support.fake_run import make_fake_matrix, write_fake_run
 from tests.support.models import run_in_process, write_stream
 
@@ -138,7 +138,7 @@ def test_average_and_forgetting_so_far_are_those_of_a_run_that_ends_here(rows):
     now = learned_submatrix(part)
     assert now.tasks == whole.tasks[:rows]
     r = whole.scores
-    assert mean(now.final) == pytest.approx(sum(r[rows][:rows]) / rows)
+    assert mean_or_none(now.final_scores) == pytest.approx(sum(r[rows][:rows]) / rows)
     falls = [max(r[i][j] for i in range(j + 1, rows)) - r[rows][j] for j in range(rows - 1)]
     assert forgetting(now) == (pytest.approx(sum(falls) / len(falls)) if falls else None)
 

@@ -455,8 +455,8 @@ def pages(tmp_path_factory):
     (new / "curve.json").write_text(json.dumps({**told, "task": EVIL, "metric": EVIL}))
     (new / "config.yaml").write_text(json.dumps({EVIL: EVIL}))
     runs = sorted((root / "comparison").iterdir())
-    write.write(root / "comparison")
-    write.write(new)
+    write.write_report(root / "comparison")
+    write.write_report(new)
     return {
         "run": runs[0] / "report.html",
         "comparison": root / "comparison/report.html",

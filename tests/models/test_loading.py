@@ -51,7 +51,7 @@ def test_a_local_folder_runs_two_stages(folders, kind, adapter, run_keys, tmp_pa
         "train.epochs=1",
     )
     assert matrix.stages == ("base", "first", "loud")
-    assert matrix.finished
+    assert matrix.is_finished
     saved = [load_file(tmp_path / f"checkpoints/stage-0{n}/weights.safetensors") for n in (1, 2)]
     assert all("lora_" in name for name in saved[0]) == (adapter == "lora")
     assert any(not torch.equal(w, saved[1][name]) for name, w in saved[0].items()), (
@@ -79,7 +79,7 @@ def test_every_configured_adapter_trains(kind, run_keys, tmp_path):
     matrix, _ = run_in_process(
         tmp_path, run_keys, "stream.tasks=[first]", f"model.adapter={kind}", "train.epochs=1"
     )
-    assert matrix.finished
+    assert matrix.is_finished
 
 
 def test_the_same_seed_draws_the_same_adapter_and_another_seed_another():

@@ -82,10 +82,10 @@ def folders(tmp_path_factory):
     (run / "probes.json").write_text(json.dumps(told))
     for strategy in ("naive", "ewc"):
         write_fake_run(root / f"few/{strategy}-0", strategy, tasks=SKILLS[:3])
-    write.write(root / "c")
-    write.write(run)
-    write.write(root / "few")
-    write.write(root / "c", new, out=root / "all")
+    write.write_report(root / "c")
+    write.write_report(run)
+    write.write_report(root / "few")
+    write.write_report(root / "c", new, out=root / "all")
     return {"run": run, "comparison": root / "c", "all": root / "all", "few": root / "few"}
 
 
@@ -194,7 +194,7 @@ def test_numbers_are_sorted_as_numbers_and_what_is_missing_comes_last(show):
 
 def test_what_is_found_filters_tables_charts_and_matrices(show):
     page = show("comparison")
-    page.locator("#find").update_buffer("ewc")
+    page.locator("#find").fill("ewc")
     expect(page).to_have_url(re.compile("#find=ewc$"))
     drawn(page)
     assert page.locator("#count").inner_text() == "1 of 4 shown"
@@ -267,7 +267,7 @@ def test_a_chart_has_its_numbers_as_a_table(show):
 
 def test_forgotten_examples_are_found_by_their_texts(show):
     page = show("run")
-    page.locator("#text").update_buffer("red 18 blue")
+    page.locator("#text").fill("red 18 blue")
     expect(page).to_have_url(re.compile("#text="))
     shown = page.locator(".flips .sample:visible .sort").all_inner_texts()
     assert len(shown) > 1  # of several tasks: their texts unfold

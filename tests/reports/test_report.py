@@ -13,9 +13,9 @@ from rich.console import Console
 
 from continual.errors import ConfigError, DataError, MissingError
 from continual.reports import figures, write
-from continual.reports.pages import laid_out, samples
-from continual.results.matrix import Matrix, forgotten
-from continual.results.run_folder import Run, grouped, reference
+from continual.reports.pages import locate_step_events, sample_answers
+from continual.results.matrix import Matrix, forgetting_by_stage
+from continual.results.run_folder import Run, find_joint_reference, group_runs
 from tests.support.fake_run import SKILLS, make_fake_matrix, write_fake_adaptation, write_fake_run
 from tests.support.pages import EVIL, Page, page
 
@@ -29,7 +29,7 @@ def charts(folder):
 
 def terminal(*folders, width=120):
     told = Console(file=io.StringIO(), width=width, color_system="truecolor", force_terminal=True)
-    write.tables(told, *folders)
+    write.print_tables(told, *folders)
     return re.sub(r"\x1b\[[0-9;]*m", "", told.file.getvalue())
 
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     folder = write_fake_run(
         tmp_path_factory.mktemp("r") / "multitask-0", "multitask", notes=True, wrong_text=EVIL
     )
-    write.write(folder)
+    write.write_report(folder)
     return folder
 
 
@@ -54,7 +54,7 @@ def comparison(tmp_path_factory):
     write_fake_run(folder / "maml-0", "maml", finished=False)
     (folder / "maml-1").mkdir()
     (folder / "maml-1" / "config.yaml").write_text("seed: 1\n")
-    write.write(folder)
+    write.write_report(folder)
     return folder
 
 
@@ -62,10 +62,10 @@ def test_a_run_page_holds_every_figure_of_the_matrix_and_its_summaries(run):
     text, matrix = page(run).text, Matrix.load(run / "matrix.json")
     for row in matrix.scores:
         for score in row:
-            assert figures.percent(score) in text
+            assert figures.format_percent(score) in text
     for name, value in matrix.summary().items():
-        assert figures.MEANINGS[name].title in text
-        assert figures.percent(value, figures.MEANINGS[name].signed) in text
+        assert figures.SUMMARY_INFO[name].title in text
+        assert figures.format_percent(value, figures.SUMMARY_INFO[name].signed) in text
 
 
 def test_a_run_page_has_a_panel_for_each_task_the_loss_the_notes_the_cost_and_the_configuration(
@@ -86,7 +86,7 @@ def test_every_task_has_a_ring_at_its_own_stage(run):
     matrix = Matrix.load(run / "matrix.json")
     for i, task in enumerate(SKILLS, 1):
         own = next(series for series in charts(run)[task]["series"] if series["name"] == task)
-        assert own["rings"] == [[i, matrix.own(task)]]
+        assert own["rings"] == [[i, matrix.own_stage_score(task)]]
 
 
 @pytest.mark.parametrize("which", ["run", "comparison"])
@@ -109,7 +109,7 @@ def test_text_of_prompts_and_answers_is_shown_and_never_run(run):
 
 def test_task_names_and_settings_are_escaped_in_pages_and_charts(tmp_path):
     folder = write_fake_run(tmp_path / "r", tasks=("<b>a", "c&d"), settings={"note": "<i>"})
-    write.write(folder)
+    write.write_report(folder)
     told = page(folder)
     html = (folder / "report.html").read_text(encoding="utf-8")
     assert "<b>a" not in html
@@ -119,7 +119,7 @@ def test_task_names_and_settings_are_escaped_in_pages_and_charts(tmp_path):
 
 
 def test_samples_tell_the_forgotten_from_what_was_never_learned(tmp_path):
-    told = {t["task"]: t for t in samples(Run.read(write_fake_run(tmp_path / "r", "naive")))}
+    told = {t["task"]: t for t in sample_answers(Run.load(write_fake_run(tmp_path / "r", "naive")))}
     first, last = told[SKILLS[0]], told[SKILLS[-1]]
     assert first["sorts"]["forgotten"] > 0
     assert last["sorts"]["forgotten"] == 0
@@ -135,28 +135,28 @@ def test_predictions_without_an_answer_such_as_perplexities_are_shown_too(tmp_pa
                 {"id": "x", "prompt": "Say it", "references": ["so"], "perplexity": 2, "score": 0.5}
             )
         )
-    write.write(folder)
+    write.write_report(folder)
     assert "mark 0.50" in page(folder).text
 
 
 def test_steps_told_again_after_a_resume_are_drawn_once(tmp_path):
     folder = write_fake_run(tmp_path / "r", tasks=("a", "b"))
     lines = (folder / "events.jsonl").read_text().splitlines(keepends=True)
-    once, _ = laid_out(Run.read(folder))
+    once, _ = locate_step_events(Run.load(folder))
     (folder / "events.jsonl").write_text("".join([*lines[:9], '{"event": "st\n', *lines]))
-    twice, walls = laid_out(Run.read(folder))
+    twice, walls = locate_step_events(Run.load(folder))
     assert twice == once
     assert [name for _, name in walls] == ["a", "b"]
-    write.write(folder)
+    write.write_report(folder)
     assert "1 line of events.jsonl could not be read" in page(folder).text
 
 
 def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path):
     folder = write_fake_run(tmp_path / "r", finished=False)
-    write.write(folder)
+    write.write_report(folder)
     for told in (page(folder).text, terminal(folder)):
         assert "unfinished" in told
-        assert figures.percent(Matrix.load(folder / "matrix.json").scores[2][0]) in told
+        assert figures.format_percent(Matrix.load(folder / "matrix.json").scores[2][0]) in told
 
 
 def test_a_run_of_base_row_only_and_no_events_has_a_page(tmp_path):
@@ -166,7 +166,7 @@ def test_a_run_of_base_row_only_and_no_events_has_a_page(tmp_path):
     replace(whole, stages=whole.stages[:1], scores=whole.scores[:1], cost={}).save(
         folder / "matrix.json"
     )
-    assert [path.name for path in write.write(folder)] == ["report.html", "curves.png"]
+    assert [path.name for path in write.write_report(folder)] == ["report.html", "curves.png"]
     assert "unfinished: 0 stages scored so far" in page(folder).text
 
 
@@ -181,7 +181,7 @@ def test_a_published_style_matrix_without_base_row_and_with_empty_cells_has_a_pa
         stages=("a", "b"),
         scores=((0.97, None), (0.891, 0.552)),
     ).save(tmp_path / "matrix.json")
-    write.write(tmp_path)
+    write.write_report(tmp_path)
     assert "97.0 – 2 b 89.1 55.2" in page(tmp_path).text
 
 
@@ -193,7 +193,7 @@ def test_pictures_are_png(run, comparison):
 def test_the_terminal_shows_the_matrix_and_the_summaries_of_a_run(run):
     told, matrix = terminal(run), Matrix.load(run / "matrix.json")
     for score in matrix.scores[-1]:
-        assert figures.percent(score) in told
+        assert figures.format_percent(score) in told
     assert "Forgetting" in told
 
 
@@ -207,7 +207,7 @@ def test_scores_within_a_stage_stand_at_their_step_of_all(tmp_path):
                 )
                 + "\n"
             )
-    write.write(folder)
+    write.write_report(folder)
     series = charts(folder)["Score within the stages"]["series"]
     assert [(one["name"], one["points"]) for one in series] == [
         (SKILLS[0], [[105, 0.95], [115, 0.8]])
@@ -217,14 +217,14 @@ def test_scores_within_a_stage_stand_at_their_step_of_all(tmp_path):
 @pytest.mark.parametrize("strategy", ["naive", "ewc", "replay"])
 def test_forgetting_so_far_ends_in_the_published_forgetting(strategy):
     matrix = make_fake_matrix(strategy)
-    assert forgotten(matrix)[0] is None
-    assert forgotten(matrix)[-1] == pytest.approx(matrix.summary()["forgetting"])
+    assert forgetting_by_stage(matrix)[0] is None
+    assert forgetting_by_stage(matrix)[-1] == pytest.approx(matrix.summary()["forgetting"])
 
 
 def test_a_band_is_drawn_where_there_are_three_runs(comparison, tmp_path):
     for seed in range(3):
         (write_fake_run(tmp_path / f"c/{seed}", "ewc", seed) / "report.html").touch()
-    write.write(tmp_path / "c")
+    write.write_report(tmp_path / "c")
     title = "Average over the tasks learned so far"
     (three,) = charts(tmp_path / "c")[title]["series"]
     assert all(
@@ -252,7 +252,7 @@ def test_a_comparison_averages_over_seeds_with_the_sample_standard_deviation(com
     assert ewc["n"] == 2
     assert ewc["mean"]["forgetting"] == pytest.approx(statistics.mean(values))
     assert ewc["spread"]["forgetting"] == pytest.approx(statistics.stdev(values))
-    shown = figures.with_spread(ewc["mean"]["forgetting"], ewc["spread"]["forgetting"])
+    shown = figures.format_mean_std(ewc["mean"]["forgetting"], ewc["spread"]["forgetting"])
     assert shown in page(comparison).text
     assert shown in terminal(comparison)
 
@@ -268,11 +268,11 @@ def test_comparison_json_lists_every_run_with_its_summary_and_cost(comparison):
 
 
 def test_the_joint_run_of_the_same_seed_is_the_reference_for_intransigence(comparison):
-    run, joint = (Run.read(comparison / name) for name in ("ewc-1", "joint-1"))
+    run, joint = (Run.load(comparison / name) for name in ("ewc-1", "joint-1"))
     told = json.loads((comparison / "comparison.json").read_text())
     one = next(r for r in told["runs"] if r["path"] == "ewc-1")
     assert one["summary"]["intransigence"] == run.matrix.summary(joint.matrix)["intransigence"]
-    assert reference(run, [Run.read(comparison / "joint-0"), joint]) == joint
+    assert find_joint_reference(run, [Run.load(comparison / "joint-0"), joint]) == joint
 
 
 def test_the_joint_arm_is_known_by_its_matrix_and_drawn_as_a_ceiling(comparison):
@@ -304,7 +304,7 @@ def test_a_comparison_links_to_the_runs_own_pages_and_writes_missing_ones(compar
 def test_runs_of_one_strategy_with_other_settings_are_other_groups(tmp_path):
     for name, strength, seed in (("a", 1, 0), ("b", 1, 1), ("c", 10, 0)):
         write_fake_run(tmp_path / name, "ewc", seed, settings={"strength": strength})
-    groups = grouped([Run.read(tmp_path / name) for name in "abc"])
+    groups = group_runs([Run.load(tmp_path / name) for name in "abc"])
     assert {group.label: len(group.runs) for group in groups} == {
         "ewc strength=1": 2,
         "ewc strength=10": 1,
@@ -326,10 +326,10 @@ def test_a_long_fraction_is_told_in_three_digits_where_they_tell_it_apart(
     tmp_path, strengths, labels
 ):
     runs = [
-        Run.read(write_fake_run(tmp_path / str(n), "ewc", settings={"strength": s}))
+        Run.load(write_fake_run(tmp_path / str(n), "ewc", settings={"strength": s}))
         for n, s in enumerate(strengths)
     ]
-    assert {group.label for group in grouped(runs)} == labels
+    assert {group.label for group in group_runs(runs)} == labels
 
 
 def test_several_orders_are_one_group_and_the_page_says_which_order_its_panels_show(tmp_path):
@@ -341,7 +341,7 @@ def test_several_orders_are_one_group_and_the_page_says_which_order_its_panels_s
             tasks=tasks,
             order="forth" if tasks == SKILLS else "back",
         )
-    write.write(tmp_path / "c")
+    write.write_report(tmp_path / "c")
     told = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert [group["n"] for group in told["groups"]] == [3]
     assert "Runs of order forth" in page(tmp_path / "c").text
@@ -349,7 +349,7 @@ def test_several_orders_are_one_group_and_the_page_says_which_order_its_panels_s
 
 def test_run_folders_from_anywhere_are_compared_into_a_folder_of_their_own(tmp_path, comparison):
     other = write_fake_run(tmp_path / "elsewhere", "multitask")
-    written = write.write(comparison, other, out=tmp_path / "both")
+    written = write.write_report(comparison, other, out=tmp_path / "both")
     assert [path.name for path in written] == [
         "comparison.json",
         "comparison.parquet",
@@ -360,22 +360,22 @@ def test_run_folders_from_anywhere_are_compared_into_a_folder_of_their_own(tmp_p
     assert len(told["runs"]) == 10
     assert "multitask" in terminal(comparison, other)
     with pytest.raises(ConfigError, match="out="):
-        write.write(comparison, other)
+        write.write_report(comparison, other)
 
 
 def test_an_adaptation_shows_its_curve_by_steps_and_shots(tmp_path):
     folder = write_fake_adaptation(tmp_path / "a")
-    write.write(folder)
+    write.write_report(folder)
     points = json.loads((folder / "curve.json").read_text())["points"]
     for told in (page(folder).text, terminal(folder)):
-        assert all(figures.percent(point["score"]) in told for point in points)
+        assert all(figures.format_percent(point["score"]) in told for point in points)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_adaptations_from_several_starts_are_drawn_over_one_another(tmp_path):
     base = write_fake_adaptation(tmp_path / "a")
     meta = write_fake_adaptation(tmp_path / "b", "runs/maml/checkpoints/stage-06", rate=0.1)
-    write.write(base, meta, out=tmp_path / "both")
+    write.write_report(base, meta, out=tmp_path / "both")
     drawn = charts(tmp_path / "both")["Adapting to rotate"]
     assert [series["name"] for series in drawn["series"]] == [
         "base, 256 shots",
@@ -386,7 +386,7 @@ def test_adaptations_from_several_starts_are_drawn_over_one_another(tmp_path):
 
 def test_runs_and_adaptations_share_a_page(tmp_path):
     run, curve = write_fake_run(tmp_path / "r"), write_fake_adaptation(tmp_path / "a")
-    written = write.write(run, curve, out=tmp_path / "both")
+    written = write.write_report(run, curve, out=tmp_path / "both")
     assert [path.name for path in written] == ["report.html", "curves.png"]
     assert {*SKILLS, "Adapting to rotate"} <= charts(tmp_path / "both").keys()
     assert "Forgetting" in (told := terminal(run, curve))
@@ -405,43 +405,43 @@ def test_a_folder_without_runs_is_refused_with_what_it_holds(tmp_path, files, me
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(MissingError, match=message):
-        write.write(tmp_path)
+        write.write_report(tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(MissingError, match="there is no such folder"):
-        write.tables(Console(), tmp_path / "none")
+        write.print_tables(Console(), tmp_path / "none")
 
 
 def test_a_broken_curve_or_prediction_is_named(tmp_path):
     folder = write_fake_adaptation(tmp_path / "a")
     (folder / "curve.json").write_text('{"schema": 7}')
     with pytest.raises(DataError, match=r"curve\.json: no curve of schema 1"):
-        write.write(folder)
+        write.write_report(folder)
     folder = write_fake_run(tmp_path / "r")
     path = folder / "predictions" / "stage-06" / f"{SKILLS[0]}.jsonl"
     path.write_text('{"id": "a", "score": 1}\n{"id": "b"}\noops\n')
     with pytest.raises(DataError, match=r"reverse\.jsonl:2: .*\n.*reverse\.jsonl:3:1: "):
-        write.write(folder)
+        write.write_report(folder)
 
 
 @pytest.mark.parametrize(
     ("told", "shown"),
     [
-        (figures.percent(0.4567), "45.7"),
-        (figures.percent(-0.145, True), "−14.5"),
-        (figures.percent(0.009, True), "+0.9"),
-        (figures.percent(-0.0001, True), "0.0"),
-        (figures.percent(None), "–"),
-        (figures.seconds(0.42), "0.42 s"),
-        (figures.seconds(185), "3 min 05 s"),
-        (figures.seconds(7800), "2 h 10 min"),
-        (figures.size(999), "999 B"),
-        (figures.size(3200), "3.2 kB"),
-        (figures.size(4.1e7), "41 MB"),
-        (figures.count(48640), "48\u2009640"),
-        (figures.cost("seconds", 12), ("wall time", "12 s")),
-        (figures.cost("peak_bytes", 1e6), ("peak", "1.0 MB")),
+        (figures.format_percent(0.4567), "45.7"),
+        (figures.format_percent(-0.145, True), "−14.5"),
+        (figures.format_percent(0.009, True), "+0.9"),
+        (figures.format_percent(-0.0001, True), "0.0"),
+        (figures.format_percent(None), "–"),
+        (figures.format_seconds(0.42), "0.42 s"),
+        (figures.format_seconds(185), "3 min 05 s"),
+        (figures.format_seconds(7800), "2 h 10 min"),
+        (figures.format_bytes(999), "999 B"),
+        (figures.format_bytes(3200), "3.2 kB"),
+        (figures.format_bytes(4.1e7), "41 MB"),
+        (figures.format_count(48640), "48\u2009640"),
+        (figures.format_cost("seconds", 12), ("wall time", "12 s")),
+        (figures.format_cost("peak_bytes", 1e6), ("peak", "1.0 MB")),
     ],
 )
 def test_figures_are_written_for_people(told, shown):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from continual.errors import DataError
 from continual.results.matrix import Matrix
-from continual.results.published import read
+from continual.results.published import load_published
 from continual.results.variants import VARIANTS
 from tests.support.fake_run import write_fake_run
 from tests.support.matrices import CITB, KNOWN, PUBLISHED, THREE
@@ -76,14 +76,14 @@ def test_published_figures_stand_in_the_tables_under_the_names_of_their_forms(ru
 
 
 def test_a_csv_is_the_matrix_that_its_lines_say(scores):
-    (told,) = read([scores(SCORES + "counts,10,20,70\n", "ewc_seed3.csv")])
+    (told,) = load_published([scores(SCORES + "counts,10,20,70\n", "ewc_seed3.csv")])
     matrix = told.run.matrix
     assert (matrix.strategy, matrix.seed, matrix.counts) == ("ewc", 3, (10, 20, 70))
     assert (matrix.tasks, matrix.stages, matrix.scores) == (THREE.tasks, THREE.stages, THREE.scores)
 
 
 def test_an_empty_cell_is_what_was_not_measured(scores):
-    (told,) = read([scores("stage,a,b\na,0.9,\nb,0.5,0.8\n")])
+    (told,) = load_published([scores("stage,a,b\na,0.9,\nb,0.5,0.8\n")])
     assert told.run.matrix.scores == ((0.9, None), (0.5, 0.8))
 
 
@@ -98,8 +98,8 @@ def test_an_empty_cell_is_what_was_not_measured(scores):
 )
 def test_percent_is_percent_where_it_says_so_or_can_be_nothing_else(scores, run_cli, text):
     path = scores(text)
-    (told,) = read([path])
-    assert told.percent
+    (told,) = load_published([path])
+    assert told.is_percent
     assert told.run.matrix.summary() == pytest.approx(THREE.summary())
     assert "read as percent" in run_cli("verify", path)[1]
 
@@ -131,7 +131,7 @@ def test_a_run_and_a_comparison_are_read_with_their_runs(run_cli, tmp_path):
 
 
 def test_a_stated_summary_that_the_scores_do_not_give_is_told_after_the_tables(run_cli, tmp_path):
-    told = {**THREE.to_json()}
+    told = {**THREE.to_dict()}
     told["summary"] = {**told["summary"], "forgetting": 0.2, "learning_accuracy": round(2.5 / 3, 4)}
     path = tmp_path / "matrix.json"
     path.write_text(json.dumps(told))
@@ -252,8 +252,8 @@ def test_any_bytes_are_a_matrix_or_refused(tmp_path, content):
     path = tmp_path / "x.csv"
     path.write_bytes(content)
     with suppress(DataError):
-        (told,) = read([path])
-        assert Matrix.from_json(told.run.matrix.to_json()) == told.run.matrix
+        (told,) = load_published([path])
+        assert Matrix.from_dict(told.run.matrix.to_dict()) == told.run.matrix
 
 
 def test_all_bad_files_of_a_folder_are_told_at_once(cli_error, scores):
@@ -281,7 +281,7 @@ def test_a_link_out_of_a_folder_is_not_followed(cli_error, scores, tmp_path):
 
 
 def test_names_out_of_files_cannot_command_the_terminal(run_cli, tmp_path):
-    bare = {**json.loads(json.dumps(THREE.to_json())), "summary": {"\x1b[2J": 1}}
+    bare = {**json.loads(json.dumps(THREE.to_dict())), "summary": {"\x1b[2J": 1}}
     (tmp_path / "matrix.json").write_text(json.dumps(bare))
     code, out, _ = run_cli("verify", tmp_path / "matrix.json")
     assert code == 0

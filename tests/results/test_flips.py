@@ -14,7 +14,7 @@ from rich.console import Console
 
 from continual.errors import DataError
 from continual.reports import write
-from continual.results.flips import Flip, counts, flips
+from continual.results.flips import Flip, count_flips, find_flips
 from continual.results.matrix import Matrix
 from continual.results.run_folder import Run
 from tests.support.fake_run import write_fake_run
@@ -101,26 +101,31 @@ MARKS = st.lists(
 )
 def test_every_fall_of_every_example_is_found_with_its_answers_and_its_return(histories):
     with tempfile.TemporaryDirectory() as folder:
-        found = flips(told(Path(folder), histories))
+        found = find_flips(told(Path(folder), histories))
     assert len(found) == len(set(found))
     assert set(found) == expected(histories)
-    assert [STAGES.index(f.lost) for f in found] == sorted(STAGES.index(f.lost) for f in found)
+    assert [STAGES.index(f.lost_stage) for f in found] == sorted(
+        STAGES.index(f.lost_stage) for f in found
+    )
     for stage in STAGES:
-        both = sum(f.lost == stage for f in found), sum(f.back == stage for f in found)
-        assert counts(found).get(("a", stage), (0, 0)) == both
+        both = (
+            sum(f.lost_stage == stage for f in found),
+            sum(f.regained_stage == stage for f in found),
+        )
+        assert count_flips(found).get(("a", stage), (0, 0)) == both
 
 
 def test_what_falls_and_comes_back_changes_the_score_by_as_much(tmp_path):
-    run = Run.read(write_fake_run(tmp_path / "run", "naive"))
-    found, size = counts(flips(run)), 20
+    run = Run.load(write_fake_run(tmp_path / "run", "naive"))
+    found, size = count_flips(find_flips(run)), 20
     for task in run.matrix.tasks:
         right = [
-            sum(row.score >= 0.5 for row in run.predictions(stage, task))
+            sum(row.score >= 0.5 for row in run.load_predictions(stage, task))
             for stage in run.matrix.stages
         ]
         known: set = set()
         for number, stage in enumerate(run.matrix.stages):
-            now = {row.id for row in run.predictions(stage, task) if row.score >= 0.5}
+            now = {row.id for row in run.load_predictions(stage, task) if row.score >= 0.5}
             lost, back = found.get((task, stage), (0, 0))
             if number:
                 assert right[number] - right[number - 1] == len(now - known) + back - lost
@@ -132,19 +137,19 @@ def test_an_example_that_stands_twice_counts_once(tmp_path):
     run = told(tmp_path, {"e": [1.0, 1.0, 0.0, 0.0]})
     path = tmp_path / "predictions/stage-02/a.jsonl"
     path.write_text(path.read_text() * 2)
-    assert len(flips(run)) == 1
+    assert len(find_flips(run)) == 1
 
 
 def test_predictions_that_cannot_be_read_are_named(tmp_path):
     run = told(tmp_path, {"e": [1.0, 0.0, 0.0, 0.0]})
     (tmp_path / "predictions/stage-01/a.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"stage-01/a.jsonl:1"):
-        flips(run)
+        find_flips(run)
 
 
 def shown(folder):
     said = io.StringIO()
-    write.tables(Console(file=said, width=100), folder)
+    write.print_tables(Console(file=said, width=100), folder)
     return said.getvalue()
 
 

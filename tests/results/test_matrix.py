@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continual.errors import DataError, MissingError
-from continual.results.matrix import SUMMARIES, Matrix, incremental, intransigence
+from continual.results.matrix import SUMMARIES, Matrix, intransigence, performance_by_stage
 from tests.support.matrices import CITB, JOINT, KNOWN, PUBLISHED, THREE, made, matrices, published
 
 # Final figures of O-LoRA's own logs (Wang et al. 2023): exact match after each stage, never
@@ -115,7 +115,7 @@ def test_published_citb_matrices_have_their_known_mean_and_spread(method):
 def test_every_published_matrix_reads_though_it_has_no_schema_and_further_keys():
     names = [path.stem for path in PUBLISHED.glob("*.json")]
     matrices = [published(name) for name in names] or [published("any")]
-    assert all(matrix.finished and matrix.sequential for matrix in matrices)
+    assert all(matrix.is_finished and matrix.is_sequential for matrix in matrices)
     assert (
         published("olora_order1_seqlora").summary()["learning_accuracy"] is None
     )  # its diagonal has an empty cell
@@ -130,19 +130,19 @@ def test_a_joint_run_has_only_what_its_last_row_tells():
     told = JOINT.summary()
     assert told.pop("average_performance") == pytest.approx(0.9)
     assert set(told.values()) == {None}
-    assert JOINT.finished
-    assert not JOINT.sequential
+    assert JOINT.is_finished
+    assert not JOINT.is_sequential
 
 
 def test_an_unfinished_run_has_no_summary_rather_than_one_over_fewer_tasks():
     half = replace(THREE, stages=THREE.stages[:3], scores=THREE.scores[:3])
-    assert not half.finished
+    assert not half.is_finished
     assert set(half.summary().values()) == {None}
-    assert incremental(half) == pytest.approx([0.8, 0.8])
+    assert performance_by_stage(half) == pytest.approx([0.8, 0.8])
 
 
 def test_a_run_with_only_its_base_row_is_unfinished():
-    assert not replace(THREE, stages=("base",), scores=THREE.scores[:1]).finished
+    assert not replace(THREE, stages=("base",), scores=THREE.scores[:1]).is_finished
 
 
 def test_an_unmeasured_cell_silences_just_the_summaries_that_need_it():
@@ -222,12 +222,12 @@ def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
 )
 def test_a_matrix_that_cannot_be_is_refused_with_what_is_wrong(change, message):
     with pytest.raises(DataError, match=message):
-        Matrix.from_json({**THREE.to_json(), **change})
+        Matrix.from_dict({**THREE.to_dict(), **change})
 
 
 def test_all_that_is_wrong_is_told_at_once():
     with pytest.raises(DataError) as told:
-        Matrix.from_json({"schema": 1, "tasks": ["a"], "colour": "red"})
+        Matrix.from_dict({"schema": 1, "tasks": ["a"], "colour": "red"})
     assert all(
         key in str(told.value)
         for key in ("stream", "strategy", "metrics", "stages", "scores", "colour")
@@ -247,7 +247,7 @@ def test_reading_names_the_file_and_the_line(tmp_path):
 
 @given(matrices(holes=True))
 def test_any_matrix_survives_json(matrix):
-    assert Matrix.from_json(json.loads(json.dumps(matrix.to_json(), allow_nan=False))) == matrix
+    assert Matrix.from_dict(json.loads(json.dumps(matrix.to_dict(), allow_nan=False))) == matrix
 
 
 @given(matrices())
@@ -268,7 +268,7 @@ def test_a_constant_matrix_neither_forgets_nor_transfers(score, size):
 
 @given(matrices(), st.randoms())
 def test_columns_may_stand_in_any_order(matrix, random):
-    order = random.sample_size(range(len(matrix.tasks)), len(matrix.tasks))
+    order = random.sample(range(len(matrix.tasks)), len(matrix.tasks))
     shuffled = replace(
         matrix,
         tasks=tuple(matrix.tasks[i] for i in order),

@@ -17,8 +17,8 @@ import continual
 from continual.errors import ConfigError, DataError, MissingError
 from continual.reports import write
 from continual.results import tables
-from continual.results.matrix import Matrix, incremental, mean
-from continual.results.run_folder import Run, find, grouped
+from continual.results.matrix import Matrix, mean_or_none, performance_by_stage
+from continual.results.run_folder import Run, find_runs, group_runs
 from tests.support.fake_run import SKILLS, write_fake_adaptation, write_fake_run
 from tests.support.models import run_in_process as small_run
 
@@ -91,14 +91,14 @@ def test_summaries_are_those_of_the_report_with_intransigence_where_a_joint_run_
 
 def test_settings_are_the_configuration_s(comparison):
     told = continual.load_runs(comparison / "naive-0", what="settings")
-    assert dict(zip(told.key, told.value, strict=True)) == Run.read(comparison / "naive-0").settings
+    assert dict(zip(told.key, told.value, strict=True)) == Run.load(comparison / "naive-0").settings
 
 
 def test_examples_are_the_answers_after_each_stage(comparison):
     told = continual.load_runs(comparison / "naive-1", what="examples")
-    run = Run.read(comparison / "naive-1")
+    run = Run.load(comparison / "naive-1")
     after = told[(told.stage == SKILLS[2]) & (told.task == SKILLS[0])]
-    rows = run.predictions(SKILLS[2], SKILLS[0])
+    rows = run.load_predictions(SKILLS[2], SKILLS[0])
     assert (set(after.stage_index), list(after.id)) == ({3}, [row.id for row in rows])
     for column in ("prompt", "answer", "score"):
         assert list(after[column]) == [getattr(row, column) for row in rows]
@@ -110,7 +110,7 @@ def test_steps_are_those_of_the_log_and_a_resumed_run_s_count_once(comparison, t
     shutil.copytree(comparison / "naive-0", folder)
     log = (folder / "events.jsonl").read_text()
     (folder / "events.jsonl").write_text(log + log)
-    told, steps = continual.load_runs(folder, what="steps"), Run.read(folder).events("step")
+    told, steps = continual.load_runs(folder, what="steps"), Run.load(folder).events("step")
     assert list(told.loss) == [e["loss"] for e in steps]
     assert list(told.stage) == [e["task"] for e in steps]
     assert len(told) == log.count('"event": "step"')
@@ -138,7 +138,7 @@ def test_every_table_has_the_columns_that_the_documentation_lists(what, comparis
         for row in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", section, re.MULTILINE)
     ]
     assert told == [
-        (name, *says) for name, says in {**tables.RUN, **tables.TABLES[what][0]}.items()
+        (name, *says) for name, says in {**tables.RUN_COLUMNS, **tables.TABLES[what][0]}.items()
     ]
     table = continual.load_runs(comparison, what=what)
     assert {name: str(kind) for name, kind in table.dtypes.items()} == {
@@ -147,7 +147,7 @@ def test_every_table_has_the_columns_that_the_documentation_lists(what, comparis
 
 
 def test_runs_come_in_the_order_of_the_report_whatever_the_order_of_the_paths(comparison):
-    names = [group.label for group in grouped(find([comparison])[0])]
+    names = [group.label for group in group_runs(find_runs([comparison])[0])]
     paths = sorted((path.parent for path in comparison.glob("*/matrix.json")), reverse=True)
     assert list(continual.load_runs(comparison).group.unique()) == names
     assert list(continual.load_runs(*paths).group.unique()) == names
@@ -156,8 +156,8 @@ def test_runs_come_in_the_order_of_the_report_whatever_the_order_of_the_paths(co
 def test_a_comparison_writes_its_cells_as_parquet_with_paths_seen_from_there(comparison, tmp_path):
     import pandas
 
-    written = write.write(comparison, out=tmp_path / "there" / "report")
-    told = pandas.read_parquet(next(path for path in written if path.name == tables.FILE))
+    written = write.write_report(comparison, out=tmp_path / "there" / "report")
+    told = pandas.read_parquet(next(path for path in written if path.name == tables.PARQUET_FILE))
     cells = continual.load_runs(comparison)
     assert list(told.score) == list(cells.score)
     assert list(told.columns) == list(cells.columns)
@@ -169,8 +169,8 @@ def test_a_comparison_writes_its_cells_as_parquet_with_paths_seen_from_there(com
 def test_its_columns_say_what_they_hold(comparison, tmp_path):
     from pyarrow.parquet import read_schema
 
-    write.write(comparison, out=tmp_path)
-    schema = read_schema(tmp_path / tables.FILE)
+    write.write_report(comparison, out=tmp_path)
+    schema = read_schema(tmp_path / tables.PARQUET_FILE)
     assert schema.field("learned").metadata == {
         b"says": tables.TABLES["cells"][0]["learned"][1].encode()
     }
@@ -266,13 +266,13 @@ def notebook(comparison, monkeypatch):
 
 
 def test_the_notebook_draws_the_curves_and_bars_of_the_readme_s_picture(notebook, comparison):
-    groups = grouped(find([comparison])[0])
+    groups = group_runs(find_runs([comparison])[0])
     left, right = notebook["figure"].axes
     lines = {line.get_label(): [y / 100 for y in line.get_ydata()] for line in left.get_lines()}
     for group in groups:
-        runs = [incremental(run.matrix) for run in group.runs]
-        told = [mean(line[i] for line in runs) for i in range(len(runs[0]))]
-        expected = [group.mean("average_performance")] * 2 if group.joint else told
+        runs = [performance_by_stage(run.matrix) for run in group.runs]
+        told = [mean_or_none(line[i] for line in runs) for i in range(len(runs[0]))]
+        expected = [group.mean("average_performance")] * 2 if group.is_joint else told
         assert lines.pop(group.label) == pytest.approx(expected)
     assert not lines
     assert [text.get_text() for text in right.get_yticklabels()] == [

@@ -22,21 +22,21 @@ from rich.console import Console
 
 from continual.errors import ConfigError
 from continual.reports import write
-from continual.reports.figures import interval, percent
-from continual.reports.versus import to_json
+from continual.reports.figures import format_interval, format_percent
+from continual.reports.versus import comparison_to_dict
 from continual.results.matrix import SUMMARIES, Matrix
 from continual.results.prediction import Prediction
-from continual.results.run_folder import Run, find, grouped
+from continual.results.run_folder import Run, find_runs, group_runs
 from continual.results.uncertainty import (
-    OVER_BOTH,
-    OVER_EXAMPLES,
-    OVER_PAIRS,
-    OVER_RUNS,
-    against,
-    intervals,
-    over_examples,
-    over_runs,
-    paired,
+    BOOTSTRAP_AND_T,
+    BOOTSTRAP_OVER_EXAMPLES,
+    T_OVER_PAIRS,
+    T_OVER_RUNS,
+    bootstrap_intervals,
+    differences_from_baseline,
+    interval_over_examples,
+    interval_over_runs,
+    paired_difference,
 )
 from tests.support.fake_run import write_fake_run
 
@@ -50,7 +50,7 @@ class Known(Run):
     tables: dict = field(default_factory=dict)
     names: str = "test"
 
-    def predictions(self, stage, task):
+    def load_predictions(self, stage, task):
         row = self.tables[task][self.matrix.stages.index(stage)]
         return [
             Prediction(f"{self.names}/{i}", {"score": float(mark)}, references=("x",))
@@ -86,7 +86,7 @@ def random_run(seed, examples=60, tasks=TASKS, right=0.6, **more):
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
 def test_over_runs_is_students_interval_of_the_mean(values):
-    told = over_runs(values)
+    told = interval_over_runs(values)
     error = scipy.stats.sem(values)
     low, high = (
         scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), error)
@@ -94,17 +94,17 @@ def test_over_runs_is_students_interval_of_the_mean(values):
         else (values[0], values[0])
     )
     assert (told.low, told.high) == pytest.approx((low, high), abs=1e-9)
-    assert (told.n, told.how) == (len(values), OVER_RUNS)
+    assert (told.n, told.how) == (len(values), T_OVER_RUNS)
 
 
 def test_over_runs_of_four_takes_the_tables_t_of_three_degrees_of_freedom():
-    told = over_runs([0.1, 0.2, 0.3, 0.4])
+    told = interval_over_runs([0.1, 0.2, 0.3, 0.4])
     assert (told.high - told.low) / 2 == pytest.approx(3.182446 * 0.12909944 / 2)
 
 
 @pytest.mark.parametrize("values", [[], [0.5], [0.5, None]])
 def test_over_runs_there_is_none_of_fewer_than_two_or_with_one_missing(values):
-    assert over_runs(values) is None
+    assert interval_over_runs(values) is None
 
 
 # Over examples
@@ -112,19 +112,19 @@ def test_over_runs_there_is_none_of_fewer_than_two_or_with_one_missing(values):
 
 def test_an_average_s_interval_is_that_of_its_standard_error():
     run = random_run(0, examples=400)
-    told = over_examples(run, draws=4000)
+    told = interval_over_examples(run, draws=4000)
     marks = [run.tables[task][-1] for task in TASKS]
     error = math.sqrt(sum(m.var() / len(m) for m in marks)) / len(marks)
     middle = run.matrix.summary()["average_performance"]
     assert (told.low, told.high) == pytest.approx(
         (middle - 1.96 * error, middle + 1.96 * error), abs=0.15 * error
     )
-    assert (told.n, told.how) == (1200, OVER_EXAMPLES)
+    assert (told.n, told.how) == (1200, BOOTSTRAP_OVER_EXAMPLES)
 
 
 def test_one_task_s_interval_is_scipy_s_percentile_bootstrap():
     marks = np.random.default_rng(1).beta(0.3, 1.2, size=80)  # skewed, as F1 and ROUGE-L are
-    told = over_examples(known({"a": [marks]}), draws=8000)
+    told = interval_over_examples(known({"a": [marks]}), draws=8000)
     theirs = scipy.stats.bootstrap((marks,), np.mean, n_resamples=8000, method="percentile", rng=2)
     width = theirs.confidence_interval.high - theirs.confidence_interval.low
     assert (told.low, told.high) == pytest.approx(
@@ -134,13 +134,13 @@ def test_one_task_s_interval_is_scipy_s_percentile_bootstrap():
 
 def test_examples_are_drawn_within_their_task():
     run = known({"a": np.ones((2, 30)), "b": np.zeros((2, 70))})
-    assert (over_examples(run).low, over_examples(run).high) == (0.5, 0.5)
+    assert (interval_over_examples(run).low, interval_over_examples(run).high) == (0.5, 0.5)
 
 
 def test_the_same_examples_are_drawn_for_all_stages():
     half = np.arange(50) % 2
     kept = known({"a": [half, half], "b": [half, half]})
-    told = intervals(kept)
+    told = bootstrap_intervals(kept)
     assert told["average_performance"].high - told["average_performance"].low > 0.1
     for name in ("forgetting", "backward_transfer"):
         assert (told[name].low, told[name].high) == (0, 0)
@@ -156,7 +156,7 @@ def test_of_simulated_test_sets_95_in_100_intervals_hold_the_truth():
     rng, held, times = np.random.default_rng(3), Counter(), 250
     for _ in range(times):
         run = known({task: rng.random((2, 80)) < np.array(p)[:, None] for task, p in right.items()})
-        told = intervals(run, names, draws=200)
+        told = bootstrap_intervals(run, names, draws=200)
         held.update(name for name in names if told[name].low <= truth[name] <= told[name].high)
     for name in names:
         assert 0.90 <= held[name] / times <= 0.985, (
@@ -171,27 +171,29 @@ def test_an_interval_does_not_hang_on_the_order_of_the_examples(seed, random):
     order = random.sample(range(12), 12)
     turned = known({task: table[:, order] for task, table in run.tables.items()})
     for name in ("average_performance", "forgetting"):
-        told = over_examples(run, name, draws=50)
-        assert told == over_examples(turned, name, draws=50)
+        told = interval_over_examples(run, name, draws=50)
+        assert told == interval_over_examples(turned, name, draws=50)
         assert told.low <= told.high
 
 
 def test_all_summaries_that_a_run_has_get_their_interval_on_a_run_folder(tmp_path):
-    run = Run.read(write_fake_run(tmp_path / "r", "ewc"))
-    told = intervals(run)
+    run = Run.load(write_fake_run(tmp_path / "r", "ewc"))
+    told = bootstrap_intervals(run)
     assert set(told) == set(SUMMARIES)
     for name, value in run.matrix.summary().items():
         assert told[name].low <= value <= told[name].high
-    assert over_examples(run, "forgetting_first_minus_last") is not None
+    assert interval_over_examples(run, "forgetting_first_minus_last") is not None
 
 
 def test_a_summary_that_the_run_lacks_has_no_interval(tmp_path):
     run = random_run(0)
-    assert set(intervals(run)) == set(SUMMARIES) - {"forward_transfer"}  # there is no base row
+    assert set(bootstrap_intervals(run)) == set(SUMMARIES) - {
+        "forward_transfer"
+    }  # there is no base row
     half = known({task: table[:2] for task, table in run.tables.items()}, stages=TASKS[:2])
-    assert intervals(half) == {}
-    unfinished = Run.read(write_fake_run(tmp_path / "r", finished=False))
-    assert intervals(unfinished) == {}
+    assert bootstrap_intervals(half) == {}
+    unfinished = Run.load(write_fake_run(tmp_path / "r", finished=False))
+    assert bootstrap_intervals(unfinished) == {}
 
 
 def test_answers_that_are_not_all_there_or_not_the_matrix_s_give_no_interval(tmp_path):
@@ -199,18 +201,18 @@ def test_answers_that_are_not_all_there_or_not_the_matrix_s_give_no_interval(tmp
     first = folder / "predictions" / "stage-01" / "reverse.jsonl"
     text = first.read_text()
     first.write_text("".join(text.splitlines(keepends=True)[:-1]))
-    assert over_examples(Run.read(folder), "forgetting") is None
+    assert interval_over_examples(Run.load(folder), "forgetting") is None
     assert (
-        over_examples(Run.read(folder), "average_performance") is not None
+        interval_over_examples(Run.load(folder), "average_performance") is not None
     )  # it reads the last stage alone
     first.write_text(text)
-    matrix = Run.read(folder).matrix
+    matrix = Run.load(folder).matrix
     other = tuple((1 - row[0], *row[1:]) for row in matrix.scores)
-    assert over_examples(Run(folder, replace(matrix, scores=other))) is None
+    assert interval_over_examples(Run(folder, replace(matrix, scores=other))) is None
 
 
 def test_a_form_that_there_is_not_is_refused_with_the_nearest():
-    for ask in (over_examples, lambda run, name: paired(run, run, name)):
+    for ask in (interval_over_examples, lambda run, name: paired_difference(run, run, name)):
         with pytest.raises(
             ConfigError, match="unknown form of a summary 'forgeting'; did you mean 'forgetting'"
         ):
@@ -221,7 +223,7 @@ def test_a_form_that_there_is_not_is_refused_with_the_nearest():
 
 
 def test_a_run_against_itself_differs_by_nothing():
-    told = paired(random_run(0), random_run(0))
+    told = paired_difference(random_run(0), random_run(0))
     assert (told.difference, told.low, told.high, told.n, told.runs) == (0, 0, 0, 180, 1)
 
 
@@ -230,19 +232,19 @@ def test_a_difference_is_narrower_in_pairs_where_the_same_examples_are_hard():
     marks = {task: np.repeat(rng.random((1, 100)) < 0.5, 3, 0) for task in TASKS}
     better = {task: table | (rng.random((1, 100)) < 0.1) for task, table in marks.items()}
     a, b = known(better), known(marks)
-    told, alone = paired(a, b), over_examples(a)
+    told, alone = paired_difference(a, b), interval_over_examples(a)
     assert told.low > 0
     assert told.difference == pytest.approx(
         a.matrix.summary()["average_performance"] - b.matrix.summary()["average_performance"]
     )
     assert told.high - told.low < (alone.high - alone.low) / 2
-    assert paired(b, a).difference == -told.difference
-    assert told.how == OVER_EXAMPLES
+    assert paired_difference(b, a).difference == -told.difference
+    assert told.how == BOOTSTRAP_OVER_EXAMPLES
 
 
 def test_with_one_pair_the_interval_is_the_bootstrap_s_of_each_example_s_difference():
     a, b = random_run(5, tasks=("a",), right=0.7), random_run(6, tasks=("a",), right=0.5)
-    told = paired(a, b, draws=8000)
+    told = paired_difference(a, b, draws=8000)
     differences = a.tables["a"][-1] - b.tables["a"][-1]
     error = differences.std() / math.sqrt(len(differences))
     middle = differences.mean()
@@ -258,15 +260,17 @@ def flat(seed, score):
 
 def test_several_pairs_whose_examples_say_all_alike_have_students_interval():
     ours, theirs = (0.71, 0.74, 0.70, 0.78), (0.60, 0.66, 0.61, 0.60)
-    told = paired(
+    told = paired_difference(
         [flat(i, s) for i, s in enumerate(ours)], [flat(i, s) for i, s in enumerate(theirs)]
     )
-    exact = over_runs([x - y for x, y in zip(ours, theirs, strict=True)])
+    exact = interval_over_runs([x - y for x, y in zip(ours, theirs, strict=True)])
     assert told.difference == pytest.approx(statistics.fmean(ours) - statistics.fmean(theirs))
     assert (told.low, told.high) == pytest.approx((exact.low, exact.high), abs=0.001)
-    assert (told.runs, told.n, told.how) == (4, 120, OVER_BOTH)
-    two = paired([flat(i, s) for i, s in enumerate(ours[:2])], [flat(i, 0.5) for i in range(2)])
-    exact = over_runs([s - 0.5 for s in ours[:2]])
+    assert (told.runs, told.n, told.how) == (4, 120, BOOTSTRAP_AND_T)
+    two = paired_difference(
+        [flat(i, s) for i, s in enumerate(ours[:2])], [flat(i, 0.5) for i in range(2)]
+    )
+    exact = interval_over_runs([s - 0.5 for s in ours[:2]])
     assert (two.low, two.high) == pytest.approx((exact.low, exact.high), abs=0.01)
 
 
@@ -279,8 +283,8 @@ def test_several_pairs_are_wider_than_their_runs_or_their_examples_alone_say():
         )
         for i in range(4)
     ]
-    told = paired(ours, theirs, draws=4000)
-    runs = over_runs(
+    told = paired_difference(ours, theirs, draws=4000)
+    runs = interval_over_runs(
         [
             x.matrix.summary()["average_performance"] - y.matrix.summary()["average_performance"]
             for x, y in zip(ours, theirs, strict=True)
@@ -291,29 +295,31 @@ def test_several_pairs_are_wider_than_their_runs_or_their_examples_alone_say():
 
 def test_runs_pair_by_seed_and_order_and_what_has_no_partner_is_left_out():
     ours, theirs = [flat(0, 0.7), flat(1, 0.8), flat(2, 0.1)], [flat(1, 0.5), flat(0, 0.5)]
-    told = paired(ours, theirs)
+    told = paired_difference(ours, theirs)
     assert (told.runs, told.difference) == (2, pytest.approx(0.25))
-    assert paired([flat(0, 0.7)], [flat(5, 0.7)]) is None
+    assert paired_difference([flat(0, 0.7)], [flat(5, 0.7)]) is None
 
 
 def test_pairs_with_test_examples_of_their_own_have_students_interval_alone():
     ours = [replace(flat(i, 0.5 + i / 10), names=f"seed {i}") for i in range(3)]
     theirs = [replace(flat(i, 0.4), names=f"seed {i}") for i in range(3)]
-    told, exact = paired(ours, theirs), over_runs([0.1, 0.2, 0.3])
+    told, exact = paired_difference(ours, theirs), interval_over_runs([0.1, 0.2, 0.3])
     assert (told.low, told.high, told.how) == (
         pytest.approx(exact.low),
         pytest.approx(exact.high),
-        OVER_PAIRS,
+        T_OVER_PAIRS,
     )
 
 
 def test_runs_that_answered_other_examples_are_no_pair():
-    assert paired(flat(0, 0.7), replace(flat(0, 0.5), names="others")) is None
+    assert paired_difference(flat(0, 0.7), replace(flat(0, 0.5), names="others")) is None
     assert (
-        paired([flat(0, 0.7), flat(1, 0.7)], [flat(0, 0.5), replace(flat(1, 0.5), names="others")])
+        paired_difference(
+            [flat(0, 0.7), flat(1, 0.7)], [flat(0, 0.5), replace(flat(1, 0.5), names="others")]
+        )
         is None
     )
-    assert paired(flat(0, 0.7), random_run(0, tasks=("a", "b"))) is None
+    assert paired_difference(flat(0, 0.7), random_run(0, tasks=("a", "b"))) is None
 
 
 # In a comparison
@@ -331,40 +337,40 @@ def comparison(tmp_path_factory):
 
 
 def test_strategies_are_set_against_naive_and_unfinished_ones_are_left_out(comparison):
-    other, told = against(grouped(find([comparison])[0]))
+    other, told = differences_from_baseline(group_runs(find_runs([comparison])[0]))
     assert other == "naive"
     assert {label: each.runs for label, each in told.items()} == {"joint": 1, "replay": 2, "ewc": 2}
     ewc, naive = (
-        [Run.read(comparison / f"{name}-{seed}") for seed in range(2)] for name in ("ewc", "naive")
+        [Run.load(comparison / f"{name}-{seed}") for seed in range(2)] for name in ("ewc", "naive")
     )
-    assert told["ewc"] == paired(ewc, naive)
+    assert told["ewc"] == paired_difference(ewc, naive)
 
 
 def test_without_naive_they_are_set_against_the_best_that_is_not_joint(comparison):
-    runs = [Run.read(comparison / name) for name in ("ewc-0", "replay-0", "joint-0")]
-    other, told = against(grouped(runs))
+    runs = [Run.load(comparison / name) for name in ("ewc-0", "replay-0", "joint-0")]
+    other, told = differences_from_baseline(group_runs(runs))
     assert (other, set(told)) == ("replay", {"ewc", "joint"})
-    assert against(grouped(runs[2:])) == ("", {})
+    assert differences_from_baseline(group_runs(runs[2:])) == ("", {})
 
 
 def test_the_terminal_and_comparison_json_say_how_strategies_differ(comparison):
-    told = paired(
+    told = paired_difference(
         *(
-            [Run.read(comparison / f"{name}-{seed}") for seed in range(2)]
+            [Run.load(comparison / f"{name}-{seed}") for seed in range(2)]
             for name in ("ewc", "naive")
         )
     )
-    runs = find([comparison])[0]
-    said = json.loads(json.dumps(to_json(runs, grouped(runs), comparison)))
+    runs = find_runs([comparison])[0]
+    said = json.loads(json.dumps(comparison_to_dict(runs, group_runs(runs), comparison)))
     assert said["against"]["strategy"] == "naive"
     assert said["against"]["differences"]["ewc"] == asdict(told)
     group = next(g for g in said["groups"] if g["strategy"] == "ewc")
-    span = over_runs(
-        Run.read(comparison / f"ewc-{seed}").matrix.summary()["forgetting"] for seed in range(2)
+    span = interval_over_runs(
+        Run.load(comparison / f"ewc-{seed}").matrix.summary()["forgetting"] for seed in range(2)
     )
     assert group["interval"]["forgetting"] == [span.low, span.high]
     screen = io.StringIO()
-    write.tables(Console(file=screen, width=100), comparison)
+    write.print_tables(Console(file=screen, width=100), comparison)
     line = next(
         line
         for line in screen.getvalue().split("against naive")[1].splitlines()
@@ -372,8 +378,8 @@ def test_the_terminal_and_comparison_json_say_how_strategies_differ(comparison):
     )
     assert line.split() == [
         "ewc",
-        percent(told.difference, True),
-        *interval(told.low, told.high, True).split(),
+        format_percent(told.difference, True),
+        *format_interval(told.low, told.high, True).split(),
         "2",
         "120",
     ]
@@ -384,11 +390,11 @@ def test_the_terminal_shows_a_run_s_intervals_with_n_or_says_why_there_are_none(
 
     def shown():
         screen = io.StringIO()
-        write.tables(Console(file=screen, width=120), folder)
+        write.print_tables(Console(file=screen, width=120), folder)
         return screen.getvalue()
 
-    told = over_examples(Run.read(folder), "forgetting")
-    assert interval(told.low, told.high) in shown()
+    told = interval_over_examples(Run.load(folder), "forgetting")
+    assert format_interval(told.low, told.high) in shown()
     assert "n = 120 examples of 6 tasks" in shown()
     shutil.rmtree(folder / "predictions")
     assert (

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual.results.matrix import SUMMARIES
-from continual.results.variants import VARIANTS, Cells, forms
+from continual.results.variants import VARIANTS, ScoreArray, compute_variants
 from tests.support.matrices import JOINT, THREE, made, matrices, published
 
 # What the 15 test sets of O-LoRA's long sequence hold; its logs also state one exact match over all
@@ -25,15 +25,15 @@ LONG = dict.fromkeys(
 def test_every_summary_has_its_form_and_every_form_its_definition():
     assert set(SUMMARIES) <= set(VARIANTS)
     for name, variant in VARIANTS.items():
-        assert variant.of in SUMMARIES
+        assert variant.summary in SUMMARIES
         assert all((variant.title, variant.formula, variant.source)), name
     for summary in SUMMARIES:
-        titles = [v.title for v in VARIANTS.values() if v.of == summary]
+        titles = [v.title for v in VARIANTS.values() if v.summary == summary]
         assert len(set(titles)) == len(titles)
 
 
 def test_forms_of_a_three_by_three_matrix_are_those_computed_by_hand():
-    told = forms(replace(THREE, counts=(10, 20, 70)))
+    told = compute_variants(replace(THREE, counts=(10, 20, 70)))
     assert told == pytest.approx(
         {
             **THREE.summary(),
@@ -53,9 +53,9 @@ def test_forms_of_a_three_by_three_matrix_are_those_computed_by_hand():
 def test_forgetting_from_the_best_ever_counts_what_was_known_before_a_task_was_taught():
     known = made(((0.9, 0.8), (0.9, 0.8), (0.7, 0.9)), tasks=("a", "b"), stages=("base", "a", "b"))
     early = made(((0.2, 0.9, 0.0), (0.2, 0.8, 0.0), (0.2, 0.6, 0.0), (0.2, 0.3, 0.0)))
-    assert forms(known)["forgetting_any_stage"] == pytest.approx(0.2)
-    assert forms(early)["forgetting"] == pytest.approx(0.3 / 2)
-    assert forms(early)["forgetting_any_stage"] == pytest.approx(
+    assert compute_variants(known)["forgetting_any_stage"] == pytest.approx(0.2)
+    assert compute_variants(early)["forgetting"] == pytest.approx(0.3 / 2)
+    assert compute_variants(early)["forgetting_any_stage"] == pytest.approx(
         0.5 / 2
     )  # from 0.8; the base row's 0.9 is no stage
 
@@ -66,7 +66,9 @@ def test_mammoth_s_forgetting_is_that_of_rows_without_the_tasks_ahead(matrix):
         np.array(matrix.scores, dtype=float)[1:]
     )  # as its results are, with 0 for what is not there
     expected = (seen.max(0) - seen[-1])[:-1].mean()
-    assert forms(matrix)["forgetting_never_negative"] == pytest.approx(expected, abs=1e-12)
+    assert compute_variants(matrix)["forgetting_never_negative"] == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_forgetting_that_is_never_negative_counts_nothing_that_was_known_before_a_task_was_taught():
@@ -75,7 +77,9 @@ def test_forgetting_that_is_never_negative_counts_nothing_that_was_known_before_
         tasks=("a", "b", "c", "d"),
         stages=("a", "b", "c", "d"),
     )
-    assert forms(known)["forgetting_never_negative"] == pytest.approx((0.3 + 0.2 + 0.1) / 3)
+    assert compute_variants(known)["forgetting_never_negative"] == pytest.approx(
+        (0.3 + 0.2 + 0.1) / 3
+    )
 
 
 @settings(max_examples=50)
@@ -85,20 +89,20 @@ def test_forgetting_that_is_never_negative_counts_nothing_that_was_known_before_
     st.integers(0, 5),
 )
 def test_a_form_with_a_summary_s_name_is_that_summary_whatever_is_missing(matrix, random, rows):
-    order = random.sample_size(range(len(matrix.tasks)), len(matrix.tasks))
+    order = random.sample(range(len(matrix.tasks)), len(matrix.tasks))
     matrix = replace(
         matrix,
         tasks=tuple(matrix.tasks[i] for i in order),
         scores=tuple(tuple(row[i] for i in order) for row in matrix.scores),
     )
     for some in (matrix, replace(matrix, stages=matrix.stages[:rows], scores=matrix.scores[:rows])):
-        told = forms(some)
+        told = compute_variants(some)
         for name, value in some.summary().items():
             assert told[name] == (None if value is None else pytest.approx(value, abs=1e-12)), name
 
 
 def test_a_joint_run_has_only_the_forms_that_read_its_last_row():
-    told = forms(JOINT)
+    told = compute_variants(JOINT)
     assert {name for name, value in told.items() if value is not None} == {
         "average_performance",
         "average_performance_pooled",
@@ -107,7 +111,7 @@ def test_a_joint_run_has_only_the_forms_that_read_its_last_row():
 
 @given(matrices())
 def test_forms_stand_to_one_another_as_their_formulas_say(matrix):
-    told, size = forms(matrix), len(matrix.tasks)
+    told, size = compute_variants(matrix), len(matrix.tasks)
     near = 1e-9
     assert told["forgetting_first_minus_last"] == pytest.approx(
         -told["backward_transfer"], abs=near
@@ -127,17 +131,17 @@ def test_forms_stand_to_one_another_as_their_formulas_say(matrix):
 @settings(max_examples=30)
 @given(matrices(holes=True), st.integers(1, 4))
 def test_many_draws_at_once_have_the_figures_of_each(matrix, draws):
-    cells = Cells.of(matrix)
+    cells = ScoreArray.from_matrix(matrix)
     many = replace(cells, scores=np.repeat(cells.scores[None], draws, 0))
     for variant in VARIANTS.values():
-        assert variant.define(many) == pytest.approx(
-            np.repeat(variant.define(cells), draws), nan_ok=True
+        assert variant.compute(many) == pytest.approx(
+            np.repeat(variant.compute(cells), draws), nan_ok=True
         )
 
 
 def test_no_counts_leave_the_pooled_average_out():
-    assert forms(replace(THREE, counts=()))["average_performance_pooled"] is None
-    assert forms(replace(THREE, counts=(0, 0, 0)))["average_performance_pooled"] is None
+    assert compute_variants(replace(THREE, counts=()))["average_performance_pooled"] is None
+    assert compute_variants(replace(THREE, counts=(0, 0, 0)))["average_performance_pooled"] is None
 
 
 @pytest.mark.parametrize(
@@ -152,4 +156,6 @@ def test_no_counts_leave_the_pooled_average_out():
 def test_the_score_over_all_examples_that_o_lora_s_logs_state_is_the_pooled_average(name, stated):
     matrix = published(name)
     counted = replace(matrix, counts=tuple(LONG[task] for task in matrix.tasks))
-    assert 100 * forms(counted)["average_performance_pooled"] == pytest.approx(stated, abs=1e-4)
+    assert 100 * compute_variants(counted)["average_performance_pooled"] == pytest.approx(
+        stated, abs=1e-4
+    )

@@ -19,7 +19,7 @@ from continual.cli import main
 from continual.errors import DataError
 from continual.inference.reopen import ModelSource, load_run_model
 from continual.reports import write as report
-from continual.reports.reach import reach
+from continual.reports.reach import compute_reach
 from continual.results.curve import Curve
 from continual.runs import adapt
 from continual.runs.signals import RunInterrupted
@@ -85,7 +85,7 @@ def test_checkpoint_starts_from_a_run(run_cli, run_keys, tmp_path):
     )
     assert code == 0, err
     assert "mean of 2 draws" in out.replace("\n", " ")
-    assert Curve.read(tmp_path / "new").start == str(tmp_path / "run/checkpoints/stage-01")
+    assert Curve.load(tmp_path / "new").start == str(tmp_path / "run/checkpoints/stage-01")
 
 
 @pytest.mark.filterwarnings(
@@ -178,7 +178,7 @@ def test_by_the_inner_rule_it_takes_plain_sgd_at_the_inner_lr_whatever_train_say
     )
     assert all_close(inner, sgd, rtol=1e-5, atol=1e-7)
     assert not all_close(inner, adamw, rtol=1e-2, atol=1e-4)
-    told = [Curve.read(tmp_path / out).origin for out in ("inner", "sgd")]
+    told = [Curve.load(tmp_path / out).start_label for out in ("inner", "sgd")]
     assert told == ["maml stage-01, inner loop", "maml stage-01"]
 
 
@@ -354,7 +354,7 @@ def test_killed_before_its_model_is_kept_it_learns_the_last_curve_anew(
         adapted(tmp_path, run_keys)
     monkeypatch.undo()
     adapted(tmp_path, run_keys)
-    assert len(Curve.read(tmp_path).points) == 18
+    assert len(Curve.load(tmp_path).points) == 18
 
 
 def failing(write, name):
@@ -390,15 +390,15 @@ def test_a_signal_stops_it_with_the_command_that_goes_on(run_keys, tmp_path, mon
 def written(folder, *points, start="base", task="rotate"):
     """An adapt folder of these (shots, draw, step, score)."""
     folder.mkdir(parents=True)
-    told = Curve(folder, task, "exact_match", start, tuple(points)).to_json()
+    told = Curve(folder, task, "exact_match", start, tuple(points)).to_dict()
     (folder / "curve.json").write_text(json.dumps(told))
-    return Curve.read(folder)
+    return Curve.load(folder)
 
 
 def test_a_curve_without_draws_is_read_as_one_draw(tmp_path):
-    curve = Curve.read(write_fake_adaptation(tmp_path / "a"))
-    assert curve.draws == 1
-    assert [(step, score, score) for step, score in curve.of(64)] == curve.band(64)
+    curve = Curve.load(write_fake_adaptation(tmp_path / "a"))
+    assert curve.num_draws == 1
+    assert [(step, score, score) for step, score in curve.mean_scores(64)] == curve.band(64)
 
 
 @pytest.mark.parametrize("draw", ['"first"', "-1", "1e999", "[]"])
@@ -409,7 +409,7 @@ def test_a_draw_that_is_none_is_refused(tmp_path, draw):
         f'{{"schema": 1, "task": "a", "metric": "m", "start": "base", "points": [{point}]}}'
     )
     with pytest.raises(DataError, match="these are no draws"):
-        Curve.read(tmp_path / "a")
+        Curve.load(tmp_path / "a")
 
 
 @given(
@@ -421,7 +421,7 @@ def test_a_draw_that_is_none_is_refused(tmp_path, draw):
 def test_the_mean_over_draws_is_within_their_band(points):
     curve = Curve(None, "a", "m", "base", tuple(points))
     for shots in curve.shots:
-        for (step, score), (at, low, high) in zip(curve.of(shots), curve.band(shots), strict=True):
+        for (step, score), (at, low, high) in zip(curve.mean_scores(shots), curve.band(shots), strict=True):
             assert step == at
             assert low - 1e-12 <= score <= high + 1e-12
 
@@ -448,24 +448,24 @@ def test_steps_and_examples_to_reach_95_percent_of_the_base_s_best(tmp_path):
         start="maml",
     )
     never = written(tmp_path / "naive", *rising(5, 99), *rising(600, 4, top=0.75), start="naive")
-    own, fast, none = reach([base, meta, never])
-    assert own.goal == fast.goal == pytest.approx(0.95 * 0.8)
-    assert (own.steps, own.share, own.examples) == (40, 1, 600)
-    assert (fast.steps, fast.share, fast.examples) == (4, 0.1, 5)
-    assert (none.steps, none.share, none.examples) == (None, None, None)
+    own, fast, none = compute_reach([base, meta, never])
+    assert own.goal_score == fast.goal_score == pytest.approx(0.95 * 0.8)
+    assert (own.steps, own.share_of_reference, own.num_examples) == (40, 1, 600)
+    assert (fast.steps, fast.share_of_reference, fast.num_examples) == (4, 0.1, 5)
+    assert (none.steps, none.share_of_reference, none.num_examples) == (None, None, None)
 
 
 def test_steps_are_a_share_of_what_the_base_needs_and_of_all_that_it_was_trained_for(tmp_path):
     base = written(tmp_path / "base", *rising(9, 8))
     meta = written(tmp_path / "maml", *rising(9, 4), start="maml")
-    assert [(r.share, r.of_budget) for r in reach([base, meta])] == [(1, 8 / 40), (0.5, 4 / 40)]
+    assert [(r.share_of_reference, r.share_of_budget) for r in compute_reach([base, meta])] == [(1, 8 / 40), (0.5, 4 / 40)]
 
 
 def test_a_step_reaches_it_by_the_mean_over_draws(tmp_path):
     base = written(tmp_path / "base", *rising(9, 40))
     late = [(9, 1, step, 0.5 if step < 8 else 1) for step in (0, 4, 8)]
     half = written(tmp_path / "b", *rising(9, 4, draws=1), *late, start="b")
-    assert reach([base, half])[1].steps == 8
+    assert compute_reach([base, half])[1].steps == 8
 
 
 def test_what_reaches_it_before_any_step_needs_no_example(tmp_path):
@@ -473,7 +473,7 @@ def test_what_reaches_it_before_any_step_needs_no_example(tmp_path):
         written(tmp_path / "base", *rising(9, 40)),
         written(tmp_path / "b", *rising(9, 0), start="joint"),
     )
-    assert [(r.steps, r.share, r.examples) for r in reach([base, joint])][1] == (0, 0, 0)
+    assert [(r.steps, r.share_of_reference, r.num_examples) for r in compute_reach([base, joint])][1] == (0, 0, 0)
 
 
 def test_a_task_whose_base_is_not_among_them_is_left_out(tmp_path):
@@ -481,7 +481,7 @@ def test_a_task_whose_base_is_not_among_them_is_left_out(tmp_path):
         written(tmp_path / "a", *rising(9, 4)),
         written(tmp_path / "b", *rising(9, 4), task="b", start="x"),
     )
-    assert [r.curve.path.name for r in reach([base, other])] == ["a"]
+    assert [r.curve.path.name for r in compute_reach([base, other])] == ["a"]
 
 
 def test_the_report_of_several_adaptations_tells_it_by_start_and_task(tmp_path):
@@ -491,7 +491,7 @@ def test_the_report_of_several_adaptations_tells_it_by_start_and_task(tmp_path):
             folders.append(tmp_path / f"{task}-{start[:4]}")
             written(folders[-1], *rising(5, goal), *rising(600, goal), task=task, start=start)
     console = Console(file=io.StringIO(), width=150)
-    report.tables(console, *folders)
+    report.print_tables(console, *folders)
     told = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
     for line in (
         "base 40 (100%) 40 (100%) 2 of 2 100% 100%",
@@ -499,7 +499,7 @@ def test_the_report_of_several_adaptations_tells_it_by_start_and_task(tmp_path):
         "maml stage-01 5 5 2 of 2",
     ):
         assert line in told
-    report.write(*folders, out=tmp_path / "all")
+    report.write_report(*folders, out=tmp_path / "all")
     assert (tmp_path / "all/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -507,5 +507,5 @@ def test_without_the_base_there_is_no_such_table(tmp_path):
     for name in "ab":
         written(tmp_path / name, *rising(5, 4), start=name)
     console = Console(file=io.StringIO(), width=150)
-    report.tables(console, tmp_path / "a", tmp_path / "b")
+    report.print_tables(console, tmp_path / "a", tmp_path / "b")
     assert "steps to reach" not in console.file.getvalue()

@@ -235,11 +235,11 @@ def test_the_command_it_tells_finishes_it(run_cli, run_keys, half, tmp_path, str
     code, _, _ = run_cli("compare", *words)
     assert code == 2
     (stream / "stream.json").write_text(json.dumps(index))
-    told = comparison.unfinished(out)[0]
+    told = comparison.describe_unfinished(out)[0]
     code, _, err = run_cli(*shlex.split(told.splitlines()[-1])[1:])
     assert code == 0, err
     assert err.count("is finished") == 1
-    assert comparison.unfinished(out) == []
+    assert comparison.describe_unfinished(out) == []
     assert len(names(out)) == 2
 
 
@@ -273,7 +273,7 @@ def test_a_signal_ends_the_comparison_and_no_further_run_begins(
     def stopped(config, console):
         raise RunInterrupted("stopped after step 3", 15)
 
-    with monkeypatch.context_length() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(continual.runs.run, "run", stopped)
         code, _, err = run_cli(
             "compare", *run_keys, *SMALL, "strategy=naive", "seed=0,1", f"out={tmp_path / 'it'}"
@@ -305,14 +305,14 @@ def test_a_value_with_a_slash_is_one_folder(run_cli, run_keys, model_folder, tmp
     )
     assert code == 0, err
     assert len(names(tmp_path / "it")) == 2
-    assert comparison.unfinished(tmp_path / "it") == []
+    assert comparison.describe_unfinished(tmp_path / "it") == []
 
 
 def test_commands_that_later_ones_contain_are_forgotten(tmp_path):
-    comparison.plan(tmp_path, ["seed=0"], ["seed=0"])
-    comparison.plan(tmp_path, ["seed=1"], ["seed=1"])
-    comparison.plan(tmp_path, ["seed=0,2"], ["seed=0", "seed=2"])
-    told = "\n".join(comparison.unfinished(tmp_path))
+    comparison.record_command(tmp_path, ["seed=0"], ["seed=0"])
+    comparison.record_command(tmp_path, ["seed=1"], ["seed=1"])
+    comparison.record_command(tmp_path, ["seed=0,2"], ["seed=0", "seed=2"])
+    told = "\n".join(comparison.describe_unfinished(tmp_path))
     assert told.count("continual compare") == 2
     assert "seed=0: not begun" in told
     assert "seed=1: not begun" in told
@@ -330,11 +330,11 @@ def test_commands_that_later_ones_contain_are_forgotten(tmp_path):
     ],
 )
 def test_a_damaged_plan_is_one_clear_error(tmp_path, text):
-    (tmp_path / comparison.PLAN).write_bytes(text.encode("latin-1"))
+    (tmp_path / comparison.CELLS_FILE).write_bytes(text.encode("latin-1"))
     with pytest.raises(
         DataError, match=r"cells.json (cannot be read|names ../x, which are no folders)"
     ):
-        comparison.unfinished(tmp_path)
+        comparison.describe_unfinished(tmp_path)
 
 
 # One model for all
@@ -371,4 +371,4 @@ def test_a_file_that_is_nested_without_end_is_one_clear_error(name, tmp_path):
     path.parent.mkdir(exist_ok=True)
     path.write_text("[" * 300_000)
     with pytest.raises(DataError, match=name):
-        audits.load(path.parent) if "audit" in name else comparison.waiting(tmp_path)
+        audits.load_audit(path.parent) if "audit" in name else comparison.find_pending_runs(tmp_path)

@@ -33,7 +33,7 @@ CLASH = (
 
 def points(out):
     """What is told within stages, by stage and step, as the report reads it."""
-    return {(e["stage"], e["step"]): e for e in Run.read(out).events("during")}
+    return {(e["stage"], e["step"]): e for e in Run.load(out).events("during")}
 
 
 def ends(out):
@@ -133,7 +133,7 @@ def test_the_terminal_has_a_line_for_each(looked):
 def test_its_seconds_are_of_scoring_not_of_training(looked):
     out, matrix, _ = looked
     spent = sum(e["seconds"] for e in points(out).values())
-    rows = sum(e["seconds"] for e in Run.read(out).events("score"))
+    rows = sum(e["seconds"] for e in Run.load(out).events("score"))
     assert spent > 0
     assert matrix.cost["score_seconds"] == pytest.approx(spent + rows)
 
@@ -404,7 +404,7 @@ def test_what_stopped_a_run_is_read_with_care(looked, run_keys, tmp_path):
         ),
         (
             ("score.every_steps=5", "stop_if.forgetting"),
-            "unquoted, > names a file that a shell writes to",
+            "without quotes the shell takes > for a file to write to",
         ),
         (("score.every_steps=5", "stop_if.forgeting>0.2"), "did you mean 'stop_if.forgetting'"),
     ],

@@ -247,7 +247,7 @@ def test_the_tables_show_the_probes(run_cli, done):
 def test_probes_of_another_form_are_one_clear_error(done, tmp_path, spoil):
     (tmp_path / "probes.json").write_text(json.dumps(spoil(read(done[0]))))
     with pytest.raises(DataError, match=r"probes.json: no probes of schema 1"):
-        probed.load(tmp_path)
+        probed.load_probes(tmp_path)
 
 
 def test_a_stage_s_figures_that_are_none_are_not_read(tmp_path):

@@ -374,7 +374,7 @@ def leave(out, keys, monkeypatch, stage, step):
                 raise Left
             return seconds
 
-    with monkeypatch.context_length() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(engine, "StageCallback", Leaves)
         with pytest.raises(Left):
             run_in_process(out, keys)
@@ -441,7 +441,7 @@ def test_a_run_does_not_go_on_with_other_tasks_than_it_has_scores_of(
     ):
         run_in_process(tmp_path / "out", run_keys)
     index.write_text(text)
-    assert run_in_process(tmp_path / "out", run_keys)[0].finished
+    assert run_in_process(tmp_path / "out", run_keys)[0].is_finished
 
 
 def test_a_run_does_not_go_on_with_other_numbers_of_test_rows(
@@ -526,7 +526,7 @@ def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothin
     assert "error: " in said
     assert len(list((out / "predictions/stage-00").iterdir())) == len(TASKS)
     matrix, _ = run_in_process(out, run_keys)
-    assert matrix.finished
+    assert matrix.is_finished
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a folder that nobody may write in")

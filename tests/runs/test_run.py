@@ -131,7 +131,7 @@ def test_shortened_test_prompts_are_counted_too(run_keys, tmp_path):
 def test_the_joint_arrangement_has_one_stage_of_all_tasks(run_keys, tmp_path):
     matrix, _ = run_in_process(tmp_path, run_keys, "stream.arrangement=joint", "train.epochs=1")
     assert len(matrix.stages) == 2
-    assert matrix.finished
+    assert matrix.is_finished
     assert matrix.cost["steps"] == 6
 
 
@@ -179,7 +179,7 @@ def test_a_run_that_was_refused_may_be_given_again_put_right(run_keys, tmp_path)
     with pytest.raises(MissingError):
         run_in_process(tmp_path, run_keys, "stream.path=nowhere")
     matrix, _ = run_in_process(tmp_path, run_keys, "stream.tasks=[first]")
-    assert matrix.finished
+    assert matrix.is_finished
 
 
 def test_a_damaged_configuration_is_named_with_its_mend(copy, run_keys):

@@ -11,8 +11,8 @@ import yaml
 from benchmarks import leaderboard
 from continual.config import catalogue
 from continual.results import comparison
-from continual.results.run_folder import Run, find, grouped
-from continual.results.uncertainty import over_runs
+from continual.results.run_folder import Run, find_runs, group_runs
+from continual.results.uncertainty import interval_over_runs
 from tests.support.models import write_stream
 
 SMALL = ("train.epochs=1", "stream.tasks=[first,loud]")
@@ -76,7 +76,7 @@ def test_an_experiment_s_sweeps_are_the_comparison_s_but_for_what_the_command_se
     monkeypatch.setattr("continual.runs.compare._run_sweep", lambda words: None)
     run_cli("compare", "experiment=leaderboard", *words, f"out={tmp_path}")
     assert (
-        set(json.loads((tmp_path / comparison.PLAN).read_text())["commands"][-1]["cells"]) == found
+        set(json.loads((tmp_path / comparison.CELLS_FILE).read_text())["commands"][-1]["cells"]) == found
     )
 
 
@@ -151,7 +151,7 @@ def test_a_search_gives_each_strategy_its_budget_and_says_what_was_best(
     ]
     code, out, err = run_cli("compare", *words)
     assert code == 0, err
-    runs, _ = find([tmp_path / "it"])
+    runs, _ = find_runs([tmp_path / "it"])
     scores = {run.path: run.matrix.summary()["average_performance"] for run in runs}
     assert len(set(scores.values())) == 3
     best = max(scores, key=scores.__getitem__)
@@ -186,7 +186,7 @@ def folders(tmp_path_factory):
             write_fake_run(out / names[-1], strategy, seed)
         names.append(f"seed={seed}_strategy=joint")
         write_fake_run(out / names[-1], "joint", seed, joint=True)
-    comparison.plan(out, ["experiment=leaderboard", "seed=0,1"], names)
+    comparison.record_command(out, ["experiment=leaderboard", "seed=0,1"], names)
     return [out]
 
 
@@ -207,14 +207,14 @@ def test_the_page_has_a_row_a_strategy_between_floor_and_ceilings_and_the_comman
 
 
 def test_what_is_stored_is_the_strategy_s_memory_in_the_last_checkpoint(folders):
-    group = next(g for g in grouped(find(folders)[0]) if g.label == "replay")
-    last = Run.read(group.runs[0].path).events("checkpoint")[-1]["memory_bytes"]
+    group = next(g for g in group_runs(find_runs(folders)[0]) if g.label == "replay")
+    last = Run.load(group.runs[0].path).events("checkpoint")[-1]["memory_bytes"]
     assert leaderboard.stored(group) == last > 0
 
 
 def test_the_table_shows_half_of_students_interval_behind_the_mean(folders):
-    group = next(g for g in grouped(find(folders)[0]) if g.label == "replay")
-    span = over_runs(group.values("forgetting"))
+    group = next(g for g in group_runs(find_runs(folders)[0]) if g.label == "replay")
+    span = interval_over_runs(group.finished_values("forgetting"))
     assert f" ± {50 * (span.high - span.low):.1f}" in leaderboard.table([group])
 
 

@@ -114,7 +114,7 @@ def test_meta_training_as_preparation_and_as_a_strategy_are_one_command(run_keys
     continual, _ = run_in_process(tmp_path / "b", run_keys, "strategy=maml")
     assert prepared.stages == ("base", "episodes")
     assert continual.stages == ("base", *TASKS)
-    assert prepared.finished
+    assert prepared.is_finished
     steps = {e["event"]: e.get("steps") for e in load_json_lines(tmp_path / "a/events.jsonl")}[
         "stage"
     ]

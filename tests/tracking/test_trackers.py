@@ -93,7 +93,7 @@ def test_another_tracker_is_no_other_run(run_keys, tmp_path, sinks):
     (tmp_path / "finished").unlink()
     shutil.rmtree(tmp_path / "checkpoints/stage-02")
     run_in_process(tmp_path, run_keys, *SHORT, "track=tensorboard")
-    assert Matrix.load(tmp_path / "matrix.json").finished
+    assert Matrix.load(tmp_path / "matrix.json").is_finished
 
 
 def test_each_curve_of_an_adaptation_comes_behind_the_one_before(

@@ -90,7 +90,7 @@ def test_a_resumed_run_keeps_the_choice_whatever_would_be_measured_now(
     _, said = run_in_process(out, run_keys, *AUTO)
     assert f"train.precision=auto: {'bf16' if ratio > 1 else 'fp32'}, as this run began" in said
     assert (out / "checkpoints/stage-02/weights.safetensors").read_bytes() == weights
-    assert Matrix.load(out / "matrix.json").finished
+    assert Matrix.load(out / "matrix.json").is_finished
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"precision": "fp8"}', "{}", "\xff"])

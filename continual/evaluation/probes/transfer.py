@@ -104,7 +104,7 @@ class Transfer(Probe):
             return found
         near = next(names for names in self.clusters if own in names)
         for task in matrix.tasks:
-            before, after = matrix.at(row - 1, task), matrix.at(row, task)
+            before, after = matrix.score(row - 1, task), matrix.score(row, task)
             if task != own and before is not None and after is not None:
                 found.setdefault((task in matrix.stages[:row], task in near), []).append(
                     after - before
