@@ -1,8 +1,7 @@
-"""What is amiss in a stream's rows, counted before anything is learned: nothing is changed, and no
-model is asked.
+"""Find problems in a stream's rows before training, without changing them or using a model.
 
-Training rows are what the stages learn and what a model made for the stream is pre-trained on; a
-replay buffer holds nothing else.
+Training rows are those of the stages, and those on which a model made for the stream is
+pre-trained. A replay buffer holds no others.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ from continual.evaluation.metrics import REFERENCE_METRICS
 from continual.evaluation.scoring import SPLITS
 from continual.evaluation.text_normalization import normalize_text
 
-MAX_CLASSES = 20  # answers at most, each ten times on average, make a task without labels a classification task
-FINDING_TEXTS = {  # the gravest first
+# A task without labels is a classification task if it has at most this many distinct answers, each
+# ten times on average.
+MAX_CLASSES = 20
+FINDING_TEXTS = {  # the most severe first
     "leaked": "{n} prompts stand in training rows, {same} with the same answers",
     "input leaked": "{n} inputs stand in training rows under another instruction",
     "seen in dev": "{n} prompts stand in dev rows",
@@ -37,9 +38,7 @@ FINDING_TEXTS = {  # the gravest first
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing amiss in one task, in words: how many rows it concerns, and one of them with its
-    file and line.
-    """
+    """One problem in one task: the number of rows, a text, and one row with its file and line."""
 
     kind: str
     task: str
@@ -50,7 +49,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every task's counts by name, and the findings; `fits` says how many tokens do, and why."""
+    """Counts by task name, and the findings; `fits` holds the limits on tokens by their origin."""
 
     stream: str
     split: str
@@ -59,7 +58,7 @@ class Audit:
     fits: Mapping[str, int | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As audit.json holds it."""
+        """Return the document of audit.json."""
         return {"schema": 1, **asdict(self)}
 
 
@@ -72,64 +71,78 @@ def audit_stream(
     lengths: Mapping[str, Lengths] | None = None,
     token_limits: Mapping[str, int | None] | None = None,
 ) -> Audit:
-    """Count what is amiss; `split`, `metric` and `limit` are those of score, `lengths` each task's
-    rows in tokens.
+    """Find the problems in a stream's rows.
 
-    Raises ConfigError where there is no such split.
+    `split`, `metric` and `max_examples` are those of the score section; `lengths` are each task's
+    rows in tokens. Raises ConfigError for an unknown split.
     """
     if split not in SPLITS:
         raise ConfigError(unknown("score.split", split, SPLITS))
-    rows, train, lengths = hash_rows(stream), train_rows_by_task(stream), lengths or {}
-    total, matches = Counter(row.task_split for row in rows), find_matches(rows)
+    lengths = lengths or {}
+    rows = hash_rows(stream)
+    train = train_rows_by_task(stream)
     scored = {t.name: getattr(t, split)[:max_examples] for t in stream.tasks}
-    one_sided = {
+    row_counts = Counter(row.task_split for row in rows)
+    matches = find_matches(rows)
+    majorities = {
         t.name: majority_baseline(t, train[t.name], scored[t.name], metric or t.metric)
         for t in stream.tasks
     }
-    found = [
-        _make_finding(
-            kind,
-            place,
-            [(a.example, b.example) for a, b, _ in some],
-            total[place],
-            sum(same for *_, same in some),
-        )
-        for kind, every in matches.items()
-        for place, some in _group_by_split(every).items()
-    ]
-    for name, told in lengths.items():
-        for part, of, kinds in (
-            ("train", len(train[name]), told.train_by_kind),
-            (split, len(scored[name]), told.scored_by_kind),
-        ):
-            found += [
-                _make_finding(kind, (name, part), [(e, e) for e in some], of)
-                for kind, some in kinds.items()
-                if some
-            ]
-    found.sort(key=lambda f: [*FINDING_TEXTS].index(f.kind))
-    found += [
+
+    findings = _match_findings(matches, row_counts)
+    for name, task_lengths in lengths.items():
+        findings += _length_findings((name, "train"), len(train[name]), task_lengths.train_by_kind)
+        findings += _length_findings((name, split), len(scored[name]), task_lengths.scored_by_kind)
+    severity = list(FINDING_TEXTS)
+    findings.sort(key=lambda finding: severity.index(finding.kind))
+    findings += [
         Finding("unscored", t.name, 0, f"there are no {split} rows to score")
         for t in stream.tasks
         if not scored[t.name]
     ]
-    found += [
-        f
-        for name, told in one_sided.items()
-        if told
-        for f in _imbalance_findings(name, split, told)
-    ]
-    counts = {kind: Counter(a.example.task for a, *_ in every) for kind, every in matches.items()}
+    for name, majority in majorities.items():
+        if majority:
+            findings += _imbalance_findings(name, split, majority)
+
+    match_counts = {
+        kind: Counter(row.example.task for row, *_ in some) for kind, some in matches.items()
+    }
     tasks = {
         name: {
-            **{s: total[name, s] for s in SPLITS},
-            **{kind: n[name] for kind, n in counts.items()},
-            "majority": one_sided[name],
+            **{s: row_counts[name, s] for s in SPLITS},
+            **{kind: counts[name] for kind, counts in match_counts.items()},
+            "majority": majorities[name],
             "tokens": lengths[name].summarize() if name in lengths else None,
         }
         for name in scored
     }
-    return Audit(stream.name, split, tasks, tuple(found), token_limits or {})
+    return Audit(stream.name, split, tasks, tuple(findings), token_limits or {})
+
+
+def _match_findings(
+    matches: Mapping[str, Sequence[RowMatch]], row_counts: Mapping[tuple[str, str], int]
+) -> list[Finding]:
+    """Make one finding per kind of match, task and split."""
+    findings = []
+    for kind, some in matches.items():
+        for task_split, group in _group_by_split(some).items():
+            pairs = [(row.example, other.example) for row, other, _ in group]
+            same_answers = sum(same for *_, same in group)
+            findings.append(
+                _make_finding(kind, task_split, pairs, row_counts[task_split], same_answers)
+            )
+    return findings
+
+
+def _length_findings(
+    task_split: tuple[str, str], num_rows: int, rows_by_kind: Mapping[str, Sequence[Example]]
+) -> list[Finding]:
+    """Make one finding per kind of length problem that concerns any row."""
+    return [
+        _make_finding(kind, task_split, [(e, e) for e in some], num_rows)
+        for kind, some in rows_by_kind.items()
+        if some
+    ]
 
 
 def _group_by_split(matches: Sequence[RowMatch]) -> dict[tuple[str, str], list[RowMatch]]:
@@ -148,74 +161,69 @@ def _make_finding(
 ) -> Finding:
     task, split = task_split
     says = FINDING_TEXTS[kind].format(n=f"{len(pairs):,} of {of:,} {split}", same=f"{same:,}")
-    return Finding(
-        kind, task, len(pairs), says, " and ".join(dict.fromkeys(map(_describe_example, pairs[0])))
-    )
+    example = " and ".join(dict.fromkeys(map(_describe_example, pairs[0])))
+    return Finding(kind, task, len(pairs), says, example)
 
 
 def _describe_example(e: Example) -> str:
-    """An example's id, and where it stands."""
+    """Return an example's id and its location."""
     return e.id if e.location in ("", e.id) else f"{e.id} ({e.location})"
 
 
 def majority_baseline(
     task: Task[Example], train: Sequence[Example], scored: Sequence[Example], metric: str
 ) -> dict[str, Any] | None:
-    """What always giving one answer scores, for a task with labels or at most FEW answers; None for
-    any other.
+    """Score always giving one answer, for a task with labels or at most MAX_CLASSES answers.
 
-    `share` is the part of the training rows with their commonest answer, of `classes`; `score` and
-    `own_score` are what it, and the scored rows' own commonest answer, get on those: None where the
-    metric marks no answers.
+    None for any other task. `share` is the part of the training rows with their most common
+    `answer`, one of `classes`. `score` is what this answer gets on the scored rows, and `own_score`
+    what their own most common answer gets; None if the metric does not score answers.
     """
-    firsts = [e.outputs[0] for e in train or scored if "".join(e.outputs[:1]).strip()]
-    named, counts = cache(normalize_text), Counter[str]()
-    for text in firsts:
-        counts[named(text)] += 1
+    first_answers = [e.outputs[0] for e in train or scored if "".join(e.outputs[:1]).strip()]
+    normalize = cache(normalize_text)
+    counts = Counter[str]()
+    for text in first_answers:
+        counts[normalize(text)] += 1
         if not task.labels and len(counts) > MAX_CLASSES:
             return None
-    if not counts or (not task.labels and len(firsts) < 10 * len(counts)):
+    if not counts or (not task.labels and len(first_answers) < 10 * len(counts)):
         return None
     answer, n = counts.most_common(1)[0]
-    own = Counter(a for e in scored for a in {named(o) for o in e.outputs} if a)
-    best = own.most_common(1)[0][0] if own else None
+    own_counts = Counter(a for e in scored for a in {normalize(o) for o in e.outputs} if a)
+    own_answer = own_counts.most_common(1)[0][0] if own_counts else None
+    own_score = None
+    if own_answer is not None:
+        own_score = score_constant_answer(own_answer, scored, metric)
     return {
-        "classes": max(len(counts), len({*map(named, task.labels)})),
+        "classes": max(len(counts), len({*map(normalize, task.labels)})),
         "answer": answer,
-        "share": n / len(firsts),
+        "share": n / len(first_answers),
         "score": score_constant_answer(answer, scored, metric),
-        "own_answer": best,
-        "own_score": None if best is None else score_constant_answer(best, scored, metric),
+        "own_answer": own_answer,
+        "own_score": own_score,
     }
 
 
 def score_constant_answer(answer: str, rows: Sequence[Example], metric: str) -> float | None:
-    """The score of giving this answer to every row; None without rows, or where the metric marks no
-    answers.
+    """Return the score of giving one answer to every row.
+
+    None without rows, or if the metric does not compare answers with references.
     """
     if metric not in REFERENCE_METRICS or not rows:
         return None
-    mark = cache(lambda reference: REFERENCE_METRICS[metric](answer, reference))
-    return sum(max((mark(o) for o in e.outputs), default=0.0) for e in rows) / len(rows)
+    score = cache(lambda reference: REFERENCE_METRICS[metric](answer, reference))
+    return sum(max((score(o) for o in e.outputs), default=0.0) for e in rows) / len(rows)
 
 
-def _imbalance_findings(name: str, split: str, told: Mapping[str, Any]) -> list[Finding]:
-    """Where the commonest answer has two thirds of the training rows, or twice its part among the
-    classes.
-    """
-    if told["share"] < min(2 / 3, 2 / told["classes"]):
+def _imbalance_findings(name: str, split: str, majority: Mapping[str, Any]) -> list[Finding]:
+    """Report a most common answer with 2/3 of the train rows, or twice an equal share."""
+    if majority["share"] < min(2 / 3, 2 / majority["classes"]):
         return []
-    score = (
-        ""
-        if told["score"] is None
-        else f"; giving it to all {split} rows scores {100 * told['score']:.1f}"
+    score = ""
+    if majority["score"] is not None:
+        score = f"; giving it to all {split} rows scores {100 * majority['score']:.1f}"
+    text = (
+        f"{majority['answer'][:40]!r}, one of {majority['classes']} answers, is that of "
+        f"{100 * majority['share']:.1f} % of the train rows{score}"
     )
-    return [
-        Finding(
-            "imbalance",
-            name,
-            0,
-            f"{told['answer'][:40]!r}, one of {told['classes']} answers, is that of "
-            f"{100 * told['share']:.1f} % of the train rows{score}",
-        )
-    ]
+    return [Finding("imbalance", name, 0, text)]
