@@ -3,12 +3,12 @@
 Other folders may import:
 
 - adapt: adapt
-- audit_step: alone
+- audit_step: run_audit
 - build: choosing, encoder, model, strategy, stream
 - compare: compare
-- plan: plan, show
+- plan: plan, print_plan
 - run: run
-- signals: Stopped
-- stop_if: Gated, STATUS
+- signals: RunInterrupted
+- stop_if: EXIT_STATUS, ForgettingLimitExceeded
 - validate: check
 """

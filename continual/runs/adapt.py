@@ -1,6 +1,4 @@
-"""Learn one new instruction type from a checkpoint or a base model, and draw its curves over steps
-and shots.
-"""
+"""Adapt a checkpoint or base model to one new task; measure curves over steps and shots."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from continual.config.run_config import read_config
 from continual.config.trust import inherit_model_and_data, unknown_strategies
 from continual.data.types import Encoded, Task
 from continual.distributed.processes import broadcast, is_main_process, main_process_first
-from continual.errors import ConfigError, MissingError, gathered
+from continual.errors import ConfigError, MissingError, Problems
 from continual.evaluation.scoring import score_task
 from continual.io.atomic import write_atomically
 from continual.io.untrusted import check_links_inside
@@ -38,20 +36,20 @@ from continual.training.precision import choose_precision
 from continual.training.recipe import Recipe
 from continual.training.stage import train_stage
 
-NAIVE_TARGET = f"{Strategy.__module__}.{Strategy.__name__}"  # plain fine-tuning: where no other strategy is asked for
-UNFINISHED_FILE = "curve.unfinished.json"  # the curves that are finished, while others are not
+NAIVE_TARGET = f"{Strategy.__module__}.{Strategy.__name__}"  # the default strategy
+UNFINISHED_FILE = "curve.unfinished.json"  # finished curves, while others are not
 
 
 def adapt(config: DictConfig, console: Console) -> list[dict[str, Any]]:
-    """Fine-tune on the stream's one task for `adapt.steps`, in each draw of each of `adapt.shots`;
-    the curves' points.
+    """Train on the stream's one task, a curve for each draw of each number of shots.
 
-    Each curve starts from the same weights. Curves that are finished are kept: what was stopped or
-    killed goes on behind them, and ends in the same curves. Raises ConfigError where the stream has
-    not exactly one task, Stopped where a signal asked for an end.
+    Returns the points of all curves. Each curve starts from the same weights. Finished curves are
+    kept: a command that was stopped or killed resumes after them, and ends with the same curves.
+    Raises ConfigError unless the stream has exactly one task, RunInterrupted after a signal.
     """
     folder = resolve_start(config)
-    with run_folder_lock(out := Path(config.out)):
+    out = Path(config.out)
+    with run_folder_lock(out):
         claim(out, config)
         return _adapt(config, console, out, folder)
 
@@ -62,90 +60,79 @@ def _adapt(
     if (out / CURVE_FILE).exists():
         console.print(f"{out} is finished; show it with: continual report {out}", highlight=False)
         return _to_points(Curve.load(out))
-    bench = prepare_session(config, out)
-    if len(bench.stream.tasks) != 1:
-        names = ", ".join(t.name for t in bench.stream.tasks)
+    session = prepare_session(config, out)
+    tasks = session.stream.tasks
+    if len(tasks) != 1:
+        names = ", ".join(task.name for task in tasks)
         raise ConfigError(
-            "adapt learns one task, and this stream has "
-            f"{len(bench.stream.tasks)}: {names}; pick one, such as "
-            f"stream.tasks=[{bench.stream.tasks[0].name}]"
+            f"adapt learns one task, and this stream has {len(tasks)}: {names}; pick one, such as "
+            f"stream.tasks=[{tasks[0].name}]"
         )
-    bench.load_network()
+    session.load_network()
+    update_rule = config.adapt.update_rule
     if folder:
-        checkpoint.load(
-            folder, bench.model, bench.strategy if config.adapt.update_rule == "inner" else None
-        )
-    task, encodings = bench.token_cache.encode_stage(bench.stream.stages[0])
+        strategy = session.strategy if update_rule == "inner" else None
+        checkpoint.load(folder, session.model, strategy)
+    task, encodings = session.token_cache.encode_stage(session.stream.stages[0])
     track = start_tracker(config, out)
-    with EventLog(out / "events.jsonl", console, track) as events, StopSignal() as signals:
+    with EventLog(out / "events.jsonl", console, track) as events, StopSignal() as stop_signal:
         with main_process_first():
             choose_precision(
                 config.train.precision,
                 out / "precision.json",
-                bench.model,
-                bench.token_cache.sample_rows,
+                session.model,
+                session.token_cache.sample_rows,
                 events.print_line,
             )
-        report_unusable([*bench.test_encodings, *encodings], events)
-        empty = Curve(
-            out,
-            task.name,
-            bench.test_sets[0].metric,
-            str(folder or "base"),
-            (),
-            config.adapt.update_rule,
-        )
-        found = train_curves(bench, task, empty, events, signals)
-    state = (
-        {n: gather_on_cpu(t) for n, t in bench.model.net.state_dict().items()}
-        if bench.model.sharded
-        else None
-    )
+        report_unusable([*session.test_encodings, *encodings], events)
+        metric = session.test_sets[0].metric
+        empty_curve = Curve(out, task.name, metric, str(folder or "base"), (), update_rule)
+        curve = train_curves(session, task, empty_curve, events, stop_signal)
+
+    net = session.model.net
+    full_weights = None
+    if session.model.sharded:
+        full_weights = {name: gather_on_cpu(t) for name, t in net.state_dict().items()}
     if is_main_process():
-        bench.model.net.save_pretrained(out / "model", state_dict=state)
-        bench.model.tokenizer.save_pretrained(out / "model")
-        write_atomically(
-            out / CURVE_FILE, json.dumps(found.to_dict(), indent=1)
-        )  # last: where it is, the rest is whole
+        net.save_pretrained(out / "model", state_dict=full_weights)
+        session.model.tokenizer.save_pretrained(out / "model")
+        # Last: a folder with this file is complete.
+        write_atomically(out / CURVE_FILE, json.dumps(curve.to_dict(), indent=1))
         (out / UNFINISHED_FILE).unlink(missing_ok=True)
         write.write_report(out)
-    return _to_points(found)
+    return _to_points(curve)
 
 
-def _to_points(found: Curve) -> list[dict[str, Any]]:
-    points: list[dict[str, Any]] = found.to_dict()["points"]
+def _to_points(curve: Curve) -> list[dict[str, Any]]:
+    points: list[dict[str, Any]] = curve.to_dict()["points"]
     return points
 
 
 def resolve_start(config: DictConfig) -> Path | None:
-    """The checkpoint to start from, None for the base; `config` takes over the model and data keys
-    of its run.
+    """Return the checkpoint to start from, or None for the base model.
 
-    With adapt.update_rule=inner also its strategy, whose inner loop it is.
+    `config` takes over the model and data keys of the checkpoint's run; with
+    adapt.update_rule=inner also its strategy, whose inner loop is used.
     """
     inner = config.adapt.update_rule == "inner"
     if inner and any(part.get("_target_") != NAIVE_TARGET for part in config.strategy.values()):
         raise ConfigError(
-            f"found strategy={'+'.join(map(str, config.strategy))} beside "
-            "adapt.update_rule=inner, which takes that of the start's run; leave one of "
-            "them out"
+            f"found strategy={'+'.join(map(str, config.strategy))} and "
+            "adapt.update_rule=inner, which uses the strategy of the run in adapt.init_from; leave "
+            "one of them out"
         )
     if config.adapt.init_from == "base":
         if inner:
             raise ConfigError(
-                "adapt.update_rule=inner takes the inner loop of the run that prepared "
-                "the start, and the base has none; name a checkpoint, or set "
-                "adapt.update_rule=train"
+                "adapt.update_rule=inner uses the inner loop of the run in adapt.init_from, and "
+                "the base model has none; name a checkpoint, or set adapt.update_rule=train"
             )
         return None
     path = Path(config.adapt.init_from)
     if path.is_dir():
         check_links_inside(path)
-    folder = (
-        path
-        if (path / "weights.safetensors").exists()
-        else checkpoint.find_resume_point(path).stage_folder
-    )
+    is_checkpoint = (path / "weights.safetensors").exists()
+    folder = path if is_checkpoint else checkpoint.find_resume_point(path).stage_folder
     source = next((p for p in (path, *path.parents) if (p / "config.yaml").exists()), None)
     if folder is None or source is None:
         raise MissingError(
@@ -154,18 +141,18 @@ def resolve_start(config: DictConfig) -> Path | None:
             "adapt.init_from=base"
         )
     theirs = read_config(source / "config.yaml")
-    if names := instantiate.strategies_without_complete_weights(theirs.get("strategy")):
+    incomplete = instantiate.strategies_without_complete_weights(theirs.get("strategy"))
+    if incomplete:
         raise ConfigError(
-            f"adapt.init_from={path}: the strategy {'+'.join(names)} has a part of the "
-            "model in its memory, and the weights alone never answered; start from "
-            "a run of another strategy, or from adapt.init_from=base"
+            f"adapt.init_from={path}: the strategy {'+'.join(incomplete)} keeps a part of the model "
+            "in its memory, so its weights alone are not the model that was scored; start from a "
+            "run of another strategy, or from adapt.init_from=base"
         )
     inherit_model_and_data(config, source / "config.yaml")
     if inner:
-        if wrong := unknown_strategies(theirs, source / "config.yaml"):
-            raise ConfigError(gathered(wrong))
+        Problems(unknown_strategies(theirs, source / "config.yaml")).raise_if_any()
         config.strategy = theirs.strategy
-        build.strategy(config).inner_loop()  # refused before anything that takes long
+        build.strategy(config).inner_loop()  # raises ConfigError if it has none
     return folder
 
 
@@ -176,48 +163,59 @@ def train_curves(
     events: EventLog,
     stop_signal: StopSignal,
 ) -> Curve:
-    """A curve for each draw of each number of shots (null: all training examples); the model is
-    that of the last one.
+    """Train a curve for each draw of each number of shots (null: all training examples).
 
-    A draw is an order of the training examples: the support set of fewer shots is a part of that of
-    more. Curves that the folder of the `empty` one holds are not learned anew.
+    The model ends as that of the last curve. A draw is an order of the training examples: the
+    support set with fewer shots is a part of the one with more. Curves that the folder of
+    `empty_curve` holds are not trained again.
     """
-    settings, every, start = session.config.adapt, len(task.train), snapshot(session.model)
-    shots = dict.fromkeys(every if n is None else min(n, every) for n in settings.shots)
-    wanted = [(n, draw) for n in shots for draw in range(settings.draws)]
-    kept = broadcast((empty_curve.path / UNFINISHED_FILE).exists())
-    points = list(Curve.load(empty_curve.path, UNFINISHED_FILE).points) if kept else []
-    before, done = _score_task(session), {point[:2] for point in points}
-    for number, (n, draw) in enumerate(wanted, 1):
-        if (n, draw) not in done:
-            events.stage = number
-            restore(session.model, start)
-            points += _train_curve(session, task, n, draw, before, events, stop_signal)
-            if is_main_process() and (n, draw) != wanted[-1]:  # whose model is kept with it
-                write_atomically(
-                    empty_curve.path / UNFINISHED_FILE,
-                    json.dumps(replace(empty_curve, points=tuple(points)).to_dict(), indent=1),
-                )
+    settings = session.config.adapt
+    num_rows = len(task.train)
+    start_weights = snapshot(session.model)
+    shots = dict.fromkeys(num_rows if n is None else min(n, num_rows) for n in settings.shots)
+    curves = [(n, draw) for n in shots for draw in range(settings.draws)]
+
+    path = empty_curve.path / UNFINISHED_FILE
+    points = []
+    if broadcast(path.exists()):
+        points = list(Curve.load(empty_curve.path, UNFINISHED_FILE).points)
+    finished = {point[:2] for point in points}
+    base_score = _score_task(session)
+    for number, (n, draw) in enumerate(curves, 1):
+        if (n, draw) in finished:
+            continue
+        events.stage = number
+        restore(session.model, start_weights)
+        points += _train_curve(session, task, n, draw, base_score, events, stop_signal)
+        # The last curve counts as finished only when its model is saved.
+        if is_main_process() and (n, draw) != curves[-1]:
+            unfinished = replace(empty_curve, points=tuple(points))
+            write_atomically(path, json.dumps(unfinished.to_dict(), indent=1))
     return replace(empty_curve, points=tuple(sorted(points)))
 
 
 def _train_curve(
-    bench: RunSession,
+    session: RunSession,
     task: Task[Encoded],
     shots: int,
     draw: int,
     base_score: float,
     events: EventLog,
-    signals: StopSignal,
+    stop_signal: StopSignal,
 ) -> list[tuple[int, int, int, float]]:
-    """Its points, scored `before` training and after the steps of `adapt.eval_steps` and the last."""
-    settings, points = bench.config.adapt, []
-    rng = random.Random(f"{bench.config.seed}/{draw}")
+    """Train one curve; return its points (shots, draw, step, score).
+
+    The task is scored after the steps of `adapt.eval_steps` and after the last one. `base_score` is
+    the score before training.
+    """
+    settings = session.config.adapt
+    points: list[tuple[int, int, int, float]] = []
+    rng = random.Random(f"{session.config.seed}/{draw}")
     support = rng.sample(list(task.train), len(task.train))[:shots]
 
     def measure(step: int, _: Any = None) -> None:
         if step in settings.eval_steps or step == settings.steps:
-            value = _score_task(bench) if step else base_score
+            value = _score_task(session) if step else base_score
             points.append((shots, draw, step, value))
             events(
                 {
@@ -229,15 +227,15 @@ def _train_curve(
                 }
             )
             events.print_line(f"{task.name}, {shots} shots, draw {draw}, step {step}: {value:.3f}")
-        signals.raise_if_received(
+        stop_signal.raise_if_received(
             f"in the curve of {shots} shots and draw {draw}, which begins anew",
-            Path(bench.config.out),
+            Path(session.config.out),
         )
 
     measure(0)
-    strategy, recipe = _make_learner(bench)
+    strategy, recipe = _make_learner(session)
     train_stage(
-        bench.model,
+        session.model,
         replace(task, train=support),
         strategy,
         replace(recipe, steps=settings.steps),
@@ -248,12 +246,13 @@ def _train_curve(
     return points
 
 
-def _make_learner(bench: RunSession) -> tuple[Strategy, Recipe]:
-    """What takes the steps: the configured strategy and optimizer, or the start's own inner loop."""
-    if bench.config.adapt.update_rule == "train":
-        return build.strategy(bench.config), bench.recipe
-    return bench.strategy.inner_loop(), replace(
-        bench.recipe,
+def _make_learner(session: RunSession) -> tuple[Strategy, Recipe]:
+    """Return strategy and recipe as configured, or those of the inner loop of the start's run."""
+    if session.config.adapt.update_rule == "train":
+        return build.strategy(session.config), session.recipe
+    # The inner loop scales the gradient by its own learning rates: lr is 1.
+    recipe = replace(
+        session.recipe,
         optimizer="sgd",
         lr=1.0,
         schedule="constant",
@@ -261,10 +260,12 @@ def _make_learner(bench: RunSession) -> tuple[Strategy, Recipe]:
         weight_decay=0.0,
         max_grad_norm=None,
     )
+    return session.strategy.inner_loop(), recipe
 
 
-def _score_task(bench: RunSession) -> float:
-    bench.model.net.eval()
-    value, _ = score_task(bench.model, bench.test_sets[0], bench.config.score.batch_size)
-    bench.model.net.train()
+def _score_task(session: RunSession) -> float:
+    model = session.model
+    model.net.eval()
+    value, _ = score_task(model, session.test_sets[0], session.settings.score.batch_size)
+    model.net.train()
     return value

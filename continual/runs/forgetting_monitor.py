@@ -1,16 +1,14 @@
-"""Forgetting seen early: every so many steps of a stage a small sample of each task seen so far is
-scored.
+"""Measure forgetting within a stage, on a small sample of each task seen so far.
 
-A task's sample is of its test examples and the same all the run through. With S[i][j] its score on
-task j after stage i, and s[j] its score now, within stage n, forgetting is what the matrix of the
-samples would say if the stage ended here: the mean, over the tasks j that earlier stages taught, of
-max_{i<n} S[i][j] - s[j], from the first stage i on that taught j (Chaudhry et al. 2018, F_k). The
-points within stages are not among the i: the more often one looked, the higher the maximum over
-noisy scores would be.
+A task's sample consists of test examples and is the same during the whole run. With S[i][j] the
+sample's score of task j after stage i, and s[j] its score now, within stage n, forgetting is what
+the matrix of the samples would say if the stage ended here: the mean, over the tasks j of earlier
+stages, of max_{i<n} S[i][j] - s[j], from the first stage i with task j on (Chaudhry et al. 2018,
+F_k). Scores within stages are not in the maximum: over noisy scores it rises with their number.
 
-What is scored is the model as it trains: what a strategy does at a stage's end, such as merging, is
-still to come. The tasks that the stage itself teaches are answered by the weights at hand; others
-as the strategy's `route` and `dispatch` have it.
+The model is scored as it trains, before what a strategy does at a stage's end, such as merging. The
+stage's own tasks are answered with the current weights, others with the strategy's `route` and
+`dispatch`.
 """
 
 from __future__ import annotations
@@ -40,10 +38,9 @@ from continual.training.stage_state import capture_rng_state, restore_rng_state
 
 @dataclass
 class ForgettingMonitor:
-    """Scores `examples` test examples a task `every` so many steps, never where that is None.
+    """Score `num_examples` test examples per task every `every_steps` steps (None: never).
 
-    `where` names the folder that holds the answers after a stage, by its number from 0, before any
-    training.
+    `predictions_folder(n)` is the folder of the predictions after stage n, 0 for the base.
     """
 
     model: Model
@@ -55,9 +52,8 @@ class ForgettingMonitor:
     num_examples: int
     batch_size: int
     seed: int
-    stage_scores: list[dict[str, float]] = field(
-        default_factory=list
-    )  # S: of stage 0, 1, ...; by task
+    # S: for stage 0, 1, ... the score of each task.
+    stage_scores: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Draw the samples."""
@@ -74,85 +70,78 @@ class ForgettingMonitor:
         ]
 
     def begin_stage(self, stage_number: int) -> dict[str, Any] | None:
-        """The event of step 0 of this stage, from 1: the samples' scores as the stage before it
-        left them.
+        """Return the event of step 0 of a stage (from 1): the scores after the stage before it.
 
-        None where nothing is scored within stages. Raises DataError where answers of an earlier
-        stage are not there.
+        None if nothing is scored within stages. Raises DataError if predictions of an earlier stage
+        are missing.
         """
         if self.every_steps is None:
             return None
         while len(self.stage_scores) < stage_number:
-            self.stage_scores.append(
-                broadcast(
-                    self._load_stage_scores(len(self.stage_scores)) if is_main_process() else {}
-                )
-            )
-        return self._make_event(
-            stage_number,
-            0,
-            {
-                t.task: self.stage_scores[stage_number - 1][t.task]
-                for t in self._seen_test_sets(stage_number)
-            },
-        )
+            number = len(self.stage_scores)
+            scores = self._load_stage_scores(number) if is_main_process() else {}
+            self.stage_scores.append(broadcast(scores))
+        before = self.stage_scores[stage_number - 1]
+        scores = {t.task: before[t.task] for t in self._seen_test_sets(stage_number)}
+        return self._make_event(stage_number, 0, scores)
 
     def score_step(self, stage_number: int, step: int) -> dict[str, Any] | None:
-        """The event of this step of stage `number`, which has begun; None where none is due."""
+        """Return the event of this step of a stage that has begun; None if none is due."""
         if self.every_steps is None or step % self.every_steps:
             return None
-        began, own = time.perf_counter(), self.stage_tasks[stage_number - 1]
+        started = time.perf_counter()
+        own_tasks = self.stage_tasks[stage_number - 1]
+        test_sets = self._seen_test_sets(stage_number)
+        scores = {}
         with preserve_state(self.model, self.strategy):
-            tests = sorted(
-                self._seen_test_sets(stage_number), key=lambda t: t.task not in own
-            )  # first what needs the weights at hand
-            found = {t.task: self._score_sample(t, routed=t.task not in own) for t in tests}
-        told = self._make_event(
-            stage_number, step, {t.task: found[t.task] for t in self._seen_test_sets(stage_number)}
-        )
-        return {**told, "seconds": time.perf_counter() - began}
+            # The stage's own tasks first: they need the current weights, and routing changes them.
+            for test in sorted(test_sets, key=lambda t: t.task not in own_tasks):
+                scores[test.task] = self._score_sample(test, routed=test.task not in own_tasks)
+        in_order = {test.task: scores[test.task] for test in test_sets}
+        event = self._make_event(stage_number, step, in_order)
+        return {**event, "seconds": time.perf_counter() - started}
 
     def _seen_test_sets(self, number: int) -> list[EvalSet]:
-        """The tasks that the stages up to this one teach, in the matrix's order."""
+        """Return the test sets of the tasks of all stages up to this one, in the matrix's order."""
         seen = set[str]().union(*self.stage_tasks[:number])
         return [t for t in self.tests if t.task in seen]
 
     def _load_stage_scores(self, number: int) -> dict[str, float]:
-        """S[number], of the tasks that are seen in the next stage."""
-        found = {}
+        """Return S[number], for the tasks of stages up to the next one."""
+        scores = {}
         for test in self._seen_test_sets(number + 1):
-            told = load_example_scores(
-                path := self.predictions_folder(number) / f"{task_file_name(test.task)}.jsonl", test
-            )
-            if told is None:
+            path = self.predictions_folder(number) / f"{task_file_name(test.task)}.jsonl"
+            example_scores = load_example_scores(path, test)
+            if example_scores is None:
                 raise DataError(
-                    f"{path}: found no mark of every test example, expected them for "
-                    "score.every_steps to compare with; restore the file, or go on with "
-                    "score.every_steps=null"
+                    f"{path}: expected a score for every test example, since score.every_steps "
+                    "compares with them; restore the file, or continue with score.every_steps=null"
                 )
-            drawn = self.sample_indices[test.task]
-            found[test.task] = sum(told[i] for i in drawn) / len(drawn)
-        return found
+            indices = self.sample_indices[test.task]
+            scores[test.task] = sum(example_scores[i] for i in indices) / len(indices)
+        return scores
 
     def _score_sample(self, test: EvalSet, *, routed: bool) -> float:
-        sample, turns = test.select(self.sample_indices[test.task]), None
+        """Return the score of a task's sample, with `route` and `dispatch` if `routed`."""
+        sample = test.select(self.sample_indices[test.task])
+        turns = None
         if routed:
             self.strategy.route(self.model, test.task)
             turns = self.strategy.dispatch(self.model, sample.prompt_ids)
         return score_task(self.model, sample, self.batch_size, turns)[0]
 
     def _make_event(self, number: int, step: int, scores: dict[str, float]) -> dict[str, Any]:
-        falls = []
+        """Return the event with the scores and the forgetting at this step."""
+        drops = []
         for test in self._seen_test_sets(number - 1):
             first = next(i for i, names in enumerate(self.stage_tasks, 1) if test.task in names)
-            falls.append(
-                max(row[test.task] for row in self.stage_scores[first:number]) - scores[test.task]
-            )
+            best = max(row[test.task] for row in self.stage_scores[first:number])
+            drops.append(best - scores[test.task])
         return {
             "event": "during",
             "step": step,
             "scores": scores,
-            "forgetting": mean_or_none(falls),
+            "forgetting": mean_or_none(drops),
             "examples": self.num_examples,
             "seconds": 0.0,
         }
@@ -160,31 +149,34 @@ class ForgettingMonitor:
 
 @contextmanager
 def preserve_state(model: Model, strategy: Strategy) -> Iterator[None]:
-    """Within it the model can be asked, also by `route` and `dispatch`; behind it all is as it was,
-    bit for bit.
+    """Allow generation, `route` and `dispatch` within the block, and undo their changes bit for bit.
 
-    That is its mode, its weights, the virtual tokens that it reads behind, and what is drawn next.
+    Restores train mode, weights, batch layout, the choice of virtual tokens, and all random
+    generators.
     """
     routed = any(
         getattr(type(strategy), name) is not getattr(Strategy, name)
         for name in ("route", "dispatch")
     )
-    drawn, layout, virtual = capture_rng_state(), model.layout, getattr(model.net, "virtual", None)
-    held, fixed = snapshot(model) if routed else None, virtual.fixed if virtual else None
+    rng_state = capture_rng_state()
+    layout = model.layout
+    virtual = getattr(model.net, "virtual", None)
+    fixed = virtual.fixed if virtual else None
+    weights_before = snapshot(model) if routed else None
     try:
         with model.eval_mode(), torch.no_grad():
             yield
     finally:
-        if held is not None:
-            restore(model, held)
+        if weights_before is not None:
+            restore(model, weights_before)
         if virtual:
             virtual.fixed = fixed
         model.layout = layout
-        restore_rng_state(drawn)
+        restore_rng_state(rng_state)
 
 
 def format_event(event: Mapping[str, Any]) -> str:
-    """The event in a line for the terminal."""
+    """Format the event as a line for the terminal."""
     forgetting = "" if event["forgetting"] is None else f"forgetting {event['forgetting']:.3f}, "
     return f"step {event['step']}: {forgetting}" + ", ".join(
         f"{t} {s:.3f}" for t, s in event["scores"].items()
@@ -192,9 +184,7 @@ def format_event(event: Mapping[str, Any]) -> str:
 
 
 def load_example_scores(path: Path, test: EvalSet) -> list[float] | None:
-    """The mark of each of the test's examples, by the answers that were written; None where they
-    are not whole.
-    """
+    """Return the score of each test example from written predictions; None if any is missing."""
     try:
         predictions = load_predictions(path)
     except (OSError, ValueError):

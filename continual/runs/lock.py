@@ -1,4 +1,4 @@
-"""A run folder belongs to one configuration and one process."""
+"""Bind a run folder to one configuration, and lock it for one process."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from continual.errors import ConfigError
 from continual.io.atomic import write_atomically
 from continual.io.untrusted import check_links_inside
 
-# What changes nothing of what is learned and scored.
-FREE = ("out.", "track.", "checkpoint.", "stop_if.", "score.every_steps")
+# Keys, or their sections, that change nothing in what is learned and scored.
+FREE = (
+    "out",
+    "track",
+    "checkpoint",
+    "stop_if",
+    "score.every_steps",
+    "score.monitor_examples",
+)
 
 
 def claim(out: Path, config: DictConfig) -> None:
-    """Write the configuration, or check that the folder's run has the same one; raises ConfigError
-    naming the keys.
+    """Write the configuration to the folder, or check it against the run that the folder holds.
+
+    Raises ConfigError with the names of keys that differ, except those of FREE. A run that has
+    written no results yet may change its configuration.
     """
     if not is_main_process():
         return
     path = out / "config.yaml"
     text = OmegaConf.to_yaml(config, resolve=True)
-    begun = any(
-        (out / name).exists()
-        for name in ("events.jsonl", "matrix.json", "checkpoints", "predictions")
-    )
-    if not begun:  # a run that was refused may be given again, put right
+    results = ("events.jsonl", "matrix.json", "checkpoints", "predictions")
+    if not any((out / name).exists() for name in results):
         write_atomically(path, text)
         return
     if not path.exists():
@@ -39,27 +45,31 @@ def claim(out: Path, config: DictConfig) -> None:
             f"{out} holds a run without its config.yaml, which tells whether these "
             "are its keys; restore that file, or give another out="
         )
-    before, now = (
-        flatten_keys(OmegaConf.to_container(c)) for c in (read_config(path), OmegaConf.create(text))
-    )
-    differ = [
-        f"{k}: {before.get(k, 'absent')} there, {now.get(k, 'absent')} now"
-        for k in sorted(before.keys() | now.keys())
-        if before.get(k) != now.get(k) and not f"{k}.".startswith(FREE)
+    before = flatten_keys(OmegaConf.to_container(read_config(path)))
+    now = flatten_keys(OmegaConf.to_container(OmegaConf.create(text)))
+    differences = [
+        f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _is_free(key)
     ]
-    if differ:
+    if differences:
         raise ConfigError(
             f"{out} holds a run with another configuration; give it the same keys "
-            "to resume, or another out=\n  " + "\n  ".join(differ)
+            "to resume, or another out=\n  " + "\n  ".join(differences)
         )
+
+
+def _is_free(key: str) -> bool:
+    """Return True if the key, or a section of it, is one of FREE."""
+    return any(f"{key}.".startswith(f"{free}.") for free in FREE)
 
 
 @contextmanager
 def run_folder_lock(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process; raises ConfigError where another process
-    has it.
+    """Hold the lock of a run folder; create the folder if it does not exist.
 
-    Of processes that share the work one holds it for all.
+    The lock ends with the process. Of several processes of one run, the main process holds it for
+    all. Raises ConfigError if another process has it.
     """
     import fcntl
 

@@ -1,10 +1,9 @@
-"""The engine's own code run without its numbers: what it would compute and hold, for a model of any
-size.
+"""Run the engine's own code on fake tensors, to count FLOPs and memory for a model of any size.
 
-Weights, and all that is computed of them, are ghosts: shapes that take no memory. What a batch is
-made of, token ids and where they stand, is real. So packing, strategies, optimizer and scoring run
-as they are, and their matrix products are counted, and the memory that their tensors would take, as
-they come and go.
+Weights, and everything computed from them, are fake tensors: shapes that take no memory. The token
+ids of a batch and their positions are real. So packing, strategies, optimizer and scoring run as
+they are, while their matrix products are counted, and the memory of their tensors from creation to
+release.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def _flash_cpu_backward_flops(
     return int(sdpa_backward_flop(g, q, k, v)) // (1 + causal)
 
 
-# Attention by a CPU's kernel: causally it computes half of the scores.
+# The CPU kernel of causal attention computes half of the scores.
 FLOP_COUNTERS: Mapping[Any, Callable[..., int]] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: _flash_cpu_flops,
@@ -66,11 +65,10 @@ FLOP_COUNTERS: Mapping[Any, Callable[..., int]] = {
 
 
 class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it tensors of numbers are ghosts and tensors of indices are real; `flops` and `peak`
-    bytes are counted.
+    """Count FLOPs and peak bytes, with fake floating-point tensors and real index tensors.
 
-    Where the code asks for a number that is not there, it is 1, a yes, or the token `said`. What is
-    built within `shapes` is on the meta device, to be made a network of ghosts by `haunt`.
+    Where code reads a value that does not exist, it is 1, True, or for argmax `argmax_token`. Build
+    the network within `meta_device`, and convert it by `convert_to_fake`.
     """
 
     def __init__(self) -> None:
@@ -82,47 +80,50 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def meta_device(self) -> Iterator[None]:
-        """Within it weights are made on the meta device: modules can move and adapt them there."""
+        """Create weights on the meta device, where modules can move and adapt them."""
         self.on_meta_device = True
         with self:
             yield
         self.on_meta_device = False
 
     def convert_to_fake(self, net: nn.Module) -> None:
-        """Make what was built within `shapes` ghosts on a CPU; from here on memory is counted."""
-        self.live_bytes, self.storages = 0, {}
-        made: dict[Tensor, Tensor] = {}
+        """Replace meta tensors of the network by fake CPU tensors; start counting memory here."""
+        self.live_bytes = 0
+        self.storages = {}
+        converted: dict[Tensor, Tensor] = {}  # tied weights stay one tensor
         for module in net.modules():
-            for kept in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
-                for name, t in kept.items():
-                    if t is not None and t.is_meta:
-                        if t not in made:
-                            ghost: Any = FakeTensor(self.fake_mode, t.detach(), torch.device("cpu"))
-                            self._count_bytes(ghost)
-                            made[t] = (
-                                nn.Parameter(ghost, t.requires_grad)
-                                if isinstance(t, nn.Parameter)
-                                else ghost
-                            )
-                        kept[name] = made[t]
-        self.peak_bytes, self.flops = self.live_bytes, 0
+            for tensors in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
+                for name, t in tensors.items():
+                    if t is None or not t.is_meta:
+                        continue
+                    if t not in converted:
+                        converted[t] = self._fake_copy(t)
+                    tensors[name] = converted[t]
+        self.peak_bytes = self.live_bytes
+        self.flops = 0
+
+    def _fake_copy(self, t: Tensor) -> Tensor:
+        """Return a fake CPU tensor, or parameter, of the same shape, and count its memory."""
+        fake: Any = FakeTensor(self.fake_mode, t.detach(), torch.device("cpu"))
+        self._count_bytes(fake)
+        return nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation: for real where all of it is, else on shapes."""
+        """Run one operation: on real tensors if all are real, else on shapes."""
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        ghost = any(isinstance(t, FakeTensor) for t in tensors)
-        meta = not ghost and any(t.is_meta for t in tensors)
-        if (ghost or meta) and func is aten._local_scalar_dense.default:
-            return tensors[0].dtype == torch.bool or 1
+        is_fake = any(isinstance(t, FakeTensor) for t in tensors)
+        is_meta = not is_fake and any(t.is_meta for t in tensors)
+        if (is_fake or is_meta) and func is aten._local_scalar_dense.default:
+            return tensors[0].dtype == torch.bool or 1  # `.item()` of a value that does not exist
         if not tensors:
             return self._create_tensor(func, args, kwargs)
-        if ghost:
+        if is_fake:
             if func is aten.index.Tensor:
                 args = (args[0], _masks_to_indices(args[1]))
             with self.fake_mode:
                 out = func(*args, **kwargs)
-        elif meta:
+        elif is_meta:
             args, kwargs = tree_map(
                 lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs)
             )
@@ -131,17 +132,18 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         else:
             return func(*args, **kwargs)
-        if func is aten.argmax.default:  # what the model says
+        if func is aten.argmax.default:  # the next token in greedy decoding
             return torch.full(out.shape, self.argmax_token)
-        if count := FLOP_COUNTERS.get(func._overloadpacket):
-            self.flops += count(*args, **kwargs, out_val=out)
+        count_flops = FLOP_COUNTERS.get(func._overloadpacket)
+        if count_flops:
+            self.flops += count_flops(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self._count_bytes(t)
         return out
 
     def _create_tensor(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A new tensor: a ghost, unless it is one of indices."""
+        """Create a tensor: fake if it is of floating point, else real."""
         if not any(a.name == "device" for a in func._schema.arguments):
             return func(*args, **kwargs)
         with self.fake_mode:
@@ -154,30 +156,32 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _count_bytes(self, t: Tensor) -> None:
-        """Count a tensor's memory until it is let go."""
+        """Count a tensor's memory until it is released."""
         storage = t.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         if key in self.storages:
             return
 
-        def gone(_: Any) -> None:
+        def on_release(_: Any) -> None:
             if self.storages.get(key) is reference:
                 del self.storages[key]
                 self.live_bytes -= size
 
-        reference = self.storages[key] = weakref.ref(storage, gone)
+        reference = weakref.ref(storage, on_release)
+        self.storages[key] = reference
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage would take. Bytes of memory are those of one device, but for `buffer`, which the
-    host has.
+    """Costs of one stage.
 
-    FLOPs are those of a step and of what comes after the last one, the strategy's `end`; `peak` is
-    the most memory that is taken at once, in a step or at the end. `weights_disk`, `memory_disk`
-    and `progress_disk` are what a checkpoint has of each.
+    Bytes are in the memory of one device, except `buffer_bytes` (host) and `*_disk_bytes` (parts of
+    a checkpoint: weights, strategy memory, stage state). `peak_bytes` and `end_peak_bytes` are the
+    most at one time in a step and after the last one, in the strategy's `end`; FLOPs are of the
+    same two.
     """
 
     steps: int
@@ -197,12 +201,12 @@ class StageCost:
 
     @property
     def total_flops(self) -> float:
-        """Of the whole stage."""
+        """FLOPs of the whole stage."""
         return self.steps * self.step_flops + self.end_flops
 
     @property
     def activation_bytes(self) -> int:
-        """The rest of the peak: activations, and whatever a step holds for a while."""
+        """Peak bytes of a step that are activations and other temporary tensors."""
         return (
             self.peak_bytes
             - self.weight_bytes
@@ -222,113 +226,113 @@ def rehearse(
     steps: int,
     seed: int,
 ) -> StageCost:
-    """Learn a stage without its numbers: `steps` of its steps, drawn as the stage would, and its
-    end.
+    """Run the first `steps` steps of a stage and its end on fake tensors; return the stage's costs.
 
-    Early stopping is left out: its steps are the most that the stage can take. Raises ConfigError
-    for a strategy whose code asks for numbers in a way that ghosts have no answer for, such as
-    NumPy's.
+    Early stopping is off, so the costs are the most that the stage can take. Raises ConfigError for
+    a strategy whose code reads values that fake tensors do not have, for example through NumPy.
     """
-    total, at, optimizer, saved = recipe.total_steps(len(task.train)), [counter.flops], 0, 0
+    total_steps = recipe.total_steps(len(task.train))
+    num_steps = min(steps, total_steps)
+    flop_marks = [counter.flops]  # before the first step and after each
     counter.peak_bytes = counter.live_bytes
-    peak = 0
+    step_peak_bytes = optimizer_bytes = progress_disk_bytes = 0
 
-    def after(step: int, progress: Callable[[], dict[str, Any]]) -> None:
-        nonlocal optimizer, saved, peak
-        at.append(counter.flops)
-        if step == min(steps, total):
-            peak = counter.peak_bytes
-            state = progress()
-            optimizer = _tensor_bytes(state["optimizer"])
-            saved = _checkpoint_bytes(state)
+    def measure(step: int, get_state: Callable[[], dict[str, Any]]) -> None:
+        nonlocal step_peak_bytes, optimizer_bytes, progress_disk_bytes
+        flop_marks.append(counter.flops)
+        if step == num_steps:
+            step_peak_bytes = counter.peak_bytes
+            state = get_state()
+            optimizer_bytes = _tensor_bytes(state["optimizer"])
+            progress_disk_bytes = _checkpoint_bytes(state)
             counter.peak_bytes = counter.live_bytes
 
-    before = _tensor_bytes(strategy.state_dict())
+    strategy_bytes = _tensor_bytes(strategy.state_dict())
     with counter:
         try:
             train_stage(
                 model,
                 task,
                 strategy,
-                replace(recipe, steps=min(steps, total), patience=None),
+                replace(recipe, steps=num_steps, patience=None),
                 seed=seed,
                 log_event=lambda event: None,
-                on_step=after,
+                on_step=measure,
             )
-        except (
-            RuntimeError,
-            ConfigError,
-        ) as error:  # torch's own, where numbers are asked for all at once
+        except (RuntimeError, ConfigError) as error:  # torch raises RuntimeError for missing values
             raise ConfigError(
-                f"a plan goes through a stage of {type(strategy).__name__} without "
-                f"its numbers, and was stopped: {error}\nIf that is for want of "
-                "them, plan a strategy that stores as much, by the table of "
-                "continual list strategies"
+                f"a plan runs a stage of {type(strategy).__name__} without values, and failed: "
+                f"{error}\nIf the strategy needs the values, plan one that stores as much, by the "
+                "table of continual list strategies"
             ) from error
-        trained = _tensor_bytes(weights(model))
-        memory = _checkpoint_bytes(strategy.state_dict())
-    own = sum(t.nbytes for t in {*model.net.parameters(), *model.net.buffers()})
-    state = strategy.state_dict()
+        weight_disk_bytes = _tensor_bytes(weights(model))
+        memory_disk_bytes = _checkpoint_bytes(strategy.state_dict())
+
+    gradients = [p.grad for p in model.net.parameters() if p.grad is not None]
     return StageCost(
-        total,
-        sum(len(e.ids) for e in task.train),
-        (at[-1] - at[0]) / (len(at) - 1),
-        counter.flops - at[-1],
-        own,
-        sum(p.grad.nbytes for p in model.net.parameters() if p.grad is not None),
-        optimizer,
-        before,
-        peak,
-        counter.peak_bytes,
-        _object_bytes(state, set()),
-        trained,
-        memory,
-        saved,
+        steps=total_steps,
+        train_tokens=sum(len(e.ids) for e in task.train),
+        step_flops=(flop_marks[-1] - flop_marks[0]) / (len(flop_marks) - 1),
+        end_flops=counter.flops - flop_marks[-1],
+        weight_bytes=sum(t.nbytes for t in {*model.net.parameters(), *model.net.buffers()}),
+        gradient_bytes=sum(g.nbytes for g in gradients),
+        optimizer_bytes=optimizer_bytes,
+        strategy_bytes=strategy_bytes,
+        peak_bytes=step_peak_bytes,
+        end_peak_bytes=counter.peak_bytes,
+        buffer_bytes=_object_bytes(strategy.state_dict(), set()),
+        weight_disk_bytes=weight_disk_bytes,
+        memory_disk_bytes=memory_disk_bytes,
+        progress_disk_bytes=progress_disk_bytes,
     )
 
 
 def count_scoring_flops(
     counter: CostCounterMode, model: Model, test: EvalSet, batch_size: int
 ) -> float:
-    """The FLOPs of scoring a task once, every answer as long as it may be: those of one batch,
-    times the batches.
+    """Return the FLOPs of scoring a task once, with every answer of the greatest length.
+
+    One batch of rows from all over the task is counted, and scaled to all rows.
     """
-    some = min(batch_size, len(test.encoded))
-    step = max(1, len(test.encoded) // some)
-    part = test.select([*range(0, len(test.encoded), step)][:some])
+    size = min(batch_size, len(test.encoded))
+    stride = max(1, len(test.encoded) // size)
+    sample = test.select([*range(0, len(test.encoded), stride)][:size])
     if test.metric != PERPLEXITY:
-        part = replace(part, metric="exact_match", judge=None)  # marking is not planned
-    before, counter.argmax_token = counter.flops, int(model.tokenizer.eos_token_id == 0)
+        sample = replace(sample, metric="exact_match", judge=None)  # grading is not planned
+    counter.argmax_token = int(model.tokenizer.eos_token_id == 0)  # never the end of an answer
+    flops_before = counter.flops
     with counter:
-        score_task(model, part, batch_size)
-    return (counter.flops - before) * len(test.encoded) / len(part.encoded)
+        score_task(model, sample, batch_size)
+    return (counter.flops - flops_before) * len(test.encoded) / len(sample.encoded)
 
 
 def _masks_to_indices(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices with each real mask as the places where it holds: a ghost of a mask would not tell
-    how many there are.
+    """Replace each real boolean mask by the indices where it is true.
+
+    Indexing a fake tensor with a mask would need a result of unknown size.
     """
-    found: list[Tensor | None] = []
+    result: list[Tensor | None] = []
     for t in indices:
-        mask = t is not None and t.dtype == torch.bool and not isinstance(t, FakeTensor)
-        found += t.nonzero().unbind(-1) if mask and t is not None else [t]
-    return found
+        if t is not None and t.dtype == torch.bool and not isinstance(t, FakeTensor):
+            result += t.nonzero().unbind(-1)
+        else:
+            result.append(t)
+    return result
 
 
 def _tensor_bytes(value: Any) -> int:
-    """The bytes of the tensors in a value."""
-    parts = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    return value.nbytes if isinstance(value, Tensor) else sum(map(_tensor_bytes, parts))
+    """Return the bytes of all tensors in a value."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(part) for part in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_tensor_bytes(part) for part in value)
+    return 0
 
 
 def _checkpoint_bytes(value: Any) -> int:
-    """The bytes of a value in a checkpoint."""
+    """Return the bytes of a value in a checkpoint."""
     import json
 
     tensors: dict[str, Tensor] = {}
@@ -337,7 +341,7 @@ def _checkpoint_bytes(value: Any) -> int:
 
 
 def _object_bytes(value: Any, seen: set[int]) -> int:
-    """The bytes of Python objects, tensors aside."""
+    """Return the bytes of Python objects, without tensors."""
     if id(value) in seen or isinstance(value, Tensor):
         return 0
     seen.add(id(value))

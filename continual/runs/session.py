@@ -1,5 +1,6 @@
-"""All that a run works with, built as its configuration says: the weights last, for a large model's
-take minutes.
+"""Build everything that a run works with, from its configuration.
+
+The network comes last, since loading a large model takes minutes: mistakes are found before.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from continual.evaluation.scoring import EvalSet
 from continual.models.model import Model
 from continual.runs import build, validate
 from continual.runs.forgetting_monitor import ForgettingMonitor
+from continual.runs.settings import RunSettings
 from continual.strategy.interface import Strategy
 from continual.tracking.events import EventLog
 from continual.training.recipe import Recipe
@@ -27,9 +29,10 @@ from continual.training.recipe import Recipe
 
 @dataclass
 class RunSession:
-    """All that a run works with; until `load` the model only tokenises."""
+    """Everything that a run works with; until `load_network` the model only tokenizes."""
 
     config: DictConfig
+    settings: RunSettings
     stream: Stream
     model: Model
     strategy: Strategy
@@ -45,58 +48,70 @@ class RunSession:
         return [encoding for test in self.test_sets for encoding in test.encodings]
 
     def load_network(self) -> None:
-        """Give the model its network; raises ContinualError for what is wrong with it."""
+        """Load the network; raise ContinualError if that is not possible."""
         self.model = build.model(self.config, self.stream)
 
 
 def prepare_session(config: DictConfig, out: Path) -> RunSession:
-    """Build what the configuration names but the network; raises ContinualError for whatever is
-    wrong with it.
+    """Build what the configuration names, except the network.
+
+    Raises ContinualError for whatever is wrong with the configuration or the data.
     """
-    validate.check(config)
-    strategy, recipe = (
-        build.strategy(config),
-        build.recipe(config),
-    )  # before anything that takes long
+    settings = validate.check(config)
+    # Before the stream, which may take long to read.
+    strategy = build.strategy(config)
+    recipe = build.recipe(config)
     validate.refuse_shards(config, strategy)
     validate.refuse_optimizer(config, strategy)
     stream = build.stream(config)
-    if recipe.patience and (bare := [stage.name for stage in stream.stages if not stage.dev]):
+    without_dev = [stage.name for stage in stream.stages if not stage.dev]
+    if recipe.patience and without_dev:
         raise ConfigError(
             f"train.patience={recipe.patience} stops by the loss on dev rows, and "
-            f"there are none of {listed(bare)}; add some, or set "
+            f"there are none of {listed(without_dev)}; add some, or set "
             "train.patience=null"
         )
     model = build.reader(config, stream)
     encoder = build.encoder(config, model)
-    tests = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]
+    test_sets = [build.test(config, t, encoder, i) for i, t in enumerate(stream.tasks)]
     probes = build.probes(config)
     for probe in probes.values():
         probe.prepare(RunSetup(config, stream, encoder, build.judge(config)))
-    tokens = load_or_tokenize(
+    token_cache = load_or_tokenize(
         out / "tokens.safetensors", encoder, stream, include_dev=recipe.patience is not None
     )
-    return RunSession(config, stream, model, strategy, recipe, encoder, tests, tokens, probes)
+    return RunSession(
+        config,
+        settings,
+        stream,
+        model,
+        strategy,
+        recipe,
+        encoder,
+        test_sets,
+        token_cache,
+        probes,
+    )
 
 
 def make_forgetting_monitor(out: Path, session: RunSession) -> ForgettingMonitor:
-    """What looks at forgetting within stages, as the configuration asks."""
-    s = session.config.score
+    """Make the monitor of forgetting within stages that the configuration asks for."""
+    score = session.settings.score
     return ForgettingMonitor(
         session.model,
         session.strategy,
         session.stream,
         session.test_sets,
         partial(predictions_folder, out),
-        s.every_steps,
-        s.monitor_examples,
-        s.batch_size,
+        score.every_steps,
+        score.monitor_examples,
+        score.batch_size,
         session.config.seed,
     )
 
 
 def predictions_folder(out: Path, stage_number: int) -> Path:
-    """Where the answers after a stage stand."""
+    """Return the folder of the predictions after a stage."""
     return out / "predictions" / f"stage-{stage_number:02d}"
 
 

@@ -1,4 +1,4 @@
-"""Stop a run at a step's end when a signal asks for it."""
+"""Stop a run at the end of a step after SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from continual.errors import ContinualError
 
 
 class RunInterrupted(ContinualError):
-    """The user or the system asked for an end; all is kept."""
+    """A signal stopped the run; everything finished is saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        """`number` is the signal's."""
+        """Keep the number of the signal, for the exit status."""
         super().__init__(message)
         self.signal_number = signal_number
 
 
 class StopSignal:
-    """Within it SIGINT and SIGTERM are noted in `caught`; a second one ends the process at once."""
+    """Record SIGINT and SIGTERM within a `with` block; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        """Nothing caught yet."""
+        """Start without a signal."""
         self.signal_number: int | None = None
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        """Take the signals over, in the main thread, which alone may."""
+        """Install the signal handlers; only the main thread can."""
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {
                 n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)
@@ -52,11 +52,12 @@ class StopSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give them back."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Record the first signal, and tell the user; raise KeyboardInterrupt at the second."""
         if self.signal_number is not None:
             raise KeyboardInterrupt
         self.signal_number = number
@@ -66,33 +67,33 @@ class StopSignal:
             )
 
     def raise_if_received(self, position: str, out: Path, signal_number: int | None = None) -> None:
-        """Raise Stopped, with the command that goes on, if a signal came, here or to a process that
-        shares the work.
+        """Raise RunInterrupted, with the command that resumes, if any process received a signal.
 
-        `caught` is what all of them know of already, 0 for none.
+        `position` says where the run is, such as "after step 5 of stage 2". `signal_number` is what
+        all processes know already, 0 for none; None asks them.
         """
-        signal_number = self.any()[0] if signal_number is None else signal_number
+        if signal_number is None:
+            signal_number, _ = self.any()
         if signal_number:
-            barrier()  # whoever keeps the work has kept it
+            barrier()  # the main process may still be saving
             raise RunInterrupted(
                 f"stopped {position}; nothing is lost. Go on with:\n  {resume_command(out)}",
                 signal_number,
             )
 
     def any(self, due: bool = False) -> tuple[int, bool]:
-        """The signal that came to any process, 0 for none, and whether something is due in any: the
-        same in all.
+        """Return the signal that any process received (0: none), and whether `due` in any process.
+
+        All processes get the same answer.
         """
-        caught, is_due = all_reduce_max(self.signal_number or 0, due)
-        return caught, bool(is_due)
+        signal_number, is_due = all_reduce_max(self.signal_number or 0, due)
+        return signal_number, bool(is_due)
 
 
 def resume_command(out: Path) -> str:
-    """The command that was given, with the run's folder."""
+    """Return the command line of this process, with the run's folder as `out`."""
     words = [w for w in sys.argv[1:] if not w.startswith("out=")]
-    start = (
-        ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"]
-        if num_started_processes() > 1
-        else []
-    )
+    start = []
+    if num_started_processes() > 1:
+        start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"]
     return shlex.join([*start, "continual", *words, f"out={quote_value(str(out))}"])

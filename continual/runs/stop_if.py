@@ -1,5 +1,7 @@
-"""A gate stops a run that forgets too much; what stopped it stands in its folder until a gate lets
-it pass.
+"""Stop a run whose forgetting exceeds the limit stop_if.forgetting.
+
+The event that stopped it is written to the run folder, until the run is given a limit that it
+passes.
 """
 
 from __future__ import annotations
@@ -14,16 +16,17 @@ from continual.errors import ContinualError
 from continual.io.atomic import write_atomically
 from continual.results.stopped import STOPPED_FILE, _format_stop, _load_stop
 
-EXIT_STATUS = 3  # what the command line exits with
+EXIT_STATUS = 3  # exit status of the command line
 
 
 class ForgettingLimitExceeded(ContinualError):
-    """A gate of the configuration stopped the run; all is kept."""
+    """A limit of stop_if stopped the run; everything finished is saved."""
 
 
 def check(event: Mapping[str, Any], stage_name: str, limit: float | None) -> dict[str, Any] | None:
-    """The event that stops a run at this point within a stage; None where its forgetting is not
-    above the limit.
+    """Return the event that stops the run here, or None if forgetting is not above the limit.
+
+    `event` is one of the ForgettingMonitor.
     """
     forgetting = event["forgetting"]
     if limit is None or forgetting is None or forgetting <= limit:
@@ -38,21 +41,24 @@ def check(event: Mapping[str, Any], stage_name: str, limit: float | None) -> dic
 
 
 def halt(out: Path, event: Mapping[str, Any]) -> NoReturn:
-    """Write down what stopped the run, and raise Gated."""
+    """Write the event to the run folder, and raise ForgettingLimitExceeded."""
     if is_main_process():
         write_atomically(
             out / STOPPED_FILE, json.dumps({"schema": 1, **event}, ensure_ascii=False) + "\n"
         )
-    barrier()  # whoever keeps the run has kept it
+    barrier()  # the main process may still be saving
     raise ForgettingLimitExceeded(_format_stop(event, out))
 
 
 def clear(out: Path, limit: float | None) -> None:
-    """Let a run that a gate stopped go on, where its forgetting is not above this limit; else
-    raises Gated again.
+    """Let a run continue that was stopped with forgetting not above this limit.
+
+    Raises ForgettingLimitExceeded if its forgetting is above the limit.
     """
-    told = broadcast(_load_stop(out) if is_main_process() else None)
-    if told and limit is not None and told["forgetting"] > limit:
-        raise ForgettingLimitExceeded(_format_stop({**told, "limit": limit}, out))
-    if told and is_main_process():
+    event = broadcast(_load_stop(out) if is_main_process() else None)
+    if event is None:
+        return
+    if limit is not None and event["forgetting"] > limit:
+        raise ForgettingLimitExceeded(_format_stop({**event, "limit": limit}, out))
+    if is_main_process():
         (out / STOPPED_FILE).unlink()

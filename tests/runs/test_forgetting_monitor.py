@@ -239,7 +239,7 @@ def test_answers_of_an_earlier_stage_that_are_gone_are_named_with_the_mend(
         shutil.rmtree(out / path)
     with pytest.raises(
         DataError,
-        match=r"stage-01/first.jsonl: found no mark of every .* go on with score.every_steps=nul",
+        match=r"stage-01/first.jsonl: expected a score for every .* with score.every_steps=null",
     ):
         run_in_process(out, run_keys, *LOOK, "score.monitor_examples=99")
     assert (

@@ -69,13 +69,13 @@ def planned(model_folder, *words):
 
 @pytest.mark.parametrize(("name", "adapter"), [("naive", "lora"), ("maml", "none")])
 def test_a_rehearsal_counts_the_flops_that_a_stage_executes(name, adapter):
-    told = [s.flops for s in rehearsed(toy.strategy_from_config(name), adapter)]
+    told = [s.total_flops for s in rehearsed(toy.strategy_from_config(name), adapter)]
     assert told == pytest.approx(executed(toy.strategy_from_config(name), adapter), rel=1e-3)
 
 
 def test_a_few_steps_stand_for_a_stage_s_work():
     """Within 5%, though rows differ in length."""
-    told = rehearsed(toy.strategy_from_config("naive"), stages=1, recipe=toy.RECIPE)[0].flops
+    told = rehearsed(toy.strategy_from_config("naive"), stages=1, recipe=toy.RECIPE)[0].total_flops
     assert told == pytest.approx(
         executed(toy.strategy_from_config("naive"), stages=1, recipe=toy.RECIPE)[0], rel=0.05
     )
@@ -85,18 +85,20 @@ def test_memory_has_its_parts():
     stage = rehearsed(toy.strategy_from_config("naive"), "lora", stages=1)[0]
     model = network("lora")
     trained = sum(w.nbytes for w in weights(model).values())
-    assert stage.weights == sum(t.nbytes for t in [*model.net.parameters(), *model.net.buffers()])
+    assert stage.weight_bytes == sum(
+        t.nbytes for t in [*model.net.parameters(), *model.net.buffers()]
+    )
     assert stage.gradient_bytes == stage.weight_disk_bytes == trained
-    assert 2 * trained <= stage.optimizer <= 2 * trained + 8 * len(weights(model))
-    assert stage.strategy == 0
+    assert 2 * trained <= stage.optimizer_bytes <= 2 * trained + 8 * len(weights(model))
+    assert stage.strategy_bytes == 0
     assert stage.activation_bytes > 0
 
 
 def test_ewc_holds_an_anchor_and_an_importance_from_its_second_stage_on():
     stages = rehearsed(toy.strategy_from_config("ewc"))
-    assert [s.strategy for s in stages] == [0, 2 * stages[0].gradient_bytes]
+    assert [s.strategy_bytes for s in stages] == [0, 2 * stages[0].gradient_bytes]
     assert all(s.end_flops > 0 for s in stages)
-    assert [s.flops for s in stages] == pytest.approx(
+    assert [s.total_flops for s in stages] == pytest.approx(
         executed(toy.strategy_from_config("ewc")), rel=1e-3
     )
 
@@ -141,13 +143,13 @@ class Anchors(Strategy):
 def test_a_strategy_s_growth_is_measured_not_told():
     stages = rehearsed(Anchors(), stages=3)
     each = stages[0].gradient_bytes
-    assert [s.strategy for s in stages] == [0, each, 2 * each]
+    assert [s.strategy_bytes for s in stages] == [0, each, 2 * each]
 
 
 def test_each_task_s_prompt_is_kept(model_folder):
     made = planned(model_folder, "model.adapter=prompt_tuning", "strategy=progressive_prompts")
-    assert made.growth_per_task(lambda s: s.strategy) == 5 * 32 * 4
-    assert made.trained == 5 * 32
+    assert made.growth_per_task(lambda s: s.strategy_bytes) == 5 * 32 * 4
+    assert made.num_trained == 5 * 32
 
 
 def test_only_a_buffer_without_a_bound_is_said_to_grow(model_folder):
@@ -156,11 +158,15 @@ def test_only_a_buffer_without_a_bound_is_said_to_grow(model_folder):
         for n in ("0.9", "8")
     )
     for made in (free, bound):
-        assert [made.growth_per_task(of) for of in (lambda s: s.strategy, lambda s: s.peak)] == [
+        assert [
+            made.growth_per_task(of) for of in (lambda s: s.strategy_bytes, lambda s: s.peak_bytes)
+        ] == [
             0,
             0,
         ]
-        assert made.checkpoint_bytes > made.stages[-1].weight_disk_bytes * len(made.training)
+        assert made.checkpoint_bytes > made.stage_costs[-1].weight_disk_bytes * len(
+            made.training_flops
+        )
     assert free.growth_per_task(lambda s: s.memory_disk_bytes) > 4 * bound.growth_per_task(
         lambda s: s.memory_disk_bytes
     )
@@ -170,8 +176,8 @@ def test_later_stages_follow_from_those_that_were_rehearsed(model_folder):
     few, all_of_them = (
         planned(model_folder, "strategy=replay", f"plan.rehearse_stages={n}") for n in (4, 5)
     )
-    assert len(few.stages) == 4
-    assert sum(few.training) == pytest.approx(sum(all_of_them.training), rel=0.05)
+    assert len(few.stage_costs) == 4
+    assert sum(few.training_flops) == pytest.approx(sum(all_of_them.training_flops), rel=0.05)
 
 
 # The command
@@ -183,9 +189,9 @@ def test_no_weights_and_no_tokenizer_are_needed_where_the_tasks_are_told(tmp_pat
         if path.name != "config.json":
             path.unlink()
     made = planned(folder, "strategy=naive", "plan.gpus=2", "plan.rehearse_stages=1")
-    assert made.parameters == made.trained > 0
-    assert len(made.training) == 5
-    assert made.hours(made.flops) == pytest.approx(made.flops / (2 * 1e12 * 0.4) / 3600)
+    assert made.num_parameters == made.num_trained > 0
+    assert len(made.training_flops) == 5
+    assert made.hours(made.total_flops) == pytest.approx(made.total_flops / (2 * 1e12 * 0.4) / 3600)
 
 
 def test_the_stream_s_own_rows_are_rehearsed(run_cli, stream_folder, model_folder):
