@@ -6,7 +6,7 @@ in, of the same lengths.
 
 `plan`, which holds the plans of whole runs to the runs, is run where it is named. More are run by
 themselves: `python -m benchmarks.crash` kills runs at random instants, `python -m benchmarks.soak`
-learns 200 tasks in one stream, `python -m benchmarks.strategies` measures the README's table of
+learns 200 tasks in one stream, `python -m benchmarks.strategies` measures the table of
 strategies, and `python -m benchmarks.leaderboard DIR` writes docs/leaderboard.md from a comparison.
 """
 

@@ -69,8 +69,8 @@ during training; the task's name in tests.
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured of a strategy.
+class Measurement:
+    """The measured numbers of a strategy.
 
     `size` is the memory as text, such as "6.2 MB"; `ratio` the time of a step over naive's;
     `identity` one of IDENTITY.
@@ -98,27 +98,28 @@ def main() -> None:
     parser.add_argument(
         "--to", type=Path, default=PAGE, metavar="PATH", help="another file than docs/strategies.md"
     )
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
+    path = arguments.to
     for choice in list_choices("strategy"):
-        if not asked.texts and (not asked.names or choice.name in asked.names):
-            found = measured(choice)
-            print(f"{choice.name}: {found}", flush=True)
-            known = rows(asked.to.read_text("utf-8"))
-            asked.to.write_text(page({**known, choice.name: found}), "utf-8")
-    if asked.texts:
-        asked.to.write_text(page(rows(asked.to.read_text("utf-8"))), "utf-8")
+        if not arguments.texts and (not arguments.names or choice.name in arguments.names):
+            measurement = measure_strategy(choice)
+            print(f"{choice.name}: {measurement}", flush=True)
+            known = parse_page(path.read_text("utf-8"))
+            path.write_text(render_page({**known, choice.name: measurement}), "utf-8")
+    if arguments.texts:
+        path.write_text(render_page(parse_page(path.read_text("utf-8"))), "utf-8")
 
 
-def rows(text: str) -> dict[str, Measured]:
+def parse_page(text: str) -> dict[str, Measurement]:
     """Return the measured numbers that a page holds, by the strategy's name."""
-    found = {}
+    measurements = {}
     for line in re.findall(r"^\| `\w+` \|.*$", text, re.MULTILINE):
         name, _, _, memory, cost, needs = line.strip("| ").split(" | ")
-        identity = next((word for word, told in IDENTITY.items() if told and told in needs), "no")
-        found[name.strip("`")] = Measured(
+        identity = next((key for key, need in IDENTITY.items() if need and need in needs), "no")
+        measurements[name.strip("`")] = Measurement(
             _bracket(memory), _bracket(cost), OLD_EXAMPLES in needs, identity
         )
-    return found
+    return measurements
 
 
 def _bracket(cell: str) -> str:
@@ -126,7 +127,7 @@ def _bracket(cell: str) -> str:
     return cell.rpartition(" (")[2].removesuffix(")")
 
 
-def page(known: Mapping[str, Measured]) -> str:
+def render_page(known: Mapping[str, Measurement]) -> str:
     """Return the page with the measured numbers of all strategies that still exist."""
     by_name = {choice.name: choice for choice in list_choices("strategy")}
     titles = [family.title for family in FAMILIES]
@@ -134,17 +135,17 @@ def page(known: Mapping[str, Measured]) -> str:
     parts = [INTRODUCTION.format(key=KEY, links=links)]
     for family in FAMILIES:
         names = [name for name in family.when if name in known and name in by_name]
-        lines = [row(by_name[name], family.when[name], known[name]) for name in names]
+        lines = [render_row(by_name[name], family.when[name], known[name]) for name in names]
         table = "\n".join([_line(HEADS), "|---" * len(HEADS) + "|", *lines])
         parts.append(f"## {family.title}\n\n{family.idea}\n\n{table}\n")
     return "\n".join(parts)
 
 
-def row(choice: Choice, when: str, found: Measured) -> str:
+def render_row(choice: Choice, when: str, measurement: Measurement) -> str:
     """Return a strategy's line of the table."""
     needs = [
-        OLD_EXAMPLES if found.keeps_examples else "",
-        IDENTITY[found.identity],
+        OLD_EXAMPLES if measurement.keeps_examples else "",
+        IDENTITY[measurement.identity],
         TASK_NAME if "route" in choice.moments else "",
     ]
     return _line(
@@ -152,8 +153,8 @@ def row(choice: Choice, when: str, found: Measured) -> str:
             f"`{choice.name}`",
             choice.source,
             when,
-            f"{choice.facts['stores']} ({found.size})",
-            f"{choice.facts['costs']} ({found.ratio})",
+            f"{choice.facts['stores']} ({measurement.size})",
+            f"{choice.facts['costs']} ({measurement.ratio})",
             ", ".join(filter(None, needs)) or NOTHING,
         ]
     )
@@ -163,91 +164,102 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def measured(choice: Choice, *words: str) -> Measured:
+def measure_strategy(choice: Choice, *words: str) -> Measurement:
     """Measure a strategy; `words` are further keys of the run."""
     needed = works.NEEDED.get(choice.name, [])
     config = compose_config("run", [f"strategy=[{choice.name}]", "device=cpu", *needed, *words])
     stream = build.stream(config)
-    model, strategy = build.model(config, stream), build.strategy(config)
-    encoder, names = build.encoder(config, model), index_tasks(stream)
+    model = build.model(config, stream)
+    strategy = build.strategy(config)
+    encoder = build.encoder(config, model)
+    names = index_tasks(stream)
     tasks = [encoder.encode_task(stage, names, include_dev=False) for stage in stream.stages]
     recipe = replace(build.recipe(config), steps=STEPS)
     for i, task in enumerate(tasks[:-1]):
         train_stage(model, task, strategy, recipe, seed=i, log_event=lambda event: None)
-    ratio = step_ratio(model, strategy, tasks[-1], config)
+    ratio = measure_step_ratio(model, strategy, tasks[-1], config)
     strategy.end(model, tasks[-1])
-    with tempfile.TemporaryDirectory() as place:
-        folder = checkpoint.save(Path(place, "stage-01"), model, strategy, toy.empty_matrix())
-        bytes_ = (
-            checkpoint.size_bytes(folder, "memory.*") if any(strategy.state_dict().values()) else 0
-        )
-    old = keeps_examples(strategy.state_dict()) or any(
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = checkpoint.save(Path(temporary, "stage-01"), model, strategy, toy.empty_matrix())
+        has_memory = any(strategy.state_dict().values())
+        size = checkpoint.size_bytes(folder, "memory.*") if has_memory else 0
+    keeps = keeps_examples(strategy.state_dict()) or any(
         len({e.task_index for e in task.train}) > 1 for task in tasks
     )
-    return Measured(format_bytes(bytes_) if bytes_ else "0", f"{ratio:.2f}", old, identity(choice, config))
+    return Measurement(
+        format_bytes(size) if size else "0",
+        f"{ratio:.2f}",
+        keeps,
+        required_identity(choice, config),
+    )
 
 
-def step_ratio(model: Any, strategy: Strategy, task: Task[Encoded], config: DictConfig) -> float:
-    """The CPU time of the strategy's step over naive's, each on the same new examples."""
+def measure_step_ratio(
+    model: Any, strategy: Strategy, task: Task[Encoded], config: DictConfig
+) -> float:
+    """Return the CPU time of the strategy's step over naive's, on the same new examples."""
     n = config.train.batch_size
     batches = [task.train[i : i + n] for i in range(0, len(task.train) - n + 1, n)]
     arms: list[Step] = []
-    for made, plan in ((model, strategy), (deepcopy(model), Strategy())):
-        arms.append(works.stepper(made, plan.begin(made, task), plan.backward, batches * ROUNDS))
-    spent: list[list[float]] = [[], []]
+    for subject, method in ((model, strategy), (deepcopy(model), Strategy())):
+        parameters = method.begin(subject, task)
+        arms.append(works.stepper(subject, parameters, method.backward, batches * ROUNDS))
+
+    seconds: list[list[float]] = [[], []]
     for _ in range(ROUNDS):
-        for took, step in zip(spent, arms, strict=True):
-            began = time.thread_time()
+        for times, step in zip(seconds, arms, strict=True):
+            start = time.thread_time()
             step()
-            took.append(time.thread_time() - began)
-    ours, naive = (statistics.median(took[2:]) for took in spent)
+            times.append(time.thread_time() - start)
+
+    # The first two steps of each arm warm up.
+    ours, naive = (statistics.median(times[2:]) for times in seconds)
     return ours / naive
 
 
 def keeps_examples(value: Any) -> bool:
-    """Whether a memory value holds examples."""
+    """Return True if a memory value holds examples, at any depth."""
     if isinstance(value, ReplayBuffer):
         return len(value) > 0
-    parts = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    return isinstance(value, Encoded) or any(map(keeps_examples, parts))
+    if isinstance(value, dict):
+        return any(map(keeps_examples, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(keeps_examples, value))
+    return isinstance(value, Encoded)
 
 
-def subject(config: DictConfig) -> Model:
-    """A toy model with the adapter that the strategy needs, if it does."""
-    made = toy.make_model(lora_rank=12 if config.model.adapter == "lora" else 0)
-    return toy.add_virtual_tokens(made) if config.model.adapter == "prompt_tuning" else made
+def make_toy_model(config: DictConfig) -> Model:
+    """Build a toy model with the adapter that the strategy needs, if any."""
+    model = toy.make_model(lora_rank=12 if config.model.adapter == "lora" else 0)
+    return toy.add_virtual_tokens(model) if config.model.adapter == "prompt_tuning" else model
 
 
-def identity(choice: Choice, config: DictConfig) -> str:
-    """What a strategy has to know of tasks while it trains: nothing, where they end, or of which
-    one an example is.
+def required_identity(choice: Choice, config: DictConfig) -> str:
+    """Return what a strategy must know of tasks while it trains: a key of IDENTITY.
+
+    It learns the same from examples that all claim to belong to the first task if it needs nothing
+    but the boundaries.
     """
     if not {"begin", "end"} & {*choice.moments}:
         return "no"
-    told, untold = subject(config), subject(config)
-    one, other = build.strategy(config), build.strategy(config)
+    informed = make_toy_model(config)
+    uninformed = make_toy_model(config)
+    first = build.strategy(config)
+    second = build.strategy(config)
     for i in range(3):
-        toy.train_stages(told, one, i)
+        toy.train_stages(informed, first, i)
         task = toy.make_task(i)
+        examples = [replace(example, task_index=0) for example in task.train]
         train_stage(
-            untold,
-            replace(task, train=[replace(e, task_index=0) for e in task.train]),
-            other,
+            uninformed,
+            replace(task, train=examples),
+            second,
             toy.RECIPE,
             seed=i,
             log_event=lambda event: None,
         )
-    return (
-        "boundaries"
-        if toy.bitwise_equal(toy.copy_parameters(told), toy.copy_parameters(untold))
-        else "of each example"
-    )
+    same = toy.bitwise_equal(toy.copy_parameters(informed), toy.copy_parameters(uninformed))
+    return "boundaries" if same else "of each example"
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def test_the_guide_s_probe_runs_by_its_class(load_block, run_keys, tmp_path):
 @pytest.fixture(scope="module")
 def shown():
     """The measured numbers of the strategies' page, by strategy."""
-    return table.rows(STRATEGIES)
+    return table.parse_page(STRATEGIES)
 
 
 def test_the_strategies_page_has_every_strategy(shown):
@@ -147,7 +147,7 @@ def test_every_strategy_is_in_one_family():
 
 def test_the_strategies_page_says_what_the_strategies_say(shown):
     """`python -m benchmarks.strategies --texts` writes it again, with the numbers that it has."""
-    assert table.page(shown) == STRATEGIES
+    assert table.render_page(shown) == STRATEGIES
 
 
 def test_what_a_strategy_says_it_stores_is_nothing_exactly_where_it_stores_nothing(shown):
@@ -165,12 +165,12 @@ def test_a_row_is_measured_by_one_command(stream_folder, model_folder, tmp_path)
         "train.batch_size=6",
     )
     choice = next(c for c in catalogue.list_choices("strategy") if c.name == "multitask")
-    found = table.measured(choice, *words)
+    found = table.measure_strategy(choice, *words)
     assert float(found.size.split()[0]) > 0
     assert float(found.ratio) > 0
     assert (found.keeps_examples, found.identity) == (True, "of each example")
     name, source, _, stores, costs, needs = (
-        table.row(choice, "when", found).strip("| ").split(" | ")
+        table.render_row(choice, "when", found).strip("| ").split(" | ")
     )
     assert (name, source) == ("`multitask`", choice.source)
     assert stores == f"{choice.facts['stores']} ({found.size})"
@@ -180,11 +180,11 @@ def test_a_row_is_measured_by_one_command(stream_folder, model_folder, tmp_path)
 
 def test_rows_that_are_not_measured_again_stay():
     known = {
-        "naive": table.Measured("0", "1.05", False, "no"),
-        "gone": table.Measured("1 B", "1.00", True, "boundaries"),
+        "naive": table.Measurement("0", "1.05", False, "no"),
+        "gone": table.Measurement("1 B", "1.00", True, "boundaries"),
     }
-    added = table.Measured("6.2 MB", "1.11", False, "boundaries")
-    found = table.rows(table.page({**known, "l2": added}))
+    added = table.Measurement("6.2 MB", "1.11", False, "boundaries")
+    found = table.parse_page(table.render_page({**known, "l2": added}))
     assert found == {"naive": known["naive"], "l2": added}
 
 
