@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         exit_with_error(
             ContinualError(
-                f"{error.filename or 'the system'}: {error.strerror or error}; check that the folder "
-                "is writable and has free space, and give the same command again"
+                f"{error.filename or 'the system'}: {error.strerror or error}; check that the "
+                "folder is writable and has free space, and give the same command again"
             )
         )
     except KeyboardInterrupt:
