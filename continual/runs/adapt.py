@@ -144,9 +144,9 @@ def resolve_start(config: DictConfig) -> Path | None:
     incomplete = instantiate.strategies_without_complete_weights(theirs.get("strategy"))
     if incomplete:
         raise ConfigError(
-            f"adapt.init_from={path}: the strategy {'+'.join(incomplete)} keeps a part of the model "
-            "in its memory, so its weights alone are not the model that was scored; start from a "
-            "run of another strategy, or from adapt.init_from=base"
+            f"adapt.init_from={path}: the strategy {'+'.join(incomplete)} keeps a part of the "
+            "model in its memory, so its weights alone are not the model that was scored; start "
+            "from a run of another strategy, or from adapt.init_from=base"
         )
     inherit_model_and_data(config, source / "config.yaml")
     if inner:

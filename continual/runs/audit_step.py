@@ -1,4 +1,4 @@
-"""The audit as a step of a run, and as a command."""
+"""Audit a stream as a step of a run, or as a command."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from continual.reports import audits
 from continual.runs import build, validate
 from continual.tracking.events import EventLog
 
-PRINTED_AUDITS: set[str] = (
-    set()
-)  # what this process has shown: the runs of a comparison need not say it again
+# Audits that this process has printed: the runs of a comparison share one.
+PRINTED_AUDITS: set[str] = set()
 
 
 def print_audit(
@@ -37,54 +36,59 @@ def print_audit(
     count_tokens: Callable[[Sequence[Example]], Sequence[TokenCount]],
     console: Console,
 ) -> dict[str, Any] | None:
-    """Count and show, once a run; None where the run has `noted` it before."""
+    """Audit the stream and print the result; None if the run has recorded it before."""
     if (out / audits.AUDIT_FILE).exists():
         return None
-    told = _audit_with_lengths(config, stream, encoder, context, eval_sets, count_tokens).to_dict()
-    if (once := f"{out.parent} {json.dumps(told)}") in PRINTED_AUDITS:
+    audit = _audit_with_lengths(config, stream, encoder, context, eval_sets, count_tokens).to_dict()
+    key = f"{out.parent} {json.dumps(audit)}"
+    if key in PRINTED_AUDITS:
         console.print(
-            f"audit of {stream.name}: as above, {len(told['findings'])} findings",
+            f"audit of {stream.name}: as above, {len(audit['findings'])} findings",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
     else:
-        audits.print_audit_table(console, told)
-        PRINTED_AUDITS.add(once)
-    return told
+        audits.print_audit_table(console, audit)
+        PRINTED_AUDITS.add(key)
+    return audit
 
 
-def record_audit(out: Path, told: Mapping[str, Any], events: EventLog) -> None:
-    """Tell `events` what was `shown`, and write audit.json: the run has begun."""
-    events({"event": "audit", "findings": told["findings"]})
-    write_atomically(out / audits.AUDIT_FILE, json.dumps(told, indent=1))
+def record_audit(out: Path, audit: Mapping[str, Any], events: EventLog) -> None:
+    """Log the result of `print_audit`, and write audit.json, once the run has begun."""
+    events({"event": "audit", "findings": audit["findings"]})
+    write_atomically(out / audits.AUDIT_FILE, json.dumps(audit, indent=1))
 
 
 def report_solved_tasks(out: Path, scores: Mapping[str, float], events: EventLog) -> None:
-    """Show the tasks that the base already solves, by its scores."""
-    told = audits.load_audit(out)
-    for line in audits.solved_task_lines(told, scores) if told else []:
+    """Print and log the tasks that the base model already solves, by its scores."""
+    audit = audits.load_audit(out)
+    for line in audits.solved_task_lines(audit, scores) if audit else []:
         events.print_line(line)
         events({"event": "audit", "solved": line})
 
 
 def run_audit(config: DictConfig, console: Console) -> Audit:
-    """`continual audit`: count and show, and write nothing; tokens are counted where a model is
-    named.
+    """Audit a stream and print the result, without writing files (`continual audit`).
+
+    Tokens are counted only if a model is configured.
     """
     validate.check(config)
-    stream, s = build.stream(config), config.score
+    stream = build.stream(config)
+    score = config.score
     if not OmegaConf.select(config, "model._target_"):
-        told = audit_stream(stream, s.split, metric=s.metric, max_examples=s.max_examples)
+        audit = audit_stream(
+            stream, score.split, metric=score.metric, max_examples=score.max_examples
+        )
     else:
         reader = build.reader(config, stream)
         encoder = replace(build.encoder(config, reader), on_unusable="skip")
         tests = [
             build.test(config, t, encoder, i)
             for i, t in enumerate(stream.tasks)
-            if getattr(t, s.split, ())
+            if getattr(t, score.split, ())
         ]
-        told = _audit_with_lengths(
+        audit = _audit_with_lengths(
             config,
             stream,
             encoder,
@@ -92,8 +96,8 @@ def run_audit(config: DictConfig, console: Console) -> Audit:
             tests,
             lambda rows: count_row_tokens(encoder, rows),
         )
-    audits.print_audit_table(console, told.to_dict())
-    return told
+    audits.print_audit_table(console, audit.to_dict())
+    return audit
 
 
 def _audit_with_lengths(

@@ -149,7 +149,7 @@ class ForgettingMonitor:
 
 @contextmanager
 def preserve_state(model: Model, strategy: Strategy) -> Iterator[None]:
-    """Allow generation, `route` and `dispatch` within the block, and undo their changes bit for bit.
+    """Undo the changes of generation, `route` and `dispatch` in the block, bit for bit.
 
     Restores train mode, weights, batch layout, the choice of virtual tokens, and all random
     generators.

@@ -2,10 +2,11 @@
 
 Other folders may import:
 
-- checkpoint: Found, find, load, number, progress, prune, save, size
-- precision: settle
+- checkpoint: ResumePoint, find_resume_point, load, load_stage_state, load_within_stage, prune,
+  save, size_bytes, stage_number
+- precision: choose_precision
 - recipe: Recipe
-- serialization: to_json
-- stage: learn
-- stage_state: random_state, set_random_state
+- serialization: serialize_value
+- stage: train_stage
+- stage_state: capture_rng_state, restore_rng_state
 """

@@ -235,8 +235,8 @@ def test_by_the_inner_rule_of_meta_sgd_each_weight_has_its_learned_rate(run_keys
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("checkpoint=base",), "the base has none"),
-        (("checkpoint={run}", "strategy=l2"), "found strategy=l2 beside adapt.update_rule=inner"),
+        (("checkpoint=base",), "the base model has none"),
+        (("checkpoint={run}", "strategy=l2"), "found strategy=l2 and adapt.update_rule=inner"),
         (("checkpoint={run}", "adapt.update_rule=outer"), "unknown adapt.update_rule 'outer'"),
     ],
 )
