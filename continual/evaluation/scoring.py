@@ -1,4 +1,4 @@
-"""Answer the test prompts, deterministically, and mark the answers."""
+"""Answer test prompts deterministically, and score the answers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from continual.data.template import Encoder, Encoding, usable_examples
 from continual.data.types import Encoded, Example, Task
-from continual.distributed.processes import all_gather, is_main_process, single_process
-from continual.distributed.work import assign_work
+from continual.distributed.processes import is_main_process, single_process
+from continual.distributed.work import assign_work, gather_by_index
 from continual.errors import ConfigError, ContinualError, DataError, unknown
 from continual.evaluation.instruction_parser import composition_level
 from continual.evaluation.likelihood import encode_labels, most_likely_labels
@@ -27,20 +27,20 @@ from continual.packing.layout import response_start
 from continual.results.prediction import Prediction
 
 SPLITS = ("train", "dev", "test")
-PERPLEXITY = "perplexity"  # marks the reference, not an answer
-JUDGE_METRIC = "relevance_judged"  # marked by another model
+PERPLEXITY = "perplexity"  # scores the reference, not an answer
+JUDGE_METRIC = "relevance_judged"  # scored by another model
 ANSWER_MODES = ("generate", "likelihood")
-# Marks answers to examples: each mark a dictionary with a "score" in [0, 1].
+# Scores answers to examples; each result is a dictionary with a "score" in [0, 1].
 JudgeFunction = Callable[[Sequence[Example], Sequence[str]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One task ready to be scored: its examples, their prompts as ids, and the most tokens that an
-    answer may take.
+    """One task's encoded test prompts, ready to be scored.
 
-    `encoded` holds prompt and reference together where the metric is perplexity. With `labels`,
-    each with its tokens, the answer is the likeliest of them.
+    `encoded` holds the prompts, or prompts with references if the metric is perplexity. Answers
+    have at most `max_new_tokens` tokens. With `label_token_ids` the answer is the most likely of
+    these labels.
     """
 
     task: str
@@ -54,11 +54,11 @@ class EvalSet:
 
     @property
     def prompt_ids(self) -> list[tuple[int, ...]]:
-        """What is asked, without any answer: the token ids of each prompt."""
+        """Return the token ids of each prompt, without any answer."""
         return [e.ids[: response_start(e)] if any(e.response_mask) else e.ids for e in self.encoded]
 
     def select(self, indices: Sequence[int]) -> EvalSet:
-        """Some of the examples."""
+        """Return the set of the examples at these indices."""
         return replace(
             self,
             examples=[self.examples[i] for i in indices],
@@ -78,16 +78,17 @@ def prepare_eval_set(
     answer_mode: str = "generate",
     judge: JudgeFunction | None = None,
 ) -> EvalSet:
-    """Encode a task's prompts once. By default an answer may be as long as the task's longest
-    reference.
+    """Encode a task's prompts.
 
-    With `how="likelihood"` the answer is the likeliest of the task's labels, whatever
-    `max_new_tokens`. Raises ConfigError for an unknown metric or way to answer and for what these
-    need and is not given (labels, a judge, a length), DataError for a split that is not there, an
-    example that does not fit, or one that the metric cannot mark.
+    By default an answer may be as long as the task's longest reference. With
+    `answer_mode="likelihood"` the answer is the most likely of the task's labels, and
+    `max_new_tokens` is ignored. Raises ConfigError for an unknown metric or answer mode, and for
+    missing labels, judge or length; DataError for a missing split, an example that does not fit, or
+    one that the metric cannot score.
     """
     metric = metric or task.metric
-    if metric not in (known := [*REFERENCE_METRICS, *ROW_METRICS, JUDGE_METRIC, PERPLEXITY]):
+    known = [*REFERENCE_METRICS, *ROW_METRICS, JUDGE_METRIC, PERPLEXITY]
+    if metric not in known:
         raise ConfigError(
             f"task {task.name!r}: "
             + unknown("metric", metric, known)
@@ -97,6 +98,7 @@ def prepare_eval_set(
         raise ConfigError(unknown("score.split", split, SPLITS))
     if answer_mode not in ANSWER_MODES:
         raise ConfigError(unknown("score.answer_mode", answer_mode, ANSWER_MODES))
+
     rows = list(task.get_split(split))[:max_examples]
     if metric == JUDGE_METRIC and judge is None:
         raise ConfigError(
@@ -105,29 +107,27 @@ def prepare_eval_set(
         )
     if metric in ROW_METRICS:
         check_metric_rows(metric, task.name, rows)
-    labels = (
-        _encode_task_labels(task, encoder)
-        if answer_mode == "likelihood" and metric != PERPLEXITY
-        else {}
-    )
-    room = (
-        max(map(len, labels.values()))
-        if labels
-        else max_new_tokens or _longest_reference(task.name, metric, rows, encoder)
-    )
-    if metric != PERPLEXITY and not encoder.seq2seq and room >= encoder.max_tokens:
-        whence = (
+
+    chooses_label = answer_mode == "likelihood" and metric != PERPLEXITY
+    labels = _encode_task_labels(task, encoder) if chooses_label else {}
+    if labels:
+        answer_tokens = max(map(len, labels.values()))
+    else:
+        answer_tokens = max_new_tokens or _longest_reference(task.name, metric, rows, encoder)
+    if metric != PERPLEXITY and not encoder.seq2seq and answer_tokens >= encoder.max_tokens:
+        origin = (
             "score.max_new_tokens" if max_new_tokens else f"the longest of its {split} references"
         )
         raise ConfigError(
-            f"task {task.name!r}: an answer may take {room} tokens ({whence}), which leaves none "
+            f"task {task.name!r}: an answer may take {answer_tokens} tokens ({origin}), which leaves none "
             f"of the {encoder.max_tokens} for its prompt; set score.max_new_tokens lower, or raise "
             "data.max_length as far as the model's context goes"
         )
+
     if metric == PERPLEXITY:
         encodings = [encoder.encode_example(e, task_index) for e in rows]
     else:
-        encodings = [encoder.encode_prompt(e, task_index, room) for e in rows]
+        encodings = [encoder.encode_prompt(e, task_index, answer_tokens) for e in rows]
     encoder.check_usable(encodings)
     encoded = usable_examples(encodings)
     if not encoded:
@@ -138,9 +138,9 @@ def prepare_eval_set(
     return EvalSet(
         task.name,
         metric,
-        [e for e, x in zip(rows, encodings, strict=True) if x.encoded],
+        [e for e, encoding in zip(rows, encodings, strict=True) if encoding.encoded],
         encoded,
-        room,
+        answer_tokens,
         labels,
         judge if metric == JUDGE_METRIC else None,
         encodings,
@@ -148,19 +148,18 @@ def prepare_eval_set(
 
 
 def _longest_reference(task: str, metric: str, rows: Sequence[Example], encoder: Encoder) -> int:
-    """The tokens of the longest reference, where there are any."""
-    if (metric in ROW_METRICS or metric == JUDGE_METRIC) and not any(
-        o.strip() for e in rows for o in e.outputs
-    ):
+    """Return the tokens of the longest reference; raise ConfigError if there are none."""
+    needs_no_reference = metric in ROW_METRICS or metric == JUDGE_METRIC
+    if needs_no_reference and not any(o.strip() for e in rows for o in e.outputs):
         raise ConfigError(
-            f"task {task!r}: found no reference that tells how long an answer may be; set "
-            "score.max_new_tokens"
+            f"task {task!r}: found no reference, expected one as the limit on the length of "
+            "answers; set score.max_new_tokens"
         )
     return max(encoder.count_answer_tokens(e) for e in rows)
 
 
 def _encode_task_labels(task: Task[Example], encoder: Encoder) -> dict[str, tuple[int, ...]]:
-    """Each of the task's labels as tokens; raises ConfigError for a task without any."""
+    """Encode the task's labels; raise ConfigError if it has none."""
     if not task.labels:
         raise ConfigError(
             f"task {task.name!r} has no labels, and score.answer_mode=likelihood chooses among them; "
@@ -175,66 +174,73 @@ def score_task(
     batch_size: int,
     index_groups: Iterable[Sequence[int]] | None = None,
 ) -> tuple[float, list[Prediction]]:
-    """The task's score in [0, 1], the mean of its marks, and every prediction with its mark.
+    """Return the task's mean score in [0, 1], and a prediction for each example in order.
 
-    The examples are answered in `turns`, each the indices of some of them, all together by default;
-    what gives the turns may change the model between them. Several processes answer a part of the
-    prompts each, and all have the whole. Raises ContinualError where the turns are not each example
-    once.
+    The examples are answered in `index_groups`, by default all in one group; the iterable may change
+    the model between groups. Each process answers a part of the prompts, and all get all
+    predictions. Raises ContinualError unless each example is in one group.
     """
-    everyone = range(len(eval_set.examples))
-    told: list[tuple[int, Prediction]] = []
-    for some in index_groups or [everyone]:
-        told += zip(some, _score_examples(model, eval_set.select(some), batch_size), strict=True)
-    if sorted(i for i, _ in told) != [*everyone]:
+    all_indices = range(len(eval_set.examples))
+    scored: list[tuple[int, Prediction]] = []
+    for group in index_groups or [all_indices]:
+        predictions = _score_examples(model, eval_set.select(group), batch_size)
+        scored += zip(group, predictions, strict=True)
+    if sorted(i for i, _ in scored) != list(all_indices):
         raise ContinualError(
-            f"of the {len(everyone)} prompts of task {eval_set.task!r} {len(told)} were dispatched, "
-            "and each must be once; the strategy's dispatch is wrong"
+            f"task {eval_set.task!r}: found {len(scored)} dispatched prompts of {len(all_indices)}, "
+            "expected each once; the strategy's dispatch is wrong"
         )
-    rows = [row for _, row in sorted(told, key=lambda each: each[0])]
-    if is_main_process() and (said := judge_warnings([row.result for row in rows])):
-        print(f"{eval_set.task}: {said}", file=sys.stderr)
-    return sum(row.score for row in rows) / len(rows), rows
+
+    predictions = [prediction for _, prediction in sorted(scored, key=lambda pair: pair[0])]
+    warnings = judge_warnings([prediction.result for prediction in predictions])
+    if warnings and is_main_process():
+        print(f"{eval_set.task}: {warnings}", file=sys.stderr)
+    mean_score = sum(prediction.score for prediction in predictions) / len(predictions)
+    return mean_score, predictions
 
 
-def _score_examples(model: Model, test: EvalSet, batch_size: int) -> list[Prediction]:
-    """Every prediction with its mark."""
-    mine = assign_work([len(e.ids) for e in test.encoded])
-    part = test.select(mine)
-    found: list[Prediction] = []
+def _score_examples(model: Model, eval_set: EvalSet, batch_size: int) -> list[Prediction]:
+    """Score the examples; each process does a part, and all return all predictions."""
+    own_indices = assign_work([len(e.ids) for e in eval_set.encoded])
+    part = eval_set.select(own_indices)
+    own_predictions: list[Prediction] = []
     with synced_passes(model), single_process():
-        if mine:
-            found = (
-                _score_perplexity(model, part)
-                if test.metric == PERPLEXITY
-                else _score_answers(model, part, batch_size)
-            )
+        if own_indices and eval_set.metric == PERPLEXITY:
+            own_predictions = _score_perplexity(model, part)
+        elif own_indices:
+            own_predictions = _score_answers(model, part, batch_size)
 
     # Processes exchange JSON.
-    own_rows = [(i, p.to_dict()) for i, p in zip(mine, found, strict=True)]
-    rows = {i: row for share in all_gather(own_rows) for i, row in share}
-    return [Prediction.from_dict(rows[i]) for i in range(len(rows))]
+    rows = gather_by_index(own_indices, [p.to_dict() for p in own_predictions])
+    return [Prediction.from_dict(row) for row in rows]
 
 
-def _score_answers(model: Model, test: EvalSet, batch_size: int) -> list[Prediction]:
-    if test.label_token_ids:
-        answers = most_likely_labels(model, test.encoded, test.label_token_ids, batch_size)
+def _score_answers(model: Model, eval_set: EvalSet, batch_size: int) -> list[Prediction]:
+    """Answer the prompts, and score the answers by the set's metric."""
+    examples = eval_set.examples
+    prompts = eval_set.encoded
+    if eval_set.label_token_ids:
+        answers = most_likely_labels(model, prompts, eval_set.label_token_ids, batch_size)
     else:
-        answers = generate_answers(model, test.encoded, test.max_new_tokens, batch_size)
-    marks = (
-        test.judge(test.examples, answers)
-        if test.judge
-        else [score_answer(test.metric, a, e) for e, a in zip(test.examples, answers, strict=True)]
-    )
+        answers = generate_answers(model, prompts, eval_set.max_new_tokens, batch_size)
+
+    if eval_set.judge:
+        results = eval_set.judge(examples, answers)
+    else:
+        results = [
+            score_answer(eval_set.metric, answer, e)
+            for e, answer in zip(examples, answers, strict=True)
+        ]
     return [
-        Prediction(e.id, told, asked.text, a, tuple(e.outputs), example_level(e))
-        for e, asked, a, told in zip(test.examples, test.encoded, answers, marks, strict=True)
+        Prediction(e.id, result, prompt.text, answer, tuple(e.outputs), example_level(e))
+        for e, prompt, answer, result in zip(examples, prompts, answers, results, strict=True)
     ]
 
 
 def score_answer(metric: str, answer: str, example: Example) -> dict[str, Any]:
-    """The `score` in [0, 1] of an answer to this row, and what it is made of; `metric` is of
-    METRICS or MEASURES.
+    """Return the "score" in [0, 1] of an answer, and its details.
+
+    `metric` is one of REFERENCE_METRICS or ROW_METRICS.
     """
     if metric in ROW_METRICS:
         return ROW_METRICS[metric].score_answer(answer, example)
@@ -242,30 +248,31 @@ def score_answer(metric: str, answer: str, example: Example) -> dict[str, Any]:
 
 
 def example_level(example: Example) -> str:
-    """The row's own level, or else how its instruction is composed (`demands.level`)."""
+    """Return the row's own level, or else its instruction's `composition_level`."""
     return example.level or composition_level(example.user_request)
 
 
 @torch.no_grad()
-def _score_perplexity(model: Model, test: EvalSet) -> list[Prediction]:
-    """The mark is 1 / perplexity: the geometric mean of the reference tokens' probabilities, in [0,
-    1].
+def _score_perplexity(model: Model, eval_set: EvalSet) -> list[Prediction]:
+    """Score the references by 1 / perplexity.
+
+    This is the geometric mean of the reference tokens' probabilities, in [0, 1].
     """
-    means: dict[str, float] = {}
-    responses = replace(model.layout, instruction_weight=0.0)
-    for micro in Batch(tuple(test.encoded), responses).micro_batches():
+    mean_nll: dict[str, float] = {}
+    response_only = replace(model.layout, instruction_weight=0.0)
+    for micro in Batch(tuple(eval_set.encoded), response_only).micro_batches():
         nll = token_nll(model, micro)
         for i, e in enumerate(micro.examples):
-            means[e.id] = float(nll[micro.example_index == i].mean())
+            mean_nll[e.id] = float(nll[micro.example_index == i].mean())
     return [
         Prediction(
             id=e.id,
-            result={"perplexity": _exp(means[e.id]), "score": _exp(-means[e.id])},
-            prompt=asked.text,
+            result={"perplexity": _exp(mean_nll[e.id]), "score": _exp(-mean_nll[e.id])},
+            prompt=prompt.text,
             references=tuple(e.outputs),
             level=example_level(e),
         )
-        for e, asked in zip(test.examples, test.encoded, strict=True)
+        for e, prompt in zip(eval_set.examples, eval_set.encoded, strict=True)
     ]
 
 

@@ -18,6 +18,7 @@ from continual.data.template import Encoder
 from continual.data.types import Example, Message, Stream, Task
 from continual.errors import ConfigError, DataError, MissingError
 from continual.reports import audits, write
+from continual.results.prediction import Prediction
 from continual.runs import run as engine
 from continual.runs.audit_step import run_audit
 from tests.support.models import (
@@ -267,8 +268,12 @@ def test_what_the_base_scores_above_the_majority_says_whether_it_solves_a_task()
         "a", train=answered(*"ccc", "d"), test=answered(*"ccc", "d"), labels=("c", "d")
     )  # the majority gets 0.75
     told = audit_stream(stream(a, task("b", train=[row()], test=[row("x")]))).to_dict()
-    assert [line.split(":")[0] for line in audits.solved_task_lines(told, {"a": 0.92, "b": 0.92})] == ["b"]
-    assert [line.split(":")[0] for line in audits.solved_task_lines(told, {"a": 0.98, "b": 0.88})] == ["a"]
+    assert [
+        line.split(":")[0] for line in audits.solved_task_lines(told, {"a": 0.92, "b": 0.92})
+    ] == ["b"]
+    assert [
+        line.split(":")[0] for line in audits.solved_task_lines(told, {"a": 0.98, "b": 0.88})
+    ] == ["a"]
     assert audits.solved_task_lines(told, {"a": None}) == []
 
 
@@ -558,9 +563,7 @@ def test_a_task_that_the_base_solves_is_told_once_it_is_scored(run_keys, tmp_pat
     from continual.runs import run as module
 
     def score(model, test, batch_size, turns):
-        return 1.0, [
-            {"id": e.id, "score": 1.0, "answer": "", "references": []} for e in test.examples
-        ]
+        return 1.0, [Prediction(e.id, {"score": 1.0}, answer="") for e in test.examples]
 
     monkeypatch.setattr(module, "score_task", score)
     _, said = run_in_process(tmp_path / "run", run_keys, "stream.tasks=[loud]", "train.epochs=1")

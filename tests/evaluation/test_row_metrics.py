@@ -308,7 +308,7 @@ def test_a_task_without_any_row_to_measure_is_refused(metric):
 def test_without_references_the_length_of_an_answer_must_be_given():
     with pytest.raises(
         ConfigError,
-        match=r"task 't': found no reference that tells how long .*score.max_new_tokens",
+        match=r"task 't': found no reference, expected one .*score.max_new_tokens",
     ):
         ready(
             "constraint_check", make_example(output="", constraints=(COMMA,)), max_new_tokens=None

@@ -220,7 +220,7 @@ def test_a_strategy_that_leaves_prompts_out_is_told_so():
     made, test = toy.make_model(), perplexities(3)
     with pytest.raises(
         ContinualError,
-        match="of the 3 prompts of task 'a' 2 were dispatched, and each must be once",
+        match="task 'a': found 2 dispatched prompts of 3, expected each once",
     ):
         scoring.score_task(made, test, 8, Forgetful().dispatch(made, test.prompt_ids))
 
