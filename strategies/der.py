@@ -1,6 +1,4 @@
-"""Dark experience replay: remembered examples keep the logits that they had, and the model is held
-to them.
-"""
+"""Dark experience replay: stored examples keep their logits, and the model is held to these."""
 
 from __future__ import annotations
 
@@ -28,83 +26,79 @@ class DER(Strategy):
     """Dark experience replay (Buzzega et al. 2020, eq. 5), and with `beta` above 0 DER++ (eq. 6).
 
     The loss is that of the new examples, plus `alpha` times the mean squared distance between the
-    logits of `minibatch_size` remembered examples and those they had when they came into the buffer,
-    plus `beta` times the loss of `minibatch_size` others. The buffer is one reservoir of `capacity`
-    examples over all that the steps bring, so logits are of the weights along the way, and an
-    example may be in it as it was at two times.
+    logits of `minibatch_size` stored examples and the logits they had when they were stored, plus
+    `beta` times the loss of `minibatch_size` others. The buffer is one reservoir of `capacity`
+    examples over all that the steps bring, so logits are those of the weights during training, and
+    an example may be stored twice, as it was at two times.
 
-    Logits are kept at response positions alone, in half precision (a relative error of at most
-    2^-11), and only the `top_logits` greatest of each position where the vocabulary has more; the mean is
-    over what is kept. The mean over a vocabulary rather than the sum of eq. 5 is that of the
+    Logits are kept at response positions only, in half precision (a relative error of at most
+    2^-11), and only the `top_logits` greatest of each position if the vocabulary has more; the mean
+    is over what is kept. The mean over a vocabulary rather than the sum of eq. 5 is that of the
     authors' implementation.
     """
 
     shardable = True
-    stores: ClassVar[str] = "E examples, (2 V or 6 top) S E"
-    costs: ClassVar[str] = "1 + 2 minibatch / batch"
+    stores: ClassVar[str] = "E examples, (2 V or 6 top_logits) S E"
+    costs: ClassVar[str] = "1 + 2 minibatch_size / batch"
     capacity: int = 500
     alpha: float = 0.1
     beta: float = 1.0
     minibatch_size: int = 8
     top_logits: int = 1024
     seed: int = 0
-    kept: list[dict[str, Any]] = memory(
-        list
-    )  # example, logits (S, K) and, of fewer than all, their columns (S, K)
+    # Records: "example"; "logits" (S, K); "columns" (S, K), the logits' tokens, or None for all.
+    kept: list[dict[str, Any]] = memory(list)
     seen: int = memory(int)
     rng: random.Random = memory(random.Random)
 
     def __post_init__(self) -> None:
-        """Refuse numbers that cannot work; seed the generator."""
+        """Validate the settings; seed the generator."""
         super().__post_init__()
-        if (
-            self.capacity < 0
-            or self.minibatch_size < 1
-            or self.top_logits < 1
-            or min(self.alpha, self.beta) < 0
-        ):
+        too_small = min(self.minibatch_size, self.top_logits) < 1
+        if too_small or min(self.capacity, self.alpha, self.beta) < 0:
             raise ConfigError(
-                f"DER with capacity {self.capacity}, minibatch {self.minibatch_size}, top {self.top_logits}, "
-                f"alpha {self.alpha} and beta {self.beta}: expected minibatch and top of at "
-                "least 1, and no number below 0"
+                f"DER with capacity {self.capacity}, minibatch_size {self.minibatch_size}, "
+                f"top_logits {self.top_logits}, alpha {self.alpha} and beta {self.beta}: expected "
+                "minibatch_size and top_logits of at least 1, and no number below 0"
             )
         self.rng.seed(self.seed)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
-        """The step's own gradient and those of the two terms; then the step's examples are offered
-        to the buffer.
-        """
+        """Add the gradients of the two terms; then offer the step's examples to the buffer."""
         total = super().backward(model, batch)
         if self.kept and self.alpha:
-            drawn = self.draw_records()
-            far = accumulate(
-                lambda model, part: self.alpha * logit_distance(model, part, drawn),
+            records = self.draw_records()
+            replayed = number_examples(model, [r["example"] for r in records])
+            logit_loss = accumulate(
+                lambda model, part: self.alpha * logit_distance(model, part, records),
                 model,
-                number_examples(model, [r["example"] for r in drawn]).micro_batches(),
+                replayed.micro_batches(),
             )
-            total, self.notes["logits"] = total + far, float(far)
+            total = total + logit_loss
+            self.notes["logits"] = float(logit_loss)
         if self.kept and self.beta:
-            again = number_examples(model, [r["example"] for r in self.draw_records()])
+            replayed = number_examples(model, [r["example"] for r in self.draw_records()])
             total = total + accumulate(
-                lambda *at: self.beta * nll(*at), model, again.micro_batches()
+                lambda model, part: self.beta * nll(model, part), model, replayed.micro_batches()
             )
-        if torch.isfinite(
-            total + clip_gradients([*weights(model).values()], math.inf)
-        ):  # else the step is not taken
+
+        # The norm is finite only if every gradient is; the stage skips the step otherwise.
+        norm = clip_gradients([*weights(model).values()], math.inf)
+        if torch.isfinite(total + norm):
             self.store_logits(model, batch)
         return total
 
     def draw_records(self) -> list[dict[str, Any]]:
-        """Remembered examples, none twice."""
+        """Draw records, each at most once."""
         return self.rng.sample(self.kept, min(self.minibatch_size, len(self.kept)))
 
     def store_logits(self, model: Model, batch: Batch) -> None:
-        """Offer the examples to the reservoir; those it takes are kept with the logits they have
-        now.
-        """
+        """Offer the examples to the reservoir, and store the current logits of those it takes."""
         arrivals: list[dict[str, Any]] = [{"example": e} for e in batch.examples]
-        kept, rng = [*self.kept], copy(self.rng)
+        kept = [*self.kept]
+        rng = copy(self.rng)
         update_reservoir(kept, arrivals, self.capacity, self.seen, rng)
+
         new = [r for r in kept if "logits" not in r]
         for i, _, logits in response_logits(model, [r["example"] for r in new]):
             columns = None
@@ -112,18 +106,23 @@ class DER(Strategy):
                 logits, columns = logits.topk(self.top_logits)
             new[i]["logits"] = logits.half().cpu().clone()
             new[i]["columns"] = None if columns is None else columns.int().cpu().clone()
-        # Together, and last: where memory runs out before, the step is tried again, and offers its
-        # examples once.
-        self.kept, self.rng, self.seen = kept, rng, self.seen + len(arrivals)
+
+        # All state changes together, and last: if memory runs out before, the step is tried again,
+        # and must not offer its examples twice.
+        self.kept = kept
+        self.rng = rng
+        self.seen += len(arrivals)
 
 
 def logit_distance(model: Model, batch: Batch, records: list[dict[str, Any]]) -> Tensor:
-    """The mean squared distance between the batch's logits and those kept; an example's id is its
-    place in `kept`.
+    """Return the mean squared distance between the batch's logits and the stored ones, a scalar.
+
+    An example's id is the index of its record.
     """
-    ours = forward(model, batch)
+    logits = forward(model, batch)
     records = [records[int(e.id)] for e in batch.examples]
-    theirs = torch.cat([r["logits"] for r in records]).to(ours)
+    stored = torch.cat([r["logits"] for r in records]).to(logits)
     if records[0]["columns"] is not None:
-        ours = ours.gather(1, torch.cat([r["columns"] for r in records]).to(ours.device).long())
-    return (ours - theirs).square().mean()
+        columns = torch.cat([r["columns"] for r in records]).to(logits.device).long()
+        logits = logits.gather(1, columns)
+    return (logits - stored).square().mean()

@@ -18,7 +18,9 @@ from continual.models.lora import factors
 from continual.models.model import Model
 from continual.models.weights import weights
 from continual.packing.layout import response_start
+from continual.strategy.instructions import mean_embedding
 from continual.strategy.interface import memory, to_param_groups
+from continual.strategy.projection import project_out
 from strategies.incremental_lora import IncrementalLoRA
 
 Gate = list[Tensor]  # G_1 (H, D), G_2 (D, H) and G_3 (1, D); D of an embedding, H hidden
@@ -193,48 +195,39 @@ class GainLoRA(IncrementalLoRA):
 
 @torch.no_grad()
 def mean_prompt_embeddings(model: Model, examples: Sequence[Encoded]) -> Tensor:
-    """(E, D) the mean of each prompt's input embeddings, p_0, in float32 at least.
+    """Return p_0 (E, D), the mean of each prompt's input embeddings, in float32 at least.
 
-    A prompt is what stands before the first token that is learned: of a conversation that is
-    learned whole, one turn.
+    A prompt ends before the first supervised token: of a conversation that is learned whole, it is
+    one turn.
     """
-    words = model.net.get_input_embeddings().weight
-    wide = torch.promote_types(words.dtype, torch.float32)
-    ends = [max(1, response_start(e)) if True in e.response_mask else None for e in examples]
-    return torch.stack(
-        [
-            words[list(e.ids[:end])].mean(0, dtype=wide)
-            for e, end in zip(examples, ends, strict=True)
-        ]
-    )
+    embeddings = model.net.get_input_embeddings().weight
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    means = []
+    for e in examples:
+        end = max(1, response_start(e)) if True in e.response_mask else None
+        means.append(mean_embedding(embeddings, e.ids[:end], dtype))
+    return torch.stack(means)
 
 
 def gate_layer_inputs(gate: Sequence[Tensor], prompt_embeddings: Tensor) -> list[Tensor]:
-    """What each layer of a gate reads, (E, n): p_0, p_1 and p_2, where p_l = SiLU(G_l p_l-1)."""
-    found = [prompt_embeddings]
+    """Return the input (E, n) of each layer of a gate: p_0, p_1, p_2, with p_l = SiLU(G_l p_l-1)."""
+    inputs = [prompt_embeddings]
     for g in gate[:-1]:
-        found.append(F.silu(found[-1] @ g.T))
-    return found
-
-
-def project_out(rows: Tensor, basis: Tensor) -> Tensor:
-    """The part of each row (..., n) that is orthogonal to the orthonormal columns of `known` (n,
-    k).
-    """
-    return rows - rows @ basis @ basis.T
+        inputs.append(F.silu(inputs[-1] @ g.T))
+    return inputs
 
 
 def extend_basis(basis: Tensor, rows: Tensor, threshold: float) -> Tensor:
-    """The basis `known` (n, k) with the fewest more columns that hold this share of the squares of
-    `rows` (E, n).
+    """Add the fewest columns to `basis` (n, k) that hold this share of the squares of rows (E, n).
 
     GPM (Saha et al. 2021), as in appendix A.1, eq. 15 and 16.
     """
-    left = project_out(rows.double(), basis.double())
-    energy, along = (t.flip(-1) for t in torch.linalg.eigh(left.T @ left))
+    residual = project_out(rows.double(), basis.double())
+    energy, directions = (t.flip(-1) for t in torch.linalg.eigh(residual.T @ residual))
     total = rows.double().square().sum()
     missing = energy.sum() - (1 - threshold) * total
-    new = (energy.cumsum(0) - energy < missing) & (
-        energy > total * len(energy) * torch.finfo(energy.dtype).eps
-    )
-    return torch.cat([basis, along[:, : int(new.sum())].to(basis)], 1)
+    # The largest first, up to the share; without those that are zero up to rounding.
+    is_missing = energy.cumsum(0) - energy < missing
+    is_nonzero = energy > total * len(energy) * torch.finfo(energy.dtype).eps
+    count = int((is_missing & is_nonzero).sum())
+    return torch.cat([basis, directions[:, :count].to(basis)], 1)

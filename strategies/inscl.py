@@ -14,7 +14,11 @@ from torch import Tensor
 
 from continual.data.types import Encoded, Task
 from continual.models.model import Model
-from continual.strategy.instructions import InstructionCounts, extract_instructions
+from continual.strategy.instructions import (
+    InstructionCounts,
+    extract_instructions,
+    mean_embedding,
+)
 from continual.strategy.interface import memory, replaces_super
 from strategies.replay import Replay
 
@@ -77,14 +81,14 @@ def instruction_distance(model: Model, old: InstructionCounts, new: InstructionC
     """The Wasserstein distance between the embedded instructions of two tasks, with cosine distance
     as the cost.
     """
-    words = model.net.get_input_embeddings().weight
-    a, b = (
-        F.normalize(torch.stack([words[ids].mean(0) for ids, _ in side]).double(), dim=1)
-        for side in (old, new)
-    )
-    return optimal_transport_cost(
-        (1 - a @ b.T).clamp(min=0), *([n for _, n in side] for side in (old, new))
-    )
+    embeddings = model.net.get_input_embeddings().weight
+
+    def embed(counts: InstructionCounts) -> Tensor:
+        means = torch.stack([mean_embedding(embeddings, ids) for ids, _ in counts])
+        return F.normalize(means.double(), dim=1)
+
+    cost = (1 - embed(old) @ embed(new).T).clamp(min=0)
+    return optimal_transport_cost(cost, [n for _, n in old], [n for _, n in new])
 
 
 def optimal_transport_cost(cost: Tensor, a: Sequence[float], b: Sequence[float]) -> float:

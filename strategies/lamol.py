@@ -20,9 +20,8 @@ from continual.packing.layout import response_start
 from continual.strategy.instructions import extract_prompt_prefixes
 from continual.strategy.interface import memory
 from continual.strategy.replay_buffer import ReplayBuffer
+from continual.strategy.self_generation import GENERATION_BATCH_SIZE, append_response
 from strategies.replay import Rehearsal
-
-GENERATION_BATCH_SIZE = 128  # prompts written or answered at a time
 
 
 @dataclass(kw_only=True)
@@ -109,16 +108,10 @@ class LAMOL(Rehearsal):
             make_prompt(f"pseudo/{index}/{i}", index, ids) for i, ids in enumerate(prompts) if ids
         ]
         answers = generate_ids(model, asked, told["response"], GENERATION_BATCH_SIZE, end)
-        return [
-            replace(
-                e,
-                ids=(*e.ids, *ids),
-                text=decode_text(model, [*e.ids, *ids]),
-                response_mask=(*e.response_mask, *(True,) * len(ids)),
-            )
-            for e, ids in zip(asked, answers, strict=True)
-            if ids[-1] == end
+        answered = [
+            append_response(e, ids) for e, ids in zip(asked, answers, strict=True) if ids[-1] == end
         ]
+        return [replace(e, text=decode_text(model, e.ids)) for e in answered]
 
     def add_replay_examples(self, batch: Batch) -> Batch:
         """New and self-written examples, and the prompts of both to be written."""

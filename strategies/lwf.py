@@ -68,9 +68,10 @@ class LwF(Strategy):
                 f"{self.top_logits}: expected a strength of at least 0, a temperature above it and a "
                 "top of at least 1"
             )
-        self.shardable = (
-            self.shardable and self.teacher == "previous"
-        )  # the base answers at other weights
+
+    def is_shardable(self) -> bool:
+        """Return True unless the base is the teacher, which answers at other weights."""
+        return super().is_shardable() and self.teacher == "previous"
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Ask the teacher for every example of the task."""

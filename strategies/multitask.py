@@ -62,9 +62,10 @@ class MultiTask(Replay):
             raise ConfigError(unknown("conflicts", self.conflicts, CONFLICTS))
         if not self.temperature > 0 or any(w < 0 for w in (self.weights or {}).values()):
             raise ConfigError("a multitask temperature must be above 0, and no weight below it")
-        self.shardable = (
-            self.shardable and self.conflicts == "keep"
-        )  # whole gradients are projected
+
+    def is_shardable(self) -> bool:
+        """Return True unless conflicts are projected, which takes whole gradients."""
+        return super().is_shardable() and self.conflicts == "keep"
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
         """Count the tasks' sizes; hand the log variances to the optimizer where they are learned."""

@@ -1,4 +1,4 @@
-"""Experience replay: remembered examples of earlier tasks take part in every step."""
+"""Experience replay: examples of earlier tasks take part in every step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from continual.strategy.replay_buffer import ReplayBuffer
 
 @dataclass(kw_only=True)
 class Rehearsal(Strategy):
-    """Steps on new and remembered examples together; what is remembered, another class says.
+    """Take steps on new and replayed examples together; a subclass decides what is stored.
 
     `share` of each optimizer step's examples come from the buffer, added to the step's new ones.
-    Where that is no whole number, the rest is carried to the next step, so the stage's share is
+    The fractional part of their number is carried to the next step, so that the stage's share is
     exact to within one example.
     """
 
@@ -34,7 +34,7 @@ class Rehearsal(Strategy):
     fractional_carry: float = memory(float)
 
     def __post_init__(self) -> None:
-        """Refuse a share that leaves no room for new examples."""
+        """Validate 0 <= share < 1, which leaves room for new examples."""
         super().__post_init__()
         if not 0 <= self.share < 1:
             raise ConfigError(
@@ -43,16 +43,16 @@ class Rehearsal(Strategy):
         self.buffer = ReplayBuffer(0, seed=self.seed)
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
-        """Nothing is owed from an earlier stage."""
+        """Start the stage with nothing carried over."""
         self.fractional_carry = 0.0
         return super().begin(model, task)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
-        """One step on new and remembered examples together."""
+        """Take one step on new and replayed examples together."""
         return super().backward(model, self.add_replay_examples(batch))
 
     def add_replay_examples(self, batch: Batch) -> Batch:
-        """The step's new examples and the remembered ones beside them."""
+        """Append this step's replayed examples to its new ones."""
         if not len(self.buffer):
             return batch
         self.fractional_carry += len(batch.examples) * self.share / (1 - self.share)
@@ -61,17 +61,18 @@ class Rehearsal(Strategy):
         return batch.with_examples([*batch.examples, *self.draw_replay_examples(n)])
 
     def draw_replay_examples(self, n: int) -> Sequence[Encoded]:
-        """The `n` remembered examples of this step."""
+        """Draw the `n` replayed examples of this step."""
         return self.buffer.draw(n)
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
-        """Remember the task."""
+        """Store examples of the finished task."""
         super().end(model, task)
         self.update_buffer(model, task)
 
     def update_buffer(self, model: Model, task: Task[Encoded]) -> None:
-        """What of a task that was just learned is remembered. Only one of composed strategies can
-        say.
+        """Store examples of the finished task in the buffer.
+
+        At most one strategy of a composition may override this.
         """
 
 
@@ -87,7 +88,7 @@ class Replay(Rehearsal):
     buffer_kind: str = "balanced"
 
     def __post_init__(self) -> None:
-        """Make the buffer."""
+        """Create the buffer."""
         super().__post_init__()
         self.buffer = ReplayBuffer(self.capacity, self.buffer_kind, self.seed)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from continual.data.types import Encoded, Task
-from continual.distributed.processes import all_gather, single_process
-from continual.distributed.work import assign_work
+from continual.distributed.processes import single_process
+from continual.distributed.work import assign_work, gather_by_index
 from continual.errors import ConfigError, DataError
 from continual.models.generation import generate_ids, top_k_rule
 from continual.models.loss import accumulate, forward, number_examples, response_logits
@@ -23,8 +23,12 @@ from continual.models.weights import Weights, combine, snapshot, to_float32, wei
 from continual.packing.batch import Batch
 from continual.packing.layout import response_start
 from continual.strategy.interface import Strategy, memory
+from continual.strategy.self_generation import (
+    GENERATION_BATCH_SIZE,
+    append_response,
+    strip_response,
+)
 
-GENERATION_BATCH_SIZE = 128  # prompts answered at a time
 ALL_TOKENS = 2**31  # of the vocabulary
 
 
@@ -112,14 +116,7 @@ class SDFT(Strategy):
         """The prompts, with answers sampled from the model as responses; several processes answer a
         part each.
         """
-        prompts = [
-            replace(
-                e,
-                ids=e.ids[: response_start(e)],
-                response_mask=e.response_mask[: response_start(e)],
-            )
-            for e in examples
-        ]
+        prompts = [strip_response(e) for e in examples]
         most = longest_response(examples)
         generator = torch.Generator().manual_seed(self.generator.getrandbits(63))
         draws = torch.rand(len(prompts), most, dtype=torch.float64, generator=generator)
@@ -137,13 +134,8 @@ class SDFT(Strategy):
                 if mine
                 else []
             )
-        told = {i: ids for share in all_gather([*zip(mine, said, strict=True)]) for i, ids in share}
-        return [
-            replace(
-                p, ids=(*p.ids, *told[i]), response_mask=(*p.response_mask, *(True,) * len(told[i]))
-            )
-            for i, p in enumerate(prompts)
-        ]
+        told = gather_by_index(mine, said)
+        return [append_response(p, told[i]) for i, p in enumerate(prompts)]
 
     def divergence(self, model: Model, batch: Batch, teacher_examples: Sequence[Encoded]) -> Tensor:
         """KL(model || teacher), a mean over the batch's tokens. The teacher sees `shown`, where ids

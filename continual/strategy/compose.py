@@ -13,88 +13,115 @@ from continual.strategy.interface import Strategy
 
 
 def compose(*parts: Strategy, names: Sequence[str] = ()) -> Strategy:
-    """One strategy that has the moments of all `parts`, in that order, and their hyper-parameters.
+    """Return one strategy that inherits from the classes of all `parts`, in that order.
 
-    A part whose class another part inherits from is that part's own base, and is not listed twice.
-    Raises ConfigError where a part would lose one of its methods to another, where two have a field
-    of one name that is not the same field, and where they share a setting and ask for different
-    values. There the parts are called by their `names`, by default their classes'.
+    It has the hyper-parameters of all parts. A part whose class another part inherits from is
+    that part's base, and is not listed twice. Raises ConfigError if a part would lose a method to
+    another, if two have different fields of one name, or if they share a setting and give it
+    different values. The message calls the parts by their `names`, by default their classes'.
     """
     kinds = list(dict.fromkeys(type(p) for p in parts))
     bases = tuple(k for k in kinds if not any(o is not k and issubclass(o, k) for o in kinds))
-    name, says = "".join(b.__name__ for b in bases), {"shardable": True}  # if all of them are
-    kind = bases[0] if len(bases) == 1 else dataclass(kw_only=True)(type(name, bases, says))
+    kind = bases[0] if len(bases) == 1 else _make_class(bases)
+
     for reason in (*_shadowed_methods(kind, kinds), *_field_conflicts(kinds)):
         raise ConfigError(reason)
-    settings: dict[str, tuple[Any, str]] = {}
-    for part, called in zip(parts, names or [type(p).__name__ for p in parts], strict=True):
-        for f in (f for f in fields(part) if f.init):
-            value = getattr(part, f.name)
-            other, owner = settings.setdefault(f.name, (value, called))
-            if other != value:
-                raise ConfigError(
-                    f"{owner}.{f.name}={other} and {called}.{f.name}={value} are one setting of "
-                    "what is composed of both; give both the same value, or choose one of them"
-                )
-    composed: Strategy = kind(**{name: value for name, (value, _) in settings.items()})
+
+    settings = _merge_settings(parts, names or [type(p).__name__ for p in parts])
+    composed: Strategy = kind(**settings)
     return composed
 
 
+def _make_class(bases: tuple[type[Strategy], ...]) -> type[Strategy]:
+    """Create the dataclass that inherits from all `bases`; it adds no code of its own."""
+    name = "".join(b.__name__ for b in bases)
+    # No code of its own, so nothing that is not shardable; its bases declare the same or not.
+    kind: type[Strategy] = type(name, bases, {"shardable": True})
+    return dataclass(kw_only=True)(kind)
+
+
+def _merge_settings(parts: Sequence[Strategy], names: Sequence[str]) -> dict[str, Any]:
+    """Return the parts' hyper-parameters; raises ConfigError if two disagree on one."""
+    settings: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for part, part_name in zip(parts, names, strict=True):
+        for name in (f.name for f in fields(part) if f.init):
+            value = getattr(part, name)
+            other = settings.setdefault(name, value)
+            owner = owners.setdefault(name, part_name)
+            if other != value:
+                raise ConfigError(
+                    f"{owner}.{name}={other} and {part_name}.{name}={value} are one setting of "
+                    "the composed strategy; give both the same value, or use only one of them"
+                )
+    return settings
+
+
 def _field_conflicts(kinds: Sequence[type[Strategy]]) -> Iterator[str]:
-    """The names of fields that two listed classes have, each its own; a setting may be both's, if
-    its values agree.
+    """Yield a sentence for each name that stands for two different fields in two classes.
+
+    A hyper-parameter may be in both: then it is one setting.
     """
     for a, b in combinations(kinds, 2):
         settings = {f.name for f in fields(a) if f.init} & {f.name for f in fields(b) if f.init}
-        for name in dict.fromkeys(
-            f.name for kind in (a, b) for f in fields(kind) if f.name not in settings
-        ):
-            first, second = _defining_class(a, name), _defining_class(b, name)
+        names = dict.fromkeys(f.name for kind in (a, b) for f in fields(kind))
+        for name in (n for n in names if n not in settings):
+            first = _defining_class(a, name)
+            second = _defining_class(b, name)
             if first and second and first is not second:
                 yield (
-                    f"{a.__name__} and {b.__name__} cannot be composed: each has a {name!r} of "
-                    "its own, and what is composed of both has one; choose one of them"
+                    f"{a.__name__} and {b.__name__} cannot be composed: both define "
+                    f"{name!r}; use only one of them"
                 )
 
 
 def _defining_class(kind: type[Strategy], name: str) -> type | None:
-    """The class, of all that `kind` inherits from, that had the field or method first."""
-    had = (
-        k
-        for k in reversed(kind.__mro__)
-        if name in {**vars(k), **getattr(k, "__dataclass_fields__", {})}
-    )
-    return next(had, None)
+    """Return the most basic class of `kind`'s bases that has the field or method."""
+    for base in reversed(kind.__mro__):
+        if name in vars(base) or name in getattr(base, "__dataclass_fields__", {}):
+            return base
+    return None
 
 
 def _shadowed_methods(kind: type[Strategy], kinds: Sequence[type[Strategy]]) -> Iterator[str]:
-    """What a listed class has and nothing in the composed `kind` would ever call, one sentence
-    each.
+    """Yield a sentence for each method of a listed class that the composed `kind` never calls.
 
-    What a class has from its own bases it may replace, but not what such a base is listed for.
+    A class may replace the methods of its own bases, but not those of a base that is listed too.
     """
     names = dict.fromkeys(n for k in kind.__mro__ for n, f in vars(k).items() if isfunction(f))
-    for name in (n for n in names if n == "__post_init__" or not n.startswith("__")):
+    for name in names:
+        if name.startswith("__") and name != "__post_init__":
+            continue
+        # The classes that define the method, in the order in which `super()` reaches them. Those
+        # behind the first that does not call `super()` are never reached.
         owners = [k for k in kind.__mro__ if isfunction(vars(k).get(name))]
-        first = next(
-            (i for i, k in enumerate(owners) if _ignores_super(vars(k)[name])), len(owners)
-        )
-        for owner in owners[first + 1 :]:
-            if owner is not Strategy and (owner in kinds or not issubclass(owners[first], owner)):
-                by, lost = (
-                    next(k for k in kinds if issubclass(k, o)).__name__
-                    for o in (owners[first], owner)
-                )
-                fix = (
-                    "choose one of them"
-                    if _ignores_super(vars(owner)[name])
-                    else f"list {lost} first"
-                )
-                yield f"{by} and {lost} cannot be composed so: {by}'s {name!r} takes the place of {lost}'s; {fix}"
+        ends = [i for i, k in enumerate(owners) if not _passes_on(vars(k)[name])]
+        if not ends:
+            continue
+        last = owners[ends[0]]
+        for owner in owners[ends[0] + 1 :]:
+            if owner is Strategy or (owner not in kinds and issubclass(last, owner)):
+                continue
+            yield _shadowed_sentence(kinds, name, last, owner)
 
 
-def _ignores_super(method: Any) -> bool:
-    """Whether a method leaves nothing to its bases': it is marked so, or there is no `super()` in
-    it.
+def _shadowed_sentence(
+    kinds: Sequence[type[Strategy]], name: str, by: type[Strategy], owner: type[Strategy]
+) -> str:
+    """Say that `by`'s method hides that of `owner`, by the listed classes that have them."""
+    winner = next(k for k in kinds if issubclass(k, by)).__name__
+    loser = next(k for k in kinds if issubclass(k, owner)).__name__
+    fix = f"list {loser} first" if _passes_on(vars(owner)[name]) else "use only one of them"
+    return f"{winner} and {loser} cannot be composed: {winner}'s {name!r} replaces {loser}'s; {fix}"
+
+
+def _passes_on(method: Any) -> bool:
+    """Return True if a method calls `super()`, so that the next class's method runs too.
+
+    The compiler gives a function that names `super` the closure variable `__class__`. This is
+    read here, where a decorator on every method could serve, because a decorator can be forgotten:
+    then another strategy's method would be skipped without an error.
     """
-    return "instead" in vars(method) or "__class__" not in unwrap(method).__code__.co_freevars
+    if "replaces_super" in vars(method):
+        return False
+    return "__class__" in unwrap(method).__code__.co_freevars

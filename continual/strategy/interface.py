@@ -1,6 +1,4 @@
-"""The strategy interface: plain sequential fine-tuning, and the moments at which a method may
-depart from it.
-"""
+"""The strategy interface: plain sequential fine-tuning, and the moments a method may override."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def memory(factory: Callable[[], Any]) -> Any:
-    """A field that is no hyper-parameter: carried from task to task and saved in every checkpoint."""
+    """Declare a field of state: carried from task to task and saved in every checkpoint."""
     return field(init=False, repr=False, default_factory=factory, metadata={"memory": True})
 
 
@@ -35,37 +33,52 @@ class Strategy:
     positions in a data set.
     """
 
-    # What its memory keeps between stages, and what a step takes beside naive's on as many new
-    # examples, for people: P trainable weights, E remembered examples, S response tokens of one, T
-    # tasks, V vocabulary; numbers are bytes.
+    # For people: what the memory keeps between stages, in bytes, and what a step costs relative to
+    # naive's on as many new examples. P trainable weights, E remembered examples, S response
+    # tokens of an example, T tasks, V vocabulary.
     stores: ClassVar[str] = "nothing"
     costs: ClassVar[str] = "1"
-    notes: dict[str, float] = field(
-        init=False, repr=False, default_factory=dict
-    )  # shown beside the step's loss
 
-    weights_are_complete = True  # a checkpoint's weights are, without the strategy's memory, a model that answered in the run
-    shardable = True  # it asks a model for losses, answers and gradients' sums only, whose weights may be in shards
-    requires_sgd = False  # what it leaves in `.grad` is a step of plain SGD, and under another optimizer another method
+    # Numbers that are logged with the step's loss.
+    notes: dict[str, float] = field(init=False, repr=False, default_factory=dict)
 
-    def __init_subclass__(cls, **more: Any) -> None:
-        """A method whose class does not say itself that it is shardable is taken not to be."""
-        super().__init_subclass__(**more)
-        cls.shardable = vars(cls).get("shardable", False) and all(
-            getattr(b, "shardable", True) for b in cls.__bases__
-        )
+    # The weights of a checkpoint, without the strategy's memory, are a model that answered in the
+    # run.
+    weights_are_complete = True
+
+    # The strategy asks a model for losses, answers and sums of gradients only, so that its weights
+    # may be sharded. A subclass does not inherit this: each class declares it for its own code.
+    shardable = True
+
+    # What the strategy leaves in `.grad` is a step of plain SGD; under another optimizer it would
+    # be another method.
+    requires_sgd = False
+
+    @classmethod
+    def declares_shardable(cls) -> bool:
+        """Return True if this class and all strategies that it inherits from declare `shardable`.
+
+        A class that declares nothing counts as not shardable, which is the safe answer.
+        """
+        kinds = [kind for kind in cls.__mro__ if issubclass(kind, Strategy)]
+        return all(vars(kind).get("shardable", False) for kind in kinds)
+
+    def is_shardable(self) -> bool:
+        """Return True if the strategy, as it is configured, works on sharded weights."""
+        return self.declares_shardable()
 
     def __post_init__(self) -> None:
-        """Where those of composed strategies end: each calls `super()`'s."""
+        """End the chain of composed strategies, each of which calls `super()`'s."""
 
     def begin(self, model: Model, task: Task[Encoded]) -> list[Any]:
-        """A task arrives: ready the model; return what the optimizer may change (parameters or
-        parameter groups).
+        """Prepare the model for a new task; return what the optimizer may change.
+
+        Parameters, or parameter groups of an optimizer.
         """
         return list(weights(model).values())
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
-        """The scalar that a step minimises, of one micro-batch."""
+        """Compute the scalar that a step minimises, of one micro-batch."""
         return nll(model, batch)
 
     def backward(self, model: Model, batch: Batch) -> Tensor:
@@ -73,62 +86,63 @@ class Strategy:
         return accumulate(self.loss, model, batch.micro_batches())
 
     def end(self, model: Model, task: Task[Encoded]) -> None:
-        """The task is over: keep what later stages need."""
+        """Keep what later stages need of the finished task."""
 
     def route(self, model: Model, task: str) -> None:
-        """`task` is about to be tested. To override this is to use the task's identity at test
-        time.
+        """Prepare the model for the test of `task`, known by its name.
+
+        A strategy that overrides this uses the task's identity at test time.
         """
 
     def dispatch(self, model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """A task's prompts, token ids each, are about to be answered: ready the model for some and
-        yield their indices.
+        """Prepare the model for some of a task's prompts, then yield their indices.
 
-        Those are answered before the next ones are asked for. What is here to decide by is each
-        prompt alone.
+        `prompts` holds the token ids of each. The yielded prompts are answered before the next
+        ones are asked for. A strategy may decide by each prompt only, not by the task.
         """
         yield range(len(prompts))
 
     def inner_loop(self) -> Strategy:
-        """What learns a new task in the steps that this one has prepared the weights for, under
-        plain SGD at lr 1.
+        """Return the strategy that adapts to a new task by the inner steps of this one.
 
-        Raises ConfigError where they were prepared for none.
+        It runs under plain SGD at lr 1. Raises ConfigError for a strategy without an inner loop.
         """
         raise ConfigError(
-            f"{type(self).__name__} has no inner loop, and adapt.update_rule=inner takes its steps; "
-            "start from a run of maml or its kin, or set adapt.update_rule=train"
+            f"{type(self).__name__} has no inner loop, and adapt.rule=inner takes its steps; "
+            "start from a run of maml or another meta-learning strategy, or set adapt.rule=train"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory fields, by name."""
+        """Return the memory fields, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("memory")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; raises KeyError if a field is missing.
+        """Restore what `state_dict` returned; raises KeyError if a field is missing.
 
-        What the optimizer has been given keeps its identity, and takes on the values.
+        A Parameter, which the optimizer may hold, stays the same object and takes the values.
         """
-        for name, now in self.state_dict().items():
-            if isinstance(now, Parameter):
-                now.data.copy_(state[name])
+        for name, current in self.state_dict().items():
+            if isinstance(current, Parameter):
+                current.data.copy_(state[name])
             else:
                 setattr(self, name, state[name])
 
 
 def to_param_groups(parameters: Sequence[Any]) -> list[dict[str, Any]]:
-    """What `begin` returned, as optimizer parameter groups alone: one for all parameters that were
-    in none.
+    """Return what `begin` returned as optimizer parameter groups only.
+
+    The parameters that were in no group form the last one.
     """
-    given = [g for g in parameters if isinstance(g, dict)]
-    return [*given, {"params": [p for p in parameters if not isinstance(p, dict)]}]
+    groups = [p for p in parameters if isinstance(p, dict)]
+    ungrouped = [p for p in parameters if not isinstance(p, dict)]
+    return [*groups, {"params": ungrouped}]
 
 
 def replaces_super(method: Method) -> Method:
-    """Mark a method that does all of its moment itself, and calls `super()`'s where it is switched
-    off at most.
+    """Mark a method that does its whole moment itself, so that no other may stand behind it.
 
-    A method that never calls it needs no mark.
+    For one that calls `super()`'s only where it is switched off. A method that never calls it needs
+    no mark.
     """
-    method.__dict__["instead"] = True
+    method.__dict__["replaces_super"] = True
     return method

@@ -89,7 +89,7 @@ def test_a_stage_is_an_experience_and_a_task_a_test_experience(ready):
     assert [len(e.dataset) for e in ready[0].train_stream] == [12] * 3
     assert [len(e.dataset) for e in ready[0].test_stream] == [4] * 3
     assert [e.current_experience for e in ready[0].train_stream] == [0, 1, 2]
-    assert [e.dataset[0].task for e in ready[0].test_stream] == [0, 1, 2]
+    assert [e.dataset[0].task_index for e in ready[0].test_stream] == [0, 1, 2]
 
 
 def test_a_step_of_avalanche_s_naive_is_a_step_down_our_gradient(ready):

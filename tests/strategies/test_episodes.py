@@ -62,8 +62,10 @@ def test_a_step_is_made_of_whole_episodes_of_one_task_each():
     steps = drawn((12, 8, 16), episode=4, batch_size=8)
     assert len(steps) == 5
     for step in steps:
-        assert all(len({e.task for e in step[i : i + 4]}) == 1 for i in range(0, len(step), 4))
-    assert len({tuple(sorted({e.task for e in step})) for step in steps}) > 1, (
+        assert all(
+            len({e.task_index for e in step[i : i + 4]}) == 1 for i in range(0, len(step), 4)
+        )
+    assert len({tuple(sorted({e.task_index for e in step})) for step in steps}) > 1, (
         "steps are of different tasks"
     )
 

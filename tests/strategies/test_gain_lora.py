@@ -21,13 +21,13 @@ from continual.models.model import Model
 from continual.models.weights import snapshot
 from continual.strategy.compose import compose
 from continual.strategy.interface import Strategy
+from continual.strategy.projection import project_out
 from continual.training.stage import train_stage
 from strategies.gain_lora import (
     GainLoRA,
     extend_basis,
     gate_layer_inputs,
     mean_prompt_embeddings,
-    project_out,
 )
 from strategies.gem import AGEM
 from strategies.multitask import MultiTask
@@ -100,7 +100,7 @@ def test_each_example_s_logits_are_those_of_weights_merged_by_its_gates():
         alone = merged(strategy, made, prompt(e))
         logits = alone.net(input_ids=torch.tensor([e.ids])).logits[0]
         expected = logits[[t - 1 for t, said in enumerate(e.response_mask) if said]]
-        torch.testing.assert_close(found[batch.example == i], expected, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found[batch.example_index == i], expected, rtol=1e-9, atol=1e-10)
         gates = by_hand(strategy, made, prompt(e)).values()
         lowest, highest = min(lowest, *gates), max(highest, *gates)
     assert lowest < 0.01 < 0.5 < highest
@@ -136,7 +136,9 @@ def test_an_encoder_s_gates_hold_for_its_decoder():
     together = made.batch([e, *toy.make_examples(0, 3)])
     found = forward(made, together)
     for i, expected in enumerate(apart):
-        torch.testing.assert_close(found[together.example == i], expected, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(
+            found[together.example_index == i], expected, rtol=1e-9, atol=1e-10
+        )
     strategy.gates = {
         row: [g * 0 for g in gate] for row, gate in strategy.gates.items()
     }  # all shut
@@ -299,7 +301,7 @@ def test_replayed_prompts_have_their_own_gates():
     strategy = compose(Replay(capacity=4, share=0.5), GainLoRA(**EXACT))
     made, _ = trained(0, 1, strategy=strategy)
     mixed = strategy.add_replay_examples(made.batch(toy.make_examples(2, 4)))
-    assert {e.task for e in mixed.examples} > {2}
+    assert {e.task_index for e in mixed.examples} > {2}
     for e, gates in zip(mixed.examples, strategy.gate_values(made, mixed.examples), strict=True):
         for row, g in by_hand(strategy, made, prompt(e)).items():
             assert gates[row].item() == pytest.approx(g, abs=1e-12)
@@ -359,9 +361,7 @@ def test_a_strategy_that_takes_a_branch_back_is_refused():
         trained(0, 1, strategy=compose(GainLoRA(**EXACT), PerTask()))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"hidden_size": 0}, {"threshold": 0.0}, {"threshold": 1.1}]
-)
+@pytest.mark.parametrize("wrong", [{"hidden_size": 0}, {"threshold": 0.0}, {"threshold": 1.1}])
 def test_a_gate_of_nothing_is_refused(wrong):
     with pytest.raises(ConfigError, match="for gain_lora; expected at least 1 unit, and a share"):
         GainLoRA(**wrong)

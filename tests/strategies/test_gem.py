@@ -203,7 +203,7 @@ def test_a_step_s_sample_is_drawn_anew_of_each_pool(kind, sizes):
     assert all([len(d) for d in one] == sizes for one in drawn)
     assert len({tuple(e.id for d in one for e in d) for one in drawn}) > 1
     if kind is GEM:
-        assert all({e.task for e in d} == {t} for one in drawn for t, d in enumerate(one))
+        assert all({e.task_index for e in d} == {t} for one in drawn for t, d in enumerate(one))
 
 
 def test_a_sample_larger_than_what_is_remembered_is_all_of_it():

@@ -113,7 +113,7 @@ def test_a_task_s_share_is_its_distance_by_the_sum_of_all():
 def test_steps_take_of_each_task_what_its_share_says():
     made, strategy, new = prepared()
     drawn = Counter(
-        e.task
+        e.task_index
         for _ in range(300)
         for e in strategy.add_replay_examples(made.batch(new.train[:10])).examples[10:]
     )

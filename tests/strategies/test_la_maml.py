@@ -59,8 +59,8 @@ def test_a_stage_moves_the_rates_and_then_the_weights_as_algorithm_1_does(second
 
     (judges,) = (list(episode.examples) for episode in seen)
     new, old = judges[:12], judges[12:]
-    assert {e.task for e in new} == {2}
-    assert (len(old), {e.task for e in old}) == (12, {0, 1})
+    assert {e.task_index for e in new} == {2}
+    assert (len(old), {e.task_index for e in old}) == (12, {0, 1})
     inner = [new[i::5] for i in range(5)]
     found = looked_ahead(
         net, inner, judges, unflatten_weights(rates, before), second_order, lambda g: pace(g, clip)

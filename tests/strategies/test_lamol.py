@@ -62,7 +62,7 @@ def test_what_the_model_writes_has_the_form_of_the_task_s_examples(learned):
         written = strategy.buffer.tasks[name]
         assert len(written) >= 4
         for e in written:
-            assert e.task == t
+            assert e.task_index == t
             assert e.ids[:2] == (2, 3 + t)
             assert e.ids[-1] == END
             assert 2 < response_start(e) <= 4
@@ -116,7 +116,7 @@ def test_a_prompt_like_no_other_is_not_kept():
 def test_the_old_model_answers_what_it_wrote_greedily(learned):
     made, strategy = learned
     for e in strategy.buffer.examples:
-        prompt = make_prompt("p", e.task, e.ids[: response_start(e)])
+        prompt = make_prompt("p", e.task_index, e.ids[: response_start(e)])
         assert generate_ids(made, [prompt], 2, 1, END) == [list(e.ids[response_start(e) :])]
 
 

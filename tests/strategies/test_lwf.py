@@ -122,9 +122,9 @@ def test_examples_that_the_teacher_was_not_asked_of_have_no_term():
     made, strategy, _ = taught()
     new, other = toy.make_examples(0)[:4], toy.make_examples(1)[:4]
     batch = made.batch(new)
-    alone = term(made, strategy, batch) * batch.tokens
+    alone = term(made, strategy, batch) * batch.supervised_tokens
     both = made.batch([*other, *new])
-    assert (term(made, strategy, both) * both.tokens).item() == pytest.approx(
+    assert (term(made, strategy, both) * both.supervised_tokens).item() == pytest.approx(
         alone.item(), rel=1e-9
     )
     assert term(made, strategy, made.batch(other)).item() == 0
@@ -136,9 +136,9 @@ def test_prompt_tokens_that_have_a_weight_have_no_term():
     dual = replace(made, layout=replace(made.layout, instruction_weight=0.5)).batch(
         toy.make_examples(0)[:4]
     )
-    assert dual.tokens > alone.tokens
-    assert (term(made, strategy, dual) * dual.tokens).item() == pytest.approx(
-        (term(made, strategy, alone) * alone.tokens).item(), rel=1e-9
+    assert dual.supervised_tokens > alone.supervised_tokens
+    assert (term(made, strategy, dual) * dual.supervised_tokens).item() == pytest.approx(
+        (term(made, strategy, alone) * alone.supervised_tokens).item(), rel=1e-9
     )
 
 

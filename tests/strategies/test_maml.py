@@ -212,7 +212,7 @@ def test_a_step_is_one_episode_of_the_new_task_and_one_of_a_remembered_one(kind,
         remembered, new = strategy.episodes(made.batch(toy.make_examples(3, 4)))
         assert new.examples == tuple(toy.make_examples(3, 4))
         assert len(remembered.examples) == 4
-        (task,) = {e.task for e in remembered.examples}
+        (task,) = {e.task_index for e in remembered.examples}
         old.add(task)
     assert old == {0, 1, 2}
 

@@ -107,9 +107,7 @@ def test_meta_sgd_begins_as_maml_and_learns_its_rates():
     assert torch.equal(ours.rates, learned)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("inner_optimizer", "adam"), ("inner_scope", "body")]
-)
+@pytest.mark.parametrize(("key", "value"), [("inner_optimizer", "adam"), ("inner_scope", "body")])
 def test_an_inner_loop_that_does_not_exist_is_refused(key, value):
     with pytest.raises(ConfigError, match=f"unknown {key} '{value}'"):
         MAML(**{key: value})

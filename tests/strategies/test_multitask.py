@@ -105,7 +105,7 @@ def test_a_stage_reports_the_weights_over_time():
 def test_remembered_tasks_are_drawn_in_proportion_to_a_root_of_their_size(temperature):
     _, strategy = remembering(weighting="temperature", temperature=temperature)
     draws = 4000
-    drawn = Counter(e.task for e in strategy.draw_replay_examples(draws))
+    drawn = Counter(e.task_index for e in strategy.draw_replay_examples(draws))
     odds = {t: SIZES[t] ** (1 / temperature) for t in (0, 1)}
     expected = draws * odds[0] / sum(odds.values())
     deviation = (expected * (1 - expected / draws)) ** 0.5

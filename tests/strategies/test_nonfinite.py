@@ -108,7 +108,7 @@ def test_a_row_of_another_task_with_the_same_id_is_kept():
     made, strategy = model(), Replay(capacity=24)
     both = [replace(e, id=e.id[2:]) for t, bad in ((0, (3,)), (1, ())) for e in rows(t, bad).train]
     told = stage(made, strategy, Task("all", tuple(both), task_names=toy.TASK_NAMES))
-    assert {(e.task, e.id) for e in both} - {
+    assert {(e.task_index, e.id) for e in both} - {
         (e.task_index, e.id) for e in strategy.buffer.examples
     } == {(0, "3")}
     assert "of 1 of the 24 rows" in warned(told)[-1]

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual.models.weights import flatten_weights, gradient, unflatten_weights, weights
+from continual.strategy.projection import project_out
 from continual.strategy.replay_buffer import sample_task_examples
-from strategies.ogd import OGD, extend_basis, project_out
+from strategies.ogd import OGD, add_direction
 from tests.support import toy
 
 KEPT = 3
@@ -95,7 +96,7 @@ def test_it_is_gram_schmidt_by_hand():
     rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis, by_hand = torch.zeros(0, 0), []
     for u in rows:
-        basis = extend_basis(basis, u)
+        basis = add_direction(basis, u)
         for b in by_hand:
             u = u - (u @ b) * b
         by_hand.append(u / u.norm())
@@ -113,10 +114,10 @@ def test_directions_that_are_known_already_are_not_kept_twice(seed, fresh, known
     again = torch.randn(known, fresh, generator=rng) @ rows
     basis = torch.zeros(0, 0)
     for u in [*rows, *again]:
-        basis = extend_basis(basis, u)
+        basis = add_direction(basis, u)
     assert len(basis) == fresh
     assert torch.allclose(basis @ basis.T, torch.eye(fresh), atol=1e-5)
-    assert all(project_out(u, basis).norm() <= 1e-4 * u.norm() + 1e-6 for u in again)
+    assert all(project_out(u, basis.T).norm() <= 1e-4 * u.norm() + 1e-6 for u in again)
 
 
 def test_the_first_task_is_learned_as_if_alone():

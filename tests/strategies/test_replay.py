@@ -161,7 +161,7 @@ class Counting(Replay):
     current: int = field(init=False, default=0)
 
     def begin(self, model, task):
-        self.current = task.train[0].task
+        self.current = task.train[0].task_index
         return super().begin(model, task)
 
     def backward(self, model, batch):
@@ -169,7 +169,7 @@ class Counting(Replay):
         return super().backward(model, batch)
 
     def loss(self, model, batch):
-        new = sum(e.task == self.current for e in batch.examples)
+        new = sum(e.task_index == self.current for e in batch.examples)
         before = self.steps[-1]
         self.steps[-1] = (before[0] + new, before[1] + len(batch.examples) - new)
         return super().loss(model, batch)

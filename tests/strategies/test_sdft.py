@@ -83,7 +83,7 @@ def test_answers_are_the_model_s_own_and_drawn_anew_by_the_seed():
     for e, y in zip(rows, first, strict=True):
         assert y.ids[: response_start(y)] == e.ids[: response_start(e)]
         assert 1 <= len(y.ids) - response_start(y) <= 4
-        assert (y.id, y.task) == (e.id, e.task_index)
+        assert (y.id, y.task_index) == (e.id, e.task_index)
 
 
 def test_the_teacher_s_weights_are_a_moving_average_that_begins_with_the_stage():

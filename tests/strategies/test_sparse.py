@@ -85,9 +85,7 @@ def test_after_a_stage_only_what_later_ones_avoid_is_kept():
         assert {path.split("/")[1] for path in toy.memory_tensors(strategy)} == kept
 
 
-@pytest.mark.parametrize(
-    ("fraction", "avoid"), [(0.0, 0.0), (1.5, 0.0), (0.5, 0.6), (0.5, -0.1)]
-)
+@pytest.mark.parametrize(("fraction", "avoid"), [(0.0, 0.0), (1.5, 0.0), (0.5, 0.6), (0.5, -0.1)])
 def test_fractions_that_leave_nothing_to_train_are_refused(fraction, avoid):
     with pytest.raises(
         ConfigError, match="expected a fraction above 0 and both together at most 1"

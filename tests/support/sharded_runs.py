@@ -33,7 +33,7 @@ EXTRA_CASES = [
     (("der",), True),
 ]
 SHARDED_CASES = [
-    *((entry, False) for entry in map(sized, CONFIGS) if make(*entry).shardable),
+    *((entry, False) for entry in map(sized, CONFIGS) if make(*entry).is_shardable()),
     *EXTRA_CASES,
 ]
 RECIPE = Recipe(lr=3e-3, epochs=1, batch_size=4, patience=1)

@@ -190,12 +190,12 @@ BROKEN = {
     UnseededBegin: "two stages from the same state ended differently",
     Forgetful: "from a checkpoint within it a stage ended differently; keep in memory",
     ForgetfulBetween: "from the checkpoint before it a stage ended differently",
-    Alone: "every moment calls super' is broken: .*Alone's 'end' takes the place of .*; call "
+    Alone: "every moment calls super' is broken: .*Alone's 'end' replaces .*; call "
     "super\\(\\)'s in each",
-    AloneAtTheStart: "AloneAtTheStart's 'begin' takes the place of",
-    AloneInLoss: "AloneInLoss's 'loss' takes the place of",
+    AloneAtTheStart: "AloneAtTheStart's 'begin' replaces",
+    AloneInLoss: "AloneInLoss's 'loss' replaces",
     AloneInBackward: "the loss of a strategy composed with it was never asked for",
-    AloneWhenMade: "AloneWhenMade's '__post_init__' takes the place of",
+    AloneWhenMade: "AloneWhenMade's '__post_init__' replaces",
     Summed: "micro batches do not change the step' is broken",
     Mover: "only the optimizer moves the weights' is broken: backward changed parameters",
     MovesAtItsEnd: "end changed parameters",
