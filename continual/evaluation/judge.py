@@ -1,6 +1,4 @@
-"""Instruction relevance as a judge sees it: a language model grades how an answer meets each
-requirement.
-"""
+"""Instruction relevance by a judge: a language model grades an answer on each requirement."""
 
 from __future__ import annotations
 
@@ -33,22 +31,22 @@ Requirement: {requirement}
 
 The grade, one digit from 1 to 5:"""
 GRADES = ("1", "2", "3", "4", "5")
-MAX_GRADE_TOKENS = 8  # tokens of a grade that is written, more than any needs
-TRUNCATION_MARK = " ..."  # behind an answer that was shortened
+MAX_GRADE_TOKENS = 8  # tokens of a generated grade; more than any needs
+TRUNCATION_MARK = " ..."  # after a truncated answer
 GRADE_MODES = ("likelihood", "generate")
 
 
 @dataclass
 class Judge:
-    """A causal or encoder-decoder model that grades by RUBRIC; it is loaded once it is asked.
+    """A causal or encoder-decoder model that grades by RUBRIC; it is loaded at its first use.
 
-    How far an answer meets the requirements is their mean (grade - 1) / 4: the ratio of
+    An answer's score is the mean of (grade - 1) / 4 over the requirements: the ratio of
     requirements followed of InFoBench (DRFR, Qin et al. 2024) with a grade in place of yes or no.
-    With how="generate" a grade is what the judge answers greedily, and must be a digit from 1 to 5
-    alone; one that is not is None and counts as 0. With how="likelihood" it is the expected grade
-    under the judge's likelihoods of the five (Liu et al. 2023, equation 1). A blank answer meets
-    nothing, and no judge is asked. Prompts longer than `limit` or the judge's context have the end
-    of the answer cut.
+    With grade_mode="generate" the judge answers greedily with a digit from 1 to 5; any other answer
+    gives the grade None, which counts as 0. With grade_mode="likelihood" the grade is its
+    expectation under the judge's likelihoods of the five digits (Liu et al. 2023, equation 1). A
+    blank answer scores 0 without the judge. If a prompt is longer than `max_length` or the judge's
+    context, the end of the answer is truncated.
     """
 
     name: str
@@ -60,7 +58,7 @@ class Judge:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be before anything is loaded."""
+        """Validate the fields before anything is loaded."""
         if self.grade_mode not in GRADE_MODES:
             raise ConfigError(unknown("score.judge.grade_mode", self.grade_mode, GRADE_MODES))
         if self.template not in (*TEMPLATES, CHAT):
@@ -75,52 +73,49 @@ class Judge:
 
     @cached_property
     def model(self) -> Model:
-        """The judge in evaluation mode; what is drawn on the way leaves the run's random numbers as
-        they are.
-        """
+        """Load the judge in evaluation mode, without a change of the run's random state."""
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(list(devices)):
-            made = load_pretrained(name=self.name, device=self.device, dtype=self.dtype)
-        made.net.eval().requires_grad_(False)
-        return made
+            judge = load_pretrained(name=self.name, device=self.device, dtype=self.dtype)
+        judge.net.eval().requires_grad_(False)
+        return judge
 
     @cached_property
     def encoder(self) -> Encoder:
-        """For the judge's tokenizer and context."""
+        """Return an encoder with the judge's tokenizer and context length."""
         limit = min(self.max_length, self.model.context_length or self.max_length)
         return Encoder(self.model.tokenizer, self.template, limit, self.model.layout.seq2seq)
 
     @cached_property
     def unlimited_encoder(self) -> Encoder:
-        """The same without a limit."""
+        """Return the encoder without a limit on tokens."""
         return replace(self.encoder, max_tokens=sys.maxsize)
 
     def __call__(self, examples: Sequence[Example], answers: Sequence[str]) -> list[dict[str, Any]]:
-        """Each answer's `score` in [0, 1], its `grades` by requirement, and whether it was `cut`
-        for the judge.
-        """
-        asked = [
+        """Return each answer's "score" in [0, 1], "grades" by requirement, and "cut" if truncated."""
+        requirements = [
             (i, r)
             for i, (e, a) in enumerate(zip(examples, answers, strict=True))
             if a.strip()
             for r in get_requirements(e)
         ]
-        prompts = [self.encode_grading_prompt(examples[i], answers[i], r) for i, r in asked]
+        prompts = [self.encode_grading_prompt(examples[i], answers[i], r) for i, r in requirements]
         grades = self.grade_prompts([p for p, _ in prompts])
-        told: list[dict[str, Any]] = [{"grades": [], "cut": False} for _ in examples]
-        for (i, _), (_, cut), grade in zip(asked, prompts, grades, strict=True):
-            told[i]["grades"].append(grade)
-            told[i]["cut"] |= cut
-        for row in told:
-            met = [0.0 if g is None else (g - 1) / 4 for g in row["grades"]]
-            row["score"] = sum(met) / len(met) if met else 0.0
-        return told
+        results: list[dict[str, Any]] = [{"grades": [], "cut": False} for _ in examples]
+        for (i, _), (_, cut), grade in zip(requirements, prompts, grades, strict=True):
+            results[i]["grades"].append(grade)
+            results[i]["cut"] |= cut
+        for result in results:
+            scores = [0.0 if g is None else (g - 1) / 4 for g in result["grades"]]
+            result["score"] = sum(scores) / len(scores) if scores else 0.0
+        return results
 
     def encode_grading_prompt(
         self, example: Example, answer: str, requirement: str
     ) -> tuple[Encoded, bool]:
-        """What the judge is asked, and whether the answer had to be cut; DataError where it is too
-        long without.
+        """Encode the judge's prompt; return it, and True if the answer was truncated.
+
+        Raises DataError if the prompt is too long even without the answer.
         """
         room, ids, cut = MAX_GRADE_TOKENS, self.encoder.tokenize(answer), False
         instruction = example.user_request_with_input
@@ -146,13 +141,13 @@ class Judge:
             answer = self.encoder.tokenizer.decode(ids, skip_special_tokens=True) + TRUNCATION_MARK
 
     def grade_prompts(self, prompts: Sequence[Encoded]) -> list[float | None]:
-        """The grade of each prompt, from 1 to 5; None for one that cannot be read."""
+        """Return the grade of each prompt, from 1 to 5; None for one that cannot be read."""
         if not prompts:
             return []
         if self.grade_mode == "generate":
             return [
-                parse_grade(said)
-                for said in generate_answers(self.model, prompts, MAX_GRADE_TOKENS, self.batch_size)
+                parse_grade(text)
+                for text in generate_answers(self.model, prompts, MAX_GRADE_TOKENS, self.batch_size)
             ]
         labels = list(encode_labels(GRADES, self.encoder).values())
         shares = label_log_likelihoods(self.model, prompts, labels, self.batch_size).softmax(-1)
@@ -160,9 +155,7 @@ class Judge:
 
 
 def get_requirements(example: Example) -> list[str]:
-    """What an answer is graded by: the row's own requirements, or else the sentences of its
-    instruction.
-    """
+    """Return the row's own requirements, or else the sentences of its instruction."""
     return (
         list(example.requirements)
         or split_sentences(example.user_request)
@@ -171,8 +164,6 @@ def get_requirements(example: Example) -> list[str]:
 
 
 def parse_grade(text: str) -> float | None:
-    """The grade that a judge wrote: one digit from 1 to 5, perhaps with a full stop; None for
-    anything else.
-    """
-    found = re.fullmatch(r"([1-5])\.?", text.strip())
-    return float(found[1]) if found else None
+    """Read a generated grade: a digit from 1 to 5, optionally with a full stop; None otherwise."""
+    match = re.fullmatch(r"([1-5])\.?", text.strip())
+    return float(match[1]) if match else None

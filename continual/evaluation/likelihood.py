@@ -1,4 +1,4 @@
-"""Answer with the likeliest of a task's labels."""
+"""Answer with the most likely of a task's labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from continual.packing.batch import Batch
 
 
 def encode_labels(labels: Sequence[str], encoder: Encoder) -> dict[str, tuple[int, ...]]:
-    """Each of these answers as the template writes it, to the end of sequence."""
+    """Encode each label as the template writes an answer, with the end of sequence."""
     found = {}
     for label in labels:
         example = Example(label, "", "-", outputs=(label,), location=f"label {label!r}")
@@ -32,14 +32,11 @@ def most_likely_labels(
     label_token_ids: Mapping[str, tuple[int, ...]],
     batch_size: int,
 ) -> list[str]:
-    """The label of each prompt whose tokens have the highest log-likelihood in sum; of equals the
-    first.
-    """
-    names, told = (
-        list(label_token_ids),
-        label_log_likelihoods(model, prompts, list(label_token_ids.values()), batch_size),
-    )
-    return [names[j] for j in told.argmax(1).tolist()]
+    """Return each prompt's label with the highest summed log-likelihood; of equals the first."""
+    labels = list(label_token_ids)
+    token_ids = list(label_token_ids.values())
+    scores = label_log_likelihoods(model, prompts, token_ids, batch_size)
+    return [labels[j] for j in scores.argmax(1).tolist()]
 
 
 @torch.no_grad()
@@ -49,12 +46,11 @@ def label_log_likelihoods(
     label_token_ids: Sequence[tuple[int, ...]],
     batch_size: int,
 ) -> Tensor:
-    """(prompts, labels) the log-likelihood of each label's tokens after each prompt, in nats,
-    float64.
+    """Return the (prompts, labels) log-likelihoods of labels after prompts, in nats, float64.
 
-    A model that reads flat rows reads each prompt once, and behind it once what labels begin with
-    alike: at most `batch_size` prompts together, and of those as many as leave a pass no more
-    tokens than `layout.tokens`.
+    A model with packed rows reads each prompt once, and after it once each common beginning of
+    labels. A forward pass holds at most `batch_size` prompts and, if possible, no more label tokens
+    than `layout.tokens_per_microbatch`.
     """
     if not model.layout.packed:
         return _log_likelihoods_by_pair(model, prompts, label_token_ids)
@@ -92,7 +88,7 @@ def label_log_likelihoods(
 def _log_likelihoods_by_pair(
     model: Model, prompts: Sequence[Encoded], labels: Sequence[tuple[int, ...]]
 ) -> Tensor:
-    """The same from a row each of every prompt and label."""
+    """Return the same from one row for each pair of prompt and label."""
     pairs = [
         replace(
             p,

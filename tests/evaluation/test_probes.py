@@ -215,7 +215,7 @@ def test_prompts_that_hold_fewer_for_want_of_room_are_counted_and_where_none_hol
         ),
         ({"k": [9]}, {}, "task 't' has 8 train rows that could be shown; lower k"),
         ({"draws": 0}, {}, "probe.shots.draws=0: expected at least 1"),
-        ({}, {"metric": "perplexity"}, "by perplexity t gives none"),
+        ({}, {"metric": "perplexity"}, "perplexity of t gives none"),
     ],
 )
 def test_demonstrations_that_cannot_be_are_refused(keys, score, told):

@@ -1,6 +1,4 @@
-"""What a probe is: it readies its prompts before training, and measures a few figures at each
-stage.
-"""
+"""The interface of probes: prepare prompts before training, and measure values at each stage."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from continual.evaluation.scoring import PERPLEXITY, EvalSet, prepare_eval_set
 from continual.results.matrix import Matrix
 from continual.results.prediction import Prediction
 
-LabelValues = dict[str, float | None]  # figures by label; None where there is nothing to measure
+LabelValues = dict[str, float | None]  # by label; None if there is nothing to measure
 ProbeResult = dict[str, LabelValues]  # by entry
 # Answers the examples of a set as `score_task` does.
 Predict = Callable[[EvalSet], list[Prediction]]
@@ -26,8 +24,9 @@ Predict = Callable[[EvalSet], list[Prediction]]
 
 @dataclass(frozen=True)
 class ProbeEntry:
-    """One table of probes.json: what its figures are, where their definition comes from, and which
-    are better.
+    """One table of probes.json: a description, the definition's source, and which values are better.
+
+    `better` is "higher" or "lower".
     """
 
     description: str
@@ -37,7 +36,7 @@ class ProbeEntry:
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What a run has before its first stage."""
+    """The parts of a run that exist before its first stage."""
 
     config: DictConfig
     stream: Stream
@@ -47,83 +46,86 @@ class RunSetup:
     def make_eval_set(
         self, task: Task[Example], rows: Sequence[Example], encoder: Encoder | None = None
     ) -> EvalSet:
-        """These rows, ready to be scored as the matrix is; raises as `score.prepare` does."""
-        s = self.config.score
-        scored: dict[str, Any] = {str(s.split): tuple(rows)}
+        """Encode rows to be scored as the matrix is; raise as `prepare_eval_set` does."""
+        score = self.config.score
+        split_rows: dict[str, Any] = {str(score.split): tuple(rows)}
         return prepare_eval_set(
-            replace(task, **scored),
+            replace(task, **split_rows),
             encoder or self.encoder,
-            s.split,
+            score.split,
             self.stream.tasks.index(task),
-            metric=s.metric,
-            max_new_tokens=s.max_new_tokens,
-            answer_mode=s.answer_mode,
+            metric=score.metric,
+            max_new_tokens=score.max_new_tokens,
+            answer_mode=score.answer_mode,
             judge=self.judge,
         )
 
     def scored_rows(self, task: Task[Example], max_examples: int | None) -> Sequence[Example]:
-        """The first rows that are scored, at most `limit`."""
+        """Return the first rows of the scored split, at most `max_examples`."""
         return task.get_split(self.config.score.split)[:max_examples]
 
     def metric_name(self, task: Task[Example]) -> str:
-        """What marks the task's answers."""
+        """Return the name of the metric that scores the task."""
         return str(self.config.score.metric or task.metric)
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a probe has after a stage: `ask`, the matrix up to this stage, and what it found itself
-    before training.
+    """The input of a probe after a stage.
+
+    `predict` answers prompts, `matrix` goes up to this stage, and `base_result` is the probe's own
+    result before training.
     """
 
     predict: Predict
     matrix: Matrix
     base_result: ProbeResult | None = None
 
-    def mean_score(self, test: EvalSet) -> float:
-        """The mean of the marks."""
-        marks = [prediction.score for prediction in self.predict(test)]
-        return sum(marks) / len(marks)
+    def mean_score(self, eval_set: EvalSet) -> float:
+        """Return the mean score over a set."""
+        scores = [prediction.score for prediction in self.predict(eval_set)]
+        return sum(scores) / len(scores)
 
 
 class Probe:
-    """Something to measure before training and after every stage.
+    """Measure something before training and after every stage.
 
-    `ready` comes first and once, and raises ContinualError for what cannot be measured. `measure`
-    gives each of `entries` its figures; it is the same in all processes, and depends on the weights
-    and the prompts alone.
+    `prepare` is called once, first, and raises ContinualError for what cannot be measured. `measure`
+    returns the values of each of `entries`; they are the same in all processes and depend only on
+    the weights and the prompts.
     """
 
     def prepare(self, setup: RunSetup) -> None:
-        """Make the prompts."""
+        """Encode the prompts."""
 
     @property
     def entries(self) -> Mapping[str, ProbeEntry]:
-        """What it measures, by name; once it is ready."""
+        """Describe the measured tables by name; call it after `prepare`."""
         raise NotImplementedError
 
     def measure(self, context: StageContext) -> ProbeResult:
-        """The figures after this stage."""
+        """Return the values after this stage."""
         raise NotImplementedError
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """The mean of what was measured; None of nothing."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    """Return the mean of the values that are not None; None if there are none."""
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if measured else None
 
 
 def check_minimum(probe: str, minimum: int, **values: int | None) -> None:
-    """Raise ConfigError where a key of the probe is below what can work."""
+    """Raise ConfigError if a key of the probe is below the minimum."""
     for key, value in values.items():
         if value is not None and value < minimum:
             raise ConfigError(f"probe.{probe}.{key}={value}: expected at least {minimum}")
 
 
-def check_generates_answers(probe: str, setting: RunSetup) -> None:
-    """Raise ConfigError where tasks are not answered, for a probe that looks at answers."""
-    if marked := [t.name for t in setting.stream.tasks if setting.metric_name(t) == PERPLEXITY]:
+def check_generates_answers(probe: str, setup: RunSetup) -> None:
+    """Raise ConfigError if a task is scored by perplexity, which generates no answers."""
+    tasks = [t.name for t in setup.stream.tasks if setup.metric_name(t) == PERPLEXITY]
+    if tasks:
         raise ConfigError(
-            f"probe=[{probe}] looks at answers, and by perplexity {', '.join(marked)} gives none; "
+            f"probe=[{probe}] needs answers, and perplexity of {', '.join(tasks)} gives none; "
             "set score.metric to another, or leave the probe out"
         )

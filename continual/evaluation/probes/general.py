@@ -1,4 +1,4 @@
-"""General ability: the scores of a stream that no stage learns."""
+"""General ability: scores on a stream that no stage trains on."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ SOURCE = "Wang et al. 2023 (TRACE): R^G_t, and the general ability delta mean_i 
 
 @dataclass(kw_only=True)
 class GeneralAbility(Probe):
-    """How well a stream's tasks are answered that are never learned, and how far that is from
-    before training.
+    """Scores on a stream that is never trained on, and their change since before training.
 
-    With R^G_t,i the score on its task i after stage t, `general` holds each and their mean, and
-    `general drift` the differences to R^G_0,i, whose mean is the general ability delta of TRACE
-    (Wang et al. 2023). A task is scored on `split`, or else on the run's, or on that of test and
-    dev which it has; the first `limit` rows.
+    With R^G_t,i the score on task i of this stream after stage t, `general` holds each score and
+    their mean, and `general drift` the differences to R^G_0,i, whose mean is the general ability
+    delta of TRACE (Wang et al. 2023). A task is scored on `split`, by default the run's split, or
+    else on test or dev, whichever it has; on the first `max_examples` rows.
     """
 
     stream: Mapping[str, Any]
@@ -45,7 +44,7 @@ class GeneralAbility(Probe):
     row_summaries: list[str] = field(init=False, repr=False, default_factory=list)
 
     def prepare(self, setup: RunSetup) -> None:
-        """Build the stream and encode its prompts; raises what is wrong with either."""
+        """Build the stream and encode its prompts; raise errors that name the probe's keys."""
         check_minimum(
             "general", 1, max_examples=self.max_examples, max_new_tokens=self.max_new_tokens
         )
@@ -69,18 +68,19 @@ class GeneralAbility(Probe):
                 )
                 self.row_summaries.append(_summarize_rows(self.eval_sets[-1], split))
         except ContinualError as error:
-            said = str(error).replace("score.max_new_tokens", "probe.general.max_new_tokens")
-            raise type(error)(f"probe.general.stream: {said}") from error
+            message = str(error).replace("score.max_new_tokens", "probe.general.max_new_tokens")
+            raise type(error)(f"probe.general.stream: {message}") from error
 
     @property
     def entries(self) -> Mapping[str, ProbeEntry]:
-        """The scores, and their drift."""
+        """Describe the scores and their drift."""
         return {
             "general": ProbeEntry(
-                f"score on tasks that are never learned ({'; '.join(self.row_summaries)})", SOURCE
+                f"score on tasks that are never trained on ({'; '.join(self.row_summaries)})",
+                SOURCE,
             ),
             "general drift": ProbeEntry(
-                "the same less the score before training; below 0: ability lost", SOURCE
+                "the same less the score before training; below 0: ability was lost", SOURCE
             ),
         }
 
@@ -99,7 +99,7 @@ class GeneralAbility(Probe):
 
 
 def _summarize_rows(test: EvalSet, split: str) -> str:
-    """How many rows of which split are scored by what, and what became of others."""
+    """Describe the number of scored rows, their split and metric, and rows that do not fit."""
     shortened = sum(x.shortened for x in test.encodings)
     skipped = sum(x.encoded is None for x in test.encodings)
     counts = [f"{n} {what}" for n, what in ((shortened, "shortened"), (skipped, "left out")) if n]
@@ -109,5 +109,5 @@ def _summarize_rows(test: EvalSet, split: str) -> str:
 
 
 def _choose_split(task: Task[Example], first: str) -> str:
-    """The first of these splits that the task has."""
+    """Return the first of the given split, test and dev that the task has."""
     return next((split for split in (first, "test", "dev") if getattr(task, split, ())), first)
