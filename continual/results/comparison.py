@@ -1,6 +1,4 @@
-"""What a comparison consists of, told in its folder: the runs that each command asked for, and why
-one failed.
-"""
+"""Record the commands of a comparison, its planned runs, and why a run failed."""
 
 from __future__ import annotations
 
@@ -21,11 +19,9 @@ FAILED_FILE = "failed.txt"  # in a run's folder
 
 
 def record_command(out: Path, arguments: Sequence[str], run_names: Sequence[str]) -> None:
-    """Write down that the command of these words asks for these runs, beside what earlier commands
-    asked for.
-    """
+    """Record a command and the runs it plans; replace earlier commands that it covers."""
     earlier = [
-        told for told in _load_recorded_commands(out) if not set(told["cells"]) <= set(run_names)
+        entry for entry in _load_recorded_commands(out) if not set(entry["cells"]) <= set(run_names)
     ]
     plans = [*earlier, {"words": list(arguments), "cells": list(run_names)}]
     write_atomically(
@@ -35,56 +31,57 @@ def record_command(out: Path, arguments: Sequence[str], run_names: Sequence[str]
 
 
 def resume_command(out: Path, arguments: Sequence[str]) -> str:
-    """What is typed to go on with the comparison in `out`."""
+    """Return the shell command that resumes the comparison in `out`."""
     return shlex.join(["continual", "compare", *arguments, f"out={quote_value(str(out))}"])
 
 
 def load_commands(out: Path) -> list[str]:
-    """The commands that made what is in a comparison's folder."""
-    return [resume_command(out, told["words"]) for told in _load_recorded_commands(out)]
+    """Return the shell commands that produced a comparison folder."""
+    return [resume_command(out, entry["words"]) for entry in _load_recorded_commands(out)]
 
 
 def find_pending_runs(out: Path) -> list[str]:
-    """The planned runs that have scored nothing yet."""
+    """Return the sorted names of planned runs without a matrix.json."""
     return sorted(
         {
-            n
-            for told in _load_recorded_commands(out)
-            for n in told["cells"]
-            if not (out / n / "matrix.json").is_file()
+            name
+            for entry in _load_recorded_commands(out)
+            for name in entry["cells"]
+            if not (out / name / "matrix.json").is_file()
         }
     )
 
 
 def describe_unfinished(out: Path) -> list[str]:
-    """One text for each command that has runs to finish: which, why, and the command; raises
-    DataError.
+    """Return one text per command with unfinished runs: their states and the resume command.
+
+    Raises DataError.
     """
-    found = []
-    for told in _load_recorded_commands(out):
-        if left := unfinished_states(out, told["cells"]):
-            runs = "".join(f"\n  {name}: {state}" for name, state in left.items())
-            found.append(
+    texts = []
+    for entry in _load_recorded_commands(out):
+        if states := unfinished_states(out, entry["cells"]):
+            runs = "".join(f"\n  {name}: {state}" for name, state in states.items())
+            texts.append(
                 escape_control(
-                    f"{len(left)} of {len(told['cells'])} runs are not finished:{runs}\nThis "
-                    f"finishes them:\n  {resume_command(out, told['words'])}"
+                    f"{len(states)} of {len(entry['cells'])} runs are not finished:{runs}\nThis "
+                    f"finishes them:\n  {resume_command(out, entry['words'])}"
                 )
             )
-    return found
+    return texts
 
 
 def unfinished_states(out: Path, run_names: Sequence[str]) -> dict[str, str]:
-    """Why each of these runs failed, or that it is not finished."""
+    """Return the state of each unfinished run: failed with a reason, interrupted, or not started."""
     return {name: state for name in run_names if (state := _run_state(out / name))}
 
 
 def _run_state(run: Path) -> str:
-    """Empty where the run is finished."""
+    """Return why a run is unfinished, or an empty text if it is finished."""
     if (run / "finished").exists():
         return ""
     if (run / FAILED_FILE).is_file():
         return "failed: " + read_bytes(run / FAILED_FILE).decode("utf-8", "replace").strip()
-    return "begun, and not at its end" if (run / "config.yaml").exists() else "not begun"
+    return "started, but not finished" if (run / "config.yaml").exists() else "not started"
 
 
 def _load_recorded_commands(out: Path) -> list[dict[str, Any]]:
@@ -92,24 +89,24 @@ def _load_recorded_commands(out: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        told = load_json(path)
+        document = load_json(path)
         plans = [
-            {"words": list(map(str, t["words"])), "cells": list(map(str, t["cells"]))}
-            for t in told["commands"]
+            {"words": list(map(str, entry["words"])), "cells": list(map(str, entry["cells"]))}
+            for entry in document["commands"]
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} cannot be read ({error!r}); remove it: the same continual compare writes it "
             "again"
         ) from error
-    if strange := [
+    if invalid_names := [
         name
-        for t in plans
-        for name in t["cells"]
+        for entry in plans
+        for name in entry["cells"]
         if name in ("", ".", "..") or "/" in name or CONTROL.search(name)
     ]:
         raise DataError(
-            f"{path} names {escape_control(', '.join(strange))}, which are no folders in it; remove the "
+            f"{path} names {escape_control(', '.join(invalid_names))}, which are no folders in it; remove the "
             "file: the same continual compare writes it again"
         )
     return plans

@@ -1,4 +1,4 @@
-"""Curves of adaptations on disk: the score on one new task by optimizer steps, examples and draws."""
+"""Load and store the score of an adaptation by optimizer step, number of examples and draw."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CURVE_FILE = "curve.json"
 
 @dataclass(frozen=True)
 class Curve:
-    """curve.json of an adapt folder: scores in [0, 1] on one new task.
+    """Scores in [0, 1] on one new task, as stored in curve.json of an adapt folder.
 
-    `points` are (shots, draw, step, score), rising: the number of training examples, which support
-    set of that size and order of training it was, and after how many optimizer steps. `rule` says
-    what took them, as in conf/adapt.yaml.
+    `points` are sorted tuples (shots, draw, step, score): the number of training examples, the
+    index of the support set and training order of that size, and the number of optimizer steps.
+    `rule` names the update rule (conf/adapt.yaml).
     """
 
     path: Path
@@ -31,41 +31,43 @@ class Curve:
 
     @classmethod
     def load(cls, folder: Path, file_name: str = CURVE_FILE) -> Curve:
-        """The curve in the folder `path`; raises DataError where it is not of schema 1."""
+        """Load the curve of a folder; raise DataError if it is not of schema 1."""
         file = folder / file_name
-        told = untrusted.load_json(file)
+        document = untrusted.load_json(file)
         try:
-            if told["schema"] != 1:
-                raise ValueError(f"schema {brief(told['schema'])}; this version reads schema 1")
-            texts = {key: told[key] for key in ("task", "metric", "start")} | {
-                "rule": told.get("rule", "train")
+            if document["schema"] != 1:
+                raise ValueError(f"schema {brief(document['schema'])}; this version reads schema 1")
+            texts = {key: document[key] for key in ("task", "metric", "start")} | {
+                "rule": document.get("rule", "train")
             }
-            if strange := [
+            if invalid_keys := [
                 key
                 for key, text in texts.items()
                 if not isinstance(text, str) or untrusted.CONTROL.search(text)
             ]:
-                raise ValueError(f"{', '.join(strange)} should be text without control characters")
-            points = [(p["shots"], p["step"], p["score"]) for p in told["points"]]
-            if wrong := [
+                raise ValueError(
+                    f"{', '.join(invalid_keys)} should be text without control characters"
+                )
+            points = [(p["shots"], p["step"], p["score"]) for p in document["points"]]
+            if invalid := [
                 p
                 for p in points
                 if not all(map(untrusted.is_number, p, (0, 0, 0), (1e12, 1e12, 1)))
             ]:
-                raise ValueError(f"these are no shots, step and score in [0, 1]: {brief(wrong)}")
-            draws = [p.get("draw", 0) for p in told["points"]]
-            if wrong := [d for d in draws if not untrusted.is_number(d, 0, 1e12)]:
-                raise ValueError(f"these are no draws: {brief(wrong)}")
-            found = sorted(
+                raise ValueError(f"these are no shots, step and score in [0, 1]: {brief(invalid)}")
+            draws = [p.get("draw", 0) for p in document["points"]]
+            if invalid := [d for d in draws if not untrusted.is_number(d, 0, 1e12)]:
+                raise ValueError(f"these are no draws: {brief(invalid)}")
+            sorted_points = sorted(
                 (int(shots), int(draw), int(step), float(score))
                 for (shots, step, score), draw in zip(points, draws, strict=True)
             )
-            return cls(folder, points=tuple(found), **texts)
+            return cls(folder, points=tuple(sorted_points), **texts)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: no curve of schema 1 ({error!r}); adapt again") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """What `read` reads."""
+        """Return the content of curve.json."""
         points = [
             {"shots": n, "draw": draw, "step": step, "score": score}
             for n, draw, step, score in self.points
@@ -81,39 +83,40 @@ class Curve:
 
     @property
     def start_label(self) -> str:
-        """Where it began, in few words: "base", or the checkpoint's run and stage; and if by its
-        own inner loop.
+        """Return a short name of the start: "base", or the run and stage of the checkpoint.
+
+        Starts adapted by their own inner loop say so.
         """
-        began = " ".join([part for part in Path(self.start).parts if part != "checkpoints"][-2:])
-        return f"{began}, inner loop" if self.rule == "inner" else began
+        label = " ".join([part for part in Path(self.start).parts if part != "checkpoints"][-2:])
+        return f"{label}, inner loop" if self.rule == "inner" else label
 
     @property
     def shots(self) -> list[int]:
-        """The numbers of training examples tried, rising."""
+        """Return the numbers of training examples, ascending."""
         return sorted({point[0] for point in self.points})
 
     @property
     def num_draws(self) -> int:
-        """How many support sets of each size were tried at most."""
+        """Return the largest number of support sets of one size."""
         return len({point[1] for point in self.points})
 
     @property
     def steps(self) -> list[int]:
-        """The optimizer steps at which it was scored, rising."""
+        """Return the optimizer steps that were scored, ascending."""
         return sorted({point[2] for point in self.points})
 
     def mean_scores(self, shots: int) -> list[tuple[int, float]]:
-        """The (step, score) pairs with that many training examples, each score the mean over draws."""
+        """Return (step, mean score over draws) for one number of training examples."""
         return [(step, fmean(scores)) for step, scores in self._scores_by_step(shots)]
 
     def band(self, shots: int) -> list[tuple[int, float, float]]:
-        """The (step, lowest, highest score over draws) with that many training examples."""
+        """Return (step, lowest, highest score over draws) for one number of training examples."""
         return [(step, min(scores), max(scores)) for step, scores in self._scores_by_step(shots)]
 
     def _scores_by_step(self, shots: int) -> list[tuple[int, list[float]]]:
-        """Each step's scores over draws."""
-        found: dict[int, list[float]] = {}
+        """Return each step with its scores over draws."""
+        scores_by_step: dict[int, list[float]] = {}
         for n, _, step, score in self.points:
             if n == shots:
-                found.setdefault(step, []).append(score)
-        return sorted(found.items())
+                scores_by_step.setdefault(step, []).append(score)
+        return sorted(scores_by_step.items())

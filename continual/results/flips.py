@@ -1,8 +1,8 @@
-"""Flips: which test examples went from right to wrong, at which stage, and which of them came back.
+"""Find test examples whose answer changed from correct to wrong, and when it was regained.
 
-An answer is right from a mark of RIGHT on: for exact match that is the whole of it, for a graded
-metric (rougeL, token_f1) a threshold. All stages count, the base model's row among them: what it
-knew may be lost as well.
+An answer is correct if its score is at least CORRECT_THRESHOLD: exact for exact match, a
+threshold for graded metrics (rougeL, token_f1). All stages count, the base row included, because
+knowledge of the base model can be lost too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ CORRECT_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Flip:
-    """One example's fall from right to wrong.
+    """One change of an example from correct to wrong.
 
-    `learned` is the stage after which it was last right, with the answer `before`; `lost` the next
-    one at which it was marked, and wrong, with the answer `after`; `back` the stage after which it
-    was right again, None if it never was.
+    `last_correct_stage` is the stage after which it was last correct, with `answer_before`.
+    `lost_stage` is the next stage that scored it, as wrong, with `answer_after`. `regained_stage`
+    is the stage after which it was correct again, or None.
     """
 
     task: str
@@ -37,33 +37,33 @@ class Flip:
 
 
 def find_flips(run: Run) -> list[Flip]:
-    """Every fall of every example, by task, stage and example; a stage whose answers are not there
-    is passed over.
+    """Return every flip of a run, by task, stage and example.
 
-    Raises DataError for predictions that cannot be read.
+    Stages without stored predictions are skipped. Raises DataError for predictions that cannot be
+    read.
     """
     return [flip for task in run.matrix.tasks for flip in _find_task_flips(run, task)]
 
 
 def _find_task_flips(run: Run, task: str) -> list[Flip]:
-    right: dict[
+    correct: dict[
         str, tuple[str, str | None]
-    ] = {}  # of what is right now: after which stage, and the answer
-    lost: dict[str, int] = {}  # of what was right and is wrong now: its flip
-    found: list[Flip] = []
+    ] = {}  # of what is correct now: after which stage, and the answer
+    lost: dict[str, int] = {}  # of what was correct and is wrong now: its flip
+    flips: list[Flip] = []
     for stage in run.matrix.stages:
-        for key, prediction in {p.id: p for p in run.load_predictions(stage, task)}.items():
+        for example_id, prediction in {p.id: p for p in run.load_predictions(stage, task)}.items():
             if prediction.score >= CORRECT_THRESHOLD:
-                right[key] = (stage, prediction.answer)
-                if (at := lost.pop(key, None)) is not None:
-                    found[at] = replace(found[at], regained_stage=stage)
-            elif key in right:
-                learned, before = right.pop(key)
-                lost[key] = len(found)
-                found.append(
+                correct[example_id] = (stage, prediction.answer)
+                if (index := lost.pop(example_id, None)) is not None:
+                    flips[index] = replace(flips[index], regained_stage=stage)
+            elif example_id in correct:
+                learned, before = correct.pop(example_id)
+                lost[example_id] = len(flips)
+                flips.append(
                     Flip(
                         task,
-                        str(key),
+                        str(example_id),
                         learned,
                         stage,
                         prediction.prompt,
@@ -72,11 +72,11 @@ def _find_task_flips(run: Run, task: str) -> list[Flip]:
                         tuple(map(str, prediction.references)),
                     )
                 )
-    return found
+    return flips
 
 
 def count_flips(flips: Sequence[Flip]) -> dict[tuple[str, str], tuple[int, int]]:
-    """By task and stage: how many examples were lost there, and how many lost ones came back."""
+    """Count lost and regained examples by (task, stage)."""
     lost, back = (
         Counter((f.task, f.lost_stage) for f in flips),
         Counter((f.task, f.regained_stage) for f in flips if f.regained_stage),

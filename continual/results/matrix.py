@@ -1,11 +1,10 @@
-"""The retained-task matrix: one row a stage, one column a task; and every summary of it, by
-published definition.
+"""Retained-task matrix (a row per stage, a column per task) and its summaries.
 
-R[0] is the base row, before training; R[i][j] the score on task j after stage i, 1 <= i, j <= T.
-"The stage of task j", R[j], is the row that bears the task's name, so the columns may stand in any
-order. Where a cell that a definition needs was not measured, or the last stage is not there yet,
-that summary is None: never a mean over what happens to be there. All means over tasks are
-unweighted. A joint run has one stage that bears no task's name, and so only a final row.
+R[0] is the base row, before training; R[i][j] is the score on task j after stage i, 1 <= i, j <=
+T. "The stage of task j", R[j], is the row with the name of the task, so columns may be in any
+order. A summary is None if a score that its definition needs was not measured or the last stage
+is missing; it is never a mean over the available scores. All means over tasks are unweighted. A
+joint run has one stage, which has no task's name, so it has only a final row.
 """
 
 from __future__ import annotations
@@ -29,12 +28,11 @@ Score = float | None
 
 @dataclass(frozen=True)
 class Matrix:
-    """Scores in [0, 1], stages x tasks, None where not measured; raises DataError where the parts
-    do not fit.
+    """Scores in [0, 1] of shape (stages, tasks), None where not measured.
 
-    `stages` names the rows, "base" first where there is a row from before training. `counts` are
-    the test examples of each task, empty where unknown. `cost` is what the run took, in the unit
-    its key says.
+    `stages` names the rows; "base" is first if the model was scored before training. `counts` are
+    the numbers of test examples per task, empty if unknown. `cost` holds the resources of the
+    run; the last word of each key is the unit. Raises DataError if the parts are inconsistent.
     """
 
     stream: str
@@ -54,14 +52,12 @@ class Matrix:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether some stage bears a task's name; a joint run is not sequential."""
+        """Return True if some stage has the name of a task; a joint run is not sequential."""
         return any(stage in self.tasks for stage in self.stages)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last row is the end of the run: each task had its stage, or the one joint
-        stage is over.
-        """
+        """Return True if every task had its stage, or the one joint stage is over."""
         return (
             set(self.tasks) <= set(self.stages)
             if self.is_sequential
@@ -70,36 +66,36 @@ class Matrix:
 
     @property
     def final_scores(self) -> tuple[Score, ...]:
-        """R[T], one score a task, all None while the run is unfinished."""
+        """Return R[T], one score per task; all None while the run is unfinished."""
         return self.scores[-1] if self.is_finished else (None,) * len(self.tasks)
 
     def row_of(self, task: str) -> int | None:
-        """The row that bears the task's name, or None."""
+        """Return the index of the row with the name of the task, or None."""
         return self.stages.index(task) if task in self.stages else None
 
     def score(self, row: int | None, task: str) -> Score:
-        """The score on `task` in that row; None where there is no such row."""
+        """Return the score on `task` in a row; None if `row` is None."""
         return None if row is None else self.scores[row][self.tasks.index(task)]
 
     def own_stage_score(self, task: str) -> Score:
-        """R[j][j], the score right after the task's own stage."""
+        """Return R[j][j], the score right after the own stage of the task."""
         return self.score(self.row_of(task), task)
 
     def with_row(self, stage: str, scores: Sequence[Score]) -> Matrix:
-        """This matrix and one more stage; `scores` has one entry a task, in the order of `tasks`."""
+        """Return a matrix with one more stage; `scores` has one entry per task, in task order."""
         return replace(self, stages=(*self.stages, stage), scores=(*self.scores, tuple(scores)))
 
     def summary(self, reference: Matrix | None = None) -> dict[str, float | None]:
-        """Every summary by name, and `intransigence` where a reference run, such as joint training,
-        is given.
-        """
-        told = {name: define(self) for name, define in SUMMARIES.items()}
+        """Return every summary by name; add `intransigence` if a reference run is given."""
+        summary_values = {name: define(self) for name, define in SUMMARIES.items()}
         return (
-            told if reference is None else {**told, "intransigence": intransigence(self, reference)}
+            summary_values
+            if reference is None
+            else {**summary_values, "intransigence": intransigence(self, reference)}
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of matrix.json, with the summaries."""
+        """Return the content of matrix.json, with the summaries."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         lists = {
             "tasks": list(self.tasks),
@@ -113,12 +109,12 @@ class Matrix:
 
     @classmethod
     def from_dict(cls, data: Any) -> Matrix:
-        """The matrix of `to_json`; its summary is computed anew. Raises DataError that names all
-        that is wrong.
+        """Build a matrix from `to_dict`; the stored summary is ignored. Raises DataError with all
+        problems.
 
-        A file without "schema" comes from elsewhere: it needs stream, strategy, tasks, metrics,
-        stages and scores, may lack the rest, and its further keys are no concern of ours. With
-        "schema", a key that we do not know is refused.
+        A document without "schema" comes from another program: it needs stream, strategy, tasks,
+        metrics, stages and scores, and its other keys are ignored. With "schema", an unknown key
+        is an error.
         """
         if problems := _type_problems(data):
             raise DataError(gathered(problems))
@@ -136,12 +132,12 @@ class Matrix:
         )
 
     def save(self, path: Path) -> None:
-        """Write matrix.json all or nothing."""
+        """Write matrix.json atomically."""
         write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Matrix:
-        """Read matrix.json; raises MissingError, or DataError that names the file."""
+        """Read matrix.json; raise MissingError, or DataError that names the file."""
         if not path.is_file():
             raise MissingError(
                 f"{path}: there is no such matrix; give a run folder in which a stage has been "
@@ -155,21 +151,23 @@ class Matrix:
 
 
 def average_performance(matrix: Matrix) -> float | None:
-    """mean_j R[T][j] (average accuracy A_T: Lopez-Paz & Ranzato 2017, eq. 2; Chaudhry et al. 2018,
-    A_k).
+    """Compute mean_j R[T][j].
+
+    Average accuracy A_T (Lopez-Paz & Ranzato 2017, eq. 2); A_k (Chaudhry et al. 2018).
     """
     return mean_or_none(matrix.final_scores)
 
 
 def average_incremental_performance(matrix: Matrix) -> float | None:
-    """mean_i mean_{j<=i} R[i][j] (average incremental accuracy: Rebuffi et al. 2017, iCaRL)."""
+    """Compute mean_i mean_{j<=i} R[i][j].
+
+    Average incremental accuracy (Rebuffi et al. 2017, iCaRL).
+    """
     return mean_or_none(performance_by_stage(matrix)) if matrix.is_finished else None
 
 
 def performance_by_stage(matrix: Matrix) -> list[float | None]:
-    """One mean a stage, over the tasks learned so far: mean_{j<=i} R[i][j] for each i; None before
-    the first.
-    """
+    """Compute mean_{j<=i} R[i][j] for each stage i, over the tasks learned so far."""
     rows = [row for row, stage in enumerate(matrix.stages) if stage != BASE_STAGE]
     return [
         mean_or_none(
@@ -180,15 +178,17 @@ def performance_by_stage(matrix: Matrix) -> list[float | None]:
 
 
 def learning_accuracy(matrix: Matrix) -> float | None:
-    """mean_j R[j][j], how well each task is learned when its turn comes (LA of Riemer et al. 2019,
-    MER).
+    """Compute mean_j R[j][j], the score of each task right after its stage.
+
+    LA (Riemer et al. 2019, MER).
     """
     return mean_or_none(map(matrix.own_stage_score, matrix.tasks))
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """mean_{j<T} (R[T][j] - R[j][j]), over T - 1 tasks (Lopez-Paz & Ranzato 2017, eq. 3). Negative:
-    forgetting.
+    """Compute mean_{j<T} (R[T][j] - R[j][j]), over T - 1 tasks. Negative values are forgetting.
+
+    Lopez-Paz & Ranzato 2017, eq. 3.
     """
     return mean_or_none(
         _difference(matrix.score(-1, task), matrix.own_stage_score(task))
@@ -197,16 +197,17 @@ def backward_transfer(matrix: Matrix) -> float | None:
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """mean_{j<T} (max_{j<=i<T} R[i][j] - R[T][j]), over T - 1 tasks (Chaudhry et al. 2018, F_k).
+    """Compute mean_{j<T} (max_{j<=i<T} R[i][j] - R[T][j]), over T - 1 tasks.
 
-    Positive: forgetting; never below minus the backward transfer. The maximum starts at the task's
-    own stage, so what a model knew of a task before it was taught is not counted as learned.
+    F_k (Chaudhry et al. 2018). Positive values are forgetting; never below the negated backward
+    transfer. The maximum starts at the own stage of the task, so what the model knew of a task
+    before training on it does not count as learned.
     """
     return _mean_forgetting(matrix, len(matrix.stages) - 1, _earlier_tasks(matrix))
 
 
 def forgetting_by_stage(matrix: Matrix) -> list[float | None]:
-    """F_k of the tasks learned so far, one a stage; None at the first (Chaudhry et al. 2018)."""
+    """Compute F_k of the tasks learned so far, per stage; None at the first (Chaudhry et al. 2018)."""
     return [
         _mean_forgetting(
             matrix, row, [task for task in matrix.tasks if task in matrix.stages[:row]]
@@ -217,10 +218,10 @@ def forgetting_by_stage(matrix: Matrix) -> list[float | None]:
 
 
 def forward_transfer(matrix: Matrix) -> float | None:
-    """mean_{j>1} (R[j-1][j] - R[0][j]), over T - 1 tasks (Lopez-Paz & Ranzato 2017, eq. 4, the base
-    row for b).
+    """Compute mean_{j>1} (R[j-1][j] - R[0][j]), over T - 1 tasks. Needs a base row.
 
-    Positive: earlier tasks help one that has not been taught yet. Needs a base row.
+    Lopez-Paz & Ranzato 2017, eq. 4, with the base row for b. Positive: earlier tasks help a task
+    that has not been trained yet.
     """
     if matrix.stages[:1] != (BASE_STAGE,):
         return None
@@ -233,22 +234,24 @@ def forward_transfer(matrix: Matrix) -> float | None:
 
 
 def intransigence(matrix: Matrix, reference: Matrix) -> float | None:
-    """mean_j (reference_j - R[j][j]), the reference's final row (Chaudhry et al. 2018, I_k).
+    """Compute mean_j (reference_j - R[j][j]), with the final row of the reference run.
 
-    Positive: tasks are learned less well than the reference knows them. The paper trains one
-    reference for each j, on the tasks up to j; here one serves all, usually joint training on all
-    tasks. Raises DataError if the reference lacks a task.
+    I_k (Chaudhry et al. 2018). Positive: tasks are learned less well than the reference knows
+    them. The paper trains one reference for each j, on the tasks up to j; here one serves all,
+    usually joint training on all tasks. Raises DataError if the reference lacks a task.
     """
-    if lacking := [task for task in matrix.tasks if task not in reference.tasks]:
+    if missing := [task for task in matrix.tasks if task not in reference.tasks]:
         raise DataError(
-            f"the reference run does not score {', '.join(lacking)}; give one over the same tasks"
+            f"the reference run does not score {', '.join(missing)}; give one over the same tasks"
         )
-    known = dict(zip(reference.tasks, reference.final_scores, strict=True))
+    reference_scores = dict(zip(reference.tasks, reference.final_scores, strict=True))
     return mean_or_none(
-        _difference(known[task], matrix.own_stage_score(task)) for task in matrix.tasks
+        _difference(reference_scores[task], matrix.own_stage_score(task)) for task in matrix.tasks
     )
 
 
+# The formulas are also in variants.py, for arrays of bootstrap draws. These short scalar versions
+# need no numpy and are the readable definition; tests check that both agree on random matrices.
 SUMMARIES: dict[str, Callable[[Matrix], float | None]] = {
     define.__name__: define
     for define in (
@@ -263,10 +266,10 @@ SUMMARIES: dict[str, Callable[[Matrix], float | None]] = {
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """The unweighted mean; None of nothing, and None where one value is."""
+    """Return the unweighted mean; None for no values, or if one value is None."""
     known = list(values)
-    whole = [value for value in known if value is not None]
-    return math.fsum(whole) / len(whole) if whole and len(whole) == len(known) else None
+    measured = [value for value in known if value is not None]
+    return math.fsum(measured) / len(measured) if measured and len(measured) == len(known) else None
 
 
 def _difference(a: Score, b: Score) -> Score:
@@ -274,21 +277,21 @@ def _difference(a: Score, b: Score) -> Score:
 
 
 def _earlier_tasks(matrix: Matrix) -> list[str]:
-    """The tasks j < T: all but the one that the last row bears the name of."""
+    """Return the tasks j < T: all but the task of the last row; none while unfinished."""
     return (
         [task for task in matrix.tasks if task != matrix.stages[-1]] if matrix.is_finished else []
     )
 
 
 def _mean_forgetting(matrix: Matrix, row: int, tasks: Sequence[str]) -> float | None:
-    """mean_j (max_{j<=i<row} R[i][j] - R[row][j]) over these tasks."""
+    """Compute mean_j (max_{j<=i<row} R[i][j] - R[row][j]) over `tasks`."""
     return mean_or_none(
         _difference(_best_score(matrix, task, row), matrix.score(row, task)) for task in tasks
     )
 
 
 def _best_score(matrix: Matrix, task: str, end: int) -> Score:
-    """max_{j<=i<end} R[i][j]."""
+    """Compute max_{j<=i<end} R[i][j]; None if a score is missing."""
     row = matrix.row_of(task)
     scores = [] if row is None else [matrix.score(i, task) for i in range(row, end)]
     known = [score for score in scores if score is not None]
@@ -314,7 +317,7 @@ OPTIONAL_KEYS: dict[str, tuple[type, ...]] = {
 
 
 def _type_problems(data: Any) -> list[str]:
-    """What keeps a JSON value from being a matrix at all."""
+    """Return the problems that prevent a JSON value from being a matrix."""
     if not isinstance(data, dict):
         return [
             f"a {type(data).__name__}, where an object with {', '.join(REQUIRED_KEYS)} was expected"
@@ -374,8 +377,8 @@ def _dict_or_empty(value: Any) -> dict[str, Any]:
 
 
 def _consistency_problems(m: Matrix) -> list[str]:
-    """What does not fit together in a matrix of the right types."""
-    wide = len(m.tasks)
+    """Return the inconsistencies of a matrix whose values have the right types."""
+    num_tasks = len(m.tasks)
     cells = [
         (stage, task, score)
         for stage, row in zip(m.stages, m.scores, strict=False)
@@ -412,9 +415,9 @@ def _consistency_problems(m: Matrix) -> list[str]:
             ]
         ),
         *(
-            f"row {i} has {len(row)} scores; expected {wide}, one a task"
+            f"row {i} has {len(row)} scores; expected {num_tasks}, one a task"
             for i, row in enumerate(m.scores)
-            if len(row) != wide
+            if len(row) != num_tasks
         ),
         *(
             f"the score {brief(score)} on {task!r} after {stage!r} is no number in [0, 1]"
@@ -423,8 +426,8 @@ def _consistency_problems(m: Matrix) -> list[str]:
         ),
         *(
             []
-            if len(m.counts) in (0, wide)
-            else [f"{len(m.counts)} counts; expected {wide}, one a task, or none"]
+            if len(m.counts) in (0, num_tasks)
+            else [f"{len(m.counts)} counts; expected {num_tasks}, one a task, or none"]
         ),
         *(
             f"the count {brief(count)} is no number of examples"

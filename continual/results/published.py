@@ -1,16 +1,16 @@
-"""Matrices that others publish: a matrix.json, with or without our schema, or a CSV of scores.
+"""Load matrices published by others: a matrix.json, with or without schema, or a CSV of scores.
 
-The CSV's first line is `stage` and the tasks; then comes a line a stage, named by the task that was
-learned in it, with a cell a task: empty where it was not measured. `base` may be the first stage,
-from before training, and a line `counts` may hold each task's number of test examples:
+The first line of the CSV is `stage` and the tasks. Each further line is one stage, named after the
+task that was learned in it, with one cell per task, empty if not measured. `base` may be the first
+stage (before training), and a line `counts` may hold the number of test examples of each task:
 
     stage,dbpedia,amazon
     dbpedia,0.97,
     amazon,0.89,0.55
     counts,7600,7600
 
-Scores are in [0, 1]; in percent where the first cell is `stage (percent)`, or where every score but
-0 is above 1. The file's name says the strategy, and `NAME_seed3.csv` the seed too.
+Scores are in [0, 1], or in percent if the first cell is `stage (percent)` or every nonzero score is
+above 1. The file name gives the strategy, and `NAME_seed3.csv` the seed too.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ SEED_SUFFIX = re.compile(r"(.+?)[-_]seed[-_]?(\d{1,9})")
 
 @dataclass(frozen=True)
 class PublishedMatrix:
-    """One matrix, as a run of one file or folder, and the summaries that its file states; `percent`
-    if it held such.
+    """One matrix as a run, with the summaries stated in its file.
+
+    `is_percent` says that the file gives scores in percent.
     """
 
     run: Run
@@ -46,29 +47,30 @@ class PublishedMatrix:
 
 
 def load_published(paths: Sequence[Path]) -> list[PublishedMatrix]:
-    """The matrices of these files and folders, each once; raises MissingError or DataError, for all
-    files at once.
+    """Load the matrices of files and folders, each once.
+
+    Raises MissingError, or DataError with the problems of all files.
     """
-    told: list[PublishedMatrix] = []
+    matrices: list[PublishedMatrix] = []
     problems: list[str] = []
-    for path in dict.fromkeys(found for given in paths for found in _find_files(given)):
+    for path in dict.fromkeys(file for source in paths for file in _find_files(source)):
         try:
-            told.append(_load_csv(path) if path.suffix == ".csv" else _load_json(path))
+            matrices.append(_load_csv(path) if path.suffix == ".csv" else _load_json(path))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError(gathered(problems))
-    return told
+    return matrices
 
 
 def _find_files(path: Path) -> list[Path]:
-    """A file; of a folder its matrix.json, those of the runs in it, or else every .json and .csv
-    file in it.
+    """Return a file itself; for a folder its matrix.json, those of its runs, or its .json and .csv
+    files.
     """
     if path.is_file():
         if path.suffix not in (".json", ".csv"):
             raise DataError(
-                f"{path}: found a {path.suffix or 'nameless'} file, expected a matrix.json or a "
+                f"{path}: files a {path.suffix or 'nameless'} file, expected a matrix.json or a "
                 ".csv of scores; give one of these, or a folder of them"
             )
         return [path]
@@ -78,20 +80,20 @@ def _find_files(path: Path) -> list[Path]:
             "folder of them"
         )
     untrusted.check_links_inside(path)
-    named = (
+    matrix_files = (
         [path / "matrix.json"]
         if (path / "matrix.json").is_file()
         else sorted(path.glob("*/matrix.json"))
     )
-    found = named or sorted(
+    files = matrix_files or sorted(
         p for p in path.iterdir() if p.suffix in (".json", ".csv") and p.is_file()
     )
-    if not found:
+    if not files:
         raise MissingError(
             f"{path}: no matrix in it; expected a matrix.json, runs with one, or .json and .csv "
             "files"
         )
-    return found
+    return files
 
 
 def _load_json(path: Path) -> PublishedMatrix:
@@ -108,11 +110,13 @@ def _load_json(path: Path) -> PublishedMatrix:
 
 
 def _load_csv(path: Path) -> PublishedMatrix:
-    """Raises DataError that names the file and every line that is wrong."""
-    if strange := [
+    """Load a CSV; raise DataError that names the file and every out_of_range line."""
+    if invalid_names := [
         name for name in (path.name, path.parent.resolve().name) if untrusted.CONTROL.search(name)
     ]:
-        raise DataError(f"{path}: a control character in the name {brief(strange[0])}; rename it")
+        raise DataError(
+            f"{path}: a control character in the name {brief(invalid_names[0])}; rename it"
+        )
     lines = list(_csv_rows(path))
     if not lines:
         raise DataError(
@@ -142,38 +146,38 @@ def _load_csv(path: Path) -> PublishedMatrix:
     ]
     if problems:
         raise DataError(gathered(problems))
-    counted = [(n, cells) for n, cells in body if cells[0] == COUNTS_ROW]
+    count_rows = [(n, cells) for n, cells in body if cells[0] == COUNTS_ROW]
     rows = [
         (n, cells[0], [_parse_score(cell) for cell in cells[1:]])
         for n, cells in body
         if cells[0] != COUNTS_ROW
     ]
     percent = _is_percent(path, head, rows)
-    most = 100 if percent else 1
-    if wrong := [
-        f"{path}:{n}: the score {score:g} is not in [0, {most}]; fix it"
+    maximum = 100 if percent else 1
+    if out_of_range := [
+        f"{path}:{n}: the score {score:g} is not in [0, {maximum}]; fix it"
         for n, _, scores in rows
         for score in scores
-        if score is not None and not 0 <= score <= most
+        if score is not None and not 0 <= score <= maximum
     ]:
-        raise DataError(gathered(wrong))
+        raise DataError(gathered(out_of_range))
     if not rows:
         raise DataError(
-            f"{path}: found no stage below the first line, expected a line a stage; add them"
+            f"{path}: found no stage below the first line, expected one line per stage; add them"
         )
-    named = SEED_SUFFIX.fullmatch(path.stem)
+    seed_match = SEED_SUFFIX.fullmatch(path.stem)
     try:
         matrix = Matrix(
             stream=path.parent.resolve().name,
             order="",
-            strategy=named[1] if named else path.stem,
-            seed=int(named[2]) if named else None,
+            strategy=seed_match[1] if seed_match else path.stem,
+            seed=int(seed_match[2]) if seed_match else None,
             tasks=tuple(tasks),
             metrics=dict.fromkeys(tasks, "score"),
             stages=tuple(stage for _, stage, _ in rows),
-            counts=_parse_counts(path, counted),
+            counts=_parse_counts(path, count_rows),
             scores=tuple(
-                tuple(score if score is None else score / most for score in scores)
+                tuple(score if score is None else score / maximum for score in scores)
                 for _, _, scores in rows
             ),
         )
@@ -183,7 +187,7 @@ def _load_csv(path: Path) -> PublishedMatrix:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each line's number and cells, without blank lines."""
+    """Yield the line number and cells of each line that is not blank."""
     reader = csv.reader(io.StringIO(untrusted.read_text(path), newline=""), strict=True)
     try:
         for cells in reader:
@@ -197,7 +201,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, names
     except csv.Error as error:
         raise DataError(
-            f"{path}:{reader.line_num}: found broken CSV ({error}), expected cells parted by "
+            f"{path}:{reader.line_num}: found broken CSV ({error}), expected cells separated by "
             "commas; fix the line"
         ) from error
 
@@ -213,8 +217,9 @@ def _parse_score(cell: str) -> Score:
 
 
 def _is_percent(path: Path, head: str, rows: Sequence[tuple[int, str, list[Score]]]) -> bool:
-    """Whether the scores are in percent; raises DataError where some are above 1 and some are
-    between 0 and 1.
+    """Return True if scores are in percent.
+
+    Raises DataError if some scores are above 1 and some between 0 and 1.
     """
     if head.strip().lower() == PERCENT_HEAD:
         return True

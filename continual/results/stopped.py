@@ -1,4 +1,4 @@
-"""The notice that a run leaves where stop_if stopped it."""
+"""Describe why stop_if stopped a run, from the notice in its folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ STOPPED_FILE = "stopped.json"
 
 
 def describe_stop(out: Path) -> str | None:
-    """What stopped the run in this folder, in a line; None where no gate did. Raises DataError."""
-    told = _load_stop(out)
-    return _format_stop(told, out) if told else None
+    """Return the reason for which stop_if stopped the run, in one line, or None. Raises DataError."""
+    notice = _load_stop(out)
+    return _format_stop(notice, out) if notice else None
 
 
 def _format_stop(event: Mapping[str, Any], out: Path) -> str:
@@ -31,16 +31,16 @@ def _load_stop(out: Path) -> dict[str, Any] | None:
     path = out / STOPPED_FILE
     if not path.is_file():
         return None
-    told = load_json(path)
+    notice = load_json(path)
     if not (
-        isinstance(told, dict)
-        and told.get("schema") == 1
-        and isinstance(told.get("task"), str)
-        and all(is_number(told.get(key)) for key in ("step", "forgetting", "limit"))
-        and not CONTROL.search(told["task"])
+        isinstance(notice, dict)
+        and notice.get("schema") == 1
+        and isinstance(notice.get("task"), str)
+        and all(is_number(notice.get(key)) for key in ("step", "forgetting", "limit"))
+        and not CONTROL.search(notice["task"])
     ):
         raise DataError(
             f"{path}: found no task, step, forgetting and limit of schema 1, expected what "
             "stopped the run; remove it, and the run goes on"
         )
-    return told
+    return notice

@@ -314,8 +314,8 @@ def test_commands_that_later_ones_contain_are_forgotten(tmp_path):
     comparison.record_command(tmp_path, ["seed=0,2"], ["seed=0", "seed=2"])
     told = "\n".join(comparison.describe_unfinished(tmp_path))
     assert told.count("continual compare") == 2
-    assert "seed=0: not begun" in told
-    assert "seed=1: not begun" in told
+    assert "seed=0: not started" in told
+    assert "seed=1: not started" in told
 
 
 @pytest.mark.parametrize(
