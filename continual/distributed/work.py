@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from continual.distributed.processes import rank, world_size
+from continual.distributed.processes import all_gather, rank, world_size
 
 T = TypeVar("T")
 
@@ -30,6 +30,16 @@ def assign_work(sizes: Sequence[float], *, level: bool = False) -> list[int]:
         if len(assigned[process]) == max_items:
             loads[process] = math.inf
     return sorted(assigned[rank()])
+
+
+def gather_by_index(indices: Sequence[int], values: Sequence[T]) -> list[T]:
+    """Gather each process's values, which JSON must be able to hold, in the order of their indices.
+
+    The indices of all processes together are 0, 1, 2, ..., each once.
+    """
+    own = [*zip(indices, values, strict=True)]
+    by_index: dict[int, T] = {i: value for share in all_gather(own) for i, value in share}
+    return [by_index[i] for i in range(len(by_index))]
 
 
 def iter_own_items(

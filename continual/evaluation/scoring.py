@@ -119,8 +119,8 @@ def prepare_eval_set(
             "score.max_new_tokens" if max_new_tokens else f"the longest of its {split} references"
         )
         raise ConfigError(
-            f"task {task.name!r}: an answer may take {answer_tokens} tokens ({origin}), which leaves none "
-            f"of the {encoder.max_tokens} for its prompt; set score.max_new_tokens lower, or raise "
+            f"task {task.name!r}: an answer may take {answer_tokens} tokens ({origin}), which "
+            f"leaves none of the {encoder.max_tokens} for its prompt; set score.max_new_tokens lower, or raise "
             "data.max_length as far as the model's context goes"
         )
 
@@ -162,8 +162,8 @@ def _encode_task_labels(task: Task[Example], encoder: Encoder) -> dict[str, tupl
     """Encode the task's labels; raise ConfigError if it has none."""
     if not task.labels:
         raise ConfigError(
-            f"task {task.name!r} has no labels, and score.answer_mode=likelihood chooses among them; "
-            "list them as its 'labels' in stream.json, or set score.answer_mode=generate"
+            f"task {task.name!r} has no labels, and score.answer_mode=likelihood chooses among "
+            "them; list them as its 'labels' in stream.json, or set score.answer_mode=generate"
         )
     return encode_labels(task.labels, encoder)
 
@@ -176,8 +176,8 @@ def score_task(
 ) -> tuple[float, list[Prediction]]:
     """Return the task's mean score in [0, 1], and a prediction for each example in order.
 
-    The examples are answered in `index_groups`, by default all in one group; the iterable may change
-    the model between groups. Each process answers a part of the prompts, and all get all
+    The examples are answered in `index_groups`, by default all in one group; the iterable may
+    change the model between groups. Each process answers a part of the prompts, and all get all
     predictions. Raises ContinualError unless each example is in one group.
     """
     all_indices = range(len(eval_set.examples))

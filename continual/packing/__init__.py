@@ -2,9 +2,9 @@
 
 Other folders may import:
 
-- attention: flat_attention
+- attention: use_row_attention
 - batch: Batch, Layout
-- kv_cache: Cache, Taken, cached
-- layout: behind, blocked, common_prefix, grouped, turn
-- support: LastLayer, kernel, probe
+- kv_cache: KVCache, PrefillDone, cached_attention
+- layout: block_by_length, common_prefix_length, group_by_prefix, prepend_prefix, response_start
+- support: LastLayer, detect_packing_support, select_attention
 """

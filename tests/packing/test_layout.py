@@ -145,7 +145,7 @@ def test_a_network_that_cannot_read_a_flat_row_says_so_and_is_padded(capsys):
     )
     assert not net.layout.packed
     assert capsys.readouterr().err == (
-        "bloom: its attention cannot read several examples as one row; batches are padded\n"
+        "bloom: its attention cannot read several examples in one packed row; batches are padded\n"
     )
 
 
