@@ -38,7 +38,7 @@ RowMatch = tuple[HashedRow, HashedRow, bool]
 
 
 def hash_rows(stream: Stream) -> list[HashedRow]:
-    """Hash every row once: pre-training, training (of all stages), then each task's dev and test."""
+    """Hash every row once: pre-training, training of all stages, then dev and test by task."""
     parts: list[tuple[str, Iterable[Example]]] = [
         (PRETRAINING, stream.pretraining),
         *(("train", rows) for rows in train_rows_by_task(stream).values()),

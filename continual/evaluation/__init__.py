@@ -2,11 +2,11 @@
 
 Other folders may import:
 
-- constraints: read
-- demands: LEVELS
+- constraints: parse_constraints
+- instruction_parser: COMPOSITION_LEVELS
 - judge: Judge
-- metrics: METRICS
-- row_metrics: accuracies
-- scoring: PERPLEXITY, SPLITS, Test, prepare, score
-- text: normalise
+- metrics: REFERENCE_METRICS
+- row_metrics: ifeval_accuracies
+- scoring: EvalSet, PERPLEXITY, SPLITS, prepare_eval_set, score_task
+- text_normalization: normalize_text
 """

@@ -137,7 +137,10 @@ def number_paragraphs(answer: str, *, num_paragraphs: Count) -> bool:
 def nth_paragraph_first_word(
     answer: str, *, first_word: Text, num_paragraphs: Count, nth_paragraph: Count
 ) -> bool:
-    """Check for exactly this many paragraphs (separated by blank lines) and the n-th's first word."""
+    """Check for exactly this many paragraphs, and the first word of the n-th.
+
+    Paragraphs are separated by blank lines.
+    """
     paragraphs = [p.strip() for p in answer.split("\n\n") if p.strip()]
     if len(paragraphs) != num_paragraphs or nth_paragraph > len(paragraphs):
         return False
@@ -264,7 +267,7 @@ CHECKS: Mapping[str, Callable[..., bool]] = {
 
 
 def satisfies(answer: str, constraint: Constraint) -> bool:
-    """Return True if the answer satisfies the constraint strictly (Zhou et al. 2023, equation 1)."""
+    """Return True if the answer satisfies the constraint (Zhou et al. 2023, equation 1)."""
     return bool(answer.strip()) and CHECKS[constraint.id](answer, **constraint.kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Find in an instruction's own words the constraints that can be checked, and its composition level.
+"""Find checkable constraints in an instruction's own words, and its composition level.
 
 A table of patterns finds constraints of `continual.evaluation.constraints`. Requests in other words
 are not found, and no model is used.
@@ -14,7 +14,10 @@ from functools import lru_cache
 from continual.data.types import Constraint
 
 COMPOSITION_LEVELS = ("single step", "conditional", "multi-step")  # in increasing order
-ASKING_VERBS = r"(?:say|tell|know|check|decide|determine|see|ask|judge|predict|answer|find out|happens?)(?: me| us)?"
+ASKING_VERBS = (
+    r"(?:say|tell|know|check|decide|determine|see|ask|judge|predict|answer|find out|happens?)"
+    r"(?: me| us)?"
+)
 CONDITION_WORDS = re.compile(
     r"\b(?<!as )(?:if|unless|otherwise|in case|depending on|provided that|or else)\b", re.IGNORECASE
 )

@@ -3,6 +3,6 @@ nothing.
 
 Other folders may import:
 
-- base: Ask, Probe, Setting
-- record: record
+- base: Predict, Probe, RunSetup
+- record: run_probes
 """

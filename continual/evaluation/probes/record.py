@@ -86,7 +86,7 @@ def assemble_probes(
 
 
 def load_probe_result(path: Path) -> ProbeResult:
-    """Load a stage's results; return {} if the file is incomplete, so that they are measured again."""
+    """Load a stage's results; {} if the file is incomplete, so that it is measured again."""
     try:
         result: ProbeResult = load_json(path)
         values = [value for series in result.values() for value in series.values()]

@@ -1,4 +1,4 @@
-"""Zero-shot and k-shot in context: the score with answered train rows in front of the prompt."""
+"""In-context learning: the score with answered train rows before the prompt."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ SOURCE = "Brown et al. 2020, section 2: zero-, one- and few-shot, without gradie
 class Shots(Probe):
     """Each task's score with k demonstrations in context (Brown et al. 2020), for each k.
 
-    Demonstrations are train rows of the task, by the run's template, and the same for all of its
-    prompts: those of k are the first k of one seeded draw, and what a scored prompt asks is not
-    among them. The score is the mean over `draws`. A prompt that has no room for k holds as many as
-    fit, which is counted; where none of a task's prompts holds k, that is not measured.
+    Demonstrations are train rows of the task in the run's template, the same for all of its
+    prompts: the first k of one seeded draw, without rows that ask what a scored prompt asks. The
+    score is the mean over `draws`. A prompt without room for k holds as many as fit, and such
+    prompts are counted. If none of a task's prompts holds k, the score is None.
     """
 
     k: Sequence[int] = (0, 1, 2, 3, 4, 5)
@@ -49,7 +49,7 @@ class Shots(Probe):
     )  # those of them that hold fewer
 
     def prepare(self, setup: RunSetup) -> None:
-        """Draw the demonstrations; raises ConfigError where a task has too few rows to show."""
+        """Draw the demonstrations; raise ConfigError if a task has too few train rows."""
         check_minimum("shots", 1, draws=self.draws, max_examples=self.max_examples)
         if wrong := [k for k in self.k if isinstance(k, bool) or not isinstance(k, int) or k < 0]:
             raise ConfigError(
@@ -79,7 +79,7 @@ class Shots(Probe):
         rows: Sequence[Example],
         demonstrations: Sequence[Example],
     ) -> None:
-        """The task's prompts behind these demonstrations, if one of them has room for all."""
+        """Encode a task's prompts after demonstrations; keep them if any has room for all."""
         encoder = replace(setting.encoder, demonstrations=tuple(demonstrations))
         k = len(demonstrations)
         test = setting.make_eval_set(task, rows, encoder)
@@ -92,11 +92,12 @@ class Shots(Probe):
 
     @property
     def entries(self) -> Mapping[str, ProbeEntry]:
-        """Means over the tasks, then each task's."""
+        """Describe the means over tasks and each task's scores."""
         lack = ", ".join(
             f"{n} of {self.prompt_counts[k]} at k={k}" for k, n in self.reduced_counts.items() if n
         )
-        told = f"{self.draws} draw{'s' if self.draws > 1 else ''} of them, at most {self.max_examples} prompts a task"
+        draws = f"{self.draws} draw{'s' if self.draws > 1 else ''} of them"
+        told = f"{draws}, at most {self.max_examples} prompts a task"
         return {
             "shots": ProbeEntry(
                 "score with k answered train rows before the prompt, mean over tasks, and of each "
@@ -106,7 +107,7 @@ class Shots(Probe):
         }
 
     def measure(self, context: StageContext) -> ProbeResult:
-        """Score each task behind each number of demonstrations."""
+        """Score each task after each number of demonstrations."""
         each = {
             at: mean_or_none([context.mean_score(test) for test in tests])
             for at, tests in self.eval_sets.items()

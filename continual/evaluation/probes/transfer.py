@@ -1,6 +1,4 @@
-"""Cross-task generalisation: what learning a task does to tasks with like instructions, and to the
-others.
-"""
+"""Cross-task generalization: the effect of a stage on tasks with similar and other instructions."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from continual.evaluation.probes.base import (
 )
 from continual.results.matrix import Matrix
 
-MAX_SAMPLED_ROWS = 128  # train rows of a task whose instructions are read
+MAX_SAMPLED_ROWS = 128  # train rows of a task that cluster_tasks uses
 SOURCE = (
     "mean_j (R[i][j] - R[i-1][j]), the step of the matrix at a stage; tasks grouped by their "
     "instructions as cross-task generalisation asks (Mishra et al. 2022; Wang et al. 2022)"
@@ -43,22 +41,21 @@ SERIES_LABELS = {
 
 @dataclass(kw_only=True)
 class Transfer(Probe):
-    """How a stage changes the scores of the other tasks, within the learned task's cluster and
-    across clusters.
+    """Change of the other tasks' scores by a stage, within the learned task's cluster and beyond.
 
     After the stage of task i it is the mean over tasks j of R[i][j] - R[i-1][j], read off the
     matrix: for j learned before, below 0 is forgetting; for j not learned yet, above 0 is
     generalisation. `transfer overall` is the mean over all such pairs up to this stage. Clusters
     are found from the instructions alone: a task is the share of its train prompts that hold each
     word, times log((1 + T) / (1 + tasks with the word)) + 1, and average linkage joins the tasks as
-    long as the cosine between two clusters is at least `similarity`.
+    long as the cosine between two clusters is at least `min_similarity`.
     """
 
     min_similarity: float = 0.3
     clusters: list[list[str]] = field(init=False, repr=False, default_factory=list)
 
     def prepare(self, setup: RunSetup) -> None:
-        """Find the clusters."""
+        """Cluster the tasks."""
         if not 0 <= self.min_similarity <= 1:
             raise ConfigError(
                 f"probe.transfer.min_similarity={self.min_similarity}: expected a cosine in [0, 1]"
@@ -67,7 +64,7 @@ class Transfer(Probe):
 
     @property
     def entries(self) -> Mapping[str, ProbeEntry]:
-        """Of the stage, and of all stages so far."""
+        """Describe the changes of the stage, and of all stages so far."""
         told = " ".join(f"[{', '.join(names)}]" for names in self.clusters)
         return {
             "transfer": ProbeEntry(
@@ -81,7 +78,7 @@ class Transfer(Probe):
         }
 
     def measure(self, context: StageContext) -> ProbeResult:
-        """Read it off the matrix; None before training, and for a stage that is not one task's."""
+        """Compute the changes; None before training, and for a stage of several tasks."""
         stages = len(context.matrix.stages)
         every = [self._score_changes(context.matrix, row) for row in range(1, stages)]
         last = every[-1] if every else {}
@@ -96,9 +93,7 @@ class Transfer(Probe):
         }
 
     def _score_changes(self, matrix: Matrix, row: int) -> dict[tuple[bool, bool], list[float]]:
-        """The change of each other task's score at this row, by (learned before, of the same
-        cluster).
-        """
+        """Return the other tasks' score changes at a row, by (learned before, same cluster)."""
         own, found = matrix.stages[row], dict[tuple[bool, bool], list[float]]()
         if own not in matrix.tasks:
             return found
@@ -113,7 +108,7 @@ class Transfer(Probe):
 
 
 def cluster_tasks(tasks: Sequence[Task[Example]], min_similarity: float) -> list[list[str]]:
-    """The tasks' names in clusters of like instructions, in the order of the tasks."""
+    """Group task names by similar instructions, in the order of the tasks."""
     from scipy.cluster.hierarchy import fcluster, linkage
 
     names, vectors = [t.name for t in tasks], _tfidf_vectors(tasks)
@@ -129,7 +124,7 @@ def cluster_tasks(tasks: Sequence[Task[Example]], min_similarity: float) -> list
 
 
 def _tfidf_vectors(tasks: Sequence[Task[Example]]) -> NDArray[Any]:
-    """(T, words) of norm 1."""
+    """Return (T, words) vectors of norm 1."""
     shares = [_word_shares(t) for t in tasks]
     common = Counter(word for told in shares for word in told)
     words = sorted(common)

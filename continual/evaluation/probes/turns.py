@@ -1,4 +1,4 @@
-"""Multi-turn coherence: conversations in which the model goes on from its own earlier answers."""
+"""Multi-turn coherence: conversations that continue from the model's own answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NO_ANSWER = Prediction("", {"score": 0.0}, answer="")
 
 @dataclass(frozen=True)
 class TaskConversations:
-    """A task's conversations, with what it takes to ask their turns."""
+    """A task's conversations, and what is needed to encode their turns."""
 
     task: str
     task_index: int
@@ -42,7 +42,7 @@ class TaskConversations:
     encoder: Encoder
 
     def answer_turns(self, predict: Predict, turns: Sequence[Example]) -> list[Prediction]:
-        """The answer to each, with its mark; one that leaves no room for an answer is unanswered."""
+        """Answer the turns; a turn that leaves no room for an answer gets NO_ANSWER."""
         found, encoded = [NO_ANSWER for _ in turns], {}
         for i, turn in enumerate(turns):
             encoding = self.encoder.encode_prompt(turn, self.task_index, self.max_new_tokens)
@@ -63,23 +63,21 @@ class TaskConversations:
 
 @dataclass(kw_only=True)
 class Turns(Probe):
-    """Chat tasks with several turns, each answered greedily behind the model's own earlier answers.
+    """Coherence over several turns, each answered greedily after the model's own answers.
 
-    A turn's mark is its answer's by the task's metric against the row's own answer, and it is met
-    from `met` on. Then
+    A turn's score is that of the task's metric against the row's own answer; the turn is passed if
+    it is at least `pass_score`. The values, all of them means over tasks, are
 
-    - `first turn` and `later turns` are mean marks;
-    - `completed`: the share of conversations of which every turn has an answer that is not empty,
-      and is met;
-    - `context`: of the later turns that are not met where they are asked alone, without the turns
-      before them, the share that is met in the conversation: those need an earlier turn. None where
-      there are none;
-    - `consistent`: the mean mark of the answer to the first question, asked again behind the whole
-      conversation, against the answer that it had at first; an empty answer agrees with nothing.
+    - `first turn` and `later turns`: mean scores;
+    - `completed`: the share of conversations whose turns are all passed with answers that are not
+      empty;
+    - `context`: among the later turns that fail without the turns before them, the share that is
+      passed in the conversation. These turns need an earlier one. None if there are none;
+    - `consistent`: the mean score of the answer to the first question, repeated after the whole
+      conversation, against the model's first answer; an empty answer scores 0.
 
-    Conversations whose own answers leave no room for the question asked again are left out and
-    counted; a turn that longer answers of the model leave no room for is unanswered. All figures
-    are means over tasks.
+    Conversations whose own answers leave no room for the repeated question are left out and
+    counted. A turn is unanswered if longer answers of the model leave no room for it.
     """
 
     pass_score: float = 0.5
@@ -88,7 +86,7 @@ class Turns(Probe):
     num_skipped: int = field(init=False, default=0)
 
     def prepare(self, setup: RunSetup) -> None:
-        """Find the conversations; raises ConfigError where there are none of several turns."""
+        """Select the conversations; raise ConfigError if none has several turns."""
         check_minimum("turns", 1, max_examples=self.max_examples)
         if not 0 < self.pass_score <= 1:
             raise ConfigError(
@@ -137,7 +135,7 @@ class Turns(Probe):
 
     @property
     def entries(self) -> Mapping[str, ProbeEntry]:
-        """One table."""
+        """Describe the table."""
         told = [f"{chats.task}: {len(chats.rows)} conversations" for chats in self.conversations]
         told += [f"{self.num_skipped} left out for want of room"] if self.num_skipped else []
         return {
@@ -152,12 +150,12 @@ class Turns(Probe):
         }
 
     def measure(self, context: StageContext) -> ProbeResult:
-        """Hold the conversations."""
+        """Run the conversations."""
         each = [self._measure_task(context.predict, chats) for chats in self.conversations]
         return {"turns": {label: mean_or_none(told[label] for told in each) for label in each[0]}}
 
     def _measure_task(self, ask: Predict, chats: TaskConversations) -> dict[str, float | None]:
-        """The figures of one task."""
+        """Return the values of one task."""
         rows = chats.rows
         said: list[list[Prediction]] = [[] for _ in rows]
         for t in range(max(len(e.user_turns) for e in rows)):
@@ -202,14 +200,14 @@ def _is_answered(prediction: Prediction) -> bool:
 
 
 def _references(e: Example) -> list[str]:
-    """What the row's assistant answers."""
+    """Return the assistant's messages of a row."""
     return [m.content for m in e.messages if m.role == "assistant"]
 
 
 def _make_conversation(
     e: Example, name: str, questions: Sequence[str], answers: Sequence[str], reference: str
 ) -> Example:
-    """The questions with an answer each but for the last one, to which the reference is the answer."""
+    """Make a conversation of questions and answers whose last answer is the reference."""
     system = tuple(m for m in e.messages if m.role == "system")
     spoken = [
         m
@@ -220,20 +218,20 @@ def _make_conversation(
 
 
 def _turn_example(e: Example, answers: Sequence[str], t: int) -> Example:
-    """Turn `t`, from 0, behind these answers, the row's own where there are none."""
+    """Return turn `t`, from 0, after these answers, or after the row's own if there are none."""
     own = answers if answers else _references(e)[:t]
     return _make_conversation(e, f"turn {t + 1}", e.user_turns[: t + 1], own, _references(e)[t])
 
 
 def _single_turn_example(e: Example, t: int) -> Example:
-    """Turn `t` without the turns before it."""
+    """Return turn `t` without the turns before it."""
     return _make_conversation(
         e, f"turn {t + 1} alone", e.user_turns[t : t + 1], (), _references(e)[t]
     )
 
 
 def _repeated_question_example(e: Example, answers: Sequence[str]) -> Example:
-    """The first question behind the whole conversation; right is what was answered at first."""
+    """Repeat the first question after the conversation; the reference is its first answer."""
     questions = e.user_turns
     return _make_conversation(e, "again", [*questions, questions[0]], answers, answers[0])
 

@@ -27,7 +27,7 @@ from continual.evaluation.scoring import EvalSet
 
 ORIGINAL = "as it is"
 FROM_TRAIN_ROWS = "rows"
-MAX_PHRASINGS = 8  # phrasings taken from a task's train rows, the commonest
+MAX_PHRASINGS = 8  # the most common phrasings of a task's train rows
 SOURCE = (
     "Mizrahi et al. 2024 (scores over instruction paraphrases), Sclar et al. 2024 (spread over "
     "formats), Sun et al. 2023 (deviation over phrasings)"
@@ -36,16 +36,15 @@ SOURCE = (
 
 @dataclass(kw_only=True)
 class Wordings(Probe):
-    """The same examples under several wordings of their instructions: mean, worst, and standard
-    deviation of the score.
+    """Mean, worst and standard deviation of the score over wordings of the same instructions.
 
-    Wordings of a task are its examples as they are; `given` ones, of people; and `changes` of words
-    or format, seeded by example. Given are with "rows" the instructions that the task's train rows
-    repeat, for a stream whose instructions stand for one another, and with the name of a file
-    beside TASK/test.jsonl that file's rows, which ask the same as the scored ones in the same
-    order. A change that changes nothing is no wording of the task. Every wording is scored on the
-    same examples, those that fit under all. The deviation is that of a sample (n - 1); all figures
-    are means over tasks.
+    A task's wordings are its examples as they are; `paraphrases` by people; and `changes` of words
+    or format, seeded by example. In `paraphrases`, "rows" takes the instructions that the task's
+    train rows repeat, for a stream whose instructions are interchangeable. The name of a file
+    beside TASK/test.jsonl takes that file's rows, which must ask the same as the scored ones in the
+    same order. A change without effect is not a wording of the task. Every wording is scored on the
+    same examples, those that fit in all wordings. The deviation is that of a sample (n - 1); all
+    values are means over tasks.
     """
 
     paraphrases: Sequence[str] = ()
@@ -58,9 +57,7 @@ class Wordings(Probe):
     num_skipped: int = field(init=False, default=0)
 
     def prepare(self, setup: RunSetup) -> None:
-        """Word each task's prompts; raises ConfigError for an unknown change, or where nothing is
-        left to compare.
-        """
+        """Encode each task's wordings; raise ConfigError for an unknown change or a single wording."""
         check_minimum("wordings", 1, max_examples=self.max_examples)
         if strange := [
             unknown("change in probe.wordings.changes", str(c), CHANGES)
@@ -100,7 +97,7 @@ class Wordings(Probe):
             )
 
     def _apply_change(self, name: str, rows: Sequence[Example]) -> list[Example]:
-        """The rows with their instructions changed."""
+        """Return the rows with changed instructions."""
         return [
             _with_instruction(
                 e, CHANGES[name](e.user_request, random.Random(f"{self.seed}/{name}/{e.id}"))
@@ -114,7 +111,7 @@ class Wordings(Probe):
         task: Task[Example],
         rows_by_wording: Mapping[str, Sequence[Example]],
     ) -> None:
-        """The task's wordings, encoded, of the examples that fit under all of them."""
+        """Encode a task's wordings of the examples that fit in all of them."""
         encoder = setting.encoder
         skipping = replace(encoder, on_unusable="skip")
         tests, fit = {}, {e.id for e in rows_by_wording[ORIGINAL]}
@@ -142,7 +139,7 @@ class Wordings(Probe):
 
     @property
     def entries(self) -> Mapping[str, ProbeEntry]:
-        """The scores, and their spread."""
+        """Describe the scores and their spread."""
         some = f"{self.max_examples or 'all'} examples a task" + (
             f", {self.num_skipped} in all left out that do not fit under every wording"
             if self.num_skipped
@@ -215,20 +212,20 @@ def _standard_deviation(values: Sequence[float]) -> float | None:
 
 
 def _with_instruction(e: Example, text: str) -> Example:
-    """The example with this instruction."""
+    """Return the example with another instruction."""
     if not e.messages:
         return replace(e, instruction=text)
     return replace(e, messages=(*e.messages[:-2], Message("user", text), e.messages[-1]))
 
 
 def _repeated_instructions(task: Task[Example]) -> list[str]:
-    """The instructions that several train rows have, the commonest first."""
+    """Return the instructions that several train rows have, the most common first."""
     told = Counter(e.instruction for e in task.train if e.input)
     return [text for text, n in told.most_common(MAX_PHRASINGS) if n > 1]
 
 
 def _load_file_tasks(setting: RunSetup, name: str) -> Sequence[Task[Example]]:
-    """The run's stream with the rows of another file as those that are scored."""
+    """Load the run's stream with another file as the scored split."""
     split, section = (
         setting.config.score.split,
         OmegaConf.to_container(setting.config.stream, resolve=True),
@@ -241,8 +238,8 @@ def _load_file_tasks(setting: RunSetup, name: str) -> Sequence[Task[Example]]:
         ).tasks
     except ContinualError as error:
         raise type(error)(
-            f"probe.wordings.paraphrases=[{name}]: {error}; expected rows, or a file that each task of a "
-            f"stream=folder has beside its {split}.jsonl, named without .jsonl"
+            f"probe.wordings.paraphrases=[{name}]: {error}; expected rows, or a file that each "
+            f"task of a stream=folder has beside its {split}.jsonl, named without .jsonl"
         ) from error
     return tasks
 
@@ -250,10 +247,10 @@ def _load_file_tasks(setting: RunSetup, name: str) -> Sequence[Task[Example]]:
 def _align_ids(
     task: Task[Example], name: str, rows: Sequence[Example], others: Sequence[Example]
 ) -> list[Example]:
-    """The other file's rows under the ids of those whose wording they are."""
+    """Give the other file's rows the ids of the scored rows."""
     if len(rows) != len(others):
         raise DataError(
-            f"probe.wordings.paraphrases=[{name}]: task {task.name!r} has {len(others)} rows there and "
-            f"{len(rows)} that are scored; expected the same examples, in the same order"
+            f"probe.wordings.paraphrases=[{name}]: task {task.name!r} has {len(others)} rows there "
+            f"and {len(rows)} that are scored; expected the same examples, in the same order"
         )
     return [replace(other, id=e.id) for e, other in zip(rows, others, strict=True)]
