@@ -169,7 +169,8 @@ def train_curves(
     support set with fewer shots is a part of the one with more. Curves that the folder of
     `empty_curve` holds are not trained again.
     """
-    settings = session.config.adapt
+    settings = session.settings.adapt
+    assert settings  # this command has the section
     num_rows = len(task.train)
     start_weights = snapshot(session.model)
     shots = dict.fromkeys(num_rows if n is None else min(n, num_rows) for n in settings.shots)
@@ -208,7 +209,8 @@ def _train_curve(
     The task is scored after the steps of `adapt.eval_steps` and after the last one. `base_score` is
     the score before training.
     """
-    settings = session.config.adapt
+    settings = session.settings.adapt
+    assert settings
     points: list[tuple[int, int, int, float]] = []
     rng = random.Random(f"{session.config.seed}/{draw}")
     support = rng.sample(list(task.train), len(task.train))[:shots]
