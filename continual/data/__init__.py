@@ -2,7 +2,8 @@
 
 Other folders may import:
 
-- template: CHAT, Encoder, TEMPLATES, Unfit, columns, lead, pieces
-- token_cache: Tokens, tokenise
+- template: CHAT, Encoder, Encoding, TEMPLATES, generation_prompt_suffix, index_tasks,
+  render_segments, usable_examples
+- token_cache: TokenCache, load_or_tokenize
 - types: Constraint, Encoded, Example, Message, Stream, Task
 """

@@ -2,7 +2,8 @@
 
 Other folders may import:
 
-- processes: add_up, agreed, apart, compare, first, gather, joined, leads, let_first_speak, most,
-  started, summed, together, wait, world
-- work: deal, dealt, evenly
+- processes: all_processes, all_reduce_gradients, all_reduce_max, all_reduce_sum, barrier,
+  broadcast, check_equal_on_all, is_main_process, main_process_first, num_started_processes,
+  process_group, single_process, wait_for_first_message, world_size
+- work: assign_work, gather_by_index, iter_own_items, split_evenly
 """

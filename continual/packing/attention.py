@@ -31,7 +31,7 @@ class PrefixGroup:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """The groups of one flat row, in its order."""
+    """Describe one packed row by its groups, in order."""
 
     groups: tuple[PrefixGroup, ...]
     mask_cache: dict[Any, Tensor] = field(default_factory=dict, compare=False)
@@ -41,7 +41,7 @@ class PackedRow:
 
     @cached_property
     def max_visible(self) -> int:
-        """The most tokens that one token can see."""
+        """Return the largest number of tokens that one token can see."""
         return max(g.prefix_length + max((n for _, n in g.blocks), default=0) for g in self.groups)
 
     def causal_mask(
@@ -148,7 +148,7 @@ def _softcapped_attention(
     dropout: float,
     cap: float,
 ) -> Tensor:
-    """Attention whose scores a tanh keeps below `cap`, as in Gemma 2."""
+    """Attend with scores that a tanh keeps below `cap`, as in Gemma 2."""
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     n = q.shape[2]
     mask = (

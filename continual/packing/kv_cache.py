@@ -78,7 +78,7 @@ class PromptBlock:
             kept[rows, :, start : start + x.shape[2]] = x
 
     def keep_prompts(self, rows: Sequence[int]) -> None:
-        """Drop all other prompts."""
+        """Drop all prompts but these rows."""
         self.lengths = self.lengths[list(rows)]
         for layer in self.layers:  # one by one: never all of them twice
             layer[:] = [x[list(rows)] for x in layer]
@@ -175,11 +175,11 @@ class PassSegment:
 
     @property
     def stop(self) -> int:
-        """Where in the row it ends."""
+        """Return the index after its last token in the row."""
         return self.start + len(self.rows) * self.length
 
     def split_at(self, count: int) -> tuple[PassSegment, PassSegment]:
-        """The first so many prompts, and the others."""
+        """Split into the first `count` prompts and the others."""
         first = replace(self, rows=self.rows[:count])
         return first, replace(self, start=first.stop, rows=self.rows[count:])
 
@@ -261,7 +261,7 @@ class KVCache:
         return torch.cat([block.lengths for block in self.blocks])[:, None].add(depth).flatten()
 
     def keep_prompts(self, rows: Sequence[int]) -> None:
-        """Only these of the prompts are left."""
+        """Drop all prompts but these rows, counted over all blocks."""
         begin = 0
         for block in self.blocks:
             end = begin + len(block.lengths)
@@ -272,15 +272,19 @@ class KVCache:
         self.blocks = [block for block in self.blocks if len(block.lengths)]
 
     def split_sizes(self) -> list[int]:
-        """How many tokens of the pass belong together."""
+        """Return the number of tokens of each segment or block of the pass."""
         return [p.stop - p.start for p in self.pass_segments] or [
             len(block.lengths) * len(self.new_indices) for block in self.blocks
         ]
 
 
 class PrefillDone(Exception):
-    """The last layer's keys and values of the prompts are taken: the rest of that pass would be for
-    nothing.
+    """End a prefill pass once the last layer's keys and values are stored.
+
+    The rest of the pass (the last layer's output, the final norm and the head over all prompt
+    tokens) would be computed and thrown away. The forward pass is code of `transformers`, which
+    calls us only for attention and has no way to stop early, so an exception is the one way out.
+    It carries no error: callers suppress it.
     """
 
 
@@ -297,10 +301,9 @@ def cached_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention for `transformers` within `flat_attention(net, cached)`: (1, H, N, D) -> (1, N, H,
-    D).
+    """Attend with a KVCache, within `use_row_attention(net, cached_attention)`.
 
-    Raises Taken in the last layer of a pass over prompts.
+    (1, H, N, D) -> (1, N, H, D). Raises PrefillDone in the last layer of a pass over prompts.
     """
     layer, row.layer_index = (
         row.layer_index,
