@@ -20,9 +20,14 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path):
     folder = tmp_path / "folder"
     with write_folder_atomically(folder) as temporary:
         (temporary / "old.txt").write_text("old")
-    with pytest.raises(ValueError), write_folder_atomically(folder) as temporary:
-        (temporary / "new.txt").write_text("new")
-        raise ValueError
+
+    def fail():
+        with write_folder_atomically(folder) as temporary:
+            (temporary / "new.txt").write_text("new")
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        fail()
     assert [p.name for p in folder.iterdir()] == ["old.txt"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
@@ -40,7 +45,7 @@ def test_a_folder_that_another_machine_wrote_meanwhile_is_kept(tmp_path):
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with (
-        pytest.raises(OSError, match="it takes 5.0 MB, and the disk has 0.0 MB left"),
+        pytest.raises(OSError, match=r"it takes 5.0 MB, and the disk has 0.0 MB left"),
         write_folder_atomically(tmp_path / "folder", num_bytes=5 * 10**6),
     ):
         pass
