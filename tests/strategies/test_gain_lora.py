@@ -130,7 +130,7 @@ def test_prompts_are_answered_together_as_each_is_by_its_merged_weights():
 
 
 def test_an_encoder_s_gates_hold_for_its_decoder():
-    made, strategy = trained(0, 1, kind="t5", decoder_start=1)
+    made, strategy = trained(0, 1, kind="t5", decoder_start_token_id=1)
     (e,) = toy.make_examples(1, 1)
     apart = [forward(made, made.batch([x])) for x in (e, *toy.make_examples(0, 3))]
     together = made.batch([e, *toy.make_examples(0, 3)])
@@ -142,7 +142,7 @@ def test_an_encoder_s_gates_hold_for_its_decoder():
     strategy.gates = {
         row: [g * 0 for g in gate] for row, gate in strategy.gates.items()
     }  # all shut
-    base = toy.make_model(torch.float64, kind="t5", decoder_start=1)
+    base = toy.make_model(torch.float64, kind="t5", decoder_start_token_id=1)
     torch.testing.assert_close(
         forward(made, made.batch([e])), forward(base, base.batch([e])), rtol=1e-9, atol=1e-10
     )
@@ -196,7 +196,7 @@ def test_a_new_gate_is_shut_for_earlier_prompts_at_first_and_at_every_step_in_ev
     strategy.begin(made, toy.make_task(1, FEW))
     look(0, None)
     del strategy.gates[RANK]
-    toy.train_stages(made, strategy, 1, size=FEW, recipe=RECIPE, after=look)
+    toy.train_stages(made, strategy, 1, size=FEW, recipe=RECIPE, on_step=look)
     assert max(shut for _, shut in told) < 1e-11
     assert told[0][0] == [0, 0, 0]
     assert min(told[-1][0]) > 1e-3, "each layer has learned"
@@ -396,10 +396,8 @@ def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(cli_error, run_k
         "task=loud",
         f"out={tmp_path / 'new'}",
     )
-    assert (
-        "the strategy gain_lora has a part of the model in its memory, and the weights alone "
-        "never answered" in told
-    )
+    assert "the strategy gain_lora keeps a part of the model in its memory, so its weights alone are "
+        "not the model that was scored" in told
     assert "chooses other weights for each prompt, which no one model holds" in cli_error(
         "export", tmp_path / "run"
     )

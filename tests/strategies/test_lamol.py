@@ -78,7 +78,7 @@ def test_what_is_written_for_a_task_begins_with_one_of_its_wordings_as_often_as_
     monkeypatch,
 ):
     monkeypatch.setattr(
-        "strategies.lamol.complete",
+        "strategies.lamol.generate_ids",
         lambda model, prompts, room, n, end, *pick: [[end]] * len(prompts),
     )
     made, strategy = toy.make_model(), LAMOL()

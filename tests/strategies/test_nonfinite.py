@@ -162,7 +162,7 @@ def test_a_stage_that_goes_on_still_knows_the_rows_of_the_steps_that_were_skippe
         restore(again, kept["weights"])
         return kept["state"]
 
-    whole = stage(made, Strategy(), rows(0, (3,)), after=after)
+    whole = stage(made, Strategy(), rows(0, (3,)), on_step=after)
     resumed = stage(again, Strategy(), rows(0, (3,)), progress=progress)
     assert warned(resumed)[-1] == warned(whole)[-1]
     assert "a/3; nothing of them is kept" in warned(whole)[-1]
@@ -180,7 +180,7 @@ def test_where_no_row_is_left_the_stage_is_an_error():
         TrainingError,
         match=r"of 12 of the 12 rows of task 'a' is not finite: a/0, a/1, a/10.*; lower",
     ):
-        stage(made, EWC(), rows(0, (3,)), replace(SKIP, batch_size=12, epochs=2), after=after)
+        stage(made, EWC(), rows(0, (3,)), replace(SKIP, batch_size=12, epochs=2), on_step=after)
 
 
 @pytest.mark.parametrize(
