@@ -2,7 +2,7 @@
 
 Other folders may import:
 
-- audit: Audit, audit
-- duplicates: learned
-- lengths: Fit, fit, measure
+- audit: Audit, audit_stream
+- duplicates: train_rows_by_task
+- lengths: TokenCount, count_row_tokens, measure_lengths
 """

@@ -92,7 +92,7 @@ class Judge:
         return replace(self.encoder, max_tokens=sys.maxsize)
 
     def __call__(self, examples: Sequence[Example], answers: Sequence[str]) -> list[dict[str, Any]]:
-        """Return each answer's "score" in [0, 1], "grades" by requirement, and "cut" if truncated."""
+        """Return each answer's "score" in [0, 1], its "grades", and "cut" (True if truncated)."""
         requirements = [
             (i, r)
             for i, (e, a) in enumerate(zip(examples, answers, strict=True))

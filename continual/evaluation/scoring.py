@@ -120,8 +120,8 @@ def prepare_eval_set(
         )
         raise ConfigError(
             f"task {task.name!r}: an answer may take {answer_tokens} tokens ({origin}), which "
-            f"leaves none of the {encoder.max_tokens} for its prompt; set score.max_new_tokens lower, or raise "
-            "data.max_length as far as the model's context goes"
+            f"leaves none of the {encoder.max_tokens} for its prompt; set score.max_new_tokens lower, or "
+            "raise data.max_length as far as the model's context goes"
         )
 
     if metric == PERPLEXITY:
@@ -187,8 +187,8 @@ def score_task(
         scored += zip(group, predictions, strict=True)
     if sorted(i for i, _ in scored) != list(all_indices):
         raise ContinualError(
-            f"task {eval_set.task!r}: found {len(scored)} dispatched prompts of {len(all_indices)}, "
-            "expected each once; the strategy's dispatch is wrong"
+            f"task {eval_set.task!r}: found {len(scored)} dispatched prompts of "
+            f"{len(all_indices)}, expected each once; the strategy's dispatch is wrong"
         )
 
     predictions = [prediction for _, prediction in sorted(scored, key=lambda pair: pair[0])]

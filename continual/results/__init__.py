@@ -15,6 +15,6 @@ Other folders may import:
 - stopped: STOPPED_FILE, _format_stop, _load_stop, describe_stop
 - tables: PARQUET_FILE, encode_parquet, load_table
 - uncertainty: CONFIDENCE_LEVEL, Interval, MEAN_TOLERANCE, PairedDifference, bootstrap_intervals,
-  differences_from_baseline, example_scores, interval_over_runs
+  differences_from_baseline, interval_over_runs
 - variants: VARIANTS, compute_variants
 """

@@ -24,7 +24,7 @@ Predict = Callable[[EvalSet], list[Prediction]]
 
 @dataclass(frozen=True)
 class ProbeEntry:
-    """One table of probes.json: a description, the definition's source, and which values are better.
+    """One table of probes.json: its description, the source, and which values are better.
 
     `better` is "higher" or "lower".
     """
@@ -90,9 +90,9 @@ class StageContext:
 class Probe:
     """Measure something before training and after every stage.
 
-    `prepare` is called once, first, and raises ContinualError for what cannot be measured. `measure`
-    returns the values of each of `entries`; they are the same in all processes and depend only on
-    the weights and the prompts.
+    `prepare` is called once, first, and raises ContinualError for what cannot be measured.
+    `measure` returns the values of each of `entries`; they are the same in all processes and depend
+    only on the weights and the prompts.
     """
 
     def prepare(self, setup: RunSetup) -> None:

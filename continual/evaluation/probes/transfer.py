@@ -138,7 +138,7 @@ def _tfidf_vectors(tasks: Sequence[Task[Example]]) -> NDArray[Any]:
 
 
 def _word_shares(task: Task[Example]) -> dict[str, float]:
-    """Of each word, the share of the task's instructions that hold it, evenly from all train rows."""
+    """Return for each word the share of sampled train instructions that hold it."""
     rows = task.train or task.dev or task.test
     chosen = rows[:: max(1, -(-len(rows) // MAX_SAMPLED_ROWS))]
     found = Counter(

@@ -57,7 +57,7 @@ class Wordings(Probe):
     num_skipped: int = field(init=False, default=0)
 
     def prepare(self, setup: RunSetup) -> None:
-        """Encode each task's wordings; raise ConfigError for an unknown change or a single wording."""
+        """Encode the wordings; raise ConfigError for an unknown change or a single wording."""
         check_minimum("wordings", 1, max_examples=self.max_examples)
         if strange := [
             unknown("change in probe.wordings.changes", str(c), CHANGES)
