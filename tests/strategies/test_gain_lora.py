@@ -396,8 +396,10 @@ def test_a_run_s_weights_alone_are_neither_adapted_nor_exported(cli_error, run_k
         "task=loud",
         f"out={tmp_path / 'new'}",
     )
-    assert "the strategy gain_lora keeps a part of the model in its memory, so its weights alone are "
-        "not the model that was scored" in told
+    assert (
+        "the strategy gain_lora keeps a part of the model in its memory, so its weights alone are "
+        "not the model that was scored"
+    ) in told
     assert "chooses other weights for each prompt, which no one model holds" in cli_error(
         "export", tmp_path / "run"
     )
