@@ -2,8 +2,8 @@
 
 Other folders may import:
 
-- audits: FILE, load, show, solved
-- figures: NONE, count, percent, seconds
+- audits: AUDIT_FILE, load_audit, print_audit_table, solved_task_lines
+- figures: NO_VALUE, format_count, format_percent, format_seconds
 - verify: verify
-- write: tables, write
+- write: print_tables, write_report
 """

@@ -149,7 +149,7 @@ def print_audit_table(console: Console, audit: Mapping[str, Any]) -> None:
     )  # apart, or it would be as narrow as the table
     found = finding_lines(audit)
     console.print(
-        Text(gathered(found, MAX_PRINTED_FINDINGS) if found else "nothing found amiss"),
+        Text(gathered(found, MAX_PRINTED_FINDINGS) if found else "no problems found"),
         style="yellow" if found else "",
         soft_wrap=True,
     )

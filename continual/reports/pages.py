@@ -266,7 +266,7 @@ def stage_cost_rows(run: Run) -> list[list[str]]:
 
 
 def audit_section(run: Run) -> Section | None:
-    """What was found amiss in the rows, and what the base already solved; None where the run has no
+    """Return the problems in the rows and the tasks the base solves; None if the run has no
     audit.
     """
     if (told := audits.load_audit(run.path)) is None:

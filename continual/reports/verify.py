@@ -21,7 +21,7 @@ from continual.reports.figures import NO_VALUE, SUMMARY_INFO
 from continual.results.matrix import Score, mean_or_none
 from continual.results.published import PublishedMatrix, load_published
 from continual.results.run_folder import Run, group_runs
-from continual.results.uncertainty import MEAN_TOLERANCE, example_scores, interval_over_runs
+from continual.results.uncertainty import MEAN_TOLERANCE, interval_over_runs
 from continual.results.variants import VARIANTS, compute_variants
 
 JSON_ARGUMENTS = {"json=true": True, "json=false": False}
@@ -246,7 +246,7 @@ def _prediction_problems(run: Run) -> list[str]:
     told, matrix = [], run.matrix
     for row, stage in enumerate(matrix.stages if run.path.is_dir() else ()):
         for task in matrix.tasks:
-            marks, score = example_scores(run, stage, task)[1], matrix.score(row, task)
+            marks, score = run.example_scores(stage, task)[1], matrix.score(row, task)
             found = statistics.fmean(marks) if marks else score
             if found is not None and (score is None or abs(found - score) > MEAN_TOLERANCE):
                 told.append(

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from continual.config.run_config import flatten_keys
 from continual.errors import DataError, MissingError
 from continual.io import untrusted
 from continual.io.atomic import task_file_name
@@ -21,7 +23,7 @@ from continual.results import comparison
 from continual.results.matrix import BASE_STAGE, Matrix, mean_or_none
 from continual.results.prediction import Prediction, load_predictions
 
-# What may differ between the runs of one group: they are repetitions of the same experiment.
+# Keys that may differ between the runs of a group, which are repetitions of one experiment.
 REPETITION_KEYS = {"seed", "order", "out", "track"}
 LONG_FRACTION = re.compile(r"-?\d+\.\d{4,}")
 EXPECTED_FOLDERS = (
@@ -31,7 +33,9 @@ EXPECTED_FOLDERS = (
 
 
 def folder_kind(folder: Path) -> str:
-    """`run`, `adapt` or `comparison`, told by the files; raises MissingError for any other folder."""
+    """Return `run`, `adapt` or `comparison`, by the files of a folder; raise MissingError for any
+    other.
+    """
     if not folder.is_dir():
         raise MissingError(f"{folder}: there is no such folder; expected {EXPECTED_FOLDERS}")
     untrusted.check_links_inside(folder)
@@ -70,14 +74,16 @@ def _describe_content(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder; everything but the matrix is read when it is asked for."""
+    """One run folder; everything except the matrix is loaded on first use."""
 
     path: Path
     matrix: Matrix
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        """Raises MissingError or DataError, as Matrix.load does; also where no stage has been
+        """Load a run folder.
+
+        Raises MissingError or DataError, as Matrix.load does, and DataError if no stage has been
         scored.
         """
         matrix = Matrix.load(folder / "matrix.json")
@@ -90,41 +96,46 @@ class Run:
 
     @cached_property
     def config_text(self) -> str:
-        """The text of config.yaml, empty where there is none."""
+        """Return the text of config.yaml, empty if there is none."""
         return untrusted.read_text(self.path / "config.yaml")
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """Every key of config.yaml in dotted form, but those in which repetitions of one experiment
-        differ.
-        """
-        told = dict(_flat(untrusted.load_yaml_mapping(self.path / "config.yaml")))
+        """Return every dotted key of config.yaml, without the keys in which repetitions differ."""
+        flat = {
+            key: value if isinstance(value, str) else json.dumps(value, default=str)
+            for key, value in flatten_keys(
+                untrusted.load_yaml_mapping(self.path / "config.yaml")
+            ).items()
+        }
         return {
             key: value
-            for key, value in told.items()
+            for key, value in flat.items()
             if not REPETITION_KEYS & {key.rpartition(".")[2]}
         }
 
     @cached_property
     def parsed_log(self) -> tuple[list[dict[str, Any]], int]:
-        """The events of events.jsonl, and how many lines of it are broken: a killed run may leave
-        half a line.
+        """Return the events of events.jsonl and the number of broken lines.
+
+        A killed run may leave half a line.
         """
         return load_events(self.path)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """The events of one kind; of several about one stage and step the last, as a resumed run
-        tells them anew.
+        """Return the events of one kind.
+
+        If a stage and step has several, the last is kept, because a resumed run logs them again.
         """
-        told = (e for e in self.parsed_log[0] if e["event"] == kind)
+        matching = (e for e in self.parsed_log[0] if e["event"] == kind)
         return list(
             {
-                tuple(e.get(key) for key in ("stage", "task", "split", "step")): e for e in told
+                tuple(e.get(key) for key in ("stage", "task", "split", "step")): e for e in matching
             }.values()
         )
 
     def stage_number(self, stage: str) -> int:
-        """The stage's number in predictions/stage-NN: 0 is before training."""
+        """Return the number NN of a stage in predictions/stage-NN; 0 is before training."""
         return self.matrix.stages.index(stage) + (BASE_STAGE not in self.matrix.stages)
 
     def load_predictions(self, stage: str, task: str) -> list[Prediction]:
@@ -141,7 +152,7 @@ class Run:
 
     @cached_property
     def _predictions(self) -> dict[tuple[str, str], list[Prediction]]:
-        """The predictions that were read, by (stage, task)."""
+        """Cache of the loaded predictions, by (stage, task)."""
         return {}
 
     @cached_property
@@ -166,10 +177,27 @@ class Run:
             ),
         )
 
+    def example_scores(self, stage: str, task: str) -> tuple[str, tuple[float, ...]]:
+        """Return a digest of the ids and references of a task's test examples, and their scores.
+
+        Computed once per stage and task.
+        """
+        if (stage, task) not in self._example_scores:
+            predictions = self.load_predictions(stage, task)
+            identity = repr([(p.id, p.references) for p in predictions])
+            digest = blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+            self._example_scores[stage, task] = digest, tuple(p.score for p in predictions)
+        return self._example_scores[stage, task]
+
+    @cached_property
+    def _example_scores(self) -> dict[tuple[str, str], tuple[str, tuple[float, ...]]]:
+        """Cache of `example_scores`, by (stage, task)."""
+        return {}
+
     @property
     def is_joint(self) -> bool:
-        """Whether it learned all tasks in one stage: its matrix says so, whatever its strategy is
-        called.
+        """Return True if the run learned all tasks in one stage, by its matrix, not its strategy
+        name.
         """
         return self.matrix.is_finished and not self.matrix.is_sequential
 
@@ -184,41 +212,39 @@ class RunGroup:
 
     @property
     def num_finished(self) -> int:
-        """How many of its runs are finished; only these count in the mean."""
+        """Return the number of finished runs; only these count in the mean."""
         return sum(run.matrix.is_finished for run in self.runs)
 
     @property
     def is_joint(self) -> bool:
-        """Whether this is the joint arm, a ceiling to compare with."""
+        """Return True for joint training, the upper reference of a comparison."""
         return any(run.is_joint for run in self.runs)
 
     def finished_values(self, name: str) -> list[float | None]:
-        """One value a finished run: a summary's or a cost's."""
-        told = [
+        """Return one value per finished run, of a summary or a cost."""
+        by_run = [
             {**run.matrix.cost, **summary}
             for run, summary in zip(self.runs, self.summaries, strict=True)
             if run.matrix.is_finished
         ]
-        return [values.get(name) for values in told]
+        return [values.get(name) for values in by_run]
 
     def mean(self, name: str) -> float | None:
-        """The mean over finished runs; None where one of them lacks the value."""
+        """Return the mean over finished runs; None if one of them lacks the value."""
         return mean_or_none(self.finished_values(name))
 
     def std(self, name: str) -> float | None:
-        """The sample standard deviation (n - 1); None with fewer than two runs."""
-        known = [value for value in self.finished_values(name) if value is not None]
+        """Return the sample standard deviation (n - 1); None for fewer than two runs."""
+        measured = [value for value in self.finished_values(name) if value is not None]
         return (
-            statistics.stdev(known)
-            if len(known) > 1 and len(known) == len(self.finished_values(name))
+            statistics.stdev(measured)
+            if len(measured) > 1 and len(measured) == len(self.finished_values(name))
             else None
         )
 
 
 def find_joint_reference(run: Run, runs: Iterable[Run]) -> Run | None:
-    """The joint run over the same tasks to measure `run` by: that of the same seed if there is one,
-    else the first.
-    """
+    """Return the joint run over the same tasks, of the same seed if possible, else the first."""
     same = [
         r
         for r in runs
@@ -228,21 +254,20 @@ def find_joint_reference(run: Run, runs: Iterable[Run]) -> Run | None:
 
 
 def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
-    """Runs that differ in seed and order only are one group; best average performance first, the
-    joint arm before all.
+    """Group runs that differ in seed and order only; sort joint first, then by average performance.
 
-    Its label is the strategy, or "joint"; where two groups would bear the same one, the settings
-    that tell them apart are added.
+    The label of a group is its strategy, or "joint"; the settings that differ are added where two
+    groups would have the same label.
     """
-    kinds: dict[Any, list[Run]] = {}
+    members_by_key: dict[Any, list[Run]] = {}
     for run in runs:
-        kinds.setdefault(
+        members_by_key.setdefault(
             (run.matrix.stream, _arm_name(run), tuple(sorted(run.settings.items()))), []
         ).append(run)
-    labels = _group_labels([members[0] for members in kinds.values()])
+    labels = _group_labels([members[0] for members in members_by_key.values()])
     groups = [
         RunGroup(label, tuple(members), tuple(_summarize(run, runs) for run in members))
-        for label, members in zip(labels, kinds.values(), strict=True)
+        for label, members in zip(labels, members_by_key.values(), strict=True)
     ]
     return sorted(
         groups, key=lambda g: (not g.is_joint, -(g.mean("average_performance") or -1), g.label)
@@ -255,24 +280,26 @@ def _summarize(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
 
 
 def _arm_name(run: Run) -> str:
-    """A joint run is known by its one stage, any other by its strategy."""
+    """Return the stage name of a joint run, the strategy of any other."""
     return run.matrix.stages[-1] if run.is_joint else run.matrix.strategy
 
 
 def _group_labels(representatives: Sequence[Run]) -> list[str]:
-    """One label for each group, from a run of each."""
+    """Return one label per group, from one run of each."""
     names = Counter(map(_arm_name, representatives))
-    told = [
+    settings_of_runs = [
         {"stream": r.matrix.stream, "strategy": r.matrix.strategy, **r.settings}
         for r in representatives
     ]
     labels = []
-    for run, mine in zip(representatives, told, strict=True):
-        twins = [
-            t for r, t in zip(representatives, told, strict=True) if _arm_name(r) == _arm_name(run)
+    for run, settings in zip(representatives, settings_of_runs, strict=True):
+        same_name = [
+            t
+            for r, t in zip(representatives, settings_of_runs, strict=True)
+            if _arm_name(r) == _arm_name(run)
         ]
-        apart = (
-            [key for key in mine if len({t.get(key) for t in twins}) > 1]
+        differing_keys = (
+            [key for key in settings if len({t.get(key) for t in same_name}) > 1]
             if names[_arm_name(run)] > 1
             else []
         )
@@ -281,8 +308,8 @@ def _group_labels(representatives: Sequence[Run]) -> list[str]:
                 [
                     _arm_name(run),
                     *(
-                        f"{key.rpartition('.')[2]}={_shorten_fraction(mine[key], {t.get(key) for t in twins})}"
-                        for key in apart[:3]
+                        f"{key.rpartition('.')[2]}={_shorten_fraction(settings[key], {t.get(key) for t in same_name})}"
+                        for key in differing_keys[:3]
                     ),
                 ]
             )
@@ -294,53 +321,56 @@ def _group_labels(representatives: Sequence[Run]) -> list[str]:
 
 
 def _shorten_fraction(value: str, others: Collection[str | None]) -> str:
-    """A long fraction, such as a search draws, in three digits where they tell it from the others."""
-    told = {
+    """Shorten a long fraction, as a search draws, to three digits if it stays distinct."""
+    shortened = {
         other: f"{float(other):.3g}" if LONG_FRACTION.fullmatch(other) else other
         for other in others
         if other is not None
     }
-    return told[value] if len(set(told.values())) == len(told) else value
+    return shortened[value] if len(set(shortened.values())) == len(shortened) else value
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs in these run and comparison folders, and the names of those that have not scored
-    anything yet.
-    """
+    """Load the runs of run and comparison folders; also return the names of runs without a score."""
     paths: list[Path] = []
-    waiting: list[str] = []
+    pending: list[str] = []
     for folder in folders:
-        what = folder_kind(folder)
-        if what == "adapt":
+        content = folder_kind(folder)
+        if content == "adapt":
             raise DataError(
                 f"{folder}: an adapt folder has a curve, not a matrix; compare it with adapt "
                 "folders only"
             )
-        paths += [folder] if what == "run" else _child_run_folders(folder)
-        if what == "comparison":
-            begun = [
+        paths += [folder] if content == "run" else _child_run_folders(folder)
+        if content == "comparison":
+            started = [
                 p.parent.name
                 for p in sorted(folder.glob("*/config.yaml"))
                 if not (p.parent / "matrix.json").is_file()
             ]
-            waiting += dict.fromkeys([*begun, *comparison.find_pending_runs(folder)])
-    return [Run.load(path) for path in dict.fromkeys(paths)], waiting
+            pending += dict.fromkeys([*started, *comparison.find_pending_runs(folder)])
+    return [Run.load(path) for path in dict.fromkeys(paths)], pending
 
 
 def load_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events of events.jsonl, and how many of its lines are broken."""
-    told, broken, path = [], 0, folder / "events.jsonl"
+    """Return the events of events.jsonl and the number of broken lines."""
+    path = folder / "events.jsonl"
+    events = []
+    broken = 0
+
     for number, line in untrusted.iter_lines(path) if path.is_file() else ():
         try:
             event = untrusted.parse_json(line, f"{path}:{number}", line=True)
-            told += [event] if (whole := is_event(event)) else []
-            broken += not whole
+            if is_event(event):
+                events.append(event)
+            else:
+                broken += 1
         except DataError:
             broken += 1
-    return told, broken
+    return events, broken
 
 
-# What the pages draw and write of an event, where it has them.
+# Optional parts of an event that pages show.
 EVENT_NUMBERS = (
     "time",
     "stage",
@@ -358,7 +388,7 @@ EVENT_TEXTS = ("task", "split")
 
 
 def is_event(event: Any) -> bool:
-    """Whether a line is an event whose parts are of their kinds."""
+    """Return True if a parsed line is an event whose parts have the right types."""
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return False
     if event["event"] in ("step", "during") and event.get("step") is None:
@@ -372,11 +402,3 @@ def is_event(event: Any) -> bool:
         and isinstance(scores, dict)
         and all(untrusted.is_number(s, 0, 1) for s in scores.values())
     )
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value, default=str)

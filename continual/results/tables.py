@@ -1,4 +1,4 @@
-"""Runs as data: what run folders hold, as tables in long form. docs/data.md lists their columns."""
+"""Tables in long form from run folders. docs/data.md lists their columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PARQUET_FILE = "comparison.parquet"
 
-ColumnSpecs = dict[str, tuple[str, str]]  # of each its kind and what it holds
+ColumnSpecs = dict[str, tuple[str, str]]  # name -> (type, description)
 SummaryValues = Mapping[str, float | None]
 TableRows = Iterator[dict[str, Any]]
 
@@ -44,7 +44,7 @@ TASK_COLUMNS: ColumnSpecs = {"task": ("text", "the task that was scored")}
 
 
 def load_table(paths: Sequence[str | Path], table_name: str) -> pandas.DataFrame:
-    """What `continual.load_runs` returns."""
+    """Load one table of several folders, for `continual.load_runs`."""
     import pandas
     import pyarrow
 
@@ -54,18 +54,20 @@ def load_table(paths: Sequence[str | Path], table_name: str) -> pandas.DataFrame
         raise ConfigError(
             "load_runs needs folders made by continual run or compare; give their paths"
         )
-    runs, waiting = find_runs([Path(path) for path in paths])
-    if waiting:
+    runs, pending = find_runs([Path(path) for path in paths])
+    if pending:
         warnings.warn(
-            f"not in the table, for they have scored nothing yet: {listed(waiting, 5)}",
+            f"not in the table, for they have scored nothing yet: {listed(pending, 5)}",
             stacklevel=3,
         )
-    whole = {pyarrow.int64(): pandas.Int64Dtype()}  # which can be missing
-    return build_table(group_runs(runs), table_name).to_pandas(types_mapper=whole.get)
+    nullable = {pyarrow.int64(): pandas.Int64Dtype()}  # whole numbers that can be missing
+    return build_table(group_runs(runs), table_name).to_pandas(types_mapper=nullable.get)
 
 
 def encode_parquet(groups: Sequence[RunGroup], out: Path) -> bytes:
-    """The content of comparison.parquet: the cells of all runs, their paths relative to `out`."""
+    """Return the content of comparison.parquet: the cells of all runs, with paths relative to
+    `out`.
+    """
     from pyarrow.parquet import write_table
 
     target = io.BytesIO()
@@ -76,7 +78,7 @@ def encode_parquet(groups: Sequence[RunGroup], out: Path) -> bytes:
 def build_table(
     groups: Sequence[RunGroup], table_name: str, out: Path | None = None
 ) -> pyarrow.Table:
-    """One of `TABLES`, run after run; what a column holds stands in its metadata.
+    """Build one table of `TABLES`, run after run; column descriptions are in the metadata.
 
     Raises DataError for a run that holds a value which its column cannot.
     """
@@ -230,7 +232,7 @@ TABLES: dict[str, tuple[ColumnSpecs, Callable[[Run, SummaryValues], TableRows]]]
             "prompt": ("text", "what was asked"),
             "answer": ("text", "what the model said"),
             "references": ("texts", "the accepted answers"),
-            "score": ("number", "the answer's mark in [0, 1]"),
+            "score": ("number", "the score of the answer in [0, 1]"),
         },
         _example_rows,
     ),

@@ -1,10 +1,11 @@
-"""The published forms of each summary, by name: papers divide by other numbers, or begin the
-maximum elsewhere.
+"""Published variants of each summary, by name: papers divide by other numbers, or start the maximum
+elsewhere.
 
-All are functions of the same cells, so one matrix has all of them side by side, and so has every
-draw of a bootstrap: `Cells` holds one matrix, or many of the same shape. A form that bears a
-summary's own name is `Matrix.summary`'s. As there, a cell that is needed and was not measured
-leaves no figure, rather than one over fewer cells.
+Every variant is a function of the same scores, so one matrix has all of them, and so has every
+bootstrap draw: a `ScoreArray` holds one matrix, or many of the same shape. The variant with the
+name of a summary equals `Matrix.summary`. As there, a missing score that a definition needs gives
+no figure (NaN), not a mean over fewer scores. The formulas of the summaries are also in
+matrix.py, as scalar functions with None for missing scores; tests check that both agree.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ScoreArray:
-    """Scores (..., stages, tasks) with the names, counts and stages of `matrix`; NaN where not
-    measured.
+    """Scores (..., stages, tasks), NaN where not measured; names, counts and stages are in
+    `matrix`.
     """
 
     matrix: Matrix
@@ -32,60 +33,57 @@ class ScoreArray:
 
     @classmethod
     def from_matrix(cls, matrix: Matrix) -> ScoreArray:
-        """The cells of one matrix: scores (stages, tasks)."""
+        """Build the array of one matrix, of shape (stages, tasks)."""
         scores = np.array(matrix.scores, dtype=np.float64)  # None becomes NaN
         return cls(matrix, scores.reshape(len(matrix.stages), len(matrix.tasks)))
 
     @cached_property
     def task_rows(self) -> NDArray[np.int64]:
-        """(tasks,) the row that bears each task's name; -1 where there is none."""
+        """Return (tasks,) the row of each task's own stage; -1 if there is none."""
         rows = [self.matrix.row_of(task) for task in self.matrix.tasks]
         return np.array([-1 if row is None else row for row in rows])
 
     @cached_property
     def stage_rows(self) -> NDArray[np.int64]:
-        """(stages, 1) each row's number, to compare with `rows`; what stands before training is no
-        stage.
-        """
+        """Return (stages, 1) the row numbers of the stages, without the base row."""
         return np.arange(self.first_stage_row, len(self.matrix.stages))[:, None]
 
     @property
     def first_stage_row(self) -> int:
-        """The row of the first stage: 1 behind a base row."""
+        """Return the row of the first stage: 1 after a base row, else 0."""
         return int(self.matrix.stages[:1] == (BASE_STAGE,))
 
     @property
     def stage_scores(self) -> Array:
-        """(..., stages, tasks) the scores without the base row."""
+        """Return (..., stages, tasks) the scores without the base row."""
         return self.scores[..., self.first_stage_row :, :]
 
     @property
     def final_scores(self) -> Array:
-        """(..., tasks) R[T], all NaN while the run is unfinished."""
+        """Return (..., tasks) R[T]; all NaN while the run is unfinished."""
         nothing = np.full(self.scores.shape[:-2] + self.scores.shape[-1:], np.nan)
         return self.scores[..., -1, :] if self.matrix.is_finished else nothing
 
     def own_stage_scores(self, offset: int = 0) -> Array:
-        """(..., tasks) each task's score in the row of its own stage, or so many rows from it; NaN
-        where none is.
-        """
+        """Return (..., tasks) the scores `offset` rows from each task's own stage; NaN outside."""
         rows = self.task_rows + offset
-        there = (self.task_rows >= 0) & (rows >= 0)
-        if not there.any():
+        is_inside = (self.task_rows >= 0) & (rows >= 0)
+        if not is_inside.any():
             return np.full(self.scores.shape[:-2] + self.scores.shape[-1:], np.nan)
-        return np.where(there, self.scores[..., rows * there, np.arange(len(rows))], np.nan)
+        return np.where(is_inside, self.scores[..., rows * is_inside, np.arange(len(rows))], np.nan)
 
     @property
     def earlier_mask(self) -> NDArray[np.bool_]:
-        """(tasks,) the tasks j < T: all but the one that the last row bears the name of; none while
-        unfinished.
+        """Return (tasks,) the mask of tasks j < T: all but the task of the last row.
+
+        All False while the run is unfinished.
         """
         last = self.matrix.stages[-1] if self.matrix.is_finished else None
         return np.array([last not in (None, task) for task in self.matrix.tasks])
 
     @property
     def later_mask(self) -> NDArray[np.bool_]:
-        """(tasks,) the tasks j > 1: all but the one that the first stage bears the name of."""
+        """Return (tasks,) the mask of tasks j > 1: all but the task of the first stage."""
         return np.array(
             [
                 (task,) != self.matrix.stages[self.first_stage_row : self.first_stage_row + 1]
@@ -95,7 +93,7 @@ class ScoreArray:
 
 
 def _masked_mean(values: Array, mask: NDArray[np.bool_]) -> Array:
-    """(...) the mean over the entries (..., n) that `over` (n,) chooses; NaN of none."""
+    """Return (...) the mean over the entries (..., n) that `mask` (n,) selects; NaN if none."""
     n = int(mask.sum())
     return values[..., mask].sum(-1) / n if n else np.full(values.shape[:-1], np.nan)
 
@@ -105,7 +103,7 @@ def _mean_over_tasks(values: Array) -> Array:
 
 
 def _mean_over_cells(values: Array, mask: NDArray[np.bool_], array: ScoreArray) -> Array:
-    """(...) the mean over the chosen of the cells (..., stages, tasks); NaN while unfinished."""
+    """Return (...) the mean over the selected cells (..., stages, tasks); NaN while unfinished."""
     flat = values.reshape(*values.shape[:-2], mask.size)
     return _masked_mean(
         flat, mask.ravel() & array.matrix.is_finished & bool((array.task_rows >= 0).all())
@@ -114,10 +112,10 @@ def _mean_over_cells(values: Array, mask: NDArray[np.bool_], array: ScoreArray) 
 
 def _mean_over_examples(array: ScoreArray) -> Array:
     counts = np.array(array.matrix.counts, dtype=np.float64)
-    whole = counts.sum()
+    total = counts.sum()
     return (
-        (array.final_scores * counts).sum(-1) / whole
-        if whole
+        (array.final_scores * counts).sum(-1) / total
+        if total
         else np.full(array.scores.shape[:-2], np.nan)
     )
 
@@ -131,8 +129,10 @@ def _average_incremental(array: ScoreArray) -> Array:
 
 
 def _mean_forgetting(array: ScoreArray, since_own_stage: bool, include_last: bool) -> Array:
-    """(...) the mean fall from the best score, from the task's `own` stage on or any; the `last`
-    may count too.
+    """Return (...) the mean fall from the best score of each earlier task.
+
+    The maximum starts at the own stage of the task if `since_own_stage`, and includes the last
+    row if `include_last`.
     """
     rows = array.stage_rows[: None if include_last else -1]
     chosen = (
@@ -147,7 +147,9 @@ def _mean_forgetting(array: ScoreArray, since_own_stage: bool, include_last: boo
 
 
 def _zero_shot_score(array: ScoreArray, over_base: bool) -> Array:
-    """(...) the mean score right before a task's own stage, or its `gain` over the base row."""
+    """Return (...) the mean score right before a task's own stage, minus the base row if
+    `over_base`.
+    """
     if not over_base:
         return _masked_mean(array.own_stage_scores(-1), array.later_mask)
     if not array.first_stage_row:
@@ -157,11 +159,10 @@ def _zero_shot_score(array: ScoreArray, over_base: bool) -> Array:
 
 @dataclass(frozen=True)
 class Variant:
-    """One published form of a summary: `of` which, its short name beside the others, its formula
-    and who has it so.
+    """One published variant of `summary`: short title, formula and source.
 
-    `define` maps cells (..., stages, tasks) to figures (...). `final` says that it reads the last
-    row alone, `best` that it takes the best of several stages, which is too high by chance.
+    `compute` maps scores (..., stages, tasks) to figures (...). `final_row_only`: it reads only
+    the last row. `takes_maximum`: it takes the maximum over stages, which is biased upwards.
     """
 
     name: str
@@ -314,10 +315,10 @@ VARIANTS: dict[str, Variant] = {
 
 
 def compute_variants(matrix: Matrix) -> dict[str, float | None]:
-    """Every form of every summary by name, None where the matrix lacks what it needs."""
-    cells = ScoreArray.from_matrix(matrix)
-    told = {
-        name: float(variant.compute(cells)) if matrix.stages else np.nan
+    """Compute every variant of every summary, by name; None if the matrix lacks a score it needs."""
+    array = ScoreArray.from_matrix(matrix)
+    values = {
+        name: float(variant.compute(array)) if matrix.stages else np.nan
         for name, variant in VARIANTS.items()
     }
-    return {name: None if np.isnan(value) else value for name, value in told.items()}
+    return {name: None if np.isnan(value) else value for name, value in values.items()}
