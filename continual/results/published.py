@@ -70,7 +70,7 @@ def _find_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix not in (".json", ".csv"):
             raise DataError(
-                f"{path}: files a {path.suffix or 'nameless'} file, expected a matrix.json or a "
+                f"{path}: found a {path.suffix or 'nameless'} file, expected a matrix.json or a "
                 ".csv of scores; give one of these, or a folder of them"
             )
         return [path]
