@@ -17,10 +17,16 @@ from pathlib import Path
 
 from benchmarks.common import machine
 from continual.io import untrusted
-from continual.reports.figures import SUMMARY_INFO, NO_VALUE, format_percent, format_seconds, format_bytes
+from continual.reports.figures import (
+    NO_VALUE,
+    SUMMARY_INFO,
+    format_bytes,
+    format_percent,
+    format_seconds,
+)
 from continual.results import comparison
 from continual.results.matrix import mean_or_none
-from continual.results.run_folder import RunGroup, Run, find_runs, group_runs
+from continual.results.run_folder import Run, RunGroup, find_runs, group_runs
 from continual.results.uncertainty import interval_over_runs
 from continual.runs.compare import SEARCH_RESULT_FILE
 
@@ -71,7 +77,9 @@ def page(folders: Sequence[Path]) -> str:
     streams: dict[str, list[Run]] = {}
     for run in runs:
         streams.setdefault(run.matrix.stream, []).append(run)
-    commands = "\n".join(command for folder in folders for command in comparison.load_commands(folder))
+    commands = "\n".join(
+        command for folder in folders for command in comparison.load_commands(folder)
+    )
     left = f"\nNot finished, and in no mean: {', '.join(waiting)}.\n" if waiting else ""
     again = " ".join(map(str, folders))
     return (

@@ -2,10 +2,11 @@
 
 Other folders may import:
 
-- catalogue: show
-- instantiate: construct, lacking, registry, targets
-- overrides: composed, explained, resolved, spelled
-- quoting: quoted
-- run_config: flat, read_config
-- trust: foreign, take_over
+- catalogue: GROUPS, list_choices, print_catalogue
+- instantiate: allowed_targets, construct, strategies_without_complete_weights, targets_by_name
+- overrides: SHORT_IN, check_values, compose_config, explain_error, normalize_overrides
+- quoting: quote_value
+- renamed: MEMORY_FIELDS
+- run_config: flatten_keys, read_config
+- trust: inherit_model_and_data, unknown_strategies
 """

@@ -2,6 +2,6 @@
 
 Other folders may import:
 
-- chat: KEYS, chat, typed
-- export: KEYS, export
+- chat: CHAT_DEFAULTS, chat, input_lines
+- export: EXPORT_DEFAULTS, export
 """

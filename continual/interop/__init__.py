@@ -2,6 +2,7 @@
 
 Other folders may import:
 
-- avalanche: Criterion, Rows, Shown, again, apart, benchmark, examples, experiences, kept,
-  tensors, the
+- avalanche: AvalancheModel, Criterion, EncodedDataset, copy_shared_tensors, deserialize_state,
+  import_avalanche, make_benchmark, make_benchmark_from_examples, serialize_state, to_examples,
+  to_tensors
 """

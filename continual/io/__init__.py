@@ -2,8 +2,8 @@
 
 Other folders may import:
 
-- atomic: file_name, flush, write_whole
-- terminal: safe
-- untrusted: CONTROL, LONGEST, contents, inside, is_number, json_file, lines, parse,
-  refuse_links_out, schema_file, text, yaml_mapping
+- atomic: task_file_name, write_atomically, write_folder_atomically
+- terminal: escape_control
+- untrusted: CONTROL, LONGEST, check_links_inside, is_inside, is_number, iter_lines, load_json,
+  load_json_with_schema, load_yaml_mapping, parse_json, read_bytes, read_text
 """

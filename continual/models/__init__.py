@@ -2,14 +2,14 @@
 
 Other folders may import:
 
-- generation: answer, complete, follow, read, sampled
-- importance: by_example, fisher, linear, sensitivity
-- loading: DTYPES, adapt_with, assemble, hf, reader
+- generation: generate_answers, generate_ids, next_logits, prefill, top_k_rule
+- importance: fisher, is_linear, per_example_gradients, sensitivity
+- loading: DTYPES, add_adapter, assemble, load_pretrained, make_tokenizing_model
 - lora: factors
-- loss: accumulate, evaluated_at, forward, gradient_of, nll, numbered, overheard, responses,
-  token_nll
+- loss: accumulate, capture_logits, evaluate_at, forward, gradient_of, nll, number_examples,
+  response_logits, token_nll
 - model: Model, pick_device
-- sharding: clip, collected, cut_as, in_shards, in_step, shard
-- weights: Weights, combine, finite, flat, gradient, portion, restore, set_gradient, snapshot,
-  top, unflat, weights, wide, zeros
+- sharding: clip_gradients, gather_on_cpu, is_sharded, shard_like, shard_model, synced_passes
+- weights: Weights, all_finite, combine, flatten_weights, gradient, restore, safe_ratio,
+  set_gradient, snapshot, to_float32, top_mask, unflatten_weights, weights, zeros
 """

@@ -60,7 +60,7 @@ class Strategy:
 
         A class that declares nothing counts as not shardable, which is the safe answer.
         """
-        kinds = [kind for kind in cls.__mro__ if issubclass(kind, Strategy)]
+        kinds = [kind for kind in cls.__mro__ if hasattr(kind, "declares_shardable")]
         return all(vars(kind).get("shardable", False) for kind in kinds)
 
     def is_shardable(self) -> bool:

@@ -2,6 +2,6 @@
 
 Other folders may import:
 
-- events: Events, lines_of, quiet
-- trackers: refuse_missing, tracker
+- events: EventLog, prefixed_console, silence_libraries
+- trackers: check_tracker_installed, start_tracker
 """

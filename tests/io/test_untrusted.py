@@ -274,7 +274,7 @@ def test_the_stream_that_a_model_was_made_for_is_of_the_registry_too(theirs):
 )
 def test_nothing_is_built_within_the_keys(theirs, change):
     with pytest.raises(
-        ConfigError, match="asks for a _target_ within (model|stream), where nothing"
+        ConfigError, match=r"asks for a _target_ within (model|stream), where nothing"
     ):
         theirs(**change)
 
