@@ -91,7 +91,7 @@ def engine(work: Work, tokens: int | None = None) -> Step:
     """This project's step: what `continual.training.stage.train_stage` does between two logs; the
     engine's own budget of tokens.
     """
-    model = work.model(**({"tokens": tokens} if tokens else {}))
+    model = work.model(**({"tokens_per_microbatch": tokens} if tokens else {}))
     return _step(work, model, Strategy().backward)
 
 

@@ -291,7 +291,13 @@ def _scores_section(opened: LoadedModel) -> list[str]:
             _markdown_table(
                 ["examples \\ steps", *map(str, told.steps)],
                 [
-                    [str(n), *(format_percent(dict(told.mean_scores(n)).get(step)) for step in told.steps)]
+                    [
+                        str(n),
+                        *(
+                            format_percent(dict(told.mean_scores(n)).get(step))
+                            for step in told.steps
+                        ),
+                    ]
                     for n in told.shots
                 ],
             ),

@@ -434,8 +434,7 @@ def test_the_command_says_what_it_finds_and_writes_nothing(run_cli, leaky, tmp_p
 
 def test_a_clean_stream_is_said_to_be_clean(run_cli, stream_folder):
     assert (
-        "no problems found"
-        in run_cli("audit", "stream=folder", f"stream.path={stream_folder}")[1]
+        "no problems found" in run_cli("audit", "stream=folder", f"stream.path={stream_folder}")[1]
     )
 
 

@@ -246,7 +246,7 @@ def test_a_checkpoint_of_another_model_is_refused(cli_error, run_keys, tmp_path)
     config.write_text(config.read_text().replace(name, str(other)))
     start = ("stream.tasks=[last]", f"adapt.init_from={tmp_path / 'run'}")
     message = cli_error("adapt", *run_keys, *start, f"out={tmp_path / 'new'}")
-    assert "its weights are of another model or adapter than the one configured" in message
+    assert "its weights belong to another model or adapter" in message
 
 
 # Run folders

@@ -424,8 +424,16 @@ RUN = {
         "the cost 'seconds' is 1000",
     ),
     "config: broken": ("config.yaml", "{ [", " cannot be read: found "),
-    "config: a list": ("config.yaml", "- a\n- b\n", " cannot be read: it does not hold a mapping of keys"),
-    "config: nested too deep": ("config.yaml", DEEP, " cannot be read: found hundreds of nested brackets"),
+    "config: a list": (
+        "config.yaml",
+        "- a\n- b\n",
+        " cannot be read: it does not hold a mapping of keys",
+    ),
+    "config: nested too deep": (
+        "config.yaml",
+        DEEP,
+        " cannot be read: found hundreds of nested brackets",
+    ),
     "config: Latin-1": (
         "config.yaml",
         b"a: caf\xe9\n",
@@ -591,7 +599,7 @@ CHECKPOINT = {
     "manifest: a name from the root": (
         "manifest.json",
         '{"/etc/passwd": {}}',
-        "'/etc/passwd' is no file of the",
+        "'/etc/passwd' is not a file of this",
     ),
     "weights: nothing": ("weights.safetensors", "", "weights.safetensors is damaged"),
     "weights: cut off": (
@@ -612,7 +620,7 @@ CHECKPOINT = {
     "weights: of another model": (
         "weights.safetensors",
         b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
-        "its weights are of another model or adapter than the one configured",
+        "its weights belong to another model or adapter",
     ),
     "memory: cut off": ("memory.json", "{", "memory.json does not fit this strategy"),
     "memory: nested too deep": ("memory.json", DEEP, "memory.json does not fit this strategy"),
@@ -768,7 +776,7 @@ def test_weights_that_lack_some_are_not_filled_at_random(told, tmp_path):
     save_file(weights, at / "model.safetensors", {"format": "pt"})
     message = told(lambda: loading.load_pretrained(name=str(at), device="cpu"))
     assert (
-        "its weights lack model.layers.1.mlp.up_proj.weight, which would be drawn at random"
+        "its weights lack model.layers.1.mlp.up_proj.weight, which would be initialised at random"
         in message
     )
 

@@ -226,7 +226,7 @@ def test_a_lost_process_ends_the_others_and_one_alone_goes_on_to_the_same_end(
     ]
     assert [code for code, _ in told] == [2, -signal.SIGKILL], told
     assert "error: another of the 2 processes is lost" in told[0][1]
-    assert "goes on after the last checkpoint, also with another number of processes" in told[0][1]
+    assert "resumes after the last checkpoint, also with another number of processes" in told[0][1]
     _, said = run_in_process(out, run_keys, *BOTH)
     assert f"resuming {out} from stage-02-step-" in said
     assert_alike(out, whole)
@@ -237,8 +237,8 @@ def test_several_processes_are_refused_what_is_the_work_of_one(cli_error, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert cli_error("compare") == (
-        "continual compare is the work of one process, and 2 were started; several can share "
-        "continual run or adapt"
+        "continual compare needs one process, but 2 were started; only continual run and adapt can "
+        "use several"
     )
 
 

@@ -413,7 +413,10 @@ def test_predictions_of_one_level_or_none_show_nothing(ran, tmp_path):
         ]
     ) == {"conditional": (0.5, 2), "b c": (1.0, 1)}
     assert (
-        measures._constraint_accuracies([Prediction("a", {"score": 1.0, "strict": "yes", "loose": [1]})]) == {}
+        measures._constraint_accuracies(
+            [Prediction("a", {"score": 1.0, "strict": "yes", "loose": [1]})]
+        )
+        == {}
     )
 
 

@@ -48,9 +48,7 @@ def test_a_prompt_from_a_pipe_is_answered(say, done):
     assert len(out) == 3
 
 
-@pytest.mark.parametrize(
-    ("stage", "number"), [("base", 0), ("1", 1), ("last", 2), ("first", 1)]
-)
+@pytest.mark.parametrize(("stage", "number"), [("base", 0), ("1", 1), ("last", 2), ("first", 1)])
 def test_a_tasks_instruction_stands_before_what_is_typed_and_each_stage_answers_as_it_did(
     say, done, stage, number
 ):
@@ -185,13 +183,12 @@ def test_a_stream_that_is_gone_leaves_whole_prompts(say, done, run_keys, tmp_pat
 
 def test_an_answer_cannot_command_the_terminal(say, done, monkeypatch):
     monkeypatch.setattr(
-        "continual.inference.chat.answer", lambda *args: ["\x1b[2J\x07 [red]gone[/red] \u202e"]
+        "continual.inference.chat.generate_answers",
+        lambda *args: ["\x1b[2J\x07 [red]gone[/red] \u202e"],
     )
     assert say(done, "hello")[-1] == "\\x1b[2J\\x07 [red]gone[/red] \\u202e"
 
 
 def test_a_folder_that_is_no_run_is_refused(cli_error, tmp_path):
     assert "there is no such folder" in cli_error("chat", tmp_path / "nowhere")
-    assert "expected the folder of one run, and 2 are named" in cli_error(
-        "chat", tmp_path, tmp_path
-    )
+    assert "expected the folder of one run, found 2" in cli_error("chat", tmp_path, tmp_path)

@@ -268,7 +268,7 @@ def test_examples_together_give_what_a_loop_gives(kind, labels, monkeypatch):
 @pytest.mark.parametrize("kind", APART)
 def test_models_whose_weights_mix_examples_run_one_at_a_time(kind, labels):
     made = APART[kind]()
-    with pytest.raises(importance._Entangled):
+    with pytest.raises(importance._NotSeparable):
         importance._sum_batched(made, repeating(), [None] * len(repeating()))
     one, other = (
         f(made, repeating(), labels, torch.Generator().manual_seed(0))

@@ -421,7 +421,9 @@ def test_a_draw_that_is_none_is_refused(tmp_path, draw):
 def test_the_mean_over_draws_is_within_their_band(points):
     curve = Curve(None, "a", "m", "base", tuple(points))
     for shots in curve.shots:
-        for (step, score), (at, low, high) in zip(curve.mean_scores(shots), curve.band(shots), strict=True):
+        for (step, score), (at, low, high) in zip(
+            curve.mean_scores(shots), curve.band(shots), strict=True
+        ):
             assert step == at
             assert low - 1e-12 <= score <= high + 1e-12
 
@@ -458,7 +460,10 @@ def test_steps_and_examples_to_reach_95_percent_of_the_base_s_best(tmp_path):
 def test_steps_are_a_share_of_what_the_base_needs_and_of_all_that_it_was_trained_for(tmp_path):
     base = written(tmp_path / "base", *rising(9, 8))
     meta = written(tmp_path / "maml", *rising(9, 4), start="maml")
-    assert [(r.share_of_reference, r.share_of_budget) for r in compute_reach([base, meta])] == [(1, 8 / 40), (0.5, 4 / 40)]
+    assert [(r.share_of_reference, r.share_of_budget) for r in compute_reach([base, meta])] == [
+        (1, 8 / 40),
+        (0.5, 4 / 40),
+    ]
 
 
 def test_a_step_reaches_it_by_the_mean_over_draws(tmp_path):
@@ -473,7 +478,9 @@ def test_what_reaches_it_before_any_step_needs_no_example(tmp_path):
         written(tmp_path / "base", *rising(9, 40)),
         written(tmp_path / "b", *rising(9, 0), start="joint"),
     )
-    assert [(r.steps, r.share_of_reference, r.num_examples) for r in compute_reach([base, joint])][1] == (0, 0, 0)
+    assert [(r.steps, r.share_of_reference, r.num_examples) for r in compute_reach([base, joint])][
+        1
+    ] == (0, 0, 0)
 
 
 def test_a_task_whose_base_is_not_among_them_is_left_out(tmp_path):

@@ -371,4 +371,6 @@ def test_a_file_that_is_nested_without_end_is_one_clear_error(name, tmp_path):
     path.parent.mkdir(exist_ok=True)
     path.write_text("[" * 300_000)
     with pytest.raises(DataError, match=name):
-        audits.load_audit(path.parent) if "audit" in name else comparison.find_pending_runs(tmp_path)
+        audits.load_audit(path.parent) if "audit" in name else comparison.find_pending_runs(
+            tmp_path
+        )

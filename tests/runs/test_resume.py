@@ -475,7 +475,8 @@ def test_a_folder_does_not_take_another_configuration_because_some_of_its_files_
 def test_a_checkpoint_named_for_adapting_must_be_whole(done, copy):
     spoil(copy / "checkpoints/stage-01/weights.safetensors")
     with pytest.raises(
-        DataError, match=r"stage-01 is not a complete checkpoint: weights.safetensors is not as it was"
+        DataError,
+        match=r"stage-01 is not a complete checkpoint: weights.safetensors is not as it was",
     ):
         checkpoint.load(copy / "checkpoints/stage-01", None)
     with pytest.raises(MissingError, match="there is no such checkpoint"):
@@ -531,9 +532,7 @@ def test_a_quota_that_ends_in_the_middle_of_a_file_is_one_clear_error_and_nothin
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a folder that nobody may write in")
 def test_a_folder_that_cannot_be_written_is_one_clear_error(cli_error, run_keys):
-    assert "see that the folder can be written" in cli_error(
-        "run", *run_keys, "out=/proc/continual"
-    )
+    assert "check that the folder is writable" in cli_error("run", *run_keys, "out=/proc/continual")
 
 
 def test_a_second_process_in_the_same_folder_is_refused(run_keys, tmp_path):

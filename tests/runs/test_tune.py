@@ -76,7 +76,8 @@ def test_an_experiment_s_sweeps_are_the_comparison_s_but_for_what_the_command_se
     monkeypatch.setattr("continual.runs.compare._run_sweep", lambda words: None)
     run_cli("compare", "experiment=leaderboard", *words, f"out={tmp_path}")
     assert (
-        set(json.loads((tmp_path / comparison.CELLS_FILE).read_text())["commands"][-1]["cells"]) == found
+        set(json.loads((tmp_path / comparison.CELLS_FILE).read_text())["commands"][-1]["cells"])
+        == found
     )
 
 

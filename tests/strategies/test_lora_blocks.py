@@ -156,7 +156,7 @@ def test_the_penalty_keeps_the_tasks_apart():
 def test_without_a_lora_there_is_nothing_to_work_on(kind):
     with pytest.raises(
         ConfigError,
-        match=r"works on the factors of a LoRA, and what trains is lm_head.* and \d+ more",
+        match=r"works on the factors of a LoRA, but these weights train: lm_head.* and \d+ more",
     ):
         kind().begin(toy.make_model(), toy.make_task(0))
 

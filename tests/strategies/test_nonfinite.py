@@ -163,7 +163,7 @@ def test_a_stage_that_goes_on_still_knows_the_rows_of_the_steps_that_were_skippe
         return kept["state"]
 
     whole = stage(made, Strategy(), rows(0, (3,)), on_step=after)
-    resumed = stage(again, Strategy(), rows(0, (3,)), progress=progress)
+    resumed = stage(again, Strategy(), rows(0, (3,)), restore_state=progress)
     assert warned(resumed)[-1] == warned(whole)[-1]
     assert "a/3; nothing of them is kept" in warned(whole)[-1]
 
@@ -195,12 +195,12 @@ def test_where_no_row_is_left_the_stage_is_an_error():
 )
 def test_an_importance_that_is_not_finite_is_an_error_that_names_the_examples(measure):
     with pytest.raises(
-        TrainingError, match=r"matter to the examples a/3, a/5 is not finite; lower train.lr"
+        TrainingError, match=r"for the examples a/3, a/5 is not finite; lower train.lr"
     ):
         measure(model(), rows(0, (3, 5)).train)
 
 
 def test_a_row_that_no_step_has_met_ends_the_stage_where_it_is_to_be_measured():
     made, task = model(), rows(0, (3,))
-    with pytest.raises(TrainingError, match="to the examples a/3 is not finite"):
+    with pytest.raises(TrainingError, match="for the examples a/3 is not finite"):
         EWC().end(made, task)

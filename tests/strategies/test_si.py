@@ -50,7 +50,10 @@ class Point(torch.nn.Module):
 
 def bowls(*examples):
     batch = SimpleNamespace(
-        examples=examples, tokens=1.0, length=1, layout=SimpleNamespace(device=torch.device("cpu"))
+        examples=examples,
+        supervised_tokens=1.0,
+        num_tokens=1,
+        layout=SimpleNamespace(device=torch.device("cpu")),
     )
     batch.micro_batches = lambda: [batch]
     return batch

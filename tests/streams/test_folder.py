@@ -52,7 +52,7 @@ def fault(row) -> str:
 
 def test_an_instruction_row_is_read_whole():
     example = read(ROW)
-    assert (example.id, example.task, example.where) == ("t/0", "t", "f.jsonl:3")
+    assert (example.id, example.task, example.location) == ("t/0", "t", "f.jsonl:3")
     assert (example.instruction, example.input, example.outputs) == ("Say it.", "hello", ("HELLO",))
 
 
@@ -112,9 +112,7 @@ def test_a_misspelt_column_beside_the_instruction_is_named(found, meant):
     )
 
 
-@pytest.mark.parametrize(
-    "row", [{"instruction": "x"}, {"instruction": "x", "output": None}]
-)
+@pytest.mark.parametrize("row", [{"instruction": "x"}, {"instruction": "x", "output": None}])
 def test_a_row_without_an_output_is_refused(row):
     text = fault(row)
     assert "found no answer beside 'instruction'" in text

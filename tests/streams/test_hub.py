@@ -60,7 +60,7 @@ def test_class_numbers_of_a_parquet_file_become_the_names_of_its_classes(tmp_pat
     )
     first = task.train[1]
     assert (first.instruction, first.input, first.outputs) == ("Which class?", "word 1", ("mid",))
-    assert (first.id, first.where) == ("t/train/1", f"{tmp_path / 'a.parquet'} [train] row 1")
+    assert (first.id, first.location) == ("t/train/1", f"{tmp_path / 'a.parquet'} [train] row 1")
     assert (task.labels, task.metric, task.category) == (
         ("low", "mid", "high"),
         "token_f1",
@@ -101,7 +101,7 @@ def test_files_by_split_need_no_splits(tmp_path):
     }
     task = one({"path": "json", "data_files": files})
     assert [getattr(task, split)[0].outputs for split in files] == [("train",), ("dev",), ("test",)]
-    assert task.dev[0].where == f"{files['dev']} [dev] row 0"
+    assert task.dev[0].location == f"{files['dev']} [dev] row 0"
 
 
 def test_rows_without_a_mapping_are_read_in_every_form_of_a_stream_folder(tmp_path):

@@ -46,7 +46,7 @@ def sinks(monkeypatch):
 
 
 def series(sink, name):
-    return [(step, values[name]) for step, values in sink.summarize if name in values]
+    return [(step, values[name]) for step, values in sink.figures if name in values]
 
 
 def test_losses_scores_and_summaries_are_told_over_the_steps_of_the_whole_run(
@@ -181,9 +181,7 @@ def test_weights_and_biases_keeps_the_run_offline(run_keys, tmp_path, monkeypatc
 
 
 @needs("mlflow")
-@pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy is deprecated"
-)  # its own
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # its own
 def test_mlflow_has_the_run_in_its_store(run_keys, tmp_path, monkeypatch):
     import mlflow
 

@@ -337,7 +337,10 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         ({"batch_size": 2.5}, "train.batch_size=2.5: expected a whole number"),
         ({"epochs": 0}, "train.epochs=0: expected more than 0"),
         ({"steps": 0}, "train.steps=0: expected at least 1"),
-        ({"warmup_ratio": 10}, r"train.warmup_ratio=10: expected a share or probability in \[0, 1\]"),
+        (
+            {"warmup_ratio": 10},
+            r"train.warmup_ratio=10: expected a share or probability in \[0, 1\]",
+        ),
         ({"max_grad_norm": "no"}, "train.max_grad_norm=no: expected a number"),
     ],
 )
