@@ -148,7 +148,7 @@ def planned(entry):
 )
 def test_a_plan_can_go_through_its_stages(entry):
     first, second = planned(entry)
-    assert second.peak_bytes > second.weights > first.strategy == 0
+    assert second.peak_bytes > second.weight_bytes > first.strategy_bytes == 0
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
